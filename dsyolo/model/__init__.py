@@ -1,0 +1,1 @@
+"""The networks: blocks, the graph of nodes, the variants, and names in weight files."""
