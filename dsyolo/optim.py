@@ -1,0 +1,86 @@
+"""The optimizer's three groups, and what changes in them from step to step (spec.md, Recipe)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+NOMINAL_BATCH = 64
+GROUPS = ("weights", "norms", "biases")  # decayed; not decayed; not decayed, with a warm-up of their own
+
+
+def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters by kind: convolution weights, BatchNorm weights, all biases. Each exactly once."""
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for name, parameter in network.named_parameters():
+        kind = "biases" if name.endswith("bias") else "norms" if ".bn." in name else "weights"
+        groups[kind].append(parameter)
+    return groups
+
+
+def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object]) -> torch.optim.Optimizer:
+    """The torch optimizer `name` (SGD, Adam or AdamW) over the three groups.
+
+    Learning rate and weight decay start at 0: `Schedule.apply` sets them before each step, and a step that an
+    engine takes only to make the states changes nothing.
+    """
+    groups = [{"params": p, "name": kind} for kind, p in parameter_groups(network).items()]
+    settings = {
+        key: value for key, value in params.items() if key not in ("lr", "weight_decay", "torch_adam")
+    }
+    return getattr(torch.optim, name)(groups, lr=0.0, weight_decay=0.0, **settings)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, momentum and weight decay at every optimizer step: a pure function of the step.
+
+    After the warm-up, lr(x) = lr * (shape(x) * (1 - lrf) + lrf) with x the share of all steps done and shape
+    linear, 1 - x, or cosine, (1 + cos(pi x)) / 2. During it, the rate of weights rises linearly from 0, that of
+    biases comes from `warmup_bias_lr`, momentum from `warmup_momentum`.
+
+    Args:
+        lr, momentum, weight_decay: the JSON's; weight decay is scaled by `global_batch` / 64.
+        is_adam: Adam's step has the size of its rate, whatever the gradient: its biases warm up from 0 too.
+    """
+
+    total_steps: int
+    warmup_steps: int
+    lr: float
+    lrf: float
+    shape: str
+    momentum: float
+    weight_decay: float
+    global_batch: int
+    warmup_bias_lr: float
+    warmup_momentum: float
+    is_adam: bool
+
+    def lr_at(self, step: int) -> float:
+        """The rate of weights at step `step` (0-based), without the warm-up."""
+        x = step / max(self.total_steps, 1)
+        falling = (1 + math.cos(math.pi * x)) / 2 if self.shape == "cosine" else 1 - x
+        return self.lr * (falling * (1 - self.lrf) + self.lrf)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Sets every group's values for step `step` (0-based) and returns the rate of the weights."""
+        warm = min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        goal = self.lr_at(step)
+        momentum = self.momentum if self.is_adam else _mix(self.warmup_momentum, self.momentum, warm)
+        for kind, group in zip(GROUPS, optimizer.param_groups, strict=True):
+            start = self.warmup_bias_lr if kind == "biases" and not self.is_adam else 0.0
+            group["lr"] = _mix(start, goal, warm)
+            if not self.is_adam:
+                group["momentum"] = momentum
+            group["weight_decay"] = (
+                self.weight_decay * self.global_batch / NOMINAL_BATCH if kind == "weights" else 0.0
+            )
+        return _mix(0.0, goal, warm)
+
+
+def _mix(start: float, goal: float, share: float) -> float:
+    return start + (goal - start) * share
