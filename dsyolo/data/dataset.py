@@ -1,0 +1,105 @@
+"""A scanned data set as training reads it: one image, scaled, with its labels in pixels."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+
+from dsyolo.batch import Sample
+from dsyolo.boxes import PAD_GREY
+from dsyolo.data.images import read_rgb, scaled_hw
+from dsyolo.data.scan import Record, Scan, default_cache_dir, scan, scan_file
+
+__all__ = ["DetectionDataset", "Record", "Scan", "default_cache_dir", "scan", "scan_file"]
+
+
+class DetectionDataset:
+    """The images of a `Scan` with their labels.
+
+    It pickles and forks cheaply: flat arrays, and a memory of images that stays behind.
+
+    Args:
+        image_size: px; images loaded with this long side are those that `cache="ram"` keeps.
+        cache: "ram" keeps scaled images once loaded, in this process, up to `cache_bytes`. It changes nothing but
+            the speed. Every loader worker has a memory of its own: give each its share.
+    """
+
+    def __init__(
+        self,
+        scan: Scan,
+        image_size: int,
+        *,
+        cache: Literal["none", "ram"] = "none",
+        cache_bytes: int = 2 << 30,
+    ) -> None:
+        assert cache in ("none", "ram"), cache
+        self.scan = scan
+        self.image_size = image_size
+        self._cache_bytes = cache_bytes if cache == "ram" else 0
+        self._kept_bytes = 0
+        self._kept: dict[int, np.ndarray] = {}
+        self._warned: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.scan)
+
+    @property
+    def num_classes(self) -> int:
+        return self.scan.num_classes
+
+    @property
+    def sizes_hw(self) -> np.ndarray:
+        """(N, 2) int32: the size of every image file in px."""
+        return self.scan.sizes_hw
+
+    def load(self, index: int, long_side_px: int | None = None) -> Sample:
+        """The image with its long side exactly `long_side_px` (None: the image size), labels in its pixels.
+
+        An image that can no longer be decoded, or whose size is no longer what the scan saw, costs a warning once
+        and becomes a grey image without boxes: an epoch does not end for it.
+        """
+        long_side_px = long_side_px or self.image_size
+        image = self._image(index, long_side_px)
+        if image is None:
+            self._warn(index)
+            height, width = scaled_hw(self._size_hw(index), long_side_px)
+            grey = np.full((height, width, 3), PAD_GREY, np.uint8)
+            return Sample(grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+        labels = self.scan.labels(index)
+        wh = np.array(image.shape[1::-1], np.float32)
+        polygons = tuple(None if polygon is None else polygon * wh for polygon in labels.polygons)
+        return Sample(image, labels.boxes_xyxy * np.tile(wh, 2), labels.classes.copy(), polygons)
+
+    def truth(self, index: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+        """(height, width) of the file in px, boxes_xyxy (N, 4) float32 in its pixels, classes (N,) int64."""
+        height, width = self._size_hw(index)
+        labels = self.scan.labels(index)
+        wh = np.array([width, height, width, height], np.float32)
+        return (height, width), labels.boxes_xyxy * wh, labels.classes.copy()
+
+    def _size_hw(self, index: int) -> tuple[int, int]:
+        height, width = self.scan.sizes_hw[index]
+        return int(height), int(width)
+
+    def _image(self, index: int, long_side_px: int) -> np.ndarray | None:
+        cacheable = self._cache_bytes > 0 and long_side_px == self.image_size
+        if cacheable and index in self._kept:
+            return self._kept[index].copy()  # the caller may write to what it gets
+        image = read_rgb(self.scan.path(index), self._size_hw(index), long_side_px)
+        if image is not None and cacheable and self._kept_bytes + image.nbytes <= self._cache_bytes:
+            self._kept[index] = image.copy()
+            self._kept_bytes += image.nbytes
+        return image
+
+    def _warn(self, index: int) -> None:
+        if index not in self._warned:
+            self._warned.add(index)
+            warnings.warn(
+                f"{self.scan.path(index)} can no longer be read as it was when scanned: a grey image takes its place",
+                stacklevel=3,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_kept_bytes": 0}

@@ -1,0 +1,192 @@
+"""One YOLO label file: what its rows mean, and which of them can be used.
+
+A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, as shares of the image's width and height. What is
+wrong with a row is reported and the row mended or left out: nothing here raises for a bad label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+UNREADABLE_LABEL = "label file cannot be read"
+WRONG_COLUMNS = "wrong number of columns (row left out)"
+NOT_A_NUMBER = "not a number (row left out)"
+NOT_FINITE = "NaN or infinity (row left out)"
+NOT_A_CLASS = "class is not a whole number (row left out)"
+UNKNOWN_CLASS = "class out of range (row left out)"
+NO_SIZE = "box without width or height (row left out)"
+OUTSIDE = "box outside the image (row left out)"
+CLIPPED = "box over the image's edge (clipped)"
+DUPLICATE = "duplicate row (left out)"
+
+# A row whose numbers leave [0, 1] by more is taken for a mistake (pixels instead of shares, say). YOLOv5 drops the
+# whole image there; its rows with numbers in [0, 1] but corners outside are used, and so they are here, clipped.
+OUTSIDE_LIMIT = 0.01
+# Under this overhang (0.6 px of 640) a clipped corner is rounding, and not worth a report.
+ROUNDING = 1e-3
+
+
+class Problem(NamedTuple):
+    """Something wrong with one file of the data set, and what was done about it."""
+
+    file: str
+    line: int  # 1-based; 0: the file as a whole
+    reason: str  # one of a small vocabulary, to count by
+    detail: str  # what was given, and the rule
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" + (f": {self.detail}" if self.detail else "")
+
+
+def by_reason(problems: Sequence[Problem], num_files: int = 3) -> list[str]:
+    """A line per reason, the commonest first: how often, the first few places, and one example's detail."""
+    groups: dict[str, list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(problem.reason, []).append(problem)
+    lines = []
+    for reason, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        places = ", ".join(p.place for p in group[:num_files]) + (", ..." if len(group) > num_files else "")
+        detail = f" ({group[0].detail})" if group[0].detail else ""
+        lines.append(f"  {len(group):,} x {reason}: {places}{detail}")
+    return lines
+
+
+class Labels(NamedTuple):
+    """The good rows of one label file."""
+
+    classes: np.ndarray  # (N,) int64
+    boxes_xyxy: np.ndarray  # (N, 4) float32, shares of the image's width and height, in [0, 1]
+    polygons: tuple[np.ndarray | None, ...] = ()  # () or one per box: (P, 2) float32 in [0, 1], or None
+
+
+def no_labels() -> Labels:
+    """Those of a background."""
+    return Labels(np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+
+
+def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Problem]]:
+    """Read one label file; a missing or empty one is a background, without problems.
+
+    Returns:
+        the rows that can be used (duplicates of class and box once), and what was wrong with the others.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+    except FileNotFoundError:
+        return no_labels(), []
+    except OSError as error:
+        return no_labels(), [Problem(str(path), 0, UNREADABLE_LABEL, error.strerror or str(error))]
+    if not raw.strip():
+        return no_labels(), []
+    lines, classes, boxes, polygons, problems = _parse(str(path), raw.decode("utf-8-sig", errors="replace"))
+    return _checked(str(path), np.array(lines), np.array(classes), boxes, polygons, num_classes, problems)
+
+
+_Parsed = tuple[list[int], list[float], np.ndarray, list["np.ndarray | None"], list[Problem]]
+
+
+def _parse(path: str, text: str) -> _Parsed:
+    """Lines of numbers: their line numbers, classes, boxes (N, 4) cx cy w h as float64, and polygons."""
+    lines: list[int] = []
+    classes: list[float] = []
+    boxes: list[tuple[float, ...]] = []
+    polygons: list[np.ndarray | None] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        tokens = line.split()
+        if not tokens:
+            continue
+        num_columns = len(tokens)
+        if num_columns != 5 and (num_columns < 7 or num_columns % 2 == 0):
+            detail = f"{num_columns} columns; a box has 5 (class cx cy w h), a polygon 7, 9, 11 ... (class x y x y ...)"
+            problems.append(Problem(path, number, WRONG_COLUMNS, detail))
+            continue
+        try:
+            values = [float(token) for token in tokens]
+        except ValueError as error:
+            problems.append(Problem(path, number, NOT_A_NUMBER, str(error)[:80]))
+            continue
+        lines.append(number)
+        classes.append(values[0])
+        if num_columns == 5:
+            boxes.append(tuple(values[1:]))
+            polygons.append(None)
+        else:
+            points = np.array(values[1:]).reshape(-1, 2)
+            low, high = points.min(0), points.max(0)
+            boxes.append((*((low + high) / 2), *(high - low)))
+            polygons.append(points)
+    return lines, classes, np.array(boxes, np.float64).reshape(-1, 4), polygons, problems
+
+
+def _checked(
+    path: str,
+    lines: np.ndarray,
+    classes: np.ndarray,
+    boxes_cxcywh: np.ndarray,
+    polygons: list[np.ndarray | None],
+    num_classes: int,
+    problems: list[Problem],
+) -> tuple[Labels, list[Problem]]:
+    """Sort the rows into good, mended and left out. The first rule that a row breaks is the one reported."""
+    centres, sizes = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:]
+    with np.errstate(invalid="ignore"):  # NaN and infinity are what the first rule finds
+        corners = np.concatenate([centres - sizes / 2, centres + sizes / 2], 1)
+        boxes_xyxy = np.clip(corners, 0, 1).astype(np.float32)
+        away = (np.abs(boxes_cxcywh - 0.5) > 0.5 + OUTSIDE_LIMIT).any(1)
+        empty = (sizes <= 0).any(1)
+        gone = (boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(1)
+        over = np.maximum(-corners, corners - 1).max(1, initial=-1.0)
+        rules: list[tuple[str, np.ndarray]] = [
+            (NOT_FINITE, ~(np.isfinite(boxes_cxcywh).all(1) & np.isfinite(classes))),
+            (NOT_A_CLASS, classes != np.floor(classes)),
+            (UNKNOWN_CLASS, (classes < 0) | (classes >= num_classes)),
+            (NO_SIZE, empty),
+            (OUTSIDE, away),
+            (OUTSIDE, gone & (over > 0)),
+            (NO_SIZE, gone),
+        ]
+    broken = np.stack([mask for _, mask in rules])
+    good = ~broken.any(0)
+    for i in np.flatnonzero(~good):
+        reason = rules[int(broken[:, i].argmax())][0]
+        detail = _detail(reason, classes[i], boxes_cxcywh[i], num_classes)
+        problems.append(Problem(path, int(lines[i]), reason, detail))
+    seen: dict[tuple[float, ...], int] = {}
+    for i, row in enumerate(zip(classes.tolist(), *boxes_cxcywh.T.tolist(), strict=True)):
+        if good[i] and (first := seen.setdefault(row, i)) != i:
+            detail = f"the same as line {lines[first]}"
+            problems.append(Problem(path, int(lines[i]), DUPLICATE, detail))
+            good[i] = False
+    for i in np.flatnonzero(good & (over > ROUNDING)):
+        detail = _detail(CLIPPED, classes[i], boxes_cxcywh[i], num_classes)
+        problems.append(Problem(path, int(lines[i]), CLIPPED, detail))
+    keep = np.flatnonzero(good)
+    kept_polygons: tuple[np.ndarray | None, ...] = ()
+    if any(polygons[i] is not None for i in keep):
+        kept_polygons = tuple(
+            None if (points := polygons[i]) is None else np.clip(points, 0, 1).astype(np.float32)
+            for i in keep
+        )
+    problems.sort(key=lambda problem: problem.line)
+    return Labels(classes[keep].astype(np.int64), boxes_xyxy[keep], kept_polygons), problems
+
+
+def _detail(reason: str, label: float, box: np.ndarray, num_classes: int) -> str:
+    given = "cx cy w h = " + " ".join(f"{value:g}" for value in box)
+    if reason in (NOT_A_CLASS, UNKNOWN_CLASS):
+        return f"class {label:g}, but data.yaml names {num_classes} (0 to {num_classes - 1})"
+    if reason == OUTSIDE:
+        return f"{given}; these must be shares of the image, 0 to 1" + (
+            ", not pixels" if (box > 2).any() else ""
+        )
+    return given
