@@ -1,0 +1,187 @@
+"""The rules of the DeepSpeed JSON, one function each. A broken rule adds a line to `problems`.
+
+They get the part of the JSON that `ds_read.sane_part` let through, and so meet only legal keys and types.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from dsyolo.ds_keys import FLOAT16_NAMES, NOT_BUILT_YET, OPTIMIZERS
+from dsyolo.ds_read import optimizer_name, shown
+
+NOMINAL_BATCH = 64
+AUTOCAST_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def batch_triple(
+    source: Mapping[str, Any], sane: Mapping[str, Any], world_size: int, stages: int, problems: list[str]
+) -> tuple[int, int, int] | None:
+    """(global batch, micro-batch, accumulation), derived as DeepSpeed does: rounded down, then compared."""
+    if any(key in source and key not in sane for key in BATCH_KEYS):
+        return None  # refused itself
+    train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
+    num = world_size // stages
+    ranks = f"{num} {'data-parallel ' if stages > 1 else ''}rank{'s' if num > 1 else ''}"
+    if train is None and micro is None:
+        rule = "missing, and so is train_micro_batch_size_per_gpu"
+        problems.append(
+            f"train_batch_size: {rule}. Give one of them; the recipe is made for {NOMINAL_BATCH}."
+        )
+        return None
+    if train is None:
+        assert micro is not None
+        return micro * (steps or 1) * num, micro, steps or 1
+    given_micro = micro is not None
+    if micro is None:
+        micro = train // num // (steps or 1)
+    if steps is None:
+        steps = train // micro // num if given_micro else 1
+    total = micro * steps * num
+    if total == train:
+        return train, micro, steps
+    if steps == 0:
+        least = micro * num
+        lower = (
+            "lower train_micro_batch_size_per_gpu" if train % num else f"{BATCH_KEYS[1]} to {train // num}"
+        )
+        rule = f"{micro} per GPU x {ranks} = {least} already"
+        problems.append(f"train_batch_size: {train} given, but {rule}. Set it to {least}, or {lower}.")
+        return None
+    if given_micro:
+        remedy = f"Set it to {total}, or leave it out."
+    else:
+        remedy = f"Set it to {f'{total} or ' if total else ''}{total + steps * num}."
+    sum_ = f"{micro} per GPU x {steps} accumulation x {ranks} = {total}"
+    problems.append(f"train_batch_size: {train} given, but {sum_}. {remedy}")
+    return None
+
+
+def pipeline(
+    sane: Mapping[str, Any], zero_stage: int, world_size: int, num_layers: int | None, problems: list[str]
+) -> tuple[int, str | tuple[int, ...]]:
+    """(stages, partition). A number of stages that cannot be is refused and counted as 1."""
+    block = sane.get("pipeline", {})
+    stages = int(block.get("stages", 1))
+    given = block.get("partition", "balanced")
+    partition = given if isinstance(given, str) else tuple(int(cut) for cut in given)
+    before = len(problems)
+    if stages > 1 and zero_stage >= 2:
+        rule = "DeepSpeed pipelines allow ZeRO 0 or 1"
+        problems.append(f"pipeline.stages: {stages} with zero_optimization.stage {zero_stage}. {rule}.")
+    if world_size % stages:
+        fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        rule = f"the number of ranks, {world_size}, is not a multiple of it"
+        problems.append(
+            f"pipeline.stages: {stages} given, but {rule}. Set it to one of {', '.join(fitting)}."
+        )
+    if isinstance(partition, tuple) and len(partition) != stages - 1:
+        rule = f"{stages} stage{'s' if stages > 1 else ''} need {stages - 1} cuts"
+        remedy = 'Give so many, or write "balanced"'
+        problems.append(f"pipeline.partition: {len(partition)} cuts given, but {rule}. {remedy}.")
+    if num_layers and max([stages - 1, *(partition if isinstance(partition, tuple) else ())]) >= num_layers:
+        rule = f"the network has {num_layers} layers, and each stage needs one"
+        problems.append(f"pipeline: {stages} stages, partition {shown(given)}, but {rule}.")
+    if len(problems) > before:
+        return 1, "balanced"
+    if stages > 1 and "pipeline.stages" in NOT_BUILT_YET:
+        problems.append(f"pipeline.stages: {stages} given, but {NOT_BUILT_YET['pipeline.stages']}")
+    return stages, partition
+
+
+def optimizer_and_params(sane: Mapping[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:
+    """(name, parameters for torch.optim) of the optimizer that runs; the recipe's SGD where none is given.
+
+    As in DeepSpeed, `Adam` decouples the weight decay, and so is AdamW, unless `adam_w_mode` is false.
+    """
+    block = sane.get("optimizer", {})
+    given = optimizer_name(block.get("type", "SGD"))
+    if given is None:
+        return "SGD", dict(OPTIMIZERS["SGD"][0])
+    params = {key: value for key, value in block.get("params", {}).items() if key != "torch_adam"}
+    decoupled = params.pop("adam_w_mode", True)
+    if given == "AdamW" and not decoupled:
+        rule = "AdamW is the decoupled one"
+        problems.append(f'optimizer.params.adam_w_mode: false given, but {rule}. Set type to "Adam".')
+    name = "AdamW" if given == "Adam" and decoupled else given
+    resolved = {**OPTIMIZERS[name][0], **params}
+    if name == "SGD" and resolved["nesterov"] and not resolved["momentum"]:
+        rule = "Nesterov needs momentum"
+        problems.append(f"optimizer.params.momentum: 0 given, but {rule}. Set nesterov to false.")
+    return name, resolved
+
+
+def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, problems: list[str]) -> str:
+    """fp32, bf16, fp16, autocast_bf16 or autocast_fp16."""
+    on = [key for key in ("torch_autocast", "bf16", "fp16") if sane.get(key, {}).get("enabled")]
+    if len(on) > 1:
+        rule = f"and so is {' and '.join(f'{key}.enabled' for key in on[1:])}"
+        problems.append(f"{on[0]}.enabled: true given, {rule}. One of them can be on.")
+    remedy = f"Use bfloat16: {AUTOCAST_BF16}."
+    if accelerator == "cpu" and "fp16" in on:
+        problems.append(f"fp16.enabled: true given, but DeepSpeed has no fp16 on a CPU. {remedy}")
+    for key in {"bf16", "fp16"} & set(on):
+        if zero_stage == 0:
+            rule = "without ZeRO DeepSpeed keeps its fp32 weights where no checkpoint finds them"
+            problems.append(
+                f"{key}.enabled: true with zero_optimization.stage 0, but {rule}. Set the stage to 1."
+            )
+    if "torch_autocast" in on:
+        dtype = sane["torch_autocast"].get("dtype")
+        if dtype is None:
+            rule = "missing, and DeepSpeed has no default"
+            problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16" or "float16".')
+        if accelerator == "cpu" and dtype in FLOAT16_NAMES:
+            problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
+        return "autocast_fp16" if dtype in FLOAT16_NAMES else "autocast_bf16"
+    return on[0] if on else "fp32"
+
+
+def data_types(sane: Mapping[str, Any], kind: str, zero_stage: int, problems: list[str]) -> None:
+    """`data_types` may not contradict the precision, nor take BatchNorm's buffers out of fp32."""
+    block = sane.get("data_types", {})
+    model = kind if kind in ("bf16", "fp16") else "fp32"
+    parameters = block.get("param_dtype", model)
+    if parameters != model:
+        rule = f"weights are {model} here"
+        problems.append(f"data_types.param_dtype: {shown(parameters)} given, but {rule}. Leave it out.")
+    gradients = block.get("grad_accum_dtype", model)
+    if zero_stage == 0 and gradients != model:
+        rule = f"at ZeRO 0 gradients are summed in the weights' type, {model}"
+        remedy = "Leave it out, or set zero_optimization.stage to 1"
+        problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
+    buffers = block.get("buffer_dtype", "fp32")
+    if buffers != "fp32":
+        rule = "the statistics of BatchNorm stay fp32"
+        problems.append(f"data_types.buffer_dtype: {shown(buffers)} given, but {rule}. Leave it out.")
+
+
+def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> tuple[str | None, str | None]:
+    """Devices of the optimizer's states and of the parameters, None where they stay."""
+    zero = sane.get("zero_optimization", {})
+    devices: list[str | None] = []
+    for key, stages, words in (
+        ("offload_optimizer", (1, 2, 3), "1, 2 or 3"),
+        ("offload_param", (3,), "3"),
+    ):
+        path = f"zero_optimization.{key}"
+        device = zero.get(key, {}).get("device", "none")
+        if zero.get(key) and "device" not in zero[key]:
+            problems.append(f'{path}.device: missing. Write "cpu", or leave the block out.')
+        if device != "none" and zero_stage not in stages:
+            rule = f"it needs stage {words}, and stage {zero_stage} is given"
+            problems.append(
+                f"{path}: device {shown(device)} given, but {rule}. Set the stage, or leave it out."
+            )
+        devices.append(None if device == "none" else device)
+    return devices[0], devices[1]
+
+
+def monitors(sane: Mapping[str, Any], problems: list[str]) -> None:
+    """DeepSpeed's TensorBoard monitor needs a package."""
+    if sane.get("tensorboard", {}).get("enabled") and importlib.util.find_spec("tensorboard") is None:
+        rule = "the package tensorboard is not installed"
+        problems.append(f"tensorboard.enabled: true given, but {rule}. Install it, or leave the block out.")

@@ -1,0 +1,208 @@
+"""Reads, checks and explains the DeepSpeed JSON: how a run runs. Nothing of torch or DeepSpeed is needed for it.
+
+DeepSpeed ignores unknown keys and finds wrong arithmetic after every rank has built its model. Here all
+problems are told at once, within a second. What dsyolo owns itself is taken out before DeepSpeed sees it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsyolo.ds_checks import (
+    batch_triple,
+    data_types,
+    monitors,
+    offload,
+    optimizer_and_params,
+    pipeline,
+    precision,
+)
+from dsyolo.ds_read import read_json, sane_part
+from dsyolo.errors import UserError
+
+GRADIENT_CLIPPING = 10.0  # the recipe's; DeepSpeed's own default, 1.0, would be silently another training
+OWN_BLOCKS = ("optimizer", "pipeline")  # read by dsyolo; DeepSpeed gets objects instead
+
+# A bucket is allocated whole. 2^24 elements hold the largest weight of any variant (yolov5x6, 11.1 M), at 67 MB.
+MAX_BUCKET_ELEMENTS = 2**24
+MIN_BUCKET_ELEMENTS = 2**16
+NO_PRINT = 10**9  # steps between DeepSpeed's own lines; dsyolo's tracker prints
+
+
+@dataclass(frozen=True)
+class DsConfig:
+    """A checked DeepSpeed JSON on a given number of ranks, with everything resolved that DeepSpeed derives."""
+
+    path: str | None
+    world_size: int
+    global_batch: int  # images per optimizer step: micro_batch * accumulation * data_parallel_size
+    micro_batch: int  # images per rank and forward pass
+    accumulation: int  # micro-batches per optimizer step
+    zero_stage: int
+    precision: str  # fp32, autocast_bf16, autocast_fp16, bf16 or fp16
+    optimizer: str  # SGD, Adam or AdamW: what runs, not always what the JSON calls it
+    optimizer_params: Mapping[str, Any]  # as torch.optim takes them; lr is the peak of the schedule
+    gradient_clipping: float  # 0: none
+    offload_optimizer: str | None  # device
+    offload_param: str | None  # device
+    stages: int  # of the pipeline, 1: none
+    partition: str | tuple[int, ...]  # "balanced", or the layer index at which each further stage begins
+    source: Mapping[str, Any]  # the JSON as given
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.stages
+
+    def deepspeed_json(self, num_parameters: int, *, cpu: bool) -> dict[str, Any]:
+        """What `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
+
+        What the JSON gives stays. Where it is silent: the batch triple, clipping, DeepSpeed's lines off, no
+        device synchronisation for its throughput timer, and ZeRO's buffers sized to a model of
+        `num_parameters` elements (DeepSpeed's defaults are for 10^9 and more).
+        """
+        out = {key: copy.deepcopy(value) for key, value in self.source.items() if key not in OWN_BLOCKS}
+        out["train_batch_size"] = self.global_batch
+        out["train_micro_batch_size_per_gpu"] = self.micro_batch
+        out["gradient_accumulation_steps"] = self.accumulation
+        out["gradient_clipping"] = self.gradient_clipping
+        out["zero_allow_untested_optimizer"] = True  # SGD is untested, says DeepSpeed
+        out["zero_force_ds_cpu_optimizer"] = False  # its CPU Adam is a compiled op
+        out.setdefault("steps_per_print", NO_PRINT)
+        out.setdefault("timers", {"throughput": {"enabled": False}})
+        out["zero_optimization"] = self._zero_block(num_parameters, cpu)
+        return out
+
+    def _zero_block(self, num_parameters: int, cpu: bool) -> dict[str, Any]:
+        zero = {**copy.deepcopy(self.source.get("zero_optimization", {})), "stage": self.zero_stage}
+        if self.zero_stage == 0:
+            return zero
+        if cpu:
+            zero.setdefault("overlap_comm", False)  # no streams to overlap on, but a second bucket
+            for key in ("offload_optimizer", "offload_param"):
+                if zero.get(key):
+                    zero[key].setdefault("pin_memory", False)
+        elements = _even(max(num_parameters, MIN_BUCKET_ELEMENTS))
+        zero.setdefault("reduce_bucket_size", min(elements, MAX_BUCKET_ELEMENTS))
+        zero.setdefault("allgather_bucket_size", min(elements, MAX_BUCKET_ELEMENTS))
+        if self.zero_stage == 3:
+            # At 10^9, the defaults of "live" and "reuse" keep every weight of a detector whole from its first
+            # use to the step, which is what ZeRO-3 is there to avoid.
+            part = _even(max(num_parameters // 4, MIN_BUCKET_ELEMENTS))
+            zero.setdefault("stage3_prefetch_bucket_size", min(part, MAX_BUCKET_ELEMENTS))
+            zero.setdefault("stage3_max_live_parameters", part)
+            zero.setdefault("stage3_max_reuse_distance", part)
+            # BatchNorm's vectors (at most 1280 elements) stay whole: a gather of them costs more than they do.
+            zero.setdefault(
+                "stage3_param_persistence_threshold", min(max(num_parameters // 1000, 2048), 10**5)
+            )
+        return zero
+
+    def explain(self) -> list[str]:
+        """A few lines for the start of a run: what runs."""
+        ranks = f"{self.data_parallel_size} rank{'s' if self.data_parallel_size > 1 else ''}"
+        batch = f"batch: {self.global_batch} images per step = {self.micro_batch} per GPU"
+        how = {
+            "fp32": "fp32",
+            "autocast_bf16": "bf16 autocast, fp32 weights",
+            "autocast_fp16": "fp16 autocast, fp32 weights",
+            "bf16": "bf16, fp32 master weights",
+            "fp16": "fp16, fp32 master weights",
+        }[self.precision]
+        sharded = ("nothing sharded", "optimizer states", "optimizer states and gradients", "all states")
+        offload = ", ".join(
+            f"{what} on {device}"
+            for what, device in (("optimizer", self.offload_optimizer), ("parameters", self.offload_param))
+            if device
+        )
+        params = ", ".join(f"{key} {value}" for key, value in self.optimizer_params.items())
+        lines = [
+            f"{batch} x {self.accumulation} accumulation x {ranks}",
+            f"precision: {how}",
+            f"ZeRO {self.zero_stage}: {sharded[self.zero_stage]}"
+            + f"{' sharded' if self.zero_stage else ''}; offload: {offload or 'none'}",
+            f"optimizer: {self.optimizer}, {params}",
+            f"gradient norm: {f'clipped at {self.gradient_clipping:g}' if self.gradient_clipping else 'not clipped'}",
+        ]
+        if self.stages > 1:
+            lines.append(f"pipeline: {self.stages} stages, partition {self.partition}")
+        return lines
+
+
+def check(
+    config: str | Path | Mapping[str, Any],
+    *,
+    world_size: int,
+    accelerator: str,
+    num_layers: int | None = None,
+) -> DsConfig:
+    """The DeepSpeed configuration of a file or dict, for so many ranks.
+
+    Args:
+        config: path of the JSON, or its content.
+        world_size: ranks of the run, all hosts together.
+        accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
+        num_layers: of the network's sequence, where cuts of a pipeline are to be checked against it.
+
+    Raises:
+        UserError: every problem of the file, each with what was given, the rule and the remedy.
+    """
+    assert world_size >= 1, world_size
+    path = None if isinstance(config, Mapping) else str(config)
+    problems: list[str] = []
+    source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
+    result = None
+    if source is not None:
+        result = _resolve(path, source, world_size, accelerator, num_layers, problems)
+    if problems or result is None:
+        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+        raise UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
+    return result
+
+
+def _resolve(
+    path: str | None,
+    source: dict[str, Any],
+    world_size: int,
+    accelerator: str,
+    num_layers: int | None,
+    problems: list[str],
+) -> DsConfig | None:
+    """The whole, or None; problems are added in the order in which a reader wants them."""
+    faults: list[str] = []
+    sane = sane_part(source, faults)
+    zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
+    stages, partition = pipeline(sane, zero_stage, world_size, num_layers, faults)
+    batch = batch_triple(source, sane, world_size, stages, problems)
+    problems += faults
+    optimizer, params = optimizer_and_params(sane, problems)
+    kind = precision(sane, accelerator, zero_stage, problems)
+    data_types(sane, kind, zero_stage, problems)
+    offload_optimizer, offload_param = offload(sane, zero_stage, problems)
+    monitors(sane, problems)
+    if batch is None:
+        return None
+    return DsConfig(
+        path=path,
+        world_size=world_size,
+        global_batch=batch[0],
+        micro_batch=batch[1],
+        accumulation=batch[2],
+        zero_stage=zero_stage,
+        precision=kind,
+        optimizer=optimizer,
+        optimizer_params=params,
+        gradient_clipping=float(sane.get("gradient_clipping", GRADIENT_CLIPPING)),
+        offload_optimizer=offload_optimizer,
+        offload_param=offload_param,
+        stages=stages,
+        partition=partition,
+        source=source,
+    )
+
+
+def _even(elements: int) -> int:
+    return elements + elements % 2
