@@ -1,0 +1,44 @@
+"""The network's buffers: BatchNorm's statistics and the anchors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Buffers:
+    """All float buffers of a network as views of one flat fp32 tensor.
+
+    So that averaging them over ranks is one small collective a step, and their EMA one operation.
+
+    Args:
+        network: its buffers are moved; do not move or cast it afterwards.
+
+    Attributes:
+        flat: (elements,) float32, all of them in the order of `named_buffers`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        places = [
+            (module, name, buffer)
+            for module in network.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
+        self.flat = torch.cat([buffer.detach().float().reshape(-1) for _, _, buffer in places])
+        views = self.flat.split([buffer.numel() for *_, buffer in places])
+        for (module, name, buffer), view in zip(places, views, strict=True):
+            module._buffers[name] = view.view(buffer.shape)
+
+    def named(self, flat: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Every buffer by its name in the network's state, with the values of `flat` (default: the live ones)."""
+        flat = self.flat if flat is None else flat
+        named, start = {}, 0
+        for name, buffer in self._network.named_buffers():
+            if buffer.is_floating_point():
+                named[name] = flat[start : start + buffer.numel()].view(buffer.shape)
+                start += buffer.numel()
+            else:
+                named[name] = buffer
+        return named

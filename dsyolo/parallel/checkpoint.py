@@ -1,0 +1,251 @@
+"""Checkpoints of named tensors: nothing in them knows of ranks, ZeRO stage or precision.
+
+A checkpoint is a folder `step_<n>`: safetensors files, one written by each rank, and `progress.json` with the
+progress of the run, which file holds which tensor, and each file's checksum. It is written under another name
+and becomes whole by a rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsyolo.errors import UserError
+from dsyolo.parallel.dist import World, barrier, share_of
+from dsyolo.parallel.ema import Ema, NoEma
+from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.shards import Shards
+
+FORMAT = 1
+_STEP_FOLDER = re.compile(r"step_(\d+)$")
+
+
+class Progress(BaseModel):
+    """How far a run is. Its attributes change; the trackers read them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    total_steps: int
+    epochs: int
+    num_images: int  # of the training split
+    global_batch: int
+    seed: int
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # 0-based, the one that is being trained
+    images_seen: int = 0  # position in the stream of samples
+    best_fitness: float = -1.0
+    best_epoch: int = -1
+    stopped_early: bool = False
+    tracking: dict[str, Any] = {}  # what the tracker wants back
+
+    def advance(self, num_images: int) -> Progress:
+        """One more optimizer step of `num_images`."""
+        self.step += 1
+        self.images_seen += num_images
+        return self
+
+    def judge(self, fitness: float, patience: int) -> bool:
+        """Notes an epoch's fitness and tells whether it is the best; sets `stopped_early` after `patience` epochs without."""
+        is_best = fitness > self.best_fitness
+        if is_best:
+            self.best_fitness, self.best_epoch = fitness, self.epoch
+        self.stopped_early = patience > 0 and self.epoch - self.best_epoch >= patience
+        return is_best
+
+
+class Manifest(BaseModel):
+    """The content of progress.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    progress: Progress
+    optimizer_scalars: dict[str, float]
+    ema_updates: int
+    files: dict[str, str]  # file name -> sha256
+    tensors: dict[str, str]  # tensor name -> file name
+
+
+class Checkpoints:
+    """Saves and loads the whole state of a run in `folder`.
+
+    Args:
+        folder: gets one sub-folder per checkpoint.
+        keep: so many of the newest stay.
+    """
+
+    def __init__(
+        self, folder: Path, engine: Engine, shards: Shards, ema: Ema | NoEma, world: World, *, keep: int = 2
+    ) -> None:
+        self.folder, self.keep = folder, keep
+        self._engine, self._shards, self._ema, self._world = engine, shards, ema, world
+
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint, all ranks together. The previous one stays whole until this one is."""
+        final = self.folder / f"step_{progress.step:08d}"
+        part = self.folder / f".{final.name}.part"
+        if self._world.is_first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        barrier()
+        own = dict(self._own_tensors())
+        file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
+        save_file(own, file)
+        # Beside its tensors each rank leaves what the manifest says of them; the first one puts it together.
+        (part / f"{file.stem}.json").write_text(json.dumps({"sha256": _sha256(file), "names": sorted(own)}))
+        barrier()
+        if self._world.is_first:
+            self._complete(part, final, progress)
+        barrier()
+
+    def load(self, path: Path) -> Progress:
+        """Brings engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
+
+        Raises:
+            UserError: a file is missing, damaged, or of another network. Nothing is changed then.
+        """
+        manifest = read_manifest(path)
+        reader = _Reader(path, manifest)
+        expected = [*self._tensor_names("param"), *(self._tensor_names("ema") if self._ema.tensors else ())]
+        missing = [name for name in expected if name not in manifest.tensors]
+        if missing:
+            raise UserError(
+                f"{path} cannot be resumed from",
+                [
+                    f"{missing[0]} and {len(missing) - 1} more tensors are not in it: it is of another network or setting."
+                ],
+            )
+        shards = self._shards
+        shards.scatter(shards.masters(), lambda name: reader.tensor(f"param/{name}"))
+        shards.publish(shards.masters())
+        state_names = sorted({n.split("/")[1] for n in manifest.tensors if n.startswith("optimizer/")})
+        for key, tensors in shards.make_state(state_names, manifest.optimizer_scalars).items():
+            shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
+        self._engine.buffers.flat.copy_(reader.tensor("buffers/network"))
+        if self._ema.tensors:
+            shards.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
+            self._ema.buffers.copy_(reader.tensor("buffers/ema"))
+            self._ema.updates = manifest.ema_updates
+        barrier()
+        return manifest.progress
+
+    def _tensor_names(self, kind: str) -> list[str]:
+        return [f"{kind}/{name}" for name in self._shards.shapes]
+
+    def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this rank writes. All ranks run through the same gathers in the same order."""
+        sources: dict[str, Sequence[torch.Tensor]] = {"param": self._shards.masters()}
+        sources |= {f"optimizer/{key}": tensors for key, tensors in sorted(self._shards.state().items())}
+        if self._ema.tensors:
+            sources["ema"] = self._ema.tensors
+        sizes = [(name, torch.Size(shape).numel()) for name, shape in self._shards.shapes.items()]
+        owner = share_of(sizes, self._world.size)
+        for kind, tensors in sources.items():
+            for name, tensor in self._shards.gather(tensors):
+                if owner[name] == self._world.rank:
+                    yield f"{kind}/{name}", _host_copy(tensor)
+        if self._world.is_first:
+            yield "buffers/network", _host_copy(self._engine.buffers.flat)
+            yield "buffers/ema", _host_copy(self._ema.buffers)
+
+    def _complete(self, part: Path, final: Path, progress: Progress) -> None:
+        files, tensors = {}, {}
+        for note in sorted(part.glob("tensors-*.json")):
+            said = json.loads(note.read_text())
+            file = note.with_suffix(".safetensors").name
+            files[file] = said["sha256"]
+            tensors |= dict.fromkeys(said["names"], file)
+            note.unlink()
+        manifest = Manifest(
+            format=FORMAT,
+            progress=progress,
+            optimizer_scalars=self._shards.scalars(),
+            ema_updates=self._ema.updates,
+            files=files,
+            tensors=tensors,
+        )
+        with open(part / "progress.json", "w") as file:
+            file.write(manifest.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+        for old in all_checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class _Reader:
+    """Tensors of a checkpoint by name, from files that stay open."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._where = manifest.tensors
+        try:
+            self._files = {name: safe_open(path / name, framework="pt") for name in manifest.files}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be resumed from", [f"a file is damaged ({error})."]) from None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._files[self._where[name]].get_tensor(name)
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first."""
+    found = [(int(m[1]), path) for path in folder.glob("step_*") if (m := _STEP_FOLDER.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads progress.json and verifies every file's checksum.
+
+    Raises:
+        UserError: something is missing or damaged.
+    """
+    headline = f"{path} cannot be resumed from"
+    try:
+        manifest = Manifest.model_validate_json((path / "progress.json").read_text())
+    except (OSError, ValidationError) as error:
+        raise UserError(
+            headline,
+            [f"progress.json cannot be read ({error}). Remove this folder to use the one before it."],
+        ) from None
+    if manifest.format != FORMAT:
+        raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
+    damaged = [
+        f"{name}: its checksum is not the one that was saved. Remove this folder to use the checkpoint before it."
+        for name, checksum in manifest.files.items()
+        if not (path / name).is_file() or _sha256(path / name) != checksum
+    ]
+    if damaged:
+        raise UserError(headline, damaged)
+    return manifest
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

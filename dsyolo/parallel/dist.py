@@ -1,0 +1,170 @@
+"""The world of ranks: joining it, and the few collectives that are used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from dsyolo.errors import UserError
+
+T = TypeVar("T")
+
+
+class World(NamedTuple):
+    """Where this process stands among the ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # ranks on this machine
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """The world that the launcher described; of one rank where there was none. Imports and joins nothing."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", 0)), local_size)
+
+
+def join() -> World:
+    """Starts the process group that DeepSpeed uses, alone or as the launcher said.
+
+    DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
+    compiler, and a build that is killed leaves a lock that every later start waits for.
+    """
+    world = world_from_environment()
+    if world.size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    for key, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), world, strict=False):
+        os.environ.setdefault(key, str(value))
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(world.local_rank)
+    if not pins_memory():
+        # On a CPU determinism costs nothing: without it the gradient of indexing is summed in any order.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    # DeepSpeed calls some at every step, and only it can change that.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    return world
+
+
+def leave(world: World) -> None:
+    """Leaves the process group, so that no rank is torn down while another still talks to it."""
+    if world.size > 1:
+        torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    torch_dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over all ranks, in place, and returns it. No wait on an accelerator."""
+    if torch_dist.get_world_size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor) -> None:
+    """Makes `tensor` that of rank 0 everywhere, in place."""
+    if torch_dist.get_world_size() > 1:
+        torch_dist.broadcast(tensor, 0)
+
+
+def all_gather_objects(item: Any, device: torch.device) -> list[Any]:
+    """Every rank's item, on every rank, in the order of ranks. Items are our own, never a file's."""
+    if torch_dist.get_world_size() == 1:
+        return [item]
+    payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(sizes, torch.tensor([payload.numel()], device=device))
+    lengths = [int(size) for size in sizes]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: payload.numel()] = payload
+    parts = [torch.empty_like(padded) for _ in lengths]
+    torch_dist.all_gather(parts, padded)
+    return [
+        pickle.loads(part[:length].cpu().numpy().tobytes())
+        for part, length in zip(parts, lengths, strict=True)
+    ]
+
+
+def first_on_each_machine(world: World, work: Callable[[], T]) -> T:
+    """Runs `work` on one rank of each machine and then, when its result lies in a cache, on the others.
+
+    Raises:
+        UserError: the first ranks' error, on every rank.
+    """
+    error = result = None
+    if world.local_rank == 0:
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.device(get_accelerator().current_device_name())
+    for told in all_gather_objects(error and (error.headline, error.problems), device):
+        if told:
+            raise UserError(*told)
+    return work() if world.local_rank else result
+
+
+def share_of(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
+    """Which rank writes which name: each goes to the rank with the least so far. The same on every rank."""
+    loads = [0] * world_size
+    owner = {}
+    for name, size in names_and_sizes:
+        rank = loads.index(min(loads))
+        owner[name] = rank
+        loads[rank] += size
+    return owner
+
+
+def set_threads(world: World, threads: int | None) -> int:
+    """Gives this rank its share of the machine's cores, or `threads`; returns how many."""
+    threads = threads or _cores_of_a_rank(world)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def num_workers(world: World, workers: int | None) -> int:
+    """Loader processes of this rank: `workers`, or as many as its cores carry beside the training."""
+    # On a CPU the training itself takes the rank's cores; one worker keeps ahead of it.
+    return (min(8, _cores_of_a_rank(world)) if pins_memory() else 1) if workers is None else workers
+
+
+def pins_memory() -> bool:
+    """Whether batches are copied to a device of its own, from pinned memory."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() != "cpu"
+
+
+def _cores_of_a_rank(world: World) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world.local_size)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,81 @@
+"""Real ranks for tests: gloo processes on this machine, each with one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
+    """Runs `work(*args)` in `world_size` processes that form one world; returns what each rank returned.
+
+    `work` is a function of a module (it is sent by name), and what it returns can be pickled. Where one rank
+    fails, all are ended and its traceback is raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    port = _free_port()
+    ranks = [
+        context.Process(target=_rank, args=(rank, world_size, port, results, work, args), daemon=False)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        return _collect(world_size, results, time.monotonic() + timeout_s)
+    finally:
+        for process in ranks:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(world_size: int, results: Any, end: float) -> list[Any]:
+    done: dict[int, Any] = {}
+    while len(done) < world_size:
+        try:
+            rank, value, error = results.get(timeout=max(0.1, end - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError(f"ranks {sorted(set(range(world_size)) - set(done))} gave no result") from None
+        if error:
+            raise AssertionError(f"rank {rank} failed:\n{error}")
+        done[rank] = pickle.loads(value)
+    return [done[rank] for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, port: int, results: Any, work: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        # by value: a tensor in shared memory would go with its process
+        results.put((rank, pickle.dumps(work(*args)), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
