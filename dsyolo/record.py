@@ -1,0 +1,105 @@
+"""What a run leaves in its folder besides checkpoints and metrics: its settings, its weights, pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from dsyolo.batch import Detections, Truth
+from dsyolo.metrics import Metrics
+from dsyolo.model.weights import WeightsInfo, save_weights
+from dsyolo.pictures import draw, grid, save
+
+GRID_IMAGES, GRID_COLUMNS, CELL_PX = 12, 4, 400
+SHOWN_SCORE = 0.25  # detections below it would only cover the picture
+
+
+class NullRecord:
+    """Of the ranks that write nothing."""
+
+    keeps_weights = False
+
+    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> None: ...
+
+    def validated(
+        self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool
+    ) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Record:
+    """Of the one rank that writes.
+
+    Args:
+        folder: of the run; made when missing.
+        config: everything resolved, for config.yaml.
+        deepspeed_json: as used, for deepspeed.json.
+        info: goes into the weights files.
+        load_rgb: the original (H, W, 3) image of a validation image's index.
+        picture: told the path of each picture that is written.
+    """
+
+    keeps_weights = True
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        deepspeed_json: Mapping[str, Any],
+        info: WeightsInfo,
+        load_rgb: Callable[[int], np.ndarray],
+        picture: Callable[[Path], None],
+    ) -> None:
+        self.folder = folder
+        self._info, self._load_rgb, self._picture = info, load_rgb, picture
+        self._table = ""
+        (folder / "weights").mkdir(parents=True, exist_ok=True)
+        _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        _write(folder / "deepspeed.json", json.dumps(deepspeed_json, indent=2) + "\n")
+
+    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> None:
+        """Writes weights/last.safetensors, and best.safetensors when it is."""
+        for name in ("last", "best") if is_best else ("last",):
+            save_weights(self.folder / "weights" / f"{name}.safetensors", state, self._info)
+
+    def validated(self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool) -> None:
+        """Writes predictions.jpg, a grid of the first validation images with what was found."""
+        if is_best or not self._table:
+            self._table = metrics.table()
+        cells = []
+        for truth, detections in found[:GRID_IMAGES]:
+            shown = detections.scores > SHOWN_SCORE
+            detections = Detections(*(values[shown] for values in detections))
+            cells.append(draw(self._load_rgb(truth.image_id), detections, self._info.names, truth=truth))
+        path = self.folder / "predictions.jpg"
+        save(path, grid(cells, columns=GRID_COLUMNS, cell_px=CELL_PX))
+        self._picture(path)
+
+    def finish(self) -> None:
+        """Prints the best validation and where things are."""
+        names = (
+            "weights/best.safetensors",
+            "weights/last.safetensors",
+            "predictions.jpg",
+            "results.png",
+            "metrics.jsonl",
+        )
+        print(f"\n{self._table}\n")
+        for name in names:
+            if (self.folder / name).exists():
+                print(f"{self.folder / name}")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)

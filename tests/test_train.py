@@ -1,0 +1,247 @@
+"""The entry, as users start it: through the launcher, alone, killed and resumed, and with every kind of mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from dsyolo.data.sample import draw_sample
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "dsyolo" / "train.py"
+CONFIG = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.937, "nesterov": True}},
+    "gradient_clipping": 10.0,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a data set of 24 + 6 images and a DeepSpeed JSON."""
+    folder = tmp_path_factory.mktemp("train")
+    draw_sample(folder / "sample", num_images=30, image_size=(96, 96))
+    (folder / "ds.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def arguments(place: Path, name: str, **options: object) -> list[str]:
+    settings = {
+        "data": place / "sample/data.yaml",
+        "deepspeed_config": place / "ds.json",
+        "imgsz": 64,
+        "epochs": 3,
+        "log_every": 1,
+        "threads": 1,
+        "project": place / "runs",
+        "name": name,
+        **options,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def environment(place: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # the ranks of tests that run one after the other must not meet at one port
+    return {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(place / "cache"), "DS_ACCELERATOR": "cpu"}
+
+
+def alone(place: Path, name: str, *words: str, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TRAIN), *arguments(place, name, **options), *words]
+    return subprocess.run(
+        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
+    )
+
+
+def launch(place: Path, name: str, port: int, *words: str, **options: object) -> list[str]:
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    return [*launcher, str(TRAIN), *arguments(place, name, **options), *words]
+
+
+def rows(place: Path, name: str, kind: str) -> list[dict]:
+    lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(place: Path, name: str) -> list[tuple[float, ...]]:
+    return [(row["step"], row["box"], row["obj"], row["cls"]) for row in rows(place, name, "step")]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place):
+    """A whole run through the launcher on two ranks."""
+    command = launch(place, "whole", 29711)
+    done = subprocess.run(
+        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_a_run_leaves_what_the_readme_says(place, two_ranks):
+    folder = place / "runs/whole"
+    for name in ("config.yaml", "deepspeed.json", "metrics.jsonl", "results.png", "predictions.jpg"):
+        assert (folder / name).stat().st_size > 0, name
+    assert yaml.safe_load((folder / "config.yaml").read_text())["recipe"]["mosaic"] == 1.0
+    assert json.loads((folder / "deepspeed.json").read_text())["gradient_accumulation_steps"] == 2
+    assert [row["step"] for row in rows(place, "whole", "step")] == list(range(1, 10))
+    assert all("map50_95" in row for row in rows(place, "whole", "epoch"))
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000006", "step_00000009"]
+    assert "mAP50-95" in two_ranks.stdout
+    assert "best.safetensors" in two_ranks.stdout
+
+
+def test_validating_the_weights_gives_the_figures_of_the_run(place, two_ranks):
+    out = place / "val.json"
+    weights = place / "runs/whole/weights/last.safetensors"
+    words = ["val", "--weights", str(weights), "--data", str(place / "sample/data.yaml"), "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "dsyolo.cli", *words], env=environment(place), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert {"map50_95", "map50", "precision", "recall", "per_class"} <= figures.keys()
+    assert figures["map50_95"] == pytest.approx(rows(place, "whole", "epoch")[-1]["map50_95"], abs=1e-6)
+
+
+def test_one_rank_trains_the_same_and_validates_the_same(place, two_ranks):
+    done = alone(place, "one")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = losses(place, "whole"), losses(place, "one")
+    # the groups of BatchNorm are the same, so only rounding differs
+    np.testing.assert_allclose(first[:4], second[:4], rtol=1e-3)
+
+
+def test_killed_in_an_epoch_and_resumed_it_ends_bit_for_bit_the_same(place, two_ranks):
+    log = (place / "killed.log").open("w")
+    command = launch(place, "killed", 29712)
+    process = subprocess.Popen(
+        command, env=environment(place), stdout=log, stderr=log, cwd=place, start_new_session=True
+    )
+    metrics = place / "runs/killed/metrics.jsonl"
+    end = time.monotonic() + 120
+    # a checkpoint of epoch 1 is there, and epoch 2 has made a step
+    while time.monotonic() < end and '"step": 4' not in (metrics.read_text() if metrics.exists() else ""):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pid in map(int, re.findall(r"process (\d+) spawned", (place / "killed.log").read_text())):
+        with contextlib.suppress(ProcessLookupError):  # the launcher's ranks have sessions of their own
+            os.kill(pid, signal.SIGKILL)
+    assert len(losses(place, "killed")) < 9
+    command = launch(place, "killed", 29713, "--resume")
+    done = subprocess.run(
+        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(place, "killed") == losses(place, "whole")
+    for name in ("last", "best"):
+        expected = load_file(place / f"runs/whole/weights/{name}.safetensors")
+        got = load_file(place / f"runs/killed/weights/{name}.safetensors")
+        assert all((expected[key] == got[key]).all() for key in expected | got), name
+
+
+def _broken_json(place: Path, **changes: object) -> Path:
+    path = place / "broken.json"
+    path.write_text(json.dumps({**CONFIG, **changes}))
+    return path
+
+
+def _data_without_a_class(place: Path) -> Path:
+    text = yaml.safe_load((place / "sample/data.yaml").read_text())
+    text["path"] = str(place / "sample")
+    text["names"] = dict(list(text["names"].items())[:2])
+    path = place / "two_classes.yaml"
+    path.write_text(yaml.safe_dump(text))
+    return path
+
+
+def _damaged_weights(place: Path) -> Path:
+    path = place / "damaged.safetensors"
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{not json at all")
+    return path
+
+
+MISTAKES = {
+    "wrong key": (
+        lambda p: {"deepspeed_config": _broken_json(p, grandient_clipping=1)},
+        "Did you mean gradient_clipping",
+    ),
+    "wrong arithmetic": (
+        lambda p: {"deepspeed_config": _broken_json(p, gradient_accumulation_steps=3)},
+        "train_batch_size: 8",
+    ),
+    "stages with ZeRO 2": (
+        lambda p: {"deepspeed_config": _broken_json(p, pipeline={"stages": 2})},
+        "pipeline.stages",
+    ),
+    "missing data.yaml": (lambda p: {"data": p / "sample/dta.yaml"}, "Did you mean data.yaml"),
+    "missing class": (lambda p: {"data": _data_without_a_class(p)}, "class"),
+    "unreadable weights": (lambda p: {"weights": _damaged_weights(p)}, "not a whole safetensors file"),
+    "unknown option": (lambda p: {"mosiac": 1}, "Did you mean --mosaic"),
+    "wrong size": (lambda p: {"imgsz": 100}, "96 or 128"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_words_with_status_2(place, mistake):
+    options, told = MISTAKES[mistake]
+    done = alone(place, "mistake", **options(place))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "runs/mistake").exists()
+
+
+def test_through_the_launcher_a_mistake_is_told_once_with_status_2(place):
+    options = {"deepspeed_config": _broken_json(place, grandient_clipping=1)}
+    command = launch(place, "mistake", 29714, **options)
+    done = subprocess.run(
+        command, env=environment(place), capture_output=True, text=True, timeout=120, cwd=place
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("Did you mean gradient_clipping") == 1
+
+
+def test_a_finished_run_is_not_overwritten(place, two_ranks):
+    done = alone(place, "whole")
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert len(losses(place, "whole")) == 9
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(place, two_ranks):
+    file = sorted((place / "runs/whole/checkpoints").glob("step_00000009/*.safetensors"))[0]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        done = alone(place, "whole", "--resume")
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "checksum" in done.stderr
+        assert file.exists()
+    finally:
+        file.write_bytes(whole)
+
+
+def test_weights_start_a_run_with_other_classes(place, two_ranks):
+    weights = load_file(place / "runs/whole/weights/last.safetensors")
+    weights = {name: t[:24] if name.startswith("detect.m") else t for name, t in weights.items()}
+    save_file({name: t.contiguous() for name, t in weights.items()}, place / "other.safetensors")
+    done = alone(place, "tuned", weights=place / "other.safetensors", epochs=1)
+    assert done.returncode == 0, done.stderr
+    assert "tensors taken" in done.stdout
