@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# All GPUs of this machine; on a CPU, RANKS gloo ranks that share its cores. Arguments go to train.py:
+#   RANKS=2 launch/one_machine.sh --data data.yaml --model yolov5s --epochs 100
+set -euo pipefail
+cd "$(dirname "$0")/.."
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+exec deepspeed --num_gpus "${RANKS:-$(( gpus > 0 ? gpus : 2 ))}" dsyolo/train.py \
+    --deepspeed_config "${CONFIG:-ds_configs/zero2.json}" "$@"
