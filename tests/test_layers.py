@@ -37,6 +37,7 @@ LAYERS = (
     ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "sinks"),
     ("parallel",),
     ("validate", "track", "record"),
+    ("build",),
     ("train", "cli"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
