@@ -25,6 +25,7 @@ from dsyolo.parallel.checkpoint import Checkpoints, Progress
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.memory import peak_memory_gib
 from dsyolo.parallel.shards import Shards
 from dsyolo.record import NullRecord, Record
 from dsyolo.track import NullTracker, RunTracker, Tracker
@@ -173,7 +174,7 @@ def build_record(
         progress,
         log_every=config.log_every,
         state=progress.tracking,
-        memory_gib=engine.peak_memory_gib,
+        memory_gib=lambda: peak_memory_gib(engine.device),
         wandb_mode=config.wandb,
         wandb_project=config.wandb_project,
         wandb_name=config.wandb_name or config.name,

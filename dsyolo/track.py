@@ -6,7 +6,6 @@ step is read back from the device: every `log_every` steps, since each reading w
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from dsyolo.batch import StepStats
 from dsyolo.metrics import Metrics
+from dsyolo.parallel.memory import process_memory_gib
 from dsyolo.pictures import save_curves
 from dsyolo.sinks import MetricsFile, WandbRun
 
@@ -83,12 +83,6 @@ class NullTracker:
         return {}
 
     def close(self) -> None: ...
-
-
-def process_memory_gib() -> float:
-    """Peak resident memory of this process, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
 
 
 class RunTracker:

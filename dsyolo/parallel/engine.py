@@ -105,16 +105,6 @@ class Engine:
         """Every rank's item, on every rank."""
         return all_gather_objects(item, self.device)
 
-    def peak_memory_gib(self) -> float:
-        """The largest memory of this rank so far: the device's allocator, or on a CPU the process's resident set."""
-        from deepspeed.accelerator import get_accelerator
-
-        if self.device.type == "cpu":
-            import resource
-
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-        return get_accelerator().max_memory_allocated() / 2**30
-
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
 
