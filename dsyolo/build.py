@@ -17,16 +17,17 @@ from dsyolo.data.loader import EvalLoader, Stream, TrainLoader
 from dsyolo.ds_config import DsConfig
 from dsyolo.errors import UserError
 from dsyolo.loss import DetectionLoss
+from dsyolo.model.blocks import freeze_batchnorm
 from dsyolo.model.weights import WeightsInfo, describe, load_into
 from dsyolo.model.yolov5 import anchors_px, build_yolov5, level_strides
-from dsyolo.optim import Schedule, build_optimizer
+from dsyolo.optim import Schedule
 from dsyolo.parallel import dist
 from dsyolo.parallel.checkpoint import Checkpoints, Progress
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.memory import peak_memory_gib
-from dsyolo.parallel.shards import Shards
+from dsyolo.parallel.spread import spread
 from dsyolo.record import NullRecord, Record
 from dsyolo.track import NullTracker, RunTracker, Tracker
 
@@ -58,10 +59,13 @@ def build_data(run: Run) -> Data:
     pin_memory = dist.pins_memory()
     train_set = DetectionDataset(train_scan, config.imgsz, cache=config.cache)
     val_set = DetectionDataset(val_scan, config.imgsz)
-    stream = Stream(len(train_set), config.seed, ds.global_batch, ds.micro_batch, world.rank, world.size)
+    place = dist.place_in(world, ds.stages)
+    stream = Stream(
+        len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.replica, place.replicas
+    )
     strides = level_strides(config.model)
     train_loader = TrainLoader(
-        train_set,
+        train_set if place.is_first or place.is_last else None,
         stream,
         Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
         Assigner(anchors_px(config.model).numpy(), strides, config.recipe.anchor_t),
@@ -120,17 +124,18 @@ def build_engine(run: Run, stream: Stream) -> tuple[Engine, Ema | NoEma, Checkpo
     loss = DetectionLoss(
         network.anchors, network.num_classes, config.imgsz, **{gain: getattr(recipe, gain) for gain in gains}
     )
-    engine = Engine(
+    info = describe(network, run.data.names, config.imgsz)
+    if config.freeze_batchnorm:
+        freeze_batchnorm(network)
+    engine, shards, about = spread(
         network,
         loss,
-        build_optimizer(network, ds.optimizer, ds.optimizer_params),
         build_schedule(run, stream),
-        deepspeed_json=ds.deepspeed_json(num_parameters, cpu=not dist.pins_memory()),
-        world=world,
-        accumulation=ds.accumulation,
-        freeze_batchnorm=config.freeze_batchnorm,
+        ds,
+        world,
+        image_size_px=config.imgsz,
+        statistics_move=not config.freeze_batchnorm,
     )
-    shards = Shards(engine.deepspeed)
     ema = (
         Ema(shards, engine.buffers, config.ema_decay, config.ema_tau)
         if config.ema
@@ -138,8 +143,8 @@ def build_engine(run: Run, stream: Stream) -> tuple[Engine, Ema | NoEma, Checkpo
     )
     checkpoints = Checkpoints(run.folder / "checkpoints", engine, shards, ema, world)
     if world.is_first:
-        print("\n".join([*lines, f"device: {engine.device}, {threads} threads a rank"]))
-    return engine, ema, checkpoints, describe(network, run.data.names, config.imgsz)
+        print("\n".join([*lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
+    return engine, ema, checkpoints, info
 
 
 def build_schedule(run: Run, stream: Stream) -> Schedule:

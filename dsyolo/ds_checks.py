@@ -6,10 +6,11 @@ They get the part of the JSON that `ds_read.sane_part` let through, and so meet 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from dsyolo.ds_keys import FLOAT16_NAMES, NOT_BUILT_YET, OPTIMIZERS
+from dsyolo.ds_keys import FLOAT16_NAMES, OPTIMIZERS
 from dsyolo.ds_read import optimizer_name, shown
 
 NOMINAL_BATCH = 64
@@ -61,7 +62,11 @@ def batch_triple(
 
 
 def pipeline(
-    sane: Mapping[str, Any], zero_stage: int, world_size: int, num_layers: int | None, problems: list[str]
+    sane: Mapping[str, Any],
+    zero_stage: int,
+    world_size: int,
+    layers: Sequence[bool] | None,
+    problems: list[str],
 ) -> tuple[int, str | tuple[int, ...]]:
     """(stages, partition). A number of stages that cannot be is refused and counted as 1."""
     block = sane.get("pipeline", {})
@@ -82,14 +87,25 @@ def pipeline(
         rule = f"{stages} stage{'s' if stages > 1 else ''} need {stages - 1} cuts"
         remedy = 'Give so many, or write "balanced"'
         problems.append(f"pipeline.partition: {len(partition)} cuts given, but {rule}. {remedy}.")
-    if num_layers and max([stages - 1, *(partition if isinstance(partition, tuple) else ())]) >= num_layers:
-        rule = f"the network has {num_layers} layers, and each stage needs one"
-        problems.append(f"pipeline: {stages} stages, partition {shown(given)}, but {rule}.")
-    if len(problems) > before:
-        return 1, "balanced"
-    if stages > 1 and "pipeline.stages" in NOT_BUILT_YET:
-        problems.append(f"pipeline.stages: {stages} given, but {NOT_BUILT_YET['pipeline.stages']}")
-    return stages, partition
+    elif layers and isinstance(partition, tuple):
+        _cuts(partition, layers, problems)
+    if layers and stages > sum(layers):
+        rule = f"the network has {sum(layers)} layers with parameters, and each stage needs one"
+        problems.append(f"pipeline.stages: {stages} given, but {rule}. Set it to {sum(layers)} or less.")
+    return (1, "balanced") if len(problems) > before else (stages, partition)
+
+
+def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str]) -> None:
+    """Every stage must have something to train."""
+    bounds = [0, *partition, len(layers)]
+    if partition and partition[-1] >= len(layers):
+        rule = f"the network has {len(layers)} layers, 0 to {len(layers) - 1}"
+        problems.append(f"pipeline.partition: {partition[-1]} given, but {rule}. Choose a smaller cut.")
+        return
+    for start, stop in pairwise(bounds):
+        if not any(layers[start:stop]):
+            rule = f"the stage of layers {start} to {stop - 1} would have no parameters"
+            problems.append(f"pipeline.partition: {list(partition)} given, but {rule}. Move a cut.")
 
 
 def optimizer_and_params(sane: Mapping[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:

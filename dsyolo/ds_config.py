@@ -7,7 +7,7 @@ problems are told at once, within a second. What dsyolo owns itself is taken out
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ class DsConfig:
     def deepspeed_json(self, num_parameters: int, *, cpu: bool) -> dict[str, Any]:
         """What `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
 
-        What the JSON gives stays. Where it is silent: the batch triple, clipping, DeepSpeed's lines off, no
-        device synchronisation for its throughput timer, and ZeRO's buffers sized to a model of
+        What the JSON gives stays. Where it is silent: the batch triple, clipping, gradients of autocast in fp32 as
+        everywhere in torch, DeepSpeed's lines off, no device synchronisation for its throughput timer, and ZeRO's buffers sized to a model of
         `num_parameters` elements (DeepSpeed's defaults are for 10^9 and more).
         """
         out = {key: copy.deepcopy(value) for key, value in self.source.items() if key not in OWN_BLOCKS}
@@ -73,6 +73,9 @@ class DsConfig:
         out["zero_force_ds_cpu_optimizer"] = False  # its CPU Adam is a compiled op
         out.setdefault("steps_per_print", NO_PRINT)
         out.setdefault("timers", {"throughput": {"enabled": False}})
+        if self.precision.startswith("autocast"):
+            # DeepSpeed's default sums the gradients of convolutions in bf16, over micro-batches and ranks.
+            out["torch_autocast"].setdefault("lower_precision_safe_modules", [])
         out["zero_optimization"] = self._zero_block(num_parameters, cpu)
         return out
 
@@ -137,7 +140,7 @@ def check(
     *,
     world_size: int,
     accelerator: str,
-    num_layers: int | None = None,
+    layers: Sequence[bool] | None = None,
 ) -> DsConfig:
     """The DeepSpeed configuration of a file or dict, for so many ranks.
 
@@ -145,7 +148,7 @@ def check(
         config: path of the JSON, or its content.
         world_size: ranks of the run, all hosts together.
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
-        num_layers: of the network's sequence, where cuts of a pipeline are to be checked against it.
+        layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
 
     Raises:
         UserError: every problem of the file, each with what was given, the rule and the remedy.
@@ -156,7 +159,7 @@ def check(
     source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
     result = None
     if source is not None:
-        result = _resolve(path, source, world_size, accelerator, num_layers, problems)
+        result = _resolve(path, source, world_size, accelerator, layers, problems)
     if problems or result is None:
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
         raise UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
@@ -168,14 +171,14 @@ def _resolve(
     source: dict[str, Any],
     world_size: int,
     accelerator: str,
-    num_layers: int | None,
+    layers: Sequence[bool] | None,
     problems: list[str],
 ) -> DsConfig | None:
     """The whole, or None; problems are added in the order in which a reader wants them."""
     faults: list[str] = []
     sane = sane_part(source, faults)
     zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
-    stages, partition = pipeline(sane, zero_stage, world_size, num_layers, faults)
+    stages, partition = pipeline(sane, zero_stage, world_size, layers, faults)
     batch = batch_triple(source, sane, world_size, stages, problems)
     problems += faults
     optimizer, params = optimizer_and_params(sane, problems)

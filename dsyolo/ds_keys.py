@@ -100,7 +100,6 @@ _QUANTIZED = "quantised collectives need a compiled op and are not supported. Le
 
 # Legal, with a meaning of their own, and not built yet: delete a line when it is. Keys as a user writes them.
 NOT_BUILT_YET = {
-    "pipeline.stages": "pipelines are not built yet. Set it to 1, or leave the block out.",
     "activation_checkpointing": "recomputed activations are not built yet. Leave it out.",
     "auto": "values found by the program are not built yet. Write the value, or leave the key out.",
 }

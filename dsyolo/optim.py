@@ -28,7 +28,8 @@ def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object])
     Learning rate and weight decay start at 0: `Schedule.apply` sets them before each step, and a step that an
     engine takes only to make the states changes nothing.
     """
-    groups = [{"params": p, "name": kind} for kind, p in parameter_groups(network).items()]
+    # A pipeline's stage may have none of a kind.
+    groups = [{"params": p, "name": kind} for kind, p in parameter_groups(network).items() if p]
     settings = {
         key: value for key, value in params.items() if key not in ("lr", "weight_decay", "torch_adam")
     }
@@ -71,7 +72,8 @@ class Schedule:
         warm = min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
         goal = self.lr_at(step)
         momentum = self.momentum if self.is_adam else _mix(self.warmup_momentum, self.momentum, warm)
-        for kind, group in zip(GROUPS, optimizer.param_groups, strict=True):
+        for group in optimizer.param_groups:
+            kind = group["name"]
             start = self.warmup_bias_lr if kind == "biases" and not self.is_adam else 0.0
             group["lr"] = _mix(start, goal, warm)
             if not self.is_adam:

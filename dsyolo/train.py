@@ -22,6 +22,7 @@ from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
 from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
+from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist
 from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints
 from dsyolo.parallel.dist import World
@@ -56,11 +57,19 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(run.project, run.name)
     ds, data, *_ = all_of(
-        lambda: ds_config.check(run.deepspeed_config, world_size=world.size, accelerator=accelerator),
+        lambda: ds_config.check(
+            run.deepspeed_config,
+            world_size=world.size,
+            accelerator=accelerator,
+            layers=has_parameters(run.model),
+        ),
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, folder),
         lambda: run.weights and not run.resume and read_weights(Path(run.weights)),
     )
+    if ds.stages > 1 and run.recipe.multi_scale:
+        rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
+        raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
     return Run(run, ds, data, world, folder)
 
 

@@ -14,6 +14,9 @@ from dsyolo import ds_keys
 from dsyolo.config import RECIPE_KEYS, RUN_KEYS
 from dsyolo.ds_config import MAX_BUCKET_ELEMENTS, DsConfig, check
 from dsyolo.errors import UserError
+from dsyolo.model.yolov5 import has_parameters
+
+LAYERS = has_parameters("yolov5n")
 
 FILES = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
@@ -65,9 +68,14 @@ def test_the_example_of_the_design(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_shipped_files(path: Path, world_size: int) -> None:
     accelerator = "cuda" if path.stem == "fp16" else "cpu"
-    config = resolve(path, world_size, accelerator)
-    # the demo's data set is small: it takes small batches, and no accumulation
-    expected = (16, 16 // world_size, 1) if path.stem == "demo" else (64, 16, 4 // world_size)
+    stages = 2 if path.stem.startswith("pipeline2") else 1
+    config = resolve(path, world_size * stages, accelerator, layers=LAYERS)
+    assert (config.stages, config.data_parallel_size) == (stages, world_size)
+    # the demo's data set is small: it takes small batches, and no accumulation; a pipeline wants many
+    expected = {
+        "demo": (16, 16 // world_size, 1),
+        "pipeline2": (64, 8, 8 // world_size),
+    }.get(path.stem, (64, 16, 4 // world_size))
     assert (config.global_batch, config.micro_batch, config.accumulation) == expected
     assert config.gradient_clipping == 10.0
     digit = path.stem[4] if path.stem.startswith("zero") else None
@@ -79,7 +87,7 @@ def test_shipped_files(path: Path, world_size: int) -> None:
 def test_shipped_files_are_all_there() -> None:
     names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload fp32 zero2_fp32 bf16 fp16 adamw"
     assert {path.stem for path in FILES} >= set(names.split())
-    by_name = {path.stem: resolve(path) for path in FILES}
+    by_name = {path.stem: resolve(path, 2) for path in FILES}
     assert {name: by_name[name].precision for name in ("zero2", "fp32", "bf16", "fp16")} == {
         "zero2": "autocast_bf16",
         "fp32": "fp32",
@@ -319,22 +327,27 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any]) -> None:
         ({"data_types": {"param_dtype": "bf16"}}, "weights are fp32 here"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "at ZeRO 0"),
         ({"data_types": {"buffer_dtype": "bf16"}}, "the statistics of BatchNorm stay fp32"),
-        ({"pipeline": {"stages": 2}}, "pipelines are not built yet"),
         ({"pipeline": {"stages": 3}}, "not a multiple of it. Set it to one of 1, 2, 4."),
         ({"pipeline": {"stages": 2, "partition": [3, 9]}}, "2 stages need 1 cuts"),
         ({"pipeline": {"stages": 2, "partition": [25]}}, "the network has 25 layers"),
+        ({"pipeline": {"stages": 4, "partition": [3, 11, 13]}}, "layers 11 to 12 would have no parameters"),
         ({"pipeline": {"stages": 2, "partition": "best"}}, '"balanced" or a list of layer indices'),
     ],
 )
 def test_combinations_that_cannot_run(block: dict[str, Any], problem: str) -> None:
-    assert any(problem in line for line in problems_of(with_batch(**block), 4, num_layers=25))
+    assert any(problem in line for line in problems_of(with_batch(**block), 4, layers=LAYERS))
 
 
-def test_pipeline_divides_the_ranks_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ds_keys.NOT_BUILT_YET, "pipeline.stages")
+def test_a_stage_needs_a_layer_with_parameters() -> None:
+    lines = problems_of(with_batch(pipeline={"stages": 24}), 24, layers=LAYERS)
+    assert any("the network has 19 layers with parameters" in line for line in lines)
+    assert resolve(with_batch(pipeline={"stages": 4}), 4, layers=LAYERS).stages == 4
+
+
+def test_pipeline_divides_the_ranks_of_a_batch() -> None:
     block = {"stages": 2, "partition": [9]}
     given = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16, "pipeline": block}
-    config = resolve(given, 4, num_layers=25)
+    config = resolve(given, 4, layers=LAYERS)
     assert (config.stages, config.partition, config.data_parallel_size, config.accumulation) == (
         2,
         (9,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from dsyolo.assign import Assigner
 from dsyolo.batch import Batch
 from dsyolo.ds_config import check
 from dsyolo.loss import DetectionLoss
+from dsyolo.model.blocks import freeze_batchnorm
 from dsyolo.model.yolov5 import anchors_px, build_yolov5, level_strides
 from dsyolo.optim import Schedule, build_optimizer
 
@@ -36,17 +38,24 @@ def schedule(optimizer: str = "SGD") -> Schedule:
     )
 
 
-def batch(step: int, group: int) -> Batch:
-    """Micro-batch `group` of a step: noise, with a few boxes."""
+def batch(step: int, *groups: int) -> Batch:
+    """Micro-batch of the images of these groups of a step: noise, with a few boxes."""
+    parts = [_group(step, group) for group in groups]
+    of_image = np.concatenate([part[1] + i * MICRO for i, part in enumerate(parts)])
+    images, _, classes, boxes = (np.concatenate([part[k] for part in parts]) for k in range(4))
+    assign = Assigner(anchors_px("yolov5n").numpy(), level_strides("yolov5n"), 4.0)
+    targets = assign(of_image, classes, boxes.astype(np.float32), len(images), (SIZE_PX, SIZE_PX))
+    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), targets)
+
+
+def _group(step: int, group: int) -> tuple[np.ndarray, ...]:
+    """(images, image of each box, classes, boxes cxcywh)."""
     rng = np.random.default_rng((step, group))
     images = rng.integers(0, 256, (MICRO, SIZE_PX, SIZE_PX, 3), dtype=np.uint8)
     count = int(rng.integers(1, 6))
     boxes = np.concatenate((rng.uniform(8, 56, (count, 2)), rng.uniform(6, 50, (count, 2))), 1)
-    assign = Assigner(anchors_px("yolov5n").numpy(), level_strides("yolov5n"), 4.0)
     classes = rng.integers(0, NUM_CLASSES, count)
-    of_image = np.sort(rng.integers(0, MICRO, count))
-    targets = assign(of_image, classes, boxes.astype(np.float32), MICRO, (SIZE_PX, SIZE_PX))
-    return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), targets)
+    return images, np.sort(rng.integers(0, MICRO, count)), classes, boxes
 
 
 def network(seed: int = 0):
@@ -58,8 +67,27 @@ def loss_of(net) -> DetectionLoss:
     return DetectionLoss(net.anchors, NUM_CLASSES, SIZE_PX)
 
 
-def plain(num_steps: int, optimizer: str = "SGD", *, frozen: bool = False) -> dict[str, object]:
-    """The training in torch alone, in one process: losses, weights, buffers and EMA after each step."""
+def plain(
+    num_steps: int,
+    optimizer: str = "SGD",
+    *,
+    frozen: bool = False,
+    at_once: int = 1,
+    clipping: float = 10.0,
+    autocast: bool = False,
+) -> dict[str, object]:
+    """The training in torch alone, in one process of one thread, `at_once` groups in a forward pass."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a rank: with live BatchNorm the order of a sum shows in the fourth digit
+    try:
+        return _plain(num_steps, optimizer, frozen, at_once, clipping, autocast)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plain(
+    num_steps: int, optimizer: str, frozen: bool, at_once: int, clipping: float, autocast: bool
+) -> dict[str, object]:
     net = network()
     loss, plan = loss_of(net), schedule(optimizer)
     params = SGD if optimizer == "SGD" else {"betas": (0.9, 0.999)}
@@ -74,35 +102,43 @@ def plain(num_steps: int, optimizer: str = "SGD", *, frozen: bool = False) -> di
                     module.eval()
         plan.apply(optim, step)
         optim.zero_grad()
-        batches = [batch(step, group) for group in range(GROUPS)]
+        batches = [batch(step, *range(first, first + at_once)) for first in range(0, GROUPS, at_once)]
         matches = sum(b.targets.num_matches for b in batches)
         images = sum(b.targets.num_images for b in batches)
         parts = torch.zeros(3)
         for one in batches:
             targets = one.targets._replace(num_matches=matches, num_images=images)
-            total, own = loss(net(one.images.contiguous(memory_format=torch.channels_last)), targets)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                maps = net(one.images.contiguous(memory_format=torch.channels_last))
+            total, own = loss(maps, targets)
             total.backward()
             parts += own
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), clipping)
         optim.step()
         weight = 1 - EMA_DECAY * (1 - np.exp(-(step + 1) / EMA_TAU))
         for name, p in net.named_parameters():
             ema[name].lerp_(p.detach(), weight)
         losses.append(parts.tolist())
-    return {"losses": losses, "weights": state(net), "ema": ema}
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    buffers = {name: b.clone() for name, b in net.named_buffers() if b.is_floating_point()}
+    return {"losses": losses, "weights": weights, "ema": ema, "buffers": buffers}
 
 
-def state(net) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in net.named_parameters()}
-
-
-def build(stage: int, folder: Path, *, optimizer: str = "SGD", seed: int = 0, frozen: bool = False, **json):
+def build(
+    stage: int,
+    folder: Path,
+    *,
+    optimizer: str = "SGD",
+    seed: int = 0,
+    frozen: bool = False,
+    at_once: int = 1,
+    **json,
+):
     """Engine, shards, EMA and checkpoints of this rank, as the entry builds them."""
     from dsyolo.parallel import dist
     from dsyolo.parallel.checkpoint import Checkpoints
     from dsyolo.parallel.ema import Ema
-    from dsyolo.parallel.engine import Engine
-    from dsyolo.parallel.shards import Shards
+    from dsyolo.parallel.spread import spread
 
     world = dist.world_from_environment()
     if not torch.distributed.is_initialized():
@@ -111,7 +147,7 @@ def build(stage: int, folder: Path, *, optimizer: str = "SGD", seed: int = 0, fr
     ds = check(
         {
             "train_batch_size": MICRO * GROUPS,
-            "train_micro_batch_size_per_gpu": MICRO,
+            "train_micro_batch_size_per_gpu": MICRO * at_once,
             "zero_optimization": {"stage": stage},
             "optimizer": {"type": optimizer, "params": params},
             "gradient_clipping": 10.0,
@@ -121,27 +157,22 @@ def build(stage: int, folder: Path, *, optimizer: str = "SGD", seed: int = 0, fr
         accelerator="cpu",
     )
     net = network(seed)
-    engine = Engine(
-        net,
-        loss_of(net),
-        build_optimizer(net, ds.optimizer, ds.optimizer_params),
-        schedule(optimizer),
-        deepspeed_json=ds.deepspeed_json(sum(p.numel() for p in net.parameters()), cpu=True),
-        world=world,
-        accumulation=ds.accumulation,
-        freeze_batchnorm=frozen,
+    if frozen:
+        freeze_batchnorm(net)
+    engine, shards, _ = spread(
+        net, loss_of(net), schedule(optimizer), ds, world, image_size_px=SIZE_PX, statistics_move=not frozen
     )
-    shards = Shards(engine.deepspeed)
     ema = Ema(shards, engine.buffers, EMA_DECAY, EMA_TAU)
     return engine, shards, ema, Checkpoints(folder, engine, shards, ema, world)
 
 
-def train(engine, ema, start: int, stop: int) -> list[list[float]]:
-    """Steps `start` .. `stop` - 1; the losses of each."""
+def train(engine, ema, start: int, stop: int, at_once: int = 1) -> list[list[float]]:
+    """Steps `start` .. `stop` - 1, `at_once` groups in a micro-batch; the losses of each."""
     losses = []
     for step in range(start, stop):
-        groups = range(engine.world.rank, GROUPS, engine.world.size)
-        stats, _ = engine.train_step([batch(step, group) for group in groups], step)
+        turns = range(engine.world.rank % engine.num_replicas, GROUPS // at_once, engine.num_replicas)
+        batches = [batch(step, *range(turn * at_once, (turn + 1) * at_once)) for turn in turns]
+        stats, _ = engine.train_step(batches, step)
         ema.update()
         losses.append(stats.losses.tolist())
     return losses
@@ -150,3 +181,32 @@ def train(engine, ema, start: int, stop: int) -> list[list[float]]:
 def whole(shards, tensors) -> dict[str, torch.Tensor]:
     """Gathered copies by name."""
     return {name: tensor.clone() for name, tensor in shards.gather(tensors)}
+
+
+def result(engine, shards, ema, losses) -> dict[str, object]:
+    """What `plain` returns, of a run on ranks. All ranks must call it."""
+    buffers = engine.buffers.named(engine.buffers.gathered(engine.buffers.flat))
+    return {
+        "losses": losses,
+        "weights": whole(shards, shards.masters()),
+        "ema": whole(shards, ema.tensors),
+        "buffers": {name: b.clone() for name, b in buffers.items() if b.is_floating_point()},
+    }
+
+
+def differences(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """The largest relative difference of each kind: of a loss, and of a tensor's element to its largest one."""
+    found = {
+        "losses": max(
+            abs(a - b) / max(abs(b), 1e-6)
+            for x, y in zip(got["losses"], expected["losses"], strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+    }
+    for kind in ("weights", "ema", "buffers"):
+        assert got[kind].keys() == expected[kind].keys()
+        found[kind] = max(
+            ((got[kind][name] - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
+            for name, b in expected[kind].items()
+        )
+    return found

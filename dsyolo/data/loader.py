@@ -95,7 +95,7 @@ class TrainLoader:
     """Gives the micro-batches of every step.
 
     Args:
-        dataset: the training split.
+        dataset: the training split; None for a rank that needs no batches, in the middle of a pipeline.
         stream: which images when.
         how: augmentation.
         assign: labels of a batch to targets; runs in the workers.
@@ -108,7 +108,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: DetectionDataset,
+        dataset: DetectionDataset | None,
         stream: Stream,
         how: Augmentation,
         assign: Assign,
@@ -119,7 +119,7 @@ class TrainLoader:
         num_workers: int,
         pin_memory: bool,
     ) -> None:
-        self._samples = _TrainSamples(dataset, how, stream.seed)
+        self._samples = None if dataset is None else _TrainSamples(dataset, how, stream.seed)
         self._stream = stream
         self._collate = _TrainCollate(assign)
         self._size_px, self._stride, self._multi_scale = image_size_px, stride, multi_scale
@@ -129,11 +129,14 @@ class TrainLoader:
         self._wait_s = 0.0
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
-        """Each step's micro-batches, from step `start` to the end of `epoch`.
+        """Each step's micro-batches, from step `start` to the end of `epoch`; none of them without a data set.
 
         Workers go on into the next epoch meanwhile; asking for another step than the next one restarts them.
         """
         for step in range(start, self._stream.first_step(epoch + 1)):
+            if self._samples is None:
+                yield []
+                continue
             if self._batches is None or step != self._next_step:
                 self._batches = self._open(step)
             begin = time.perf_counter()

@@ -15,10 +15,14 @@ class BatchNorm(nn.BatchNorm2d):
     Under DeepSpeed's `bf16.enabled` the parameters are bf16 and the statistics fp32, which torch's own
     module refuses on a CPU. `num_batches_tracked` keeps its place in weight files but is not counted:
     with a fixed momentum nobody reads it, and counting costs a kernel per layer.
+
+    Attributes:
+        frozen: in training too, normalise with the running statistics and do not move them.
     """
 
     def __init__(self, num_channels: int) -> None:
         super().__init__(num_channels, eps=1e-3, momentum=0.03)
+        self.frozen = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.batch_norm(
@@ -27,10 +31,17 @@ class BatchNorm(nn.BatchNorm2d):
             self.running_var,
             self.weight.float(),
             self.bias.float(),
-            self.training,
+            self.training and not self.frozen,
             self.momentum,
             self.eps,
         )
+
+
+def freeze_batchnorm(network: nn.Module) -> None:
+    """Makes every BatchNorm of `network` keep its statistics."""
+    for module in network.modules():
+        if isinstance(module, BatchNorm):
+            module.frozen = True
 
 
 class Conv(nn.Module):

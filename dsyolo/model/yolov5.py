@@ -156,6 +156,11 @@ def family(variant: str) -> tuple[Row, ...]:
     return P6 if variant.endswith("6") else P5
 
 
+def has_parameters(variant: str) -> tuple[bool, ...]:
+    """Of every node of the variant, in order."""
+    return tuple(row.kind not in (Upsample, Concat) for row in family(variant))
+
+
 def level_strides(variant: str) -> tuple[int, ...]:
     """Pixels per cell of the variant's levels, finest first."""
     return (8, 16, 32, 64) if variant.endswith("6") else (8, 16, 32)

@@ -31,14 +31,26 @@ class Buffers:
         for (module, name, buffer), view in zip(places, views, strict=True):
             module._buffers[name] = view.view(buffer.shape)
 
-    def named(self, flat: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Every buffer by its name in the network's state, with the values of `flat` (default: the live ones)."""
-        flat = self.flat if flat is None else flat
-        named, start = {}, 0
-        for name, buffer in self._network.named_buffers():
-            if buffer.is_floating_point():
-                named[name] = flat[start : start + buffer.numel()].view(buffer.shape)
-                start += buffer.numel()
-            else:
-                named[name] = buffer
-        return named
+    def gathered(self, flat: torch.Tensor) -> torch.Tensor:
+        """The values in `flat`, like this rank's, of the whole network. All ranks must call it."""
+        return flat
+
+    def own(self, gathered: torch.Tensor) -> torch.Tensor:
+        """This rank's part of what `gathered` gave."""
+        return gathered
+
+    def named(self, gathered: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every buffer of the whole network by its name in the state."""
+        return named_buffers(self._network, gathered)
+
+
+def named_buffers(network: nn.Module, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The buffers of `network` by name, those of floats with the values of `flat`, in the order of `named_buffers`."""
+    named, start = {}, 0
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point():
+            named[name] = flat[start : start + buffer.numel()].view(buffer.shape)
+            start += buffer.numel()
+        else:
+            named[name] = buffer
+    return named

@@ -132,10 +132,11 @@ class Checkpoints:
         state_names = sorted({n.split("/")[1] for n in manifest.tensors if n.startswith("optimizer/")})
         for key, tensors in shards.make_state(state_names, manifest.optimizer_scalars).items():
             shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
-        self._engine.buffers.flat.copy_(reader.tensor("buffers/network"))
+        buffers = self._engine.buffers
+        buffers.flat.copy_(buffers.own(reader.tensor("buffers/network")))
         if self._ema.tensors:
             shards.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
-            self._ema.buffers.copy_(reader.tensor("buffers/ema"))
+            self._ema.buffers.copy_(buffers.own(reader.tensor("buffers/ema")))
             self._ema.updates = manifest.ema_updates
         barrier()
         return manifest.progress
@@ -155,9 +156,11 @@ class Checkpoints:
             for name, tensor in self._shards.gather(tensors):
                 if owner[name] == self._world.rank:
                     yield f"{kind}/{name}", _host_copy(tensor)
-        if self._world.is_first:
-            yield "buffers/network", _host_copy(self._engine.buffers.flat)
-            yield "buffers/ema", _host_copy(self._ema.buffers)
+        buffers = self._engine.buffers
+        for name, flat in (("buffers/network", buffers.flat), ("buffers/ema", self._ema.buffers)):
+            gathered = buffers.gathered(flat)
+            if self._world.is_first:
+                yield name, _host_copy(gathered)
 
     def _complete(self, part: Path, final: Path, progress: Progress) -> None:
         files, tensors = {}, {}

@@ -30,6 +30,29 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+class Place(NamedTuple):
+    """Where a rank stands in a pipeline and among its replicas; without a pipeline there is one stage."""
+
+    stage: int
+    stages: int
+    replica: int
+    replicas: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+
+def place_in(world: World, stages: int) -> Place:
+    """The replicas of a stage are neighbours, as in DeepSpeed: gradients are what most bytes are sent for."""
+    replicas = world.size // stages
+    return Place(world.rank // replicas, stages, world.rank % replicas, replicas)
+
+
 def world_from_environment() -> World:
     """The world that the launcher described; of one rank where there was none. Imports and joins nothing."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -76,17 +99,17 @@ def barrier() -> None:
     torch_dist.barrier()
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums `tensor` over all ranks, in place, and returns it. No wait on an accelerator."""
-    if torch_dist.get_world_size() > 1:
-        torch_dist.all_reduce(tensor)
+def all_reduce_sum(tensor: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sums `tensor` over the ranks of `group` (default: all), in place, and returns it. No wait on an accelerator."""
+    if torch_dist.get_world_size(group) > 1:
+        torch_dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def broadcast(tensor: torch.Tensor) -> None:
-    """Makes `tensor` that of rank 0 everywhere, in place."""
-    if torch_dist.get_world_size() > 1:
-        torch_dist.broadcast(tensor, 0)
+def broadcast(tensor: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> None:
+    """Makes `tensor` that of the first rank of `group` (default: all) on all of them, in place."""
+    if torch_dist.get_world_size(group) > 1:
+        torch_dist.broadcast(tensor, group=group, group_src=0)
 
 
 def all_gather_objects(item: Any, device: torch.device) -> list[Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -34,7 +33,7 @@ class Ema:
 
     def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
         """The average as the network's state, fp32 on the host; empty where not `keep`. All ranks must call it."""
-        return _state_dict(self._shards, self.tensors, self._live_buffers.named(self.buffers), keep)
+        return _state_dict(self._shards, self.tensors, self._live_buffers, self.buffers, keep)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -44,20 +43,9 @@ class Ema:
         torch._foreach_lerp_(self.tensors, self._shards.masters(), weight)
         self.buffers.lerp_(self._live_buffers.flat, weight)
 
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> AbstractContextManager[None]:
         """Inside, the network computes with the average; after it, with the trained weights again."""
-        shards = self._shards
-        # Under ZeRO 0 in fp32 the masters are the network's own parameters, which publishing overwrites.
-        kept = [master.clone() for master in shards.masters()] if shards.replicated else shards.masters()
-        live_buffers = self._live_buffers.flat.clone()
-        shards.publish(self.tensors)
-        self._live_buffers.flat.copy_(self.buffers)
-        try:
-            yield
-        finally:
-            shards.publish(kept)
-            self._live_buffers.flat.copy_(live_buffers)
+        return self._shards.showing(self.tensors, self.buffers)
 
 
 class NoEma:
@@ -75,17 +63,21 @@ class NoEma:
 
     def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
         """The weights as `Ema.state_dict` gives them."""
-        return _state_dict(self._shards, self._shards.masters(), self._live_buffers.named(), keep)
+        live = self._live_buffers
+        return _state_dict(self._shards, self._shards.masters(), live, live.flat, keep)
 
-    def swapped(self) -> nullcontext:
-        """Nothing to swap."""
-        return nullcontext()
+    def swapped(self) -> AbstractContextManager[None]:
+        """Inside, the network computes with the trained weights."""
+        return self._shards.showing_trained()
 
 
 def _state_dict(
-    shards: Shards, tensors: list[torch.Tensor], buffers: dict[str, torch.Tensor], keep: bool
+    shards: Shards, tensors: list[torch.Tensor], buffers: Buffers, flat: torch.Tensor, keep: bool
 ) -> dict[str, torch.Tensor]:
     weights = {
         name: tensor.to("cpu", copy=True).contiguous() for name, tensor in shards.gather(tensors) if keep
     }
-    return weights | {name: tensor.to("cpu", copy=True) for name, tensor in buffers.items()} if keep else {}
+    gathered = buffers.gathered(flat)
+    if not keep:
+        return {}
+    return weights | {name: tensor.to("cpu", copy=True) for name, tensor in buffers.named(gathered).items()}

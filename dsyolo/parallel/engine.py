@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsyolo.batch import Batch, StepStats
+from dsyolo.batch import Batch, StepStats, Targets
 from dsyolo.optim import Schedule
 from dsyolo.parallel.buffers import Buffers
 from dsyolo.parallel.dist import World, all_gather_objects, all_reduce_sum, broadcast
@@ -28,7 +28,11 @@ class Engine:
         schedule: sets the optimizer's values before every step.
         deepspeed_json: what `deepspeed.initialize` gets.
         accumulation: micro-batches of a rank in one step.
-        freeze_batchnorm: BatchNorm normalises with its running statistics and does not move them.
+        statistics_move: BatchNorm's statistics follow each rank's own batches, and so must be averaged.
+
+    Attributes:
+        network: what this rank trains, under the parameters' own names.
+        buffers: of `network`.
     """
 
     def __init__(
@@ -41,9 +45,8 @@ class Engine:
         deepspeed_json: Mapping[str, object],
         world: World,
         accumulation: int,
-        freeze_batchnorm: bool = False,
+        statistics_move: bool = True,
     ) -> None:
-        import deepspeed
         from deepspeed.accelerator import get_accelerator
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -51,15 +54,17 @@ class Engine:
         self.world = world
         self.accumulation = accumulation
         self.schedule = schedule
-        self.freeze_batchnorm = freeze_batchnorm
+        self.statistics_move = statistics_move
         self.loss = loss.to(self.device)
         self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=network.to(self.device), optimizer=optimizer, config=dict(deepspeed_json)
-        )
-        self.network = self.deepspeed.module
-        self.buffers = Buffers(self.network)
-        broadcast(self.buffers.flat)
+        self.network = network.to(self.device)
+        self.deepspeed = self._initialize(optimizer)
+        self._norm: torch.Tensor | None = None
+        if self.deepspeed.zero_optimization_stage() == 0:
+            # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
+            self.deepspeed.clip_fp32_gradients = self._clip_gradients
+        self.buffers = self._make_buffers()
+        broadcast(self.buffers.flat, self.replicas)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
         """One optimizer step from this rank's micro-batches; nothing here waits for the device.
@@ -72,24 +77,16 @@ class Engine:
             what happened, over the global batch, and the learning rate of the weights.
         """
         assert len(batches) == self.accumulation
-        self._train_mode()
+        self.deepspeed.train()
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
-        counts = self._global_counts(batches)
         losses = torch.zeros(3, device=self.device)
-        # DeepSpeed divides by accumulation and ranks; the loss is a sum, so both are multiplied back in.
-        undo_averaging = self.accumulation * self.world.size
-        for batch in batches:
-            targets = type(batch.targets)(*(self._to_device(t) for t in batch.targets))
-            targets = targets._replace(num_matches=counts[:-1], num_images=counts[-1])
+        for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
             maps = self.deepspeed(self.to_device_images(batch.images))
             total, parts = self.loss(maps, targets)
-            self.deepspeed.backward(total * undo_averaging)
+            self.deepspeed.backward(total * self._undo_averaging())
             self.deepspeed.step()
             losses += parts
-        self._average_buffers()
-        all_reduce_sum(losses)
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepStats(losses, norm, self.accumulation * self.world.size * len(batches[0].images)), lr
+        return self._stats(losses, len(batches[0].images)), lr
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -105,21 +102,53 @@ class Engine:
         """Every rank's item, on every rank."""
         return all_gather_objects(item, self.device)
 
+    @property
+    def num_replicas(self) -> int:
+        """Ranks among which a step's images are divided."""
+        return self.world.size
+
+    @property
+    def replicas(self) -> Any:
+        """Their process group; None for all ranks."""
+        return None
+
+    def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
+        import deepspeed
+
+        config = dict(self.deepspeed_json)
+        return deepspeed.initialize(model=self.network, optimizer=optimizer, config=config)[0]
+
+    def _clip_gradients(self) -> None:
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        squared = torch.nn.utils.get_total_norm([p.grad for p in parameters]).square()
+        self._norm = self._sum_over_stages(squared).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.deepspeed.gradient_clipping(), self._norm)
+
+    def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def _make_buffers(self) -> Buffers:
+        return Buffers(self.network)
+
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _train_mode(self) -> None:
-        self.deepspeed.train()
-        if self.freeze_batchnorm:
-            for module in self.network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-
-    def _global_counts(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """(L + 1,): matches per level and images of the global batch."""
+    def _counted_targets(self, batches: Sequence[Batch]) -> list[Targets]:
+        """The targets on the device, with matches per level and images of the global batch as their counts."""
         own = [torch.cat((b.targets.num_matches, b.targets.num_images[None])) for b in batches]
-        return all_reduce_sum(self._to_device(torch.stack(own).sum(0)))
+        counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.replicas)
+        return [
+            Targets(*(self._to_device(t) for t in batch.targets[:-2]), counts[:-1], counts[-1])
+            for batch in batches
+        ]
 
-    def _average_buffers(self) -> None:
-        if self.world.size > 1 and not self.freeze_batchnorm:
-            all_reduce_sum(self.buffers.flat).div_(self.world.size)
+    def _undo_averaging(self) -> int:
+        """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
+        return self.accumulation * self.num_replicas
+
+    def _stats(self, losses: torch.Tensor, micro_batch: int) -> StepStats:
+        """After a step. `losses`: this rank's share of them."""
+        if self.statistics_move and self.num_replicas > 1:
+            all_reduce_sum(self.buffers.flat, self.replicas).div_(self.num_replicas)
+        norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
+        return StepStats(all_reduce_sum(losses), norm, self._undo_averaging() * micro_batch)

@@ -7,12 +7,14 @@ EMA, checkpoints and the weights of a run are made of holdings and of nothing el
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from dsyolo.parallel.dist import all_reduce_sum
+from dsyolo.parallel.engine import Engine
 
 GATHER_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time, while tensors are gathered
 
@@ -36,23 +38,21 @@ class Holding(NamedTuple):
 class Shards:
     """All holdings of this rank.
 
-    Args:
-        engine: what `deepspeed.initialize` returned.
-
     Attributes:
         holdings: in the order of the optimizer's groups.
-        shapes: of every parameter, by name.
-        replicated: each rank holds everything (ZeRO 0), so gathering needs no communication.
+        shapes: of every parameter of the whole network, by name.
+        replicated: each replica holds everything (ZeRO 0).
     """
 
-    def __init__(self, engine) -> None:
-        self._params: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-        self._wrapper = engine.optimizer
-        stage = engine.zero_optimization_stage()
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._params: dict[str, nn.Parameter] = dict(engine.network.named_parameters())
+        self._wrapper = engine.deepspeed.optimizer
+        stage = engine.deepspeed.zero_optimization_stage()
         self.stage = stage
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._params.items()}
         self.replicated = stage == 0
-        self.optimizer: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+        self.optimizer: torch.optim.Optimizer = self._wrapper if stage == 0 else self._wrapper.optimizer
         self.holdings = {0: self._whole, 1: self._partitioned, 2: self._partitioned, 3: self._sharded}[
             stage
         ]()
@@ -107,17 +107,16 @@ class Shards:
             for piece in holding.pieces:
                 where.setdefault(piece.name, []).append((piece, tensor))
         for bucket in self._buckets(names or list(self.shapes)):
-            if self.replicated:
+            if self._has_all():
                 yield from ((name, where[name][0][1]) for name in bucket)
                 continue
             numels = [torch.Size(self.shapes[name]).numel() for name in bucket]
             flat = torch.zeros(sum(numels), dtype=torch.float32, device=self._device())
             views = flat.split(numels)
             for name, view in zip(bucket, views, strict=True):
-                for piece, tensor in where.get(name, ()):
-                    view[piece.start : piece.start + piece.numel] = tensor[
-                        piece.offset : piece.offset + piece.numel
-                    ]
+                for piece, tensor in where.get(name, ()) if self._gives() else ():
+                    part = tensor.reshape(-1)[piece.offset : piece.offset + piece.numel]
+                    view[piece.start : piece.start + piece.numel] = part
             all_reduce_sum(flat)
             yield from (
                 (name, view.view(self.shapes[name])) for name, view in zip(bucket, views, strict=True)
@@ -134,6 +133,25 @@ class Shards:
                     part = value.reshape(-1)[piece.start : piece.start + piece.numel]
                     tensor[piece.offset : piece.offset + piece.numel].copy_(part)
 
+    @contextmanager
+    def showing(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
+        """Inside, the engine predicts with the values of `tensors`, one per holding, and with `buffers`."""
+        live = self._engine.buffers.flat
+        # Under ZeRO 0 in fp32 the masters are the network's own parameters, which publishing overwrites.
+        kept = [master.clone() for master in self.masters()] if self.replicated else self.masters()
+        kept_buffers = live.clone()
+        self.publish(tensors)
+        live.copy_(buffers)
+        try:
+            yield
+        finally:
+            self.publish(kept)
+            live.copy_(kept_buffers)
+
+    def showing_trained(self) -> AbstractContextManager[None]:
+        """Inside, the engine predicts with the weights that are trained."""
+        return nullcontext()
+
     @torch.no_grad()
     def publish(self, tensors: Sequence[torch.Tensor]) -> None:
         """Makes the network compute with the values of `tensors`, without touching the masters.
@@ -145,7 +163,8 @@ class Shards:
             self._publish_sharded(tensors)
             return
         for name, value in self.gather(tensors):
-            self._params[name].data.copy_(value)
+            if name in self._params:
+                self._params[name].data.copy_(value)
 
     def _publish_sharded(self, tensors: Sequence[torch.Tensor]) -> None:
         persistent = self._wrapper.persistent_parameters
@@ -202,5 +221,13 @@ class Shards:
         if bucket:
             yield bucket
 
+    def _has_all(self) -> bool:
+        """Whether this rank holds every value, so that gathering needs no communication."""
+        return self.replicated
+
+    def _gives(self) -> bool:
+        """Whether this rank adds what it holds when values are gathered; of replicas only one does."""
+        return True
+
     def _device(self) -> torch.device:
-        return next(iter(self._params.values())).device
+        return self._engine.device

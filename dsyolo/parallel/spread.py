@@ -1,0 +1,66 @@
+"""Spreads a network over the ranks as the DeepSpeed JSON says: whole on each, or cut into stages."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+from torch import nn
+
+from dsyolo.ds_config import DsConfig
+from dsyolo.model.costs import node_costs
+from dsyolo.model.cuts import ACCELERATOR, CPU, balanced_cuts, stage_table
+from dsyolo.model.network import Network
+from dsyolo.model.stage import Stage
+from dsyolo.optim import Schedule, build_optimizer
+from dsyolo.parallel.dist import World, pins_memory, place_in
+from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.pipeline import PipelineEngine, StageShards
+from dsyolo.parallel.shards import Shards
+
+
+class Spread(NamedTuple):
+    """The engine of this rank, what it owns of the parameters, and what there is to say about it."""
+
+    engine: Engine
+    shards: Shards
+    lines: list[str]
+
+
+def spread(
+    network: Network,
+    loss: nn.Module,
+    schedule: Schedule,
+    ds: DsConfig,
+    world: World,
+    *,
+    image_size_px: int,
+    statistics_move: bool,
+) -> Spread:
+    """Builds optimizer and engine around `network`, which all ranks built from the same seed."""
+    settings = {
+        "deepspeed_json": ds.deepspeed_json(
+            sum(p.numel() for p in network.parameters()), cpu=not pins_memory()
+        ),
+        "world": world,
+        "accumulation": ds.accumulation,
+        "statistics_move": statistics_move,
+    }
+    if ds.stages == 1:
+        optimizer = build_optimizer(network, ds.optimizer, ds.optimizer_params)
+        engine = Engine(network, loss, optimizer, schedule, **settings)
+        return Spread(engine, Shards(engine), [])
+    costs = node_costs(network, (ds.micro_batch, 3, image_size_px, image_size_px))
+    balance = ACCELERATOR if pins_memory() else CPU
+    cuts = balanced_cuts(costs, ds.stages, balance) if ds.partition == "balanced" else ds.partition
+    place = place_in(world, ds.stages)
+    bounds = [0, *cuts, len(costs)]
+    start, stop = bounds[place.stage : place.stage + 2]
+    whole = copy.deepcopy(network).to("meta")
+    stage = Stage(network, start, stop, costs[start - 1].carry if start else ())
+    for name in set(network.order) - set(network.order[start:stop]):
+        network.get_submodule(name).to("meta")  # other ranks have them
+    optimizer = build_optimizer(stage, ds.optimizer, ds.optimizer_params)
+    pipeline = PipelineEngine(stage, whole, loss, optimizer, schedule, place=place, **settings)
+    table = stage_table(costs, cuts, balance, 4 if ds.precision == "fp32" else 2)
+    return Spread(pipeline, StageShards(pipeline), table.splitlines())
