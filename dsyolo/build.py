@@ -19,10 +19,11 @@ from dsyolo.errors import UserError
 from dsyolo.loss import DetectionLoss
 from dsyolo.model.blocks import freeze_batchnorm
 from dsyolo.model.weights import WeightsInfo, describe, load_into
-from dsyolo.model.yolov5 import anchors_px, build_yolov5, level_strides
+from dsyolo.model.yolov5 import YOLOv5, build_yolov5
 from dsyolo.optim import Schedule
 from dsyolo.parallel import dist
-from dsyolo.parallel.checkpoint import Checkpoints, Progress
+from dsyolo.parallel.buffers import named_buffers
+from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, read_buffers
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
@@ -51,10 +52,27 @@ class Data(NamedTuple):
     val_set: DetectionDataset
 
 
-def build_data(run: Run) -> Data:
-    """Scans both splits and builds their loaders."""
+def build_network(run: Run) -> tuple[YOLOv5, str]:
+    """The network with its first weights, and what was taken from a file of weights.
+
+    A run that goes on gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
+    """
+    config = run.config
+    torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
+    network = build_yolov5(config.model, run.data.num_classes)
+    taken = ""
+    if config.resume:
+        saved = named_buffers(network, read_buffers(all_checkpoints(run.folder / "checkpoints")[-1]))
+        network.anchors.copy_(saved["detect.anchors"])
+    elif config.weights:
+        taken = load_into(network, Path(config.weights))
+    return network, taken
+
+
+def build_data(run: Run, scans: tuple[Scan, Scan], network: YOLOv5) -> Data:
+    """The loaders of both splits."""
     config, ds, world = run.config, run.ds, run.world
-    train_scan, val_scan = dist.first_on_each_machine(world, lambda: scan_splits(run))
+    train_scan, val_scan = scans
     num_workers = dist.num_workers(world, config.workers)
     pin_memory = dist.pins_memory()
     train_set = DetectionDataset(train_scan, config.imgsz, cache=config.cache)
@@ -63,12 +81,13 @@ def build_data(run: Run) -> Data:
     stream = Stream(
         len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.replica, place.replicas
     )
-    strides = level_strides(config.model)
+    strides = network.strides
+    anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
     train_loader = TrainLoader(
         train_set if place.is_first or place.is_last else None,
         stream,
         Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
-        Assigner(anchors_px(config.model).numpy(), strides, config.recipe.anchor_t),
+        Assigner(anchors_px.numpy(), strides, config.recipe.anchor_t),
         image_size_px=config.imgsz,
         stride=strides[-1],
         multi_scale=config.recipe.multi_scale,
@@ -79,7 +98,7 @@ def build_data(run: Run) -> Data:
         val_set,
         image_size_px=config.imgsz,
         stride=strides[-1],
-        batch_size=config.val_batch_size or ds.micro_batch,
+        batch_size=config.val_batch_size,
         rank=world.rank,
         world_size=world.size,
         num_workers=num_workers,
@@ -110,27 +129,26 @@ def scan_splits(run: Run) -> tuple[Scan, Scan]:
     return scans[0], scans[1]
 
 
-def build_engine(run: Run, stream: Stream) -> tuple[Engine, Ema | NoEma, Checkpoints, WeightsInfo]:
-    """Builds the network, its engine, and what keeps its state."""
+def build_engine(
+    run: Run, network: YOLOv5, stream: Stream
+) -> tuple[Engine, Ema | NoEma, Checkpoints, WeightsInfo]:
+    """Builds the engine around the network, and what keeps its state."""
     config, ds, recipe, world = run.config, run.ds, run.config.recipe, run.world
     threads = dist.set_threads(world, config.threads)
-    torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
-    network = build_yolov5(config.model, run.data.num_classes)
     num_parameters = sum(p.numel() for p in network.parameters())
-    lines = [f"{config.model}: {num_parameters:,} parameters", *ds.explain()]
-    if config.weights and not config.resume:
-        lines.append(load_into(network, Path(config.weights)))
     gains = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
     loss = DetectionLoss(
         network.anchors, network.num_classes, config.imgsz, **{gain: getattr(recipe, gain) for gain in gains}
     )
+    schedule = build_schedule(run, stream)
+    lines = [f"{config.model}: {num_parameters:,} parameters", *ds.explain(), *schedule.explain()]
     info = describe(network, run.data.names, config.imgsz)
     if config.freeze_batchnorm:
         freeze_batchnorm(network)
     engine, shards, about = spread(
         network,
         loss,
-        build_schedule(run, stream),
+        schedule,
         ds,
         world,
         image_size_px=config.imgsz,

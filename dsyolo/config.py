@@ -136,7 +136,7 @@ class RunConfig(BaseModel):
     save_every: int = _knob(1, "epochs between checkpoints", "training", ge=1)
     log_every: int = _knob(10, "optimizer steps between logged steps", "training", ge=1)
 
-    val_batch_size: int | None = _knob(None, "validation images per rank and batch", "validation", ge=1)
+    val_batch_size: int = _knob(16, "most validation images per rank and batch", "validation", ge=1)
     score_threshold: float = _knob(0.001, "least score of a detection", "validation", ge=0, lt=1)
     iou_threshold: float = _knob(0.6, "IoU of NMS", "validation", gt=0, le=1)
     max_detections: int = _knob(300, "most detections per image", "validation", ge=1)

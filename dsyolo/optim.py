@@ -61,6 +61,14 @@ class Schedule:
     warmup_momentum: float
     is_adam: bool
 
+    def explain(self) -> list[str]:
+        """A line for the start of a run, and a warning where it is too short to learn."""
+        line = f"steps: {self.total_steps}, of them {min(self.warmup_steps, self.total_steps)} to warm up"
+        if self.total_steps > self.warmup_steps:
+            return [line]
+        remedy = "Take more epochs, a smaller train_batch_size, or a smaller --warmup_min_images."
+        return [line, f"WARNING: the run ends before the learning rate has risen to its value. {remedy}"]
+
     def lr_at(self, step: int) -> float:
         """The rate of weights at step `step` (0-based), without the warm-up."""
         x = step / max(self.total_steps, 1)

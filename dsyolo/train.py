@@ -16,7 +16,7 @@ import torch
 
 from dsyolo import config as run_config
 from dsyolo import ds_config
-from dsyolo.build import Run, build_data, build_engine, build_record
+from dsyolo.build import Run, build_data, build_engine, build_network, build_record, scan_splits
 from dsyolo.config import RunConfig
 from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
@@ -24,13 +24,14 @@ from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist
-from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints
+from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, read_manifest
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.engine import Engine
 from dsyolo.validate import Finder, validate
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
 GRACE_S = 10
+SAME = ("epochs", "num_images", "global_batch", "seed")  # of Progress, when a run goes on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,14 +114,20 @@ def check_folder(run: RunConfig, folder: Path) -> None:
 def train(run: Run) -> None:
     """Builds everything and trains to the end of the last epoch."""
     config, world = run.config, dist.join()
-    data = build_data(run)
-    engine, ema, checkpoints, info = build_engine(run, data.stream)
+    scans = dist.first_on_each_machine(world, lambda: scan_splits(run))
+    network, taken = build_network(run)
+    data = build_data(run, scans, network)
+    engine, ema, checkpoints, info = build_engine(run, network, data.stream)
+    if world.is_first and taken:
+        print(taken)
     progress = start(run, data.stream, engine, checkpoints)
     tracker, record = build_record(run, data, progress, engine, info)
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
 
     for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
         progress.epoch = epoch
+        if data.stream.first_step(epoch + 1) == progress.step and epoch + 1 < config.epochs:
+            continue  # of a data set smaller than a batch: an earlier step has trained its images
         tracker.begin(progress)
         for batches in data.train.steps(epoch, start=progress.step):
             stats, lr = engine.train_step(batches, progress.step)
@@ -148,26 +155,37 @@ def train(run: Run) -> None:
 
 
 def start(run: Run, stream: Stream, engine: Engine, checkpoints: Checkpoints) -> Progress:
-    """Where the run begins: at its first step, or at the newest checkpoint."""
+    """Where the run begins: at its first step, or at the newest checkpoint.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is of a run with other settings.
+    """
     fresh = Progress(
         total_steps=stream.first_step(run.config.epochs),
         epochs=run.config.epochs,
         num_images=stream.num_images,
         global_batch=stream.global_batch,
         seed=run.config.seed,
+        settings={
+            "optimizer.type": run.ds.optimizer,
+            **{f"optimizer.params.{key}": value for key, value in run.ds.optimizer_params.items()},
+            "gradient_clipping": run.ds.gradient_clipping,
+            "names": list(run.data.names),
+        },
     )
     if not run.config.resume:
         return fresh
     path = all_checkpoints(run.folder / "checkpoints")[-1]
-    progress = checkpoints.load(path)
+    saved = read_manifest(path, verify=False).progress
+    before, now = ({**p.settings, **{key: getattr(p, key) for key in SAME}} for p in (saved, fresh))
     changed = [
-        f"{key}: {getattr(fresh, key)} now, but {getattr(progress, key)} when it was saved. Give what was given then."
-        for key in ("epochs", "num_images", "global_batch", "seed")
-        if getattr(fresh, key) != getattr(progress, key)
+        f"{key}: {now.get(key)} now, but {before.get(key)} when it was saved. Give what was given then."
+        for key in {**before, **now}
+        if now.get(key) != before.get(key)
     ]
     if changed:
         raise UserError(f"{path} cannot be resumed from", changed)
-    return progress
+    return checkpoints.load(path)
 
 
 if __name__ == "__main__":

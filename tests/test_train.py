@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from dsyolo.build import Run, build_data, build_network, scan_splits
+from dsyolo.config import RunConfig
+from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.sample import draw_sample
+from dsyolo.ds_config import check
+from dsyolo.parallel.dist import World
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "dsyolo" / "train.py"
@@ -245,3 +252,74 @@ def test_weights_start_a_run_with_other_classes(place, two_ranks):
     done = alone(place, "tuned", weights=place / "other.safetensors", epochs=1)
     assert done.returncode == 0, done.stderr
     assert "tensors taken" in done.stdout
+
+
+CHANGES = {
+    "another optimizer": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}},
+        "optimizer.type: AdamW now",
+    ),
+    "another lr": (
+        {"optimizer": {"type": "SGD", "params": {"lr": 0.5}}},
+        "optimizer.params.lr: 0.5 now, but 0.01 when",
+    ),
+    "another clipping": ({"gradient_clipping": 1.0}, "gradient_clipping: 1.0 now, but 10.0 when"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_go_on_with_another_recipe_in_the_json(place, two_ranks, change):
+    json_of_change, message = CHANGES[change]
+    (place / "changed.json").write_text(json.dumps({**CONFIG, **json_of_change}))
+    done = alone(place, "whole", "--resume", deepspeed_config=place / "changed.json")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+
+
+def test_a_run_does_not_go_on_with_another_class(place, two_ranks):
+    shutil.copytree(place / "runs/whole", place / "runs/more", dirs_exist_ok=True)
+    data = place / "sample/more.yaml"
+    data.write_text((place / "sample/data.yaml").read_text().replace("names:", "names:\n  5: extra"))
+    settings = place / "runs/more/config.yaml"
+    settings.write_text(settings.read_text().replace("data.yaml", "more.yaml").replace("whole", "more"))
+    before = sorted((place / "runs/more/checkpoints").rglob("*"))
+    done = alone(place, "more", "--resume", data=data)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "names" in done.stderr
+    assert sorted((place / "runs/more/checkpoints").rglob("*")) == before
+
+
+def test_anchors_of_the_weights_are_those_of_targets_loss_and_network(place, two_ranks):
+    weights = load_file(place / "runs/whole/weights/last.safetensors")
+    weights["detect.anchors"] = weights["detect.anchors"] * 3
+    save_file(weights, place / "anchors.safetensors")
+    words = {
+        "weights": str(place / "anchors.safetensors"),
+        "imgsz": 64,
+        "data": str(place / "sample/data.yaml"),
+    }
+    config = RunConfig(
+        deepspeed_config=str(place / "ds.json"), project=str(place / "runs"), name="a", **words
+    )
+    world = World(0, 1, 0, 1)
+    ds = check(CONFIG, world_size=1, accelerator="cpu")
+    run = Run(config, ds, read_data_yaml(config.data), world, place / "runs/a")
+    network, taken = build_network(run)
+    assert "tensors taken" in taken
+    torch.testing.assert_close(network.anchors, weights["detect.anchors"])
+    data = build_data(run, scan_splits(run), network)
+    big = data.train._collate._assign(
+        np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([[32, 32, 60, 60]], np.float32), 1, (64, 64)
+    )
+    # 60 px fit anchors of 30 to 99 px within a factor of 4: now those of the first level too
+    assert big.num_matches[0] > 0
+
+
+def test_a_data_set_smaller_than_a_batch_warns_and_skips_epochs_without_a_step(place):
+    draw_sample(place / "tiny", num_images=4, image_size=(64, 64))
+    done = alone(place, "tiny", data=place / "tiny/data.yaml", epochs=9)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: the run ends before" in done.stdout
+    told = rows(place, "tiny", "epoch")
+    assert len(told) == len(rows(place, "tiny", "step"))
+    assert told[-1]["epoch"] == 8

@@ -229,11 +229,11 @@ class _EvalSamples(Dataset):
 class EvalLoader:
     """The batches of a validation split that one rank works on.
 
-    Batches are cut from the images sorted by aspect and then dealt to the ranks, so they are the same batches on
-    any number of ranks. All ranks get equally many: where they do not divide, the first one comes again, without truths.
+    Batches are cut from the images of one shape and then dealt to the ranks, so they are the same batches on any
+    number of ranks. All ranks get equally many: where they do not divide, the first one comes again, without truths.
 
     Args:
-        rectangular: each batch is only as high and wide as its images need, in multiples of `stride`.
+        rectangular: each image is padded to multiples of `stride` only, not to a square.
     """
 
     def __init__(
@@ -250,11 +250,14 @@ class EvalLoader:
         rectangular: bool = True,
     ) -> None:
         shapes = _rectangles(dataset.sizes_hw, image_size_px, stride, rectangular)
-        # of one shape a batch: sorted by shape first, then as they come
-        order = sorted(range(len(shapes)), key=lambda i: (shapes[i], i))
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        # One shape a batch: else the padding of an image, and so its boxes, would depend on its neighbours.
+        of_shape: dict[tuple[int, int], list[int]] = {}
+        for i, shape in enumerate(shapes):
+            of_shape.setdefault(shape, []).append(i)
         keys = [
-            [(i, tuple(np.max([shapes[j] for j in batch], 0).tolist())) for i in batch] for batch in batches
+            [(i, shape) for i in images[first : first + batch_size]]
+            for shape, images in sorted(of_shape.items())
+            for first in range(0, len(images), batch_size)
         ]
         rounds = -(-len(keys) // world_size)
         turns = [turn * world_size + rank for turn in range(rounds)]

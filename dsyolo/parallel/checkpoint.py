@@ -48,6 +48,7 @@ class Progress(BaseModel):
     best_epoch: int = -1
     stopped_early: bool = False
     tracking: dict[str, Any] = {}  # what the tracker wants back
+    settings: dict[str, Any] = {}  # what must be the same when the run goes on, by the name that users know
 
     def advance(self, num_images: int) -> Progress:
         """One more optimizer step of `num_images`."""
@@ -117,15 +118,7 @@ class Checkpoints:
         """
         manifest = read_manifest(path)
         reader = _Reader(path, manifest)
-        expected = [*self._tensor_names("param"), *(self._tensor_names("ema") if self._ema.tensors else ())]
-        missing = [name for name in expected if name not in manifest.tensors]
-        if missing:
-            raise UserError(
-                f"{path} cannot be resumed from",
-                [
-                    f"{missing[0]} and {len(missing) - 1} more tensors are not in it: it is of another network or setting."
-                ],
-            )
+        self._check_tensors(reader)
         shards = self._shards
         shards.scatter(shards.masters(), lambda name: reader.tensor(f"param/{name}"))
         shards.publish(shards.masters())
@@ -141,8 +134,17 @@ class Checkpoints:
         barrier()
         return manifest.progress
 
-    def _tensor_names(self, kind: str) -> list[str]:
-        return [f"{kind}/{name}" for name in self._shards.shapes]
+    def _check_tensors(self, reader: _Reader) -> None:
+        kinds = ("param", "ema") if self._ema.tensors else ("param",)
+        problems = [
+            f"{kind}/{name}: {found or 'nothing'} in it, but {shape} needed. It is of another network or setting."
+            for kind in kinds
+            for name, shape in self._shards.shapes.items()
+            if (found := reader.shape(f"{kind}/{name}")) != shape
+        ]
+        if problems:
+            more = [f"and {len(problems) - 1} more tensors"] if len(problems) > 1 else []
+            raise UserError(f"{reader.path} cannot be resumed from", problems[:1] + more)
 
     def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank writes. All ranks run through the same gathers in the same order."""
@@ -192,14 +194,30 @@ class _Reader:
     """Tensors of a checkpoint by name, from files that stay open."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
         self._where = manifest.tensors
         try:
             self._files = {name: safe_open(path / name, framework="pt") for name in manifest.files}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be resumed from", [f"a file is damaged ({error})."]) from None
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """None where there is no such tensor."""
+        if name not in self._where:
+            return None
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+
     def tensor(self, name: str) -> torch.Tensor:
         return self._files[self._where[name]].get_tensor(name)
+
+
+def read_buffers(path: Path) -> torch.Tensor:
+    """The network's float buffers, flat, in the order of `named_buffers`.
+
+    Raises:
+        UserError: the checkpoint is missing something or damaged.
+    """
+    return _Reader(path, read_manifest(path)).tensor("buffers/network")
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -208,8 +226,8 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Reads progress.json and verifies every file's checksum.
+def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
+    """Reads progress.json and, to `verify`, every file's checksum.
 
     Raises:
         UserError: something is missing or damaged.
@@ -224,6 +242,8 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
     if manifest.format != FORMAT:
         raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
+    if not verify:
+        return manifest
     damaged = [
         f"{name}: its checksum is not the one that was saved. Remove this folder to use the checkpoint before it."
         for name, checksum in manifest.files.items()
