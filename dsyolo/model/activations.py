@@ -1,0 +1,162 @@
+"""Counts the bytes of activations that training keeps, exactly and without computing any, and chooses what to recompute.
+
+The network runs on fake tensors (shapes without memory) while hooks see what autograd saves in each node.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from dsyolo.model.network import Network
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NodeBytes(NamedTuple):
+    """What one node keeps. Storages bear numbers: one that several nodes keep has the same number in each."""
+
+    name: str
+    inputs: frozenset[int]  # storages that it reads
+    saved: frozenset[int]  # storages that autograd saves in it, those of its inputs among them
+    outputs: frozenset[int]
+
+
+class Activations(NamedTuple):
+    """What autograd saves in a network: activations, casts of weights, statistics of batches.
+
+    Not counted: parameters, buffers, the images, and what the loss keeps.
+    """
+
+    sizes: Mapping[int, int]  # bytes of each storage
+    nodes: tuple[NodeBytes, ...]
+    blocks: frozenset[str]  # the nodes that can be recomputed: `Network.blocks`
+
+    def bytes_of(self, storages: Iterable[int]) -> int:
+        """Their sizes, each once."""
+        return sum(self.sizes[storage] for storage in set(storages))
+
+    def own_bytes(self) -> dict[str, int]:
+        """By node: what it saves beside its inputs, and so gains by recomputing."""
+        return {node.name: self.bytes_of(node.saved - node.inputs) for node in self.nodes}
+
+    def peak_bytes(self, recomputed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
+        """The most that is kept at once.
+
+        Before the backward pass of a node, the nodes before it keep what they saved, or their inputs alone
+        where they are recomputed, and it has its own, saved or computed again.
+
+        Args:
+            offload: the inputs of recomputed nodes wait in host memory, which is not counted.
+        """
+        kept: frozenset[int] = frozenset()
+        peak = 0
+        for node in self.nodes:
+            peak = max(peak, self.bytes_of(kept | node.saved))
+            kept |= _kept(node, node.name in recomputed, offload)
+        return peak
+
+    def fewest(self, budget_bytes: int, *, offload: bool = False) -> frozenset[str] | None:
+        """The smallest set of nodes whose recomputation keeps the peak within the budget, None where none does.
+
+        Node by node, of all choices with as many recomputed nodes the one that keeps least goes on: what the
+        later nodes add does not depend on it.
+        """
+        best: dict[int, tuple[frozenset[int], frozenset[str]]] = {0: (frozenset(), frozenset())}
+        for node in self.nodes:
+            choices: dict[int, list[tuple[frozenset[int], frozenset[str]]]] = {}
+            for count, (kept, names) in best.items():
+                if self.bytes_of(kept | node.saved) > budget_bytes:
+                    continue
+                choices.setdefault(count, []).append((kept | node.saved, names))
+                if node.name in self.blocks:
+                    both = (kept | _kept(node, True, offload), names | {node.name})
+                    choices.setdefault(count + 1, []).append(both)
+            best = {
+                count: min(pairs, key=lambda pair: self.bytes_of(pair[0])) for count, pairs in choices.items()
+            }
+        return best[min(best)][1] if best else None
+
+
+def _kept(node: NodeBytes, is_recomputed: bool, offload: bool) -> frozenset[int]:
+    if not is_recomputed:
+        return node.saved
+    return frozenset() if offload else node.inputs
+
+
+def count_activations(
+    network: Network, images_shape: tuple[int, int, int, int], precision: str, device: str = "cpu"
+) -> Activations:
+    """What autograd saves in a forward pass of `network` in training, node by node.
+
+    Args:
+        network: its tensors may be on any device, meta included: they are not read.
+        images_shape: (B, 3, H, W), of uint8.
+        precision: fp32, autocast_bf16, autocast_fp16, bf16 or fp16, as in `DsConfig`.
+        device: type of the device that trains; its kernels decide what is saved.
+    """
+    mode = FakeTensorMode()
+    with mode:
+        fake = _fake_copy(network, LOW_PRECISION.get(precision, torch.float32), device).train()
+        images = torch.empty(images_shape, dtype=torch.uint8, device=device)
+        autocast = precision.startswith("autocast")
+        dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
+        ledger = _Ledger([images, *fake.parameters(), *fake.buffers()])
+        carry: tuple[torch.Tensor, ...] = (images,)
+        nodes = []
+        with torch.autocast(device, dtype, enabled=autocast):
+            for i, name in enumerate(fake.order):
+                inputs = ledger.numbers(carry[k] for k in fake.links[i].reads)
+                saved: list[torch.Tensor] = []
+                with saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                    carry = fake.run(carry, i, i + 1)
+                outputs = ledger.numbers(_tensors(carry[-1]))
+                nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs))
+    return Activations(ledger.sizes, tuple(nodes), network.blocks())
+
+
+class _Ledger:
+    """Numbers storages, and keeps them, so that no two get the same number. Those given are not counted."""
+
+    def __init__(self, uncounted: Iterable[torch.Tensor]) -> None:
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.sizes: dict[int, int] = {}
+        self.numbers(uncounted)
+        self.uncounted = frozenset(self.sizes)
+        self.sizes.clear()
+
+    uncounted: frozenset[int] = frozenset()
+
+    def numbers(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+        found = set()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            number = storage._cdata
+            if number not in self.uncounted:
+                self.storages[number] = storage
+                self.sizes[number] = storage.nbytes()
+                found.add(number)
+        return frozenset(found)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    yield from (value,) if isinstance(value, torch.Tensor) else value
+
+
+def _fake_copy(network: Network, weights_dtype: torch.dtype, device: str) -> Network:
+    """`network` with fake tensors in the places of its own, which are not copied. Nothing is recomputed in it."""
+    fakes: dict[int, Any] = {}
+    for tensor in chain(network.parameters(), network.buffers()):
+        is_weight = isinstance(tensor, nn.Parameter)
+        fake = torch.empty(tensor.shape, dtype=weights_dtype if is_weight else tensor.dtype, device=device)
+        fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+    result = copy.deepcopy(network, fakes)
+    result.recompute = frozenset()
+    return result
