@@ -13,10 +13,11 @@ from dsyolo.config import RunConfig
 from dsyolo.data.augment import Augmentation
 from dsyolo.data.dataset import DetectionDataset, Scan, scan
 from dsyolo.data.formats import DataSpec
-from dsyolo.data.loader import EvalLoader, Stream, TrainLoader
+from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, largest_size_px
 from dsyolo.ds_config import DsConfig
 from dsyolo.errors import UserError
 from dsyolo.loss import DetectionLoss
+from dsyolo.model.activations import ActivationPlan, choose, count_activations
 from dsyolo.model.weights import WeightsInfo, describe, load_into
 from dsyolo.model.yolov5 import anchors_px, build_yolov5, level_strides
 from dsyolo.optim import Schedule, build_optimizer
@@ -39,6 +40,7 @@ class Run(NamedTuple):
     data: DataSpec
     world: World
     folder: Path
+    activations: ActivationPlan
 
 
 class Data(NamedTuple):
@@ -48,6 +50,21 @@ class Data(NamedTuple):
     train: TrainLoader
     val: EvalLoader
     val_set: DetectionDataset
+
+
+def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int, accelerator: str) -> ActivationPlan:
+    """What is recomputed, counted on a network without memory, at the largest size of its images.
+
+    Raises:
+        UserError: the budget is too small.
+    """
+    size_px = config.imgsz
+    if config.recipe.multi_scale:
+        size_px = largest_size_px(size_px, level_strides(config.model)[-1])
+    with torch.device("meta"):
+        network = build_yolov5(config.model, num_classes)
+    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision, accelerator)
+    return choose(counted, ds.recompute, offload=ds.offload_activations)
 
 
 def build_data(run: Run) -> Data:
@@ -112,8 +129,10 @@ def build_engine(run: Run, stream: Stream) -> tuple[Engine, Ema | NoEma, Checkpo
     threads = dist.set_threads(world, config.threads)
     torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
     network = build_yolov5(config.model, run.data.num_classes)
+    network.recompute = run.activations.recomputed
+    network.offload_inputs = ds.offload_activations
     num_parameters = sum(p.numel() for p in network.parameters())
-    lines = [f"{config.model}: {num_parameters:,} parameters", *ds.explain()]
+    lines = [f"{config.model}: {num_parameters:,} parameters", *ds.explain(), run.activations.explain()]
     if config.weights and not config.resume:
         lines.append(load_into(network, Path(config.weights)))
     gains = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")

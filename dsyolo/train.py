@@ -16,7 +16,7 @@ import torch
 
 from dsyolo import config as run_config
 from dsyolo import ds_config
-from dsyolo.build import Run, build_data, build_engine, build_record
+from dsyolo.build import Run, build_data, build_engine, build_record, plan_activations
 from dsyolo.config import RunConfig
 from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
@@ -56,12 +56,14 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(run.project, run.name)
     ds, data, *_ = all_of(
-        lambda: ds_config.check(run.deepspeed_config, world_size=world.size, accelerator=accelerator),
+        lambda: ds_config.check(
+            run.deepspeed_config, world_size=world.size, accelerator=accelerator, recompute=run.recompute
+        ),
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, folder),
         lambda: run.weights and not run.resume and read_weights(Path(run.weights)),
     )
-    return Run(run, ds, data, world, folder)
+    return Run(run, ds, data, world, folder, plan_activations(run, ds, data.num_classes, accelerator))
 
 
 def all_of(*readers: Callable[[], Any]) -> list[Any]:

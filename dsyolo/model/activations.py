@@ -6,6 +6,7 @@ The network runs on fake tensors (shapes without memory) while hooks see what au
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from dsyolo.errors import UserError
 from dsyolo.model.network import Network
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,6 +91,53 @@ def _kept(node: NodeBytes, is_recomputed: bool, offload: bool) -> frozenset[int]
     if not is_recomputed:
         return node.saved
     return frozenset() if offload else node.inputs
+
+
+class ActivationPlan(NamedTuple):
+    """Which nodes are recomputed, and the bytes of activations that a rank keeps for a micro-batch."""
+
+    recomputed: frozenset[str]
+    num_blocks: int
+    plain_bytes: int  # with nothing recomputed
+    peak_bytes: int  # as planned
+
+    def explain(self) -> str:
+        """A line for the start of a run."""
+        line = f"activations: {self.peak_bytes / 2**30:.2f} GiB a micro-batch"
+        if not self.recomputed:
+            return line
+        of = f"{len(self.recomputed)} of {self.num_blocks} blocks"
+        return f"{line}, recomputing {of}; {self.plain_bytes / 2**30:.2f} GiB without"
+
+
+def choose(activations: Activations, recompute: str | int, *, offload: bool) -> ActivationPlan:
+    """The plan for `recompute`: none, blocks, or the bytes of a budget.
+
+    Raises:
+        UserError: nothing fits the budget.
+    """
+    names: frozenset[str] | None = frozenset()
+    if recompute == "blocks":
+        names = activations.blocks
+    elif isinstance(recompute, int):
+        names = activations.fewest(recompute, offload=offload)
+    plain = activations.peak_bytes()
+    if names is None:
+        least = activations.peak_bytes(activations.blocks, offload=offload)
+        kept = f"a micro-batch keeps {_gib(least)} with all blocks recomputed, and {_gib(plain)} with none"
+        remedy = f"Set it to {_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
+        raise UserError(
+            "The activations do not fit their budget",
+            [f"recompute: {recompute / 2**30:.3f}GiB given, but {kept}. {remedy}."],
+        )
+    return ActivationPlan(
+        names, len(activations.blocks), plain, activations.peak_bytes(names, offload=offload)
+    )
+
+
+def _gib(size: int) -> str:
+    """Rounded up, so that it can be given as a budget."""
+    return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 
 def count_activations(

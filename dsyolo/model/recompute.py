@@ -33,7 +33,9 @@ def run_recomputed(module: nn.Module, inputs: tuple[torch.Tensor, ...], *, offlo
 
     if not offload:
         return call()
-    with saved_tensors_hooks(_to_host, _to_device):  # meets the inputs alone: the checkpoint has its own inside
+    with saved_tensors_hooks(
+        _to_host, _to_device
+    ):  # meets the inputs alone: the checkpoint has its own inside
         return call()
 
 
