@@ -29,6 +29,7 @@ class NodeBytes(NamedTuple):
     inputs: frozenset[int]  # storages that it reads
     saved: frozenset[int]  # storages that autograd saves in it, those of its inputs among them
     outputs: frozenset[int]
+    casts: frozenset[int] = frozenset()  # of `saved`, copies of its weights that autocast made
 
 
 class Activations(NamedTuple):
@@ -53,7 +54,8 @@ class Activations(NamedTuple):
         """The most that is kept at once.
 
         Before the backward pass of a node, the nodes before it keep what they saved, or their inputs alone
-        where they are recomputed, and it has its own, saved or computed again.
+        where they are recomputed, and it has its own, saved or computed again. At the end of the forward
+        pass autocast still holds its casts of all weights, those of recomputed nodes too.
 
         Args:
             offload: the inputs of recomputed nodes wait in host memory, which is not counted.
@@ -63,7 +65,7 @@ class Activations(NamedTuple):
         for node in self.nodes:
             peak = max(peak, self.bytes_of(kept | node.saved))
             kept |= _kept(node, node.name in recomputed, offload)
-        return peak
+        return max(peak, self._bytes_at_turn(kept))
 
     def fewest(self, budget_bytes: int, *, offload: bool = False) -> frozenset[str] | None:
         """The smallest set of nodes whose recomputation keeps the peak within the budget, None where none does.
@@ -84,7 +86,12 @@ class Activations(NamedTuple):
             best = {
                 count: min(pairs, key=lambda pair: self.bytes_of(pair[0])) for count, pairs in choices.items()
             }
-        return best[min(best)][1] if best else None
+        fitting = [n for n, (kept, _) in best.items() if self._bytes_at_turn(kept) <= budget_bytes]
+        return best[min(fitting)][1] if fitting else None
+
+    def _bytes_at_turn(self, kept: frozenset[int]) -> int:
+        """Between the forward and the backward pass."""
+        return self.bytes_of(kept.union(*(node.casts for node in self.nodes)))
 
 
 def _kept(node: NodeBytes, is_recomputed: bool, offload: bool) -> frozenset[int]:
@@ -167,7 +174,9 @@ def count_activations(
                 with saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
                     carry = fake.run(carry, i, i + 1)
                 outputs = ledger.numbers(_tensors(carry[-1]))
-                nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs))
+                kernels = {p.shape for p in fake.get_submodule(name).parameters() if p.ndim > 1}
+                casts = ledger.numbers(t for t in saved if t.shape in kernels and t.dtype == dtype)
+                nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs, casts))
     return Activations(ledger.sizes, tuple(nodes), network.blocks())
 
 
