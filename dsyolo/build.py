@@ -52,7 +52,7 @@ class Data(NamedTuple):
     val_set: DetectionDataset
 
 
-def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int, accelerator: str) -> ActivationPlan:
+def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> ActivationPlan:
     """What is recomputed, counted on a network without memory, at the largest size of its images.
 
     Raises:
@@ -63,7 +63,7 @@ def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int, accelera
         size_px = largest_size_px(size_px, level_strides(config.model)[-1])
     with torch.device("meta"):
         network = build_yolov5(config.model, num_classes)
-    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision, accelerator)
+    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
     return choose(counted, ds.recompute, offload=ds.offload_activations)
 
 

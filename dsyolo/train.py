@@ -63,7 +63,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
         lambda: check_folder(run, folder),
         lambda: run.weights and not run.resume and read_weights(Path(run.weights)),
     )
-    return Run(run, ds, data, world, folder, plan_activations(run, ds, data.num_classes, accelerator))
+    return Run(run, ds, data, world, folder, plan_activations(run, ds, data.num_classes))
 
 
 def all_of(*readers: Callable[[], Any]) -> list[Any]:

@@ -153,4 +153,5 @@ def test_plans():
     with pytest.raises(UserError) as caught:
         choose(counted, 1000, offload=False)
     (line,) = caught.value.problems
-    assert line.startswith("recompute: 0.000GiB given, but a micro-batch keeps 0.001GiB with all blocks")
+    assert choose(counted, int(0.001 * 2**30), offload=False).recomputed  # the remedy works
+    assert line.startswith("recompute: 9.313e-07GiB given, but a micro-batch keeps 0.001GiB with all blocks")

@@ -77,7 +77,7 @@ def test_shipped_files(path: Path, world_size: int) -> None:
 
 
 def test_shipped_files_are_all_there() -> None:
-    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload fp32 zero2_fp32 bf16 fp16 adamw"
+    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload fp32 zero2_fp32 bf16 fp16 adamw recompute"
     assert {path.stem for path in FILES} >= set(names.split())
     by_name = {path.stem: resolve(path) for path in FILES}
     assert {name: by_name[name].precision for name in ("zero2", "fp32", "bf16", "fp16")} == {

@@ -135,7 +135,7 @@ def choose(activations: Activations, recompute: str | int, *, offload: bool) -> 
         remedy = f"Set it to {_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
         raise UserError(
             "The activations do not fit their budget",
-            [f"recompute: {recompute / 2**30:.3f}GiB given, but {kept}. {remedy}."],
+            [f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."],
         )
     return ActivationPlan(
         names, len(activations.blocks), plain, activations.peak_bytes(names, offload=offload)
@@ -148,7 +148,7 @@ def _gib(size: int) -> str:
 
 
 def count_activations(
-    network: Network, images_shape: tuple[int, int, int, int], precision: str, device: str = "cpu"
+    network: Network, images_shape: tuple[int, int, int, int], precision: str
 ) -> Activations:
     """What autograd saves in a forward pass of `network` in training, node by node.
 
@@ -156,22 +156,24 @@ def count_activations(
         network: its tensors may be on any device, meta included: they are not read.
         images_shape: (B, 3, H, W), of uint8.
         precision: fp32, autocast_bf16, autocast_fp16, bf16 or fp16, as in `DsConfig`.
-        device: type of the device that trains; its kernels decide what is saved.
+
+    The fake tensors are a CPU's: those of a GPU would start its context. In all operations of the network
+    autocast treats both alike.
     """
     mode = FakeTensorMode()
     with mode:
-        fake = _fake_copy(network, LOW_PRECISION.get(precision, torch.float32), device).train()
-        images = torch.empty(images_shape, dtype=torch.uint8, device=device)
+        fake = _fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).train()
+        images = torch.empty(images_shape, dtype=torch.uint8)
         autocast = precision.startswith("autocast")
         dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
         ledger = _Ledger([images, *fake.parameters(), *fake.buffers()])
         carry: tuple[torch.Tensor, ...] = (images,)
         nodes = []
-        with torch.autocast(device, dtype, enabled=autocast):
+        with torch.autocast("cpu", dtype, enabled=autocast):
             for i, name in enumerate(fake.order):
                 inputs = ledger.numbers(carry[k] for k in fake.links[i].reads)
                 saved: list[torch.Tensor] = []
-                with saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                with saved_tensors_hooks(saved.append, _unused):
                     carry = fake.run(carry, i, i + 1)
                 outputs = ledger.numbers(_tensors(carry[-1]))
                 kernels = {p.shape for p in fake.get_submodule(name).parameters() if p.ndim > 1}
@@ -181,39 +183,35 @@ def count_activations(
 
 
 class _Ledger:
-    """Numbers storages, and keeps them, so that no two get the same number. Those given are not counted."""
+    """Numbers storages, and keeps them, so that no two get the same number. Those given first are left out."""
 
     def __init__(self, uncounted: Iterable[torch.Tensor]) -> None:
-        self.storages: dict[int, torch.UntypedStorage] = {}
         self.sizes: dict[int, int] = {}
-        self.numbers(uncounted)
-        self.uncounted = frozenset(self.sizes)
-        self.sizes.clear()
-
-    uncounted: frozenset[int] = frozenset()
+        self._uncounted = {tensor.untyped_storage()._cdata for tensor in uncounted}
+        self._kept: list[torch.UntypedStorage] = []
 
     def numbers(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
-        found = set()
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            number = storage._cdata
-            if number not in self.uncounted:
-                self.storages[number] = storage
-                self.sizes[number] = storage.nbytes()
-                found.add(number)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        found = {s._cdata: s.nbytes() for s in storages if s._cdata not in self._uncounted}
+        self.sizes.update(found)
+        self._kept += storages
         return frozenset(found)
+
+
+def _unused(packed: Any) -> Any:
+    raise AssertionError("nothing goes backward here")
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     yield from (value,) if isinstance(value, torch.Tensor) else value
 
 
-def _fake_copy(network: Network, weights_dtype: torch.dtype, device: str) -> Network:
+def _fake_copy(network: Network, weights_dtype: torch.dtype) -> Network:
     """`network` with fake tensors in the places of its own, which are not copied. Nothing is recomputed in it."""
     fakes: dict[int, Any] = {}
     for tensor in chain(network.parameters(), network.buffers()):
         is_weight = isinstance(tensor, nn.Parameter)
-        fake = torch.empty(tensor.shape, dtype=weights_dtype if is_weight else tensor.dtype, device=device)
+        fake = torch.empty(tensor.shape, dtype=weights_dtype if is_weight else tensor.dtype)
         fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
     result = copy.deepcopy(network, fakes)
     result.recompute = frozenset()
