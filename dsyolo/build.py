@@ -13,13 +13,14 @@ from dsyolo.config import RunConfig
 from dsyolo.data.augment import Augmentation
 from dsyolo.data.dataset import DetectionDataset, Scan, scan
 from dsyolo.data.formats import DataSpec
-from dsyolo.data.loader import EvalLoader, Stream, TrainLoader
+from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, largest_size_px
 from dsyolo.ds_config import DsConfig
 from dsyolo.errors import UserError
 from dsyolo.loss import DetectionLoss
+from dsyolo.model.activations import ActivationPlan, choose, count_activations
 from dsyolo.model.blocks import freeze_batchnorm
 from dsyolo.model.weights import WeightsInfo, describe, load_into
-from dsyolo.model.yolov5 import YOLOv5, build_yolov5
+from dsyolo.model.yolov5 import YOLOv5, build_yolov5, level_strides
 from dsyolo.optim import Schedule
 from dsyolo.parallel import dist
 from dsyolo.parallel.buffers import named_buffers
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     data: DataSpec
     world: World
     folder: Path
+    activations: ActivationPlan
 
 
 class Data(NamedTuple):
@@ -50,6 +52,21 @@ class Data(NamedTuple):
     train: TrainLoader
     val: EvalLoader
     val_set: DetectionDataset
+
+
+def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> ActivationPlan:
+    """What is recomputed, counted on a network without memory, at the largest size of its images.
+
+    Raises:
+        UserError: the budget is too small.
+    """
+    size_px = config.imgsz
+    if config.recipe.multi_scale:
+        size_px = largest_size_px(size_px, level_strides(config.model)[-1])
+    with torch.device("meta"):
+        network = build_yolov5(config.model, num_classes)
+    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
+    return choose(counted, ds.recompute, offload=ds.offload_activations)
 
 
 def build_network(run: Run) -> tuple[YOLOv5, str]:
@@ -135,13 +152,20 @@ def build_engine(
     """Builds the engine around the network, and what keeps its state."""
     config, ds, recipe, world = run.config, run.ds, run.config.recipe, run.world
     threads = dist.set_threads(world, config.threads)
+    network.recompute = run.activations.recomputed
+    network.offload_inputs = ds.offload_activations
     num_parameters = sum(p.numel() for p in network.parameters())
     gains = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
     loss = DetectionLoss(
         network.anchors, network.num_classes, config.imgsz, **{gain: getattr(recipe, gain) for gain in gains}
     )
     schedule = build_schedule(run, stream)
-    lines = [f"{config.model}: {num_parameters:,} parameters", *ds.explain(), *schedule.explain()]
+    lines = [
+        f"{config.model}: {num_parameters:,} parameters",
+        *ds.explain(),
+        run.activations.explain(),
+        *schedule.explain(),
+    ]
     info = describe(network, run.data.names, config.imgsz)
     if config.freeze_batchnorm:
         freeze_batchnorm(network)

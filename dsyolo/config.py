@@ -6,6 +6,7 @@ A knob has one owner; `JSON_KNOBS` names the owner of those that people look for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from dsyolo.options import extra_of, read_options
 from dsyolo.problems import did_you_mean, validate
 
 MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsmlx")
+RECOMPUTE_RULE = '"none", "blocks" or a budget like "4.5GiB"'
 PRESETS = ("low", "med", "high")
 
 # Options of other trainers, and YOLOv5's hyper-parameter names, whose owner is the DeepSpeed JSON.
@@ -123,6 +125,11 @@ class RunConfig(BaseModel):
 
     workers: int | None = _knob(None, "loader processes per rank, auto: from the cores", "machine", ge=0)
     threads: int | None = _knob(None, "threads per rank, auto: from the cores", "machine", ge=1)
+    recompute: str = _knob(
+        "none",
+        "activations computed again: none, blocks, or the fewest blocks for a budget: 4.5GiB",
+        "machine",
+    )
     cache: Literal["none", "ram"] = _knob("none", "where decoded images are kept", "machine")
 
     ema: bool = _knob(True, "average the weights", "training", learned=True)
@@ -162,6 +169,13 @@ class RunConfig(BaseModel):
             raise ValueError(f"{imgsz} given, but the images of {model} {rule}. Set it to {below}{above}.")
         return imgsz
 
+    @field_validator("recompute")
+    @classmethod
+    def _can_be_read(cls, recompute: str) -> str:
+        if read_recompute(recompute) is None:
+            raise ValueError(f"{recompute} given, but it must be {RECOMPUTE_RULE}. Leave it out for none.")
+        return recompute
+
     def dump(self) -> dict[str, Any]:
         """Plain YAML types, recipe resolved; without `resume`, which tells of a start and not of the run."""
         return self.model_dump(exclude={"resume"})
@@ -184,6 +198,14 @@ class RunConfig(BaseModel):
 
 RUN_KEYS = frozenset(RunConfig.model_fields) - {"recipe"}
 RECIPE_KEYS = frozenset(Recipe.model_fields)
+
+
+def read_recompute(text: str) -> str | int | None:
+    """`none`, `blocks`, or the bytes that a budget like `4.5GiB` names; None where it is none of these."""
+    budget = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text)
+    if budget:
+        return int(float(budget[1]) * 2**30) or None
+    return text if text in ("none", "blocks") else None
 
 
 def max_stride(model: str) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from dsyolo.config import read_recompute
 from dsyolo.ds_keys import FLOAT16_NAMES, OPTIMIZERS
 from dsyolo.ds_read import optimizer_name, shown
 
@@ -106,6 +107,29 @@ def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str
         if not any(layers[start:stop]):
             rule = f"the stage of layers {start} to {stop - 1} would have no parameters"
             problems.append(f"pipeline.partition: {list(partition)} given, but {rule}. Move a cut.")
+
+
+def activations(
+    sane: Mapping[str, Any], stages: int, command_line: str, problems: list[str]
+) -> tuple[str | int, bool]:
+    """(none, blocks or the bytes of a budget, whether what is kept for it waits in host memory)."""
+    block = sane.get("activation_checkpointing", {})
+    given = block.get("recompute", command_line)
+    path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
+    if "recompute" in block and command_line != "none":
+        problems.append(f"{path}: {shown(given)} given, and so is --recompute. Leave one out.")
+    choice = read_recompute(given)
+    assert choice is not None, given
+    offloads = bool(block.get("cpu_checkpointing", False))
+    if offloads and choice == "none":
+        rule = "it is for the inputs of recomputed blocks, and none is"
+        problems.append(
+            f'activation_checkpointing.cpu_checkpointing: true given, but {rule}. Set recompute to "blocks".'
+        )
+    if isinstance(choice, int) and stages > 1:
+        rule = "a stage of a pipeline keeps the activations of several micro-batches"
+        problems.append(f'{path}: {shown(given)} given, but {rule}. Set it to "blocks" or "none".')
+    return choice, offloads
 
 
 def optimizer_and_params(sane: Mapping[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:

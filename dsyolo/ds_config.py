@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.ds_checks import (
+    activations,
     batch_triple,
     data_types,
     monitors,
@@ -25,7 +26,11 @@ from dsyolo.ds_read import read_json, sane_part
 from dsyolo.errors import UserError
 
 GRADIENT_CLIPPING = 10.0  # the recipe's; DeepSpeed's own default, 1.0, would be silently another training
-OWN_BLOCKS = ("optimizer", "pipeline")  # read by dsyolo; DeepSpeed gets objects instead
+OWN_BLOCKS = (
+    "optimizer",
+    "pipeline",
+    "activation_checkpointing",
+)  # read by dsyolo; DeepSpeed gets objects instead
 
 # A bucket is allocated whole. 2^24 elements hold the largest weight of any variant (yolov5x6, 11.1 M), at 67 MB.
 MAX_BUCKET_ELEMENTS = 2**24
@@ -51,6 +56,8 @@ class DsConfig:
     offload_param: str | None  # device
     stages: int  # of the pipeline, 1: none
     partition: str | tuple[int, ...]  # "balanced", or the layer index at which each further stage begins
+    recompute: str | int  # "none", "blocks", or bytes: the fewest blocks that fit these per micro-batch
+    offload_activations: bool  # the inputs of recomputed blocks wait in host memory
     source: Mapping[str, Any]  # the JSON as given
 
     @property
@@ -130,6 +137,11 @@ class DsConfig:
             f"optimizer: {self.optimizer}, {params}",
             f"gradient norm: {f'clipped at {self.gradient_clipping:g}' if self.gradient_clipping else 'not clipped'}",
         ]
+        if self.recompute != "none":
+            what = "all blocks" if self.recompute == "blocks" else "the fewest blocks that fit the budget"
+            lines.append(
+                f"recompute: {what}{', their inputs in host memory' if self.offload_activations else ''}"
+            )
         if self.stages > 1:
             lines.append(f"pipeline: {self.stages} stages, partition {self.partition}")
         return lines
@@ -141,6 +153,7 @@ def check(
     world_size: int,
     accelerator: str,
     layers: Sequence[bool] | None = None,
+    recompute: str = "none",
 ) -> DsConfig:
     """The DeepSpeed configuration of a file or dict, for so many ranks.
 
@@ -149,6 +162,7 @@ def check(
         world_size: ranks of the run, all hosts together.
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
+        recompute: what the command line says of it; the JSON may say it instead.
 
     Raises:
         UserError: every problem of the file, each with what was given, the rule and the remedy.
@@ -159,7 +173,7 @@ def check(
     source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
     result = None
     if source is not None:
-        result = _resolve(path, source, world_size, accelerator, layers, problems)
+        result = _resolve(path, source, world_size, accelerator, layers, recompute, problems)
     if problems or result is None:
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
         raise UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
@@ -172,6 +186,7 @@ def _resolve(
     world_size: int,
     accelerator: str,
     layers: Sequence[bool] | None,
+    recompute: str,
     problems: list[str],
 ) -> DsConfig | None:
     """The whole, or None; problems are added in the order in which a reader wants them."""
@@ -185,6 +200,7 @@ def _resolve(
     kind = precision(sane, accelerator, zero_stage, problems)
     data_types(sane, kind, zero_stage, problems)
     offload_optimizer, offload_param = offload(sane, zero_stage, problems)
+    recomputed, offload_activations = activations(sane, stages, recompute, problems)
     monitors(sane, problems)
     if batch is None:
         return None
@@ -203,6 +219,8 @@ def _resolve(
         offload_param=offload_param,
         stages=stages,
         partition=partition,
+        recompute=recomputed,
+        offload_activations=offload_activations,
         source=source,
     )
 

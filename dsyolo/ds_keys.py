@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsyolo.config import RECOMPUTE_RULE, read_recompute
+
 NEVER = object()  # no value turns the key off: DeepSpeed refuses its presence, or a value would do nothing
 
 
@@ -85,6 +87,7 @@ PARTITION = Key(
         v == "balanced" or (isinstance(v, list) and all(whole(1).keeps(x) for x in v) and v == sorted(set(v)))
     ),
 )
+RECOMPUTE = Key(RECOMPUTE_RULE, lambda v: isinstance(v, str) and read_recompute(v) is not None)
 DTYPE = one_of("fp32", "fp16", "bf16")
 BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
@@ -100,7 +103,6 @@ _QUANTIZED = "quantised collectives need a compiled op and are not supported. Le
 
 # Legal, with a meaning of their own, and not built yet: delete a line when it is. Keys as a user writes them.
 NOT_BUILT_YET = {
-    "activation_checkpointing": "recomputed activations are not built yet. Leave it out.",
     "auto": "values found by the program are not built yet. Write the value, or leave the key out.",
 }
 
@@ -237,6 +239,15 @@ PIPELINE: dict[str, Key | Section | Refused] = {
     "pipe_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
     "grad_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
 }
+ACTIVATION_CHECKPOINTING: dict[str, Key | Section | Refused] = {
+    "recompute": RECOMPUTE,  # ours
+    "cpu_checkpointing": FLAG,
+    "partition_activations": Refused("it splits them over tensor-parallel ranks. Leave it out."),
+    "contiguous_memory_optimization": Refused("it needs partition_activations. Leave it out."),
+    "number_checkpoints": Refused("recompute says what is computed again. Leave it out.", None),
+    "synchronize_checkpoint_boundary": Refused("it waits for the device at every block. Leave it out."),
+    "profile": Refused("it waits for the device at every block. Use flops_profiler."),
+}
 _MONITOR = Section({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
 
 TOP_LEVEL: dict[str, Key | Section | Refused] = {
@@ -259,7 +270,7 @@ TOP_LEVEL: dict[str, Key | Section | Refused] = {
     ),
     "communication_data_type": DTYPE,
     "pipeline": Section(PIPELINE),
-    "activation_checkpointing": Refused(NOT_BUILT_YET["activation_checkpointing"], NEVER),
+    "activation_checkpointing": Section(ACTIVATION_CHECKPOINTING),
     # Handed on as they are.
     "steps_per_print": whole(1),
     "dump_state": FLAG,

@@ -137,11 +137,11 @@ def _sane_block(
 
 
 def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
+    if name in RUN_KEYS | RECIPE_KEYS:
+        return f"the run configuration owns it. Leave it out and give --{name}."
     hint = did_you_mean(name, keys)
     if hint:
         return f"unknown key. {hint}"
-    if name in RUN_KEYS | RECIPE_KEYS:
-        return f"the run configuration owns it. Leave it out and give --{name}."
     homes = [f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, Section) and name in part.keys]
     homes += ["optimizer.params."] if any(name in params for _, params in OPTIMIZERS.values()) else []
     homes += [""] if name in TOP_LEVEL and prefix else []

@@ -16,7 +16,15 @@ import torch
 
 from dsyolo import config as run_config
 from dsyolo import ds_config
-from dsyolo.build import Run, build_data, build_engine, build_network, build_record, scan_splits
+from dsyolo.build import (
+    Run,
+    build_data,
+    build_engine,
+    build_network,
+    build_record,
+    plan_activations,
+    scan_splits,
+)
 from dsyolo.config import RunConfig
 from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
@@ -63,6 +71,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
             world_size=world.size,
             accelerator=accelerator,
             layers=has_parameters(run.model),
+            recompute=run.recompute,
         ),
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, folder),
@@ -71,7 +80,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
         raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
-    return Run(run, ds, data, world, folder)
+    return Run(run, ds, data, world, folder, plan_activations(run, ds, data.num_classes))
 
 
 def all_of(*readers: Callable[[], Any]) -> list[Any]:

@@ -117,6 +117,7 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
         (["--imgsz", "32"], "Set it to 64."),
         (["--batch-size", "16"], "--batch_size: the DeepSpeed JSON owns it. Set train_batch_size there."),
         (["--gradient_clipping", "1"], "--gradient_clipping: the DeepSpeed JSON owns it."),
+        (["--recompute", "4GB"], '--recompute: 4GB given, but it must be "none", "blocks" or a budget like'),
         (["--epochs"], "--epochs: expected one argument. See --help."),
         (["--epochs", "3.5"], "--epochs: 3.5 given, but it must be a whole number"),
         (["--name", ""], "--name:  given, but it must be a name, not empty."),

@@ -85,7 +85,7 @@ def test_shipped_files(path: Path, world_size: int) -> None:
 
 
 def test_shipped_files_are_all_there() -> None:
-    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload fp32 zero2_fp32 bf16 fp16 adamw"
+    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload fp32 zero2_fp32 bf16 fp16 adamw recompute"
     assert {path.stem for path in FILES} >= set(names.split())
     by_name = {path.stem: resolve(path, 2) for path in FILES}
     assert {name: by_name[name].precision for name in ("zero2", "fp32", "bf16", "fp16")} == {
@@ -188,6 +188,11 @@ def test_wrong_arithmetic(config: dict[str, Any], problem: str) -> None:
         ({"gradient_clipping": True}, "gradient_clipping: true given"),
         ({"steps_per_print": 1.5}, "steps_per_print: 1.5 given, but it must be a whole number of at least 1."),
         ({"data_types": {"param_dtype": "float"}}, '"fp32" or "fp16" or "bf16"'),
+        ({"activation_checkpointing": {"recompute": True}}, '"none", "blocks" or a budget like "4.5GiB"'),
+        ({"activation_checkpointing": {"recompute": "4GB"}}, 'a budget like "4.5GiB"'),
+        ({"activation_checkpointing": {"recompute": "0GiB"}}, 'a budget like "4.5GiB"'),
+        ({"activation_checkpointing": {"cpu_checkpointing": 1}}, "must be true or false"),
+        ({"recompute": "blocks"}, "the run configuration owns it. Leave it out and give --recompute."),
     ],
 )  # fmt: skip
 def test_keys_and_types(block: dict[str, Any], problem: str) -> None:
@@ -270,7 +275,11 @@ def test_no_knob_has_two_owners() -> None:
         ({"amp": {"enabled": False}}, "Apex"),
         ({"elasticity": {"enabled": True}}, "removed"),
         ({"tensor_parallel": {"autotp_size": 2}}, "convolutions"),
-        ({"activation_checkpointing": {}}, "not built yet"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "tensor-parallel"),
+        ({"activation_checkpointing": {"contiguous_memory_optimization": True}}, "partition_activations"),
+        ({"activation_checkpointing": {"number_checkpoints": 4}}, "recompute says"),
+        ({"activation_checkpointing": {"synchronize_checkpoint_boundary": True}}, "waits for the device"),
+        ({"activation_checkpointing": {"profile": True}}, "waits for the device"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "4-D gradients"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "compiled op"),
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, 'offload_optimizer: {"device": "cpu"}'),
@@ -327,6 +336,11 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any]) -> None:
         ({"data_types": {"param_dtype": "bf16"}}, "weights are fp32 here"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "at ZeRO 0"),
         ({"data_types": {"buffer_dtype": "bf16"}}, "the statistics of BatchNorm stay fp32"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, 'Set recompute to "blocks"'),
+        (
+            {"pipeline": {"stages": 2}, "activation_checkpointing": {"recompute": "1GiB"}},
+            'keeps the activations of several micro-batches. Set it to "blocks" or "none".',
+        ),
         ({"pipeline": {"stages": 3}}, "not a multiple of it. Set it to one of 1, 2, 4."),
         ({"pipeline": {"stages": 2, "partition": [3, 9]}}, "2 stages need 1 cuts"),
         ({"pipeline": {"stages": 2, "partition": [25]}}, "the network has 25 layers"),
@@ -357,6 +371,24 @@ def test_pipeline_divides_the_ranks_of_a_batch() -> None:
     assert "pipeline" not in config.deepspeed_json(10**6, cpu=True)
     (line,) = problems_of({**given, "train_batch_size": 60}, 4)
     assert "16 per GPU x 1 accumulation x 2 data-parallel ranks = 32" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "recompute"),
+    [("none", "none"), ("blocks", "blocks"), ("4.5GiB", 4831838208), ("2 GiB", 2**31), ("0.001GiB", 1073741)],
+)
+def test_recompute_of_the_json_or_of_the_command_line(given: str, recompute: str | int) -> None:
+    block = {"recompute": given, "partition_activations": False, "number_checkpoints": None}
+    from_json = resolve(with_batch(activation_checkpointing=block))
+    assert (from_json.recompute, from_json.offload_activations) == (recompute, False)
+    assert "activation_checkpointing" not in from_json.deepspeed_json(10**6, cpu=True)
+    assert resolve(with_batch(), recompute=given).recompute == recompute
+    offloaded = {"activation_checkpointing": {"cpu_checkpointing": True}}
+    lines = resolve(with_batch(**offloaded), recompute="blocks").explain()
+    assert lines[-1] == "recompute: all blocks, their inputs in host memory"
+    if given != "none":
+        (line,) = problems_of(with_batch(activation_checkpointing=block), recompute="blocks")
+        assert line.endswith("given, and so is --recompute. Leave one out.")
 
 
 def test_adam_is_what_deepspeed_makes_of_it() -> None:

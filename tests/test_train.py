@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dsyolo.build import Run, build_data, build_network, scan_splits
+from dsyolo.build import Run, build_data, build_network, plan_activations, scan_splits
 from dsyolo.config import RunConfig
 from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.sample import draw_sample
@@ -126,12 +126,30 @@ def test_validating_the_weights_gives_the_figures_of_the_run(place, two_ranks):
     assert figures["map50_95"] == pytest.approx(rows(place, "whole", "epoch")[-1]["map50_95"], abs=1e-6)
 
 
-def test_one_rank_trains_the_same_and_validates_the_same(place, two_ranks):
+@pytest.fixture(scope="module")
+def one_rank(place):
+    """The same run on one."""
     done = alone(place, "one")
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_one_rank_trains_the_same_and_validates_the_same(place, two_ranks, one_rank):
     first, second = losses(place, "whole"), losses(place, "one")
     # the groups of BatchNorm are the same, so only rounding differs
     np.testing.assert_allclose(first[:4], second[:4], rtol=1e-3)
+
+
+def test_recomputed_activations_change_nothing_but_memory(place, one_rank):
+    assert re.search(r"activations: 0\.0\d GiB a micro-batch\n", one_rank.stdout)
+    block = {"recompute": "blocks", "cpu_checkpointing": True}
+    config = place / "recompute.json"
+    config.write_text(json.dumps({**CONFIG, "activation_checkpointing": block}))
+    done = alone(place, "recomputed", deepspeed_config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "recompute: all blocks, their inputs in host memory" in done.stdout
+    assert "recomputing 18 of 18 blocks" in done.stdout
+    assert losses(place, "recomputed") == losses(place, "one")
 
 
 def test_killed_in_an_epoch_and_resumed_it_ends_bit_for_bit_the_same(place, two_ranks):
@@ -201,6 +219,7 @@ MISTAKES = {
     "missing class": (lambda p: {"data": _data_without_a_class(p)}, "class"),
     "unreadable weights": (lambda p: {"weights": _damaged_weights(p)}, "not a whole safetensors file"),
     "unknown option": (lambda p: {"mosiac": 1}, "Did you mean --mosaic"),
+    "a budget too small": (lambda p: {"recompute": "0.0001GiB"}, "lower train_micro_batch_size_per_gpu"),
     "wrong size": (lambda p: {"imgsz": 100}, "96 or 128"),
 }
 
@@ -303,7 +322,8 @@ def test_anchors_of_the_weights_are_those_of_targets_loss_and_network(place, two
     )
     world = World(0, 1, 0, 1)
     ds = check(CONFIG, world_size=1, accelerator="cpu")
-    run = Run(config, ds, read_data_yaml(config.data), world, place / "runs/a")
+    data = read_data_yaml(config.data)
+    run = Run(config, ds, data, world, place / "runs/a", plan_activations(config, ds, data.num_classes))
     network, taken = build_network(run)
     assert "tensors taken" in taken
     torch.testing.assert_close(network.anchors, weights["detect.anchors"])

@@ -184,6 +184,11 @@ class TrainLoader:
             yield [Key(epoch, index, size_px) for epoch, index in group]
 
 
+def largest_size_px(size_px: int, stride: int) -> int:
+    """The largest side that multi-scale training around `size_px` draws."""
+    return round(size_px * MULTI_SCALE_RANGE[1] / stride) * stride
+
+
 class _Keys:
     """The endless batch sampler, from a step on."""
 

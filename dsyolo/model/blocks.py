@@ -18,17 +18,25 @@ class BatchNorm(nn.BatchNorm2d):
 
     Attributes:
         frozen: in training too, normalise with the running statistics and do not move them.
+        moves_statistics: false while a forward pass is repeated for its gradients (`recompute.py`).
     """
+
+    moves_statistics = True
 
     def __init__(self, num_channels: int) -> None:
         super().__init__(num_channels, eps=1e-3, momentum=0.03)
         self.frozen = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training and not self.moves_statistics:
+            # Copies take the movement. Neither None nor a momentum of 0 would do: autograd must save as many
+            # tensors as in the first pass, and 0 times an infinity is no number.
+            mean, var = mean.clone(), var.clone()
         return F.batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.weight.float(),
             self.bias.float(),
             self.training and not self.frozen,

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dsyolo.model.blocks import BatchNorm
+from dsyolo.model.recompute import run_recomputed
+
 
 class Node(NamedTuple):
     """A module with a name, and the names of the nodes (or of the input) whose outputs it reads."""
@@ -56,19 +59,36 @@ class Network(nn.Module):
 
     Args:
         nodes: the sequence; the last one makes the output.
+
+    Attributes:
+        recompute: names of nodes that keep their inputs alone for backward, and then run again.
+        offload_inputs: whether those inputs wait in host memory.
     """
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         super().__init__()
         self.links = connect(nodes)
         self.order = tuple(node.name for node in nodes)
+        self.recompute: frozenset[str] = frozenset()
+        self.offload_inputs = False
         for node in nodes:
             self.add_module(node.name, node.module)
+
+    def blocks(self) -> frozenset[str]:
+        """Names of the nodes with activations inside, which recomputing saves: those with a BatchNorm."""
+        parts = {name: self.get_submodule(name).modules() for name in self.order}
+        return frozenset(
+            name for name, modules in parts.items() if any(isinstance(part, BatchNorm) for part in modules)
+        )
 
     def run(self, carry: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple:
         """The carry after nodes `start` .. `stop` - 1, from the carry before them."""
         for name, link in zip(self.order[start:stop], self.links[start:stop], strict=True):
-            out = self.get_submodule(name)(*(carry[k] for k in link.reads))
+            module, inputs = self.get_submodule(name), tuple(carry[k] for k in link.reads)
+            if name in self.recompute and torch.is_grad_enabled():
+                out = run_recomputed(module, inputs, offload=self.offload_inputs)
+            else:
+                out = module(*inputs)
             carry = (*(carry[k] for k in link.keeps), out)
         return carry
 
