@@ -27,6 +27,7 @@ from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.memory import peak_memory_gib
 from dsyolo.parallel.shards import Shards
+from dsyolo.parallel.syncbn import synchronise_batchnorm
 from dsyolo.record import NullRecord, Record
 from dsyolo.track import NullTracker, RunTracker, Tracker
 
@@ -116,6 +117,9 @@ def build_engine(run: Run, stream: Stream) -> tuple[Engine, Ema | NoEma, Checkpo
     lines = [f"{config.model}: {num_parameters:,} parameters", *ds.explain()]
     if config.weights and not config.resume:
         lines.append(load_into(network, Path(config.weights)))
+    if config.sync_batchnorm:
+        synchronise_batchnorm(network)
+        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
     gains = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
     loss = DetectionLoss(
         network.anchors, network.num_classes, config.imgsz, **{gain: getattr(recipe, gain) for gain in gains}

@@ -58,8 +58,13 @@ def loss_of(net) -> DetectionLoss:
     return DetectionLoss(net.anchors, NUM_CLASSES, SIZE_PX)
 
 
-def plain(num_steps: int, optimizer: str = "SGD", *, frozen: bool = False) -> dict[str, object]:
-    """The training in torch alone, in one process: losses, weights, buffers and EMA after each step."""
+def plain(
+    num_steps: int, optimizer: str = "SGD", *, frozen: bool = False, together: int = 1
+) -> dict[str, object]:
+    """The training in torch alone, in one process: losses of each step; weights, buffers and EMA at the end.
+
+    `together` groups pass the network as one batch, as their BatchNorm sees them when it is synchronised.
+    """
     net = network()
     loss, plan = loss_of(net), schedule(optimizer)
     params = SGD if optimizer == "SGD" else {"betas": (0.9, 0.999)}
@@ -78,31 +83,47 @@ def plain(num_steps: int, optimizer: str = "SGD", *, frozen: bool = False) -> di
         matches = sum(b.targets.num_matches for b in batches)
         images = sum(b.targets.num_images for b in batches)
         parts = torch.zeros(3)
-        for one in batches:
-            targets = one.targets._replace(num_matches=matches, num_images=images)
-            total, own = loss(net(one.images.contiguous(memory_format=torch.channels_last)), targets)
+        for start in range(0, GROUPS, together):
+            some = batches[start : start + together]
+            joined = torch.cat([one.images for one in some])
+            maps = net(joined.contiguous(memory_format=torch.channels_last))
+            total = torch.zeros(())
+            for one, *own_maps in zip(some, *(level.split(MICRO) for level in maps), strict=True):
+                targets = one.targets._replace(num_matches=matches, num_images=images)
+                share, own = loss(own_maps, targets)
+                total = total + share
+                parts += own
             total.backward()
-            parts += own
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
         optim.step()
         weight = 1 - EMA_DECAY * (1 - np.exp(-(step + 1) / EMA_TAU))
         for name, p in net.named_parameters():
             ema[name].lerp_(p.detach(), weight)
         losses.append(parts.tolist())
-    return {"losses": losses, "weights": state(net), "ema": ema}
+    return {"losses": losses, "weights": state(net), "ema": ema, "buffers": dict(net.named_buffers())}
 
 
 def state(net) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
-def build(stage: int, folder: Path, *, optimizer: str = "SGD", seed: int = 0, frozen: bool = False, **json):
+def build(
+    stage: int,
+    folder: Path,
+    *,
+    optimizer: str = "SGD",
+    seed: int = 0,
+    frozen: bool = False,
+    synchronised: bool = False,
+    **json,
+):
     """Engine, shards, EMA and checkpoints of this rank, as the entry builds them."""
     from dsyolo.parallel import dist
     from dsyolo.parallel.checkpoint import Checkpoints
     from dsyolo.parallel.ema import Ema
     from dsyolo.parallel.engine import Engine
     from dsyolo.parallel.shards import Shards
+    from dsyolo.parallel.syncbn import synchronise_batchnorm
 
     world = dist.world_from_environment()
     if not torch.distributed.is_initialized():
@@ -121,6 +142,8 @@ def build(stage: int, folder: Path, *, optimizer: str = "SGD", seed: int = 0, fr
         accelerator="cpu",
     )
     net = network(seed)
+    if synchronised:
+        synchronise_batchnorm(net)
     engine = Engine(
         net,
         loss_of(net),
