@@ -25,6 +25,7 @@ from dsyolo.parallel.checkpoint import Checkpoints, Progress
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.folder import Folders, move_to_folders
 from dsyolo.parallel.memory import peak_memory_gib
 from dsyolo.parallel.shards import Shards
 from dsyolo.parallel.syncbn import synchronise_batchnorm
@@ -140,6 +141,8 @@ def build_engine(run: Run, stream: Stream) -> tuple[Engine, Ema | NoEma, Checkpo
         if config.ema
         else NoEma(shards, engine.buffers)
     )
+    if any(ds.offload_folders):
+        move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
     checkpoints = Checkpoints(run.folder / "checkpoints", engine, shards, ema, world)
     if world.is_first:
         print("\n".join([*lines, f"device: {engine.device}, {threads} threads a rank"]))

@@ -73,11 +73,12 @@ def test_shipped_files(path: Path, world_size: int) -> None:
     digit = path.stem[4] if path.stem.startswith("zero") else None
     assert digit is None or config.zero_stage == int(digit)
     assert ("offload" in path.stem) == (config.offload_optimizer == "cpu")
+    assert ("nvme" in path.stem) == (config.offload_optimizer == "nvme")
     assert json.loads(path.read_text()).keys() >= {"optimizer", "zero_optimization", "gradient_clipping"}
 
 
 def test_shipped_files_are_all_there() -> None:
-    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload fp32 zero2_fp32 bf16 fp16 adamw"
+    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload zero3_nvme fp32 zero2_fp32 bf16 fp16 adamw"
     assert {path.stem for path in FILES} >= set(names.split())
     by_name = {path.stem: resolve(path) for path in FILES}
     assert {name: by_name[name].precision for name in ("zero2", "fp32", "bf16", "fp16")} == {
@@ -315,7 +316,40 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any]) -> None:
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "it needs stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"pin_memory": True}}}, "device: missing"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, '"none" or "cpu"'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            '"none" or "cpu" or "nvme"',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.nvme_path: missing",
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/no/where"},
+                }
+            },
+            'offload_optimizer.nvme_path: "/no/where" given, but there is no such folder',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "nvme_path": "/"}}},
+            'it belongs to the device "nvme"',
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/proc"},
+                }
+            },
+            "written",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme", "nvme_path": "."}}},
+            "needs stage 3",
+        ),
         ({"data_types": {"param_dtype": "bf16"}}, "weights are fp32 here"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "at ZeRO 0"),
         ({"data_types": {"buffer_dtype": "bf16"}}, "the statistics of BatchNorm stay fp32"),

@@ -122,6 +122,7 @@ def build(
     from dsyolo.parallel.checkpoint import Checkpoints
     from dsyolo.parallel.ema import Ema
     from dsyolo.parallel.engine import Engine
+    from dsyolo.parallel.folder import Folders, move_to_folders
     from dsyolo.parallel.shards import Shards
     from dsyolo.parallel.syncbn import synchronise_batchnorm
 
@@ -156,6 +157,8 @@ def build(
     )
     shards = Shards(engine.deepspeed)
     ema = Ema(shards, engine.buffers, EMA_DECAY, EMA_TAU)
+    if any(ds.offload_folders):
+        move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
     return engine, shards, ema, Checkpoints(folder, engine, shards, ema, world)
 
 
