@@ -138,6 +138,11 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
             problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16" or "float16".')
         if accelerator == "cpu" and dtype in FLOAT16_NAMES:
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
+        elif zero_stage > 0 and dtype in FLOAT16_NAMES:
+            # Its norm is of scaled gradients, and an infinite one skips the step before the scaler hears of it.
+            rule = f"with zero_optimization.stage {zero_stage} DeepSpeed never lowers its loss scale"
+            remedy = 'Use "bfloat16", or fp16.enabled, or stage 0'
+            problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but {rule}. {remedy}.")
         return "autocast_fp16" if dtype in FLOAT16_NAMES else "autocast_bf16"
     return on[0] if on else "fp32"
 

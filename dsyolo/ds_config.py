@@ -80,6 +80,10 @@ class DsConfig:
         out["gradient_clipping"] = self.gradient_clipping
         out["zero_allow_untested_optimizer"] = True  # SGD is untested, says DeepSpeed
         out["zero_force_ds_cpu_optimizer"] = False  # its CPU Adam is a compiled op
+        speaks = [
+            out.get(key) for key in ("steps_per_print", "dump_state", "memory_breakdown", "comms_logger")
+        ]
+        out.setdefault("log_level", "info" if any(speaks) else "warning")  # of DeepSpeed's own lines
         out.setdefault("steps_per_print", NO_PRINT)
         out.setdefault("timers", {"throughput": {"enabled": False}})
         out["zero_optimization"] = self._zero_block(num_parameters, cpu)

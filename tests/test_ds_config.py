@@ -295,10 +295,11 @@ def test_values_that_turn_a_refused_key_off_are_let_through(block: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "precision", [{"fp16": {"enabled": True}}, {"torch_autocast": {**AUTOCAST, "dtype": "fp16"}}]
+    ("precision", "stage"),
+    [({"fp16": {"enabled": True}}, 1), ({"torch_autocast": {**AUTOCAST, "dtype": "fp16"}}, 0)],
 )
-def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any]) -> None:
-    source = with_batch(**precision, zero_optimization={"stage": 1})
+def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int) -> None:
+    source = with_batch(**precision, zero_optimization={"stage": stage})
     assert resolve(source).precision in ("fp16", "autocast_fp16")
     (line,) = problems_of(source, accelerator="cpu")
     assert line.endswith('Use bfloat16: "torch_autocast": {"enabled": true, "dtype": "bfloat16"}.')
@@ -310,6 +311,10 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any]) -> None:
         ({"bf16": {"enabled": True}, "torch_autocast": AUTOCAST}, "and so is bf16.enabled"),
         ({"bf16": {"enabled": True}}, "Set the stage to 1"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.dtype: missing"),
+        (
+            {"torch_autocast": {**AUTOCAST, "dtype": "fp16"}, "zero_optimization": {"stage": 1}},
+            "DeepSpeed never lowers its loss scale",
+        ),
         (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             "it needs stage 1, 2 or 3, and stage 0 is given",

@@ -115,6 +115,7 @@ def build(
     seed: int = 0,
     frozen: bool = False,
     synchronised: bool = False,
+    accelerator: str = "cpu",
     **json,
 ):
     """Engine, shards, EMA and checkpoints of this rank, as the entry builds them."""
@@ -140,7 +141,7 @@ def build(
             **json,
         },
         world_size=world.size,
-        accelerator="cpu",
+        accelerator=accelerator,
     )
     net = network(seed)
     if synchronised:
@@ -150,7 +151,7 @@ def build(
         loss_of(net),
         build_optimizer(net, ds.optimizer, ds.optimizer_params),
         schedule(optimizer),
-        deepspeed_json=ds.deepspeed_json(sum(p.numel() for p in net.parameters()), cpu=True),
+        deepspeed_json=ds.deepspeed_json(sum(p.numel() for p in net.parameters()), cpu=accelerator == "cpu"),
         world=world,
         accumulation=ds.accumulation,
         freeze_batchnorm=frozen,
@@ -168,7 +169,8 @@ def train(engine, ema, start: int, stop: int) -> list[list[float]]:
     for step in range(start, stop):
         groups = range(engine.world.rank, GROUPS, engine.world.size)
         stats, _ = engine.train_step([batch(step, group) for group in groups], step)
-        ema.update()
+        if stats.was_applied:
+            ema.update()
         losses.append(stats.losses.tolist())
     return losses
 

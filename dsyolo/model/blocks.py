@@ -15,14 +15,14 @@ class BatchNorm(nn.BatchNorm2d):
     Under DeepSpeed's `bf16.enabled` the parameters are bf16 and the statistics fp32, which torch's own
     module refuses on a CPU. `num_batches_tracked` keeps its place in weight files but is not counted:
     with a fixed momentum nobody reads it, and counting costs a kernel per layer.
-
-    Attributes:
-        normalise: `F.batch_norm`, or what stands in for it.
     """
 
     def __init__(self, num_channels: int) -> None:
         super().__init__(num_channels, eps=1e-3, momentum=0.03)
-        self.normalise = F.batch_norm
+
+    def normalise(self, *args) -> torch.Tensor:
+        """`F.batch_norm`; an attribute may stand in for it (parallel/syncbn.py)."""
+        return F.batch_norm(*args)  # looked up now: DeepSpeed's profiler puts another in its place
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.normalise(

@@ -13,6 +13,7 @@ from dsyolo.batch import Batch, StepStats
 from dsyolo.optim import Schedule
 from dsyolo.parallel.buffers import Buffers
 from dsyolo.parallel.dist import World, all_gather_objects, all_reduce_sum, broadcast
+from dsyolo.parallel.loss_scale import LossScale
 
 
 class Engine:
@@ -60,6 +61,7 @@ class Engine:
         self.network = self.deepspeed.module
         self.buffers = Buffers(self.network)
         broadcast(self.buffers.flat)
+        self.loss_scale = LossScale(self.deepspeed)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
         """One optimizer step from this rank's micro-batches; nothing here waits for the device.
@@ -75,6 +77,7 @@ class Engine:
         self._train_mode()
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
         counts = self._global_counts(batches)
+        buffers_before = self.buffers.flat.clone() if self.loss_scale.can_skip else None
         losses = torch.zeros(3, device=self.device)
         # DeepSpeed divides by accumulation and ranks; the loss is a sum, so both are multiplied back in.
         undo_averaging = self.accumulation * self.world.size
@@ -89,7 +92,11 @@ class Engine:
         self._average_buffers()
         all_reduce_sum(losses)
         norm = self.deepspeed.get_global_grad_norm()
-        return StepStats(losses, norm, self.accumulation * self.world.size * len(batches[0].images)), lr
+        applied = self.loss_scale.step_was_applied()
+        if not applied and buffers_before is not None:
+            self.buffers.flat.copy_(buffers_before)  # what overflowed may have been BatchNorm's input
+        num_images = self.accumulation * self.world.size * len(batches[0].images)
+        return StepStats(losses, norm, num_images, applied), lr
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
