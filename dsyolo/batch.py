@@ -75,3 +75,4 @@ class StepStats(NamedTuple):
     losses: torch.Tensor  # (3,) float32: box, objectness, class; each times its gain, per image
     grad_norm: torch.Tensor | float | None  # before clipping, where the engine knows it
     num_images: int  # of the global batch
+    was_applied: bool = True  # False: gradients were not finite, and the weights are those of before

@@ -28,8 +28,10 @@ from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, r
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.folder import Folders, move_to_folders
 from dsyolo.parallel.memory import peak_memory_gib
 from dsyolo.parallel.spread import spread
+from dsyolo.parallel.syncbn import synchronise_batchnorm
 from dsyolo.record import NullRecord, Record
 from dsyolo.track import NullTracker, RunTracker, Tracker
 
@@ -176,13 +178,18 @@ def build_engine(
         ds,
         world,
         image_size_px=config.imgsz,
-        statistics_move=not config.freeze_batchnorm,
+        statistics_move=not (config.freeze_batchnorm or config.sync_batchnorm),
     )
+    if config.sync_batchnorm:
+        synchronise_batchnorm(engine.network, engine.replicas)
+        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
     ema = (
         Ema(shards, engine.buffers, config.ema_decay, config.ema_tau)
         if config.ema
         else NoEma(shards, engine.buffers)
     )
+    if any(ds.offload_folders):
+        move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
     checkpoints = Checkpoints(run.folder / "checkpoints", engine, shards, ema, world)
     if world.is_first:
         print("\n".join([*lines, *about, f"device: {engine.device}, {threads} threads a rank"]))

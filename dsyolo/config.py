@@ -136,6 +136,7 @@ class RunConfig(BaseModel):
     ema_decay: float = _knob(0.9999, "decay of the average", "training", learned=True, gt=0, lt=1)
     ema_tau: float = _knob(2000, "updates over which the decay rises", "training", learned=True, gt=0)
     freeze_batchnorm: bool = _knob(False, "keep BatchNorm's statistics as they are", "training", learned=True)
+    sync_batchnorm: bool = _knob(False, "BatchNorm over the images of all ranks", "training", learned=True)
     patience: int = _knob(
         100, "epochs without a better fitness before stopping, 0: never stop", "training", ge=0
     )
@@ -175,6 +176,13 @@ class RunConfig(BaseModel):
         if read_recompute(recompute) is None:
             raise ValueError(f"{recompute} given, but it must be {RECOMPUTE_RULE}. Leave it out for none.")
         return recompute
+
+    @field_validator("sync_batchnorm")
+    @classmethod
+    def _has_statistics_to_share(cls, sync_batchnorm: bool, info: ValidationInfo) -> bool:
+        if sync_batchnorm and info.data.get("freeze_batchnorm"):
+            raise ValueError("true given, but --freeze_batchnorm leaves nothing to share. Leave one out.")
+        return sync_batchnorm
 
     def dump(self) -> dict[str, Any]:
         """Plain YAML types, recipe resolved; without `resume`, which tells of a start and not of the run."""

@@ -6,6 +6,8 @@ They get the part of the JSON that `ds_read.sane_part` let through, and so meet 
 from __future__ import annotations
 
 import importlib.util
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -176,6 +178,11 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
             problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16" or "float16".')
         if accelerator == "cpu" and dtype in FLOAT16_NAMES:
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
+        elif zero_stage > 0 and dtype in FLOAT16_NAMES:
+            # Its norm is of scaled gradients, and an infinite one skips the step before the scaler hears of it.
+            rule = f"with zero_optimization.stage {zero_stage} DeepSpeed never lowers its loss scale"
+            remedy = 'Use "bfloat16", or fp16.enabled, or stage 0'
+            problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but {rule}. {remedy}.")
         return "autocast_fp16" if dtype in FLOAT16_NAMES else "autocast_bf16"
     return on[0] if on else "fp32"
 
@@ -210,14 +217,33 @@ def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> tu
         path = f"zero_optimization.{key}"
         device = zero.get(key, {}).get("device", "none")
         if zero.get(key) and "device" not in zero[key]:
-            problems.append(f'{path}.device: missing. Write "cpu", or leave the block out.')
+            problems.append(f'{path}.device: missing. Write "cpu" or "nvme", or leave the block out.')
         if device != "none" and zero_stage not in stages:
             rule = f"it needs stage {words}, and stage {zero_stage} is given"
             problems.append(
                 f"{path}: device {shown(device)} given, but {rule}. Set the stage, or leave it out."
             )
+        problems += [f"{path}.{line}" for line in _folder(zero.get(key, {}), device)]
         devices.append(None if device == "none" else device)
     return devices[0], devices[1]
+
+
+def _folder(block: Mapping[str, Any], device: str) -> list[str]:
+    """What is wrong with the folder of an offload."""
+    path = block.get("nvme_path")
+    if device != "nvme":
+        rule = 'it belongs to the device "nvme"'
+        return [f"nvme_path: {shown(path)} given, but {rule}. Leave it out, or set device."] if path else []
+    if path is None:
+        return ["nvme_path: missing. Give a folder on a fast local disk; a file of each rank will lie there."]
+    if not os.path.isdir(path):
+        return [f"nvme_path: {shown(path)} given, but there is no such folder. Make it, or name another."]
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return []
+    except OSError as error:
+        rule = f"it cannot be written to ({error.strerror})"
+        return [f"nvme_path: {shown(path)} given, but {rule}. Name another."]
 
 
 def monitors(sane: Mapping[str, Any], problems: list[str]) -> None:

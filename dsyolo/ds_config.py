@@ -64,6 +64,15 @@ class DsConfig:
     def data_parallel_size(self) -> int:
         return self.world_size // self.stages
 
+    @property
+    def offload_folders(self) -> tuple[str | None, str | None]:
+        """Folders that optimizer states and parameters are offloaded to, None where they are not."""
+        zero = self.source.get("zero_optimization", {})
+        return (
+            zero["offload_optimizer"]["nvme_path"] if self.offload_optimizer == "nvme" else None,
+            zero["offload_param"]["nvme_path"] if self.offload_param == "nvme" else None,
+        )
+
     def deepspeed_json(self, num_parameters: int, *, cpu: bool) -> dict[str, Any]:
         """What `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
 
@@ -78,6 +87,10 @@ class DsConfig:
         out["gradient_clipping"] = self.gradient_clipping
         out["zero_allow_untested_optimizer"] = True  # SGD is untested, says DeepSpeed
         out["zero_force_ds_cpu_optimizer"] = False  # its CPU Adam is a compiled op
+        speaks = [
+            out.get(key) for key in ("steps_per_print", "dump_state", "memory_breakdown", "comms_logger")
+        ]
+        out.setdefault("log_level", "info" if any(speaks) else "warning")  # of DeepSpeed's own lines
         out.setdefault("steps_per_print", NO_PRINT)
         out.setdefault("timers", {"throughput": {"enabled": False}})
         if self.precision.startswith("autocast"):
@@ -90,6 +103,11 @@ class DsConfig:
         zero = {**copy.deepcopy(self.source.get("zero_optimization", {})), "stage": self.zero_stage}
         if self.zero_stage == 0:
             return zero
+        for key in ("offload_optimizer", "offload_param"):
+            if (zero.get(key) or {}).get("device") == "nvme":
+                # Its swapper is a compiled op: dsyolo moves the host's memory into a file (parallel/folder.py).
+                kept = {k: v for k, v in zero[key].items() if k not in ("device", "nvme_path", "pin_memory")}
+                zero[key] = {**kept, "device": "cpu", "pin_memory": False}
         if cpu:
             zero.setdefault("overlap_comm", False)  # no streams to overlap on, but a second bucket
             for key in ("offload_optimizer", "offload_param"):
@@ -124,8 +142,11 @@ class DsConfig:
         }[self.precision]
         sharded = ("nothing sharded", "optimizer states", "optimizer states and gradients", "all states")
         offload = ", ".join(
-            f"{what} on {device}"
-            for what, device in (("optimizer", self.offload_optimizer), ("parameters", self.offload_param))
+            f"{what} on {f'files in {folder}' if folder else device}"
+            for what, device, folder in (
+                ("optimizer", self.offload_optimizer, self.offload_folders[0]),
+                ("parameters", self.offload_param, self.offload_folders[1]),
+            )
             if device
         )
         params = ", ".join(f"{key} {value}" for key, value in self.optimizer_params.items())

@@ -96,7 +96,7 @@ _REMOVED = "DeepSpeed removed it. Leave it out."
 _PLAIN_MEAN = "the loss counts on DeepSpeed's plain mean over ranks. Leave it out."
 _OWN_CHECKPOINTS = "dsyolo writes its own checkpoints of named tensors. Leave it out."
 _OWN_TRACKING = "the run configuration owns tracking. Leave it out and use --wandb."
-_NO_NVME = "model states of the largest variant take 2.3 GB, so NVMe is not supported. Use the device cpu."
+_OWN_FOLDER = "dsyolo maps files to memory, and needs no compiled op for it. Leave it out."
 _DETECTOR = "it is made for language models and has no use in a detector. Leave it out."
 _FP32_MASTER = "checkpoints hold fp32 master weights and states. Leave it out."
 _QUANTIZED = "quantised collectives need a compiled op and are not supported. Leave it out."
@@ -135,16 +135,16 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Key | Section | Refused]]]
 MAX_GRAD_NORM = Refused("an optimizer does not clip. Set gradient_clipping, at the top level.", NEVER)
 
 _OFFLOAD = {
-    "device": one_of("none", "cpu"),
+    "device": one_of("none", "cpu", "nvme"),
     "pin_memory": FLAG,
     "buffer_count": whole(),
-    "nvme_path": Refused(_NO_NVME, None),
+    "nvme_path": Key("the path of a folder, in quotes", lambda v: isinstance(v, str) and v != ""),
 }
 OFFLOAD_OPTIMIZER = {
     **_OFFLOAD,
-    "pipeline_read": Refused(_NO_NVME),
-    "pipeline_write": Refused(_NO_NVME),
-    "fast_init": Refused(_NO_NVME),
+    "pipeline_read": Refused(_OWN_FOLDER),
+    "pipeline_write": Refused(_OWN_FOLDER),
+    "fast_init": Refused(_OWN_FOLDER),
     "ratio": Refused("partial offload needs DeepSpeed's compiled Adam. Leave it out.", 1.0),
     "super_offload": Refused("SuperOffload is made for Grace Hopper and Adam only. Leave it out."),
     "cpuadam_cores_perc": Refused("it belongs to SuperOffload. Leave it out.", NEVER),
@@ -316,7 +316,7 @@ TOP_LEVEL: dict[str, Key | Section | Refused] = {
     # No use here.
     "bfloat16": _renamed("bf16"),
     "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast.", NEVER),
-    "aio": Refused(_NO_NVME, NEVER),
+    "aio": Refused(_OWN_FOLDER, NEVER),
     "autotuning": Refused("the autotuner restarts the program with other batch sizes. Leave it out."),
     "compile": Refused("DeepCompile is not supported. Leave it out.", NEVER),
     "compression_training": Refused(_REMOVED, NEVER),

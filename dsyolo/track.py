@@ -138,6 +138,7 @@ class RunTracker:
             self._loss_sum, self._num_summed = torch.tensor(state["loss_sum"]), state["num_summed"]
         self._lr, self._step = 0.0, start.step
         self._next_plot = 0.0
+        self._num_skipped = 0  # since the last logged step
         self._closed = False
         self.begin(start)
 
@@ -155,6 +156,7 @@ class RunTracker:
         self._sum(stats.losses.detach())
         self._in_epoch.step(progress, data_wait_s)
         self._since_log.step(progress, data_wait_s)
+        self._num_skipped += not stats.was_applied
         self._bar.update()
         if progress.step == 1 or progress.step % self.log_every == 0 or progress.step == progress.total_steps:
             self._log_step(progress, stats)
@@ -166,6 +168,9 @@ class RunTracker:
         row = {**losses, "lr": self._lr, **self._since_log.rates(), "memory_gib": self.memory_gib()}
         if stats.grad_norm is not None:
             row["grad_norm"] = float(stats.grad_norm)
+        if self._num_skipped:
+            row["skipped_steps"] = self._num_skipped
+            self._num_skipped = 0
         self._since_log = _Window(progress)
         self._tell("step", progress, row)
         self._bar.set_description(f"epoch {progress.epoch + 1}/{progress.epochs}", refresh=False)
@@ -275,6 +280,8 @@ def _describe(row: Mapping[str, float]) -> str:
         parts.append(f"mAP50 {row['map50']:.4f}  mAP50-95 {row['map50_95']:.4f}")
     parts.append(f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait_share']:.0%}")
     parts.append(f"{row['memory_gib']:.2f} GiB")
+    if "skipped_steps" in row:
+        parts.append(f"{row['skipped_steps']} steps skipped")
     if "train_s" in row:
         parts.append(f"{row['train_s'] + row['val_s']:.1f} s")
     return "  ".join(parts)

@@ -140,7 +140,8 @@ def train(run: Run) -> None:
         tracker.begin(progress)
         for batches in data.train.steps(epoch, start=progress.step):
             stats, lr = engine.train_step(batches, progress.step)
-            ema.update()
+            if stats.was_applied:
+                ema.update()
             tracker.step(progress.advance(stats.num_images), stats, lr, data.train.take_wait_s())
         metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
         if (epoch + 1) % config.val_every == 0 or is_last:

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
+def run_ranks(
+    world_size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240, accelerator: str = "cpu"
+) -> list[Any]:
     """Runs `work(*args)` in `world_size` processes that form one world; returns what each rank returned.
 
     `work` is a function of a module (it is sent by name), and what it returns can be pickled. Where one rank
@@ -23,7 +25,9 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout_s: 
     results: Any = context.Queue()
     port = _free_port()
     ranks = [
-        context.Process(target=_rank, args=(rank, world_size, port, results, work, args), daemon=False)
+        context.Process(
+            target=_rank, args=(rank, world_size, port, accelerator, results, work, args), daemon=False
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -51,7 +55,15 @@ def _collect(world_size: int, results: Any, end: float) -> list[Any]:
     return [done[rank] for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, port: int, results: Any, work: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    accelerator: str,
+    results: Any,
+    work: Callable[..., Any],
+    args: tuple,
+) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -59,7 +71,7 @@ def _rank(rank: int, world_size: int, port: int, results: Any, work: Callable[..
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=accelerator,
     )
     import torch
 

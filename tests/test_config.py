@@ -115,6 +115,10 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
         (["--model", "yolov5k"], "Did you mean yolov5x?"),
         (["--model", "yolov5n6", "--imgsz", "160"], "Set it to 128 or 192."),
         (["--imgsz", "32"], "Set it to 64."),
+        (
+            ["--sync_batchnorm", "--freeze_batchnorm"],
+            "--freeze_batchnorm leaves nothing to share. Leave one out.",
+        ),
         (["--batch-size", "16"], "--batch_size: the DeepSpeed JSON owns it. Set train_batch_size there."),
         (["--gradient_clipping", "1"], "--gradient_clipping: the DeepSpeed JSON owns it."),
         (["--recompute", "4GB"], '--recompute: 4GB given, but it must be "none", "blocks" or a budget like'),

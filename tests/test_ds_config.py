@@ -81,11 +81,12 @@ def test_shipped_files(path: Path, world_size: int) -> None:
     digit = path.stem[4] if path.stem.startswith("zero") else None
     assert digit is None or config.zero_stage == int(digit)
     assert ("offload" in path.stem) == (config.offload_optimizer == "cpu")
+    assert ("nvme" in path.stem) == (config.offload_optimizer == "nvme")
     assert json.loads(path.read_text()).keys() >= {"optimizer", "zero_optimization", "gradient_clipping"}
 
 
 def test_shipped_files_are_all_there() -> None:
-    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload fp32 zero2_fp32 bf16 fp16 adamw recompute"
+    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload zero3_nvme fp32 zero2_fp32 bf16 fp16 adamw recompute"
     assert {path.stem for path in FILES} >= set(names.split())
     by_name = {path.stem: resolve(path, 2) for path in FILES}
     assert {name: by_name[name].precision for name in ("zero2", "fp32", "bf16", "fp16")} == {
@@ -311,10 +312,11 @@ def test_values_that_turn_a_refused_key_off_are_let_through(block: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "precision", [{"fp16": {"enabled": True}}, {"torch_autocast": {**AUTOCAST, "dtype": "fp16"}}]
+    ("precision", "stage"),
+    [({"fp16": {"enabled": True}}, 1), ({"torch_autocast": {**AUTOCAST, "dtype": "fp16"}}, 0)],
 )
-def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any]) -> None:
-    source = with_batch(**precision, zero_optimization={"stage": 1})
+def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int) -> None:
+    source = with_batch(**precision, zero_optimization={"stage": stage})
     assert resolve(source).precision in ("fp16", "autocast_fp16")
     (line,) = problems_of(source, accelerator="cpu")
     assert line.endswith('Use bfloat16: "torch_autocast": {"enabled": true, "dtype": "bfloat16"}.')
@@ -327,12 +329,49 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any]) -> None:
         ({"bf16": {"enabled": True}}, "Set the stage to 1"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.dtype: missing"),
         (
+            {"torch_autocast": {**AUTOCAST, "dtype": "fp16"}, "zero_optimization": {"stage": 1}},
+            "DeepSpeed never lowers its loss scale",
+        ),
+        (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
             "it needs stage 1, 2 or 3, and stage 0 is given",
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "it needs stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"pin_memory": True}}}, "device: missing"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, '"none" or "cpu"'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            '"none" or "cpu" or "nvme"',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.nvme_path: missing",
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/no/where"},
+                }
+            },
+            'offload_optimizer.nvme_path: "/no/where" given, but there is no such folder',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "nvme_path": "/"}}},
+            'it belongs to the device "nvme"',
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/proc"},
+                }
+            },
+            "written",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme", "nvme_path": "."}}},
+            "needs stage 3",
+        ),
         ({"data_types": {"param_dtype": "bf16"}}, "weights are fp32 here"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "at ZeRO 0"),
         ({"data_types": {"buffer_dtype": "bf16"}}, "the statistics of BatchNorm stay fp32"),

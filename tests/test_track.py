@@ -108,6 +108,16 @@ def test_a_step_is_read_back_only_when_it_is_logged(tmp_path: Path):
     tracker.close()
 
 
+def test_skipped_steps_are_told_once(tmp_path: Path):
+    progress = Progress()
+    tracker = RunTracker(tmp_path, progress, log_every=4)
+    for step in range(1, 9):
+        progress.step = step
+        tracker.step(progress, stats_of(step)._replace(was_applied=step not in (2, 3)), 0.01, 0.0)
+    tracker.close()
+    assert [row.get("skipped_steps") for row in rows_of(tmp_path)] == [None, 2, None]
+
+
 def test_rows_hold_the_losses_of_a_step_and_the_means_of_an_epoch(tmp_path: Path):
     tracker = RunTracker(tmp_path, Progress(), log_every=10, memory_gib=lambda: 1.5)
     go_on(tracker, Progress(), until_step=10)

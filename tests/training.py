@@ -131,14 +131,18 @@ def build(
     optimizer: str = "SGD",
     seed: int = 0,
     frozen: bool = False,
+    synchronised: bool = False,
     at_once: int = 1,
+    accelerator: str = "cpu",
     **json,
 ):
     """Engine, shards, EMA and checkpoints of this rank, as the entry builds them."""
     from dsyolo.parallel import dist
     from dsyolo.parallel.checkpoint import Checkpoints
     from dsyolo.parallel.ema import Ema
+    from dsyolo.parallel.folder import Folders, move_to_folders
     from dsyolo.parallel.spread import spread
+    from dsyolo.parallel.syncbn import synchronise_batchnorm
 
     world = dist.world_from_environment()
     if not torch.distributed.is_initialized():
@@ -154,15 +158,20 @@ def build(
             **json,
         },
         world_size=world.size,
-        accelerator="cpu",
+        accelerator=accelerator,
     )
     net = network(seed)
     if frozen:
         freeze_batchnorm(net)
+    moves = not (frozen or synchronised)
     engine, shards, _ = spread(
-        net, loss_of(net), schedule(optimizer), ds, world, image_size_px=SIZE_PX, statistics_move=not frozen
+        net, loss_of(net), schedule(optimizer), ds, world, image_size_px=SIZE_PX, statistics_move=moves
     )
+    if synchronised:
+        synchronise_batchnorm(engine.network, engine.replicas)
     ema = Ema(shards, engine.buffers, EMA_DECAY, EMA_TAU)
+    if any(ds.offload_folders):
+        move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
     return engine, shards, ema, Checkpoints(folder, engine, shards, ema, world)
 
 

@@ -74,6 +74,7 @@ class Manifest(BaseModel):
     progress: Progress
     optimizer_scalars: dict[str, float]
     ema_updates: int
+    loss_scale: dict[str, float] = {}  # of fp16; see LossScale.state
     files: dict[str, str]  # file name -> sha256
     tensors: dict[str, str]  # tensor name -> file name
 
@@ -125,6 +126,7 @@ class Checkpoints:
         state_names = sorted({n.split("/")[1] for n in manifest.tensors if n.startswith("optimizer/")})
         for key, tensors in shards.make_state(state_names, manifest.optimizer_scalars).items():
             shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
+        self._engine.loss_scale.load(manifest.loss_scale)
         buffers = self._engine.buffers
         buffers.flat.copy_(buffers.own(reader.tensor("buffers/network")))
         if self._ema.tensors:
@@ -177,6 +179,7 @@ class Checkpoints:
             progress=progress,
             optimizer_scalars=self._shards.scalars(),
             ema_updates=self._ema.updates,
+            loss_scale=self._engine.loss_scale.state(),
             files=files,
             tensors=tensors,
         )

@@ -88,7 +88,14 @@ def join() -> World:
 
 
 def leave(world: World) -> None:
-    """Leaves the process group, so that no rank is torn down while another still talks to it."""
+    """Leaves the process group, so that no rank is torn down while another still talks to it.
+
+    Where the JSON's `comms_logger` is on, the first rank prints what it saw: DeepSpeed leaves that to the program.
+    """
+    from deepspeed.comm import comm as deepspeed_comm
+
+    if deepspeed_comm.comms_logger is not None and deepspeed_comm.comms_logger.enabled:
+        deepspeed_comm.log_summary()
     if world.size > 1:
         torch_dist.barrier()
     torch_dist.destroy_process_group()

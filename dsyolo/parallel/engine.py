@@ -13,6 +13,7 @@ from dsyolo.batch import Batch, StepStats, Targets
 from dsyolo.optim import Schedule
 from dsyolo.parallel.buffers import Buffers
 from dsyolo.parallel.dist import World, all_gather_objects, all_reduce_sum, broadcast
+from dsyolo.parallel.loss_scale import LossScale
 
 
 class Engine:
@@ -65,6 +66,7 @@ class Engine:
             self.deepspeed.clip_fp32_gradients = self._clip_gradients
         self.buffers = self._make_buffers()
         broadcast(self.buffers.flat, self.replicas)
+        self.loss_scale = LossScale(self.deepspeed)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
         """One optimizer step from this rank's micro-batches; nothing here waits for the device.
@@ -79,6 +81,7 @@ class Engine:
         assert len(batches) == self.accumulation
         self.deepspeed.train()
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
+        buffers_before = self._buffers_before()
         losses = torch.zeros(3, device=self.device)
         for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
             maps = self.deepspeed(self.to_device_images(batch.images))
@@ -86,7 +89,7 @@ class Engine:
             self.deepspeed.backward(total * self._undo_averaging())
             self.deepspeed.step()
             losses += parts
-        return self._stats(losses, len(batches[0].images)), lr
+        return self._stats(losses, len(batches[0].images), buffers_before), lr
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -146,9 +149,18 @@ class Engine:
         """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
         return self.accumulation * self.num_replicas
 
-    def _stats(self, losses: torch.Tensor, micro_batch: int) -> StepStats:
+    def _buffers_before(self) -> torch.Tensor | None:
+        """To come back to where a step can be skipped: what overflowed may have been BatchNorm's input."""
+        return self.buffers.flat.clone() if self.loss_scale.can_skip else None
+
+    def _stats(
+        self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor | None
+    ) -> StepStats:
         """After a step. `losses`: this rank's share of them."""
         if self.statistics_move and self.num_replicas > 1:
             all_reduce_sum(self.buffers.flat, self.replicas).div_(self.num_replicas)
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
-        return StepStats(all_reduce_sum(losses), norm, self._undo_averaging() * micro_batch)
+        applied = self.loss_scale.step_was_applied()
+        if not applied and buffers_before is not None:
+            self.buffers.flat.copy_(buffers_before)
+        return StepStats(all_reduce_sum(losses), norm, self._undo_averaging() * micro_batch, applied)

@@ -51,6 +51,7 @@ class PipelineEngine(Engine):
             batches: `accumulation` micro-batches of this replica; for a stage between those two they are not read.
         """
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
+        buffers_before = self._buffers_before()
         self._losses.zero_()
         images: list[torch.Tensor | None] = [None] * self.accumulation
         labels: list[Targets | None] = [None] * self.accumulation
@@ -59,7 +60,8 @@ class PipelineEngine(Engine):
         if self.place.is_last:
             labels = self._counted_targets(batches)
         self.deepspeed.train_batch(iter(zip(images, labels, strict=True)))
-        return self._stats(self._losses.clone(), self.deepspeed.train_micro_batch_size_per_gpu()), lr
+        micro_batch = self.deepspeed.train_micro_batch_size_per_gpu()
+        return self._stats(self._losses.clone(), micro_batch, buffers_before), lr
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:

@@ -200,11 +200,12 @@ class Shards:
         }
 
     def make_state(self, names: Sequence[str], scalars: Mapping[str, float]) -> dict[str, list[torch.Tensor]]:
-        """Creates the optimizer's state before its first step, to be filled from a checkpoint."""
+        """Creates the optimizer's state where there is none before its first step, to be filled from a checkpoint."""
         for key, holding in self.optimizer_keys():
             own = self.optimizer.state[key]
             for name in names:
-                own[name] = torch.zeros_like(holding.master)
+                if own.get(name) is None:  # else it may lie in a file
+                    own[name] = torch.zeros_like(holding.master)
             for name, value in scalars.items():
                 own[name] = torch.tensor(value)
         return self.state()
