@@ -144,7 +144,9 @@ def every_stage(folder: str) -> dict[object, dict[str, object]]:
             "losses": losses,
             "names": names,
             "weights": training.whole(shards, shards.masters()),
-            "buffers": {name: buffer.clone() for name, buffer in engine.buffers.named(engine.buffers.flat).items()},
+            "buffers": {
+                name: buffer.clone() for name, buffer in engine.buffers.named(engine.buffers.flat).items()
+            },
         }
     return results
 

@@ -18,6 +18,7 @@ from dsyolo.optim import Schedule, build_optimizer
 
 NUM_CLASSES, SIZE_PX, MICRO, GROUPS = 3, 64, 2, 4  # GROUPS micro-batches in every step
 EMA_DECAY, EMA_TAU = 0.99, 5.0
+RATES = 1.0  # factor of all learning rates
 SGD = {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005}
 
 
@@ -26,13 +27,13 @@ def schedule(optimizer: str = "SGD") -> Schedule:
     return Schedule(
         total_steps=20,
         warmup_steps=3,
-        lr=0.001 if adam else 0.01,
+        lr=RATES * (0.001 if adam else 0.01),
         lrf=0.1,
         shape="linear",
         momentum=0.0 if adam else 0.937,
         weight_decay=0.0005,
         global_batch=MICRO * GROUPS,
-        warmup_bias_lr=0.02,
+        warmup_bias_lr=RATES * 0.02,
         warmup_momentum=0.8,
         is_adam=adam,
     )
@@ -147,6 +148,9 @@ def build(
     world = dist.world_from_environment()
     if not torch.distributed.is_initialized():
         dist.join()
+    from deepspeed.utils import groups
+
+    groups.mpu = None  # a pipeline built before in this process would go on to define every engine's ranks
     params = SGD if optimizer == "SGD" else {"lr": 0.001, "weight_decay": 0.0005}
     ds = check(
         {
