@@ -15,12 +15,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dsyolo.model.activations import count_activations
+from dsyolo.model.activations import choose, count_activations
 from dsyolo.model.network import Network
 from dsyolo.model.yolov5 import VARIANTS, build_yolov5
 
@@ -66,20 +67,20 @@ def compare(options: argparse.Namespace, precision: str) -> None:
     """Prints the two rows of a precision, and their ratios."""
     network, images = build_yolov5(options.model, 80), images_of(options.batch, options.imgsz)
     counted = count_activations(network, tuple(images.shape), precision)
-    names = (frozenset[str](), counted.blocks)
-    if options.budget_gib:
-        names = (names[0], counted.fewest(int(options.budget_gib * 2**30)) or counted.blocks)
+    wanted = int(options.budget_gib * 2**30) if options.budget_gib else "blocks"
+    names = (frozenset[str](), choose(counted, wanted, offload=False).recomputed)
     step(network, images, precision)  # the gradients of the parameters are allocated here
     peaks, times = [], ([], [])
 
-    def run() -> None:
+    def run(recomputed: frozenset[str]) -> None:
+        network.recompute = recomputed
         step(network, images, precision)
 
-    for network.recompute in names:
-        peaks.append(allocations(run)[1])
+    for recomputed in names:
+        peaks.append(allocations(partial(run, recomputed))[1])
     for _ in range(options.rounds):
-        for row, network.recompute in enumerate(names):
-            times[row].append(seconds(run))
+        for recomputed, spent in zip(names, times, strict=True):
+            spent.append(seconds(partial(run, recomputed)))
     print(f"{options.model}, {options.imgsz} px, {options.batch} images, {precision}, 1 thread")
     rows = []
     for recomputed, peak, spent in zip(names, peaks, times, strict=True):
