@@ -142,7 +142,7 @@ class DsConfig:
         }[self.precision]
         sharded = ("nothing sharded", "optimizer states", "optimizer states and gradients", "all states")
         offload = ", ".join(
-            f"{what} on {f'files in {folder}' if folder else device}"
+            f"{what} {f'in files in {folder}' if folder else f'on {device}'}"
             for what, device, folder in (
                 ("optimizer", self.offload_optimizer, self.offload_folders[0]),
                 ("parameters", self.offload_param, self.offload_folders[1]),

@@ -113,6 +113,38 @@ def test_the_gradient_is_the_slope_of_the_sum_over_all_ranks():
     assert all(run_ranks(2, gradients_by_differences))
 
 
+def in_a_group_and_recomputed() -> dict[str, dict[str, torch.Tensor]]:
+    from torch.utils.checkpoint import checkpoint
+
+    from dsyolo.parallel import dist
+    from dsyolo.parallel.syncbn import batch_norm
+
+    rank = dist.join().rank
+    pair, alone = torch.distributed.new_group([0, 1]), torch.distributed.new_group([2])
+    images = [slice(0, 2), slice(2, 5), slice(0, 5)][rank]
+
+    def recomputed(x, *rest, **more):
+        # as in a module: what it holds is no argument of the checkpoint
+        return checkpoint(lambda x: batch_norm(x, *rest, **more), x, use_reentrant=False)
+
+    given, group = inputs(torch.float32), alone if rank == 2 else pair
+    return {
+        name: through(f, given, images, group=group)
+        for name, f in (("once", batch_norm), ("twice", recomputed))
+    }
+
+
+def test_a_group_keeps_to_itself_and_a_second_forward_gives_the_same():
+    first, second, whole = run_ranks(3, in_a_group_and_recomputed)
+    for kind in ("once", "twice"):
+        for name in ("y", "x"):
+            joined = torch.cat((first[kind][name], second[kind][name]))
+            torch.testing.assert_close(joined, whole["once"][name], rtol=1e-5, atol=1e-5)
+    for name in ("y", "x", "weight", "bias"):
+        assert torch.equal(first["once"][name], first["twice"][name])
+    assert not torch.equal(first["once"]["mean"], first["twice"]["mean"])  # who recomputes sees to that
+
+
 def test_torchs_own_function_takes_what_it_is_given():
     """It runs on accelerators only: here at least its arguments are looked at."""
     import inspect
