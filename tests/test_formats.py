@@ -131,6 +131,13 @@ def test_list_files(tmp_path, monkeypatch):
     ]
 
 
+def test_images_can_be_named_one_by_one_beside_folders(tmp_path):
+    for name in ("b.JPG", "folder/a.png"):
+        write(tmp_path / name, "")
+    named = [tmp_path / "b.JPG", tmp_path / "folder/a.png"]
+    assert list_images([named[0], tmp_path / "folder"]) == named
+
+
 def test_no_images(tmp_path):
     with pytest.raises(UserError, match="no image in it"):
         list_images([tmp_path])
@@ -166,7 +173,7 @@ BAD_ROWS = [
     ("0 0.1 0.1 0.2 nan 0.2 0.2", labels.NOT_FINITE, "nan"),
     ("0.5 0.5 0.5 0.2 0.4", labels.NOT_A_CLASS, "class 0.5"),
     ("2 0.5 0.5 0.2 0.4", labels.UNKNOWN_CLASS, "class 2, but data.yaml names 2 (0 to 1)"),
-    ("-1 0.5 0.5 0.2 0.4", labels.UNKNOWN_CLASS, "class -1"),
+    ("-1 0.5 0.5 0.2 0.4", labels.NOT_A_CLASS, "class -1"),
     ("0 0.5 0.5 -0.2 0.4", labels.NO_SIZE, "-0.2"),
     ("0 0.5 0.5 0.2 0", labels.NO_SIZE, "0.2 0"),
     ("0 0.1 0.1 0.2 0.1 0.3 0.1", labels.NO_SIZE, ""),

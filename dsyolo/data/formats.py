@@ -214,7 +214,7 @@ def _listed(paths: Iterable[Path]) -> str:
 
 
 def list_images(sources: Iterable[str | Path]) -> list[Path]:
-    """Every image of folders (searched recursively) and of `.txt` list files, in a fixed order, repeats included.
+    """Every image of folders (searched recursively) and list files, and those named, in order, repeats included.
 
     In a list file `./` means the list's folder; other relative paths are tried from the working directory, then
     from the list's folder. Listed files need not exist: the scan reports them.
@@ -228,13 +228,15 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
     for source in sources:
         if source.is_dir():
             images += _walk(source)
+        elif source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+            images.append(source)
         elif source.is_file():
             try:
                 images += _listed_images(source)
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{source}: cannot be read as a list of images: {error}")
         else:
-            problems.append(f"{source}: no such folder or list file.{_near(source)}")
+            problems.append(f"{source}: no such folder, image or list file.{_near(source)}")
     if not problems and not images:
         problems = [
             f"{source}: no image in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})." for source in sources
