@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if world.is_first:
-            print("\nInterrupted. --resume goes on from the run's last checkpoint.", file=sys.stderr)
+            print(
+                "\nInterrupted. --resume goes on from the run's last checkpoint, if it has one.",
+                file=sys.stderr,
+            )
         return 130
     return 0
 

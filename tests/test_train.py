@@ -220,7 +220,10 @@ def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", interrupt)
     monkeypatch.setattr(train, "read", lambda *_: None)
     assert train.main([]) == 130
-    assert capsys.readouterr().err.strip() == "Interrupted. --resume goes on from the run's last checkpoint."
+    assert (
+        capsys.readouterr().err.strip()
+        == "Interrupted. --resume goes on from the run's last checkpoint, if it has one."
+    )
 
 
 def test_through_the_launcher_a_mistake_is_told_once_with_status_2(place):
