@@ -10,6 +10,8 @@ import torch
 import training
 from ranks import run_ranks
 
+from dsyolo.errors import UserError
+
 STEPS = 4
 
 
@@ -172,3 +174,14 @@ def test_a_checkpoint_resumes_under_other_ranks_and_stages(resumed, plain, pair,
     # Adam's first steps have the size of the rate whatever the gradient: rounding shows there
     assert relative(got["weights"], expected["weights"]) < (1e-4 if optimizer == "SGD" else 2e-2)
     assert relative(got["ema"], expected["ema"]) < (1e-4 if optimizer == "SGD" else 2e-2)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 1}'])
+def test_a_damaged_progress_json_is_told_in_words(tmp_path, text):
+    from dsyolo.parallel.checkpoint import read_manifest
+
+    (tmp_path / "progress.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_manifest(tmp_path)
+    remedy = "Remove this folder to use the one before it."
+    assert caught.value.problems == (f"progress.json cannot be read (it is damaged). {remedy}",)
