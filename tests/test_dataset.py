@@ -73,6 +73,7 @@ def bad_images() -> list[tuple[str, bytes, str]]:
     return [
         ("half.jpg", jpeg[: len(jpeg) // 2], images.TRUNCATED),
         ("all_but_the_end.jpg", jpeg[:-2], images.TRUNCATED),
+        ("half_and_an_end.jpg", jpeg[: len(jpeg) // 2] + b"\xff\xd9", images.TRUNCATED),
         ("header_only.jpg", jpeg[:30], images.TRUNCATED),
         ("thumbnail.jpg", jpeg[:2] + thumbnail + jpeg[2 : len(jpeg) // 2], images.TRUNCATED),
         ("half.png", png[: len(png) // 2], images.TRUNCATED),
@@ -95,6 +96,17 @@ def test_a_bad_image_is_reported_and_the_rest_loads(tmp_path, name, content, rea
     assert reason in found.summary()
     assert name in found.summary()
     assert DetectionDataset(found, 64).load(0, 64).boxes_xyxy.shape == (1, 4)
+
+
+@pytest.mark.parametrize("interval", [0, 1])  # of restart markers
+def test_grey_of_the_shade_of_missing_blocks_is_no_truncation(tmp_path, interval):
+    options = [cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
+    whole = cv2.imencode(".jpg", np.full((48, 64, 3), 128, np.uint8), options)[1].tobytes()
+    path = tmp_path / "x.jpg"
+    path.write_bytes(whole)
+    assert images.check_image(path)[0] == (48, 64)
+    path.write_bytes(whole[:-8] + b"\xff\xd9")
+    assert images.check_image(path)[1] == images.TRUNCATED
 
 
 @pytest.mark.parametrize(
