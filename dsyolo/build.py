@@ -11,11 +11,10 @@ import torch
 from dsyolo.assign import Assigner
 from dsyolo.config import RunConfig
 from dsyolo.data.augment import Augmentation
-from dsyolo.data.dataset import DetectionDataset, Scan, scan
+from dsyolo.data.dataset import DetectionDataset, Scan, refuse_unknown_classes, scan
 from dsyolo.data.formats import DataSpec
 from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, largest_size_px
 from dsyolo.ds_config import DsConfig
-from dsyolo.errors import UserError
 from dsyolo.loss import DetectionLoss
 from dsyolo.model.activations import ActivationPlan, choose, count_activations
 from dsyolo.model.blocks import freeze_batchnorm
@@ -133,19 +132,14 @@ def scan_splits(run: Run) -> tuple[Scan, Scan]:
     Raises:
         UserError: no usable image in one, or labels of classes that data.yaml does not name.
     """
-    scans = []
-    for split in ("train", "val"):
-        found = scan(getattr(run.data, split), run.data.num_classes, progress=run.world.is_first)
-        unknown = found.unknown_classes()
-        if unknown:
-            raise UserError(
-                f"The {split} split of {run.data.path} cannot be used",
-                [f"{detail} ({count} rows)" for detail, count in unknown.items()],
-            )
-        if run.world.is_first:
-            print(f"{split}: {found.summary()}")
-        scans.append(found)
-    return scans[0], scans[1]
+    scans = {
+        split: scan(getattr(run.data, split), run.data.num_classes, progress=run.world.is_first)
+        for split in ("train", "val")
+    }
+    refuse_unknown_classes(run.data, scans)
+    if run.world.is_first:
+        print("\n".join(f"{split}: {found.summary()}" for split, found in scans.items()))
+    return scans["train"], scans["val"]
 
 
 def build_engine(

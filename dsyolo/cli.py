@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dsyolo.batch import Detections
 from dsyolo.boxes import letterbox, unletterbox
-from dsyolo.config import max_stride
+from dsyolo.config import RunConfig, max_stride
 from dsyolo.data.convert import convert_coco, convert_voc
-from dsyolo.data.dataset import DetectionDataset, scan
+from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes, scan
 from dsyolo.data.formats import list_images, read_data_yaml
 from dsyolo.data.images import check_image, read_rgb
 from dsyolo.data.loader import EvalLoader, to_batch
@@ -22,17 +24,28 @@ from dsyolo.data.sample import draw_sample
 from dsyolo.errors import UserError
 from dsyolo.model.weights import WeightsInfo, rebuild
 from dsyolo.pictures import draw, save
+from dsyolo.problems import cannot_hold_files, rule_of
+from dsyolo.problems import validate as judge
 from dsyolo.validate import Finder, PlainPredictor, validate
+
+MANY_IMAGES = 20  # so many and more are told in one line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Runs a command; returns the exit status: 0, 2 for a mistake of the user's, or 128 and the signal."""
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as by `| head`; what Python flushes at its exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
@@ -44,8 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     val = _command(commands, "val", run_val, "validate weights on a data set's val split")
     _add_model_options(val, score=0.001, iou=0.6)
     val.add_argument("--data", type=Path, required=True, metavar="FILE", help="data set's YAML file")
-    val.add_argument("--batch_size", type=_at_least_one, default=16, metavar="N", help="default: 16")
-    val.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
+    _add_number(val, "--batch_size", 16, "images at a time", field="val_batch_size")
+    _add_number(val, "--workers", 1, "loader processes")
+    val.add_argument(
+        "--rect_val",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=RunConfig.model_fields["rect_val"].description,
+    )
     val.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there")
 
     detect = _command(commands, "detect", run_detect, "draw what is found in images")
@@ -64,13 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = _command(commands, "sample", run_sample, "draw a small data set to try things with")
     sample.add_argument("dst", type=Path, metavar="DST", help="folder to make")
-    sample.add_argument("--images", type=_at_least_one, default=400, metavar="N", help="default: 400")
+    sample.add_argument("--images", type=int, default=400, metavar="N", help="default: 400")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     return parser
 
 
 def run_val(args: argparse.Namespace) -> None:
     """Prints the table of metrics, and writes them as JSON when asked."""
+    if args.json:
+        _check_json(args.json)
     info, predict = _load(args)
     data = read_data_yaml(args.data, required=("val",))
     if data.names != info.names:
@@ -81,6 +102,7 @@ def run_val(args: argparse.Namespace) -> None:
             ],
         )
     split = scan(data.val, data.num_classes)
+    refuse_unknown_classes(data, {"val": split})
     size_px = _image_size(args, info)
     loader = EvalLoader(
         DetectionDataset(split, size_px),
@@ -91,6 +113,7 @@ def run_val(args: argparse.Namespace) -> None:
         world_size=1,
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
+        rectangular=args.rect_val,
     )
     metrics, _ = validate(predict, loader, _finder(args, multi_label=True), info.names, lambda item: [item])
     print(metrics.table())
@@ -100,12 +123,16 @@ def run_val(args: argparse.Namespace) -> None:
 
 
 def run_detect(args: argparse.Namespace) -> None:
-    """Writes a picture per image and prints what is in it."""
+    """Writes a picture per image and prints what is in each, or in all of them where they are many."""
+    targets = _targets(list(dict.fromkeys(list_images(args.sources))), args.out)
+    if problem := cannot_hold_files(args.out):
+        raise UserError(f"--out {args.out} cannot be used", [problem])
     info, predict = _load(args)
     size_px, stride = _image_size(args, info), max_stride(info.variant)
     finder = _finder(args, multi_label=False)
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in list_images(args.sources):
+    counts, num_written, is_long = Counter(), 0, len(targets) >= MANY_IMAGES
+    for path, target in targets.items():
         size_hw, reason, detail = check_image(path)
         image = None if size_hw is None else read_rgb(path, size_hw, max(size_hw))
         if image is None:
@@ -116,9 +143,13 @@ def run_detect(args: argparse.Namespace) -> None:
         boxed, scale, pad_xy = letterbox(image, shape_hw)
         inside = finder(predict(to_batch(boxed))[0])
         found = inside._replace(boxes_xyxy=unletterbox(inside.boxes_xyxy, scale, pad_xy, image.shape[:2]))
-        target = args.out / (path.name if path.suffix.lower() in (".jpg", ".png") else f"{path.name}.png")
         save(target, draw(image, found, info.names))
-        print(f"{path}: {_count(found, info.names)} -> {target}")
+        num_written += 1
+        counts.update(found.classes.tolist())
+        if not is_long:
+            print(f"{path}: {_listed(Counter(found.classes.tolist()), info.names)} -> {target}")
+    if is_long:
+        print(f"{num_written:,} images: {_listed(counts, info.names)} -> {args.out}")
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -147,10 +178,66 @@ def _add_model_options(parser: argparse.ArgumentParser, *, score: float, iou: fl
     parser.add_argument(
         "--imgsz", type=int, metavar="N", help="image size in pixels (default: of the training)"
     )
-    parser.add_argument("--score_threshold", type=float, default=score, metavar="X", help=f"default: {score}")
+    _add_number(parser, "--score_threshold", score, "least score of a detection")
+    _add_number(parser, "--iou_threshold", iou, "IoU of NMS")
+    _add_number(parser, "--max_detections", 300, "most detections per image")
+
+
+def _add_number(
+    parser: argparse.ArgumentParser, option: str, default: float, text: str, *, field: str = ""
+) -> None:
+    """An option judged as `field` of a training is, by default the one of its name."""
+    metavar = "N" if isinstance(default, int) else "X"
+    text = f"{text} (default: {default})"
     parser.add_argument(
-        "--iou_threshold", type=float, default=iou, metavar="X", help=f"of NMS (default: {iou})"
+        option, type=_as_in_training(field or option[2:]), default=default, metavar=metavar, help=text
     )
+
+
+def _as_in_training(key: str) -> Callable[[str], Any]:
+    def value_of(text: str) -> Any:
+        run = judge(RunConfig, {"data": "", key: text}, "", str, [])
+        if run is None:
+            rule = rule_of(RunConfig.model_fields[key])
+            raise argparse.ArgumentTypeError(f"{text} given, but it must be {rule}")
+        return getattr(run, key)
+
+    return value_of
+
+
+def _check_json(path: Path) -> None:
+    problem = "it is a folder. Name a file." if path.is_dir() else cannot_hold_files(path.parent)
+    if problem:
+        raise UserError(f"--json {path} cannot be written", [problem])
+
+
+def _targets(images: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Where the picture of each image goes.
+
+    Raises:
+        UserError: that is one of the images themselves, or the same for two of them.
+    """
+    problems: list[str] = []
+    targets: dict[Path, Path] = {}
+    taken: dict[Path, Path] = {}
+    inputs = {_identity(path) for path in images if path.exists()}
+    for path in images:
+        target = out / (path.name if path.suffix.lower() in (".jpg", ".png") else f"{path.name}.png")
+        if target.exists() and _identity(target) in inputs:
+            problems.append(f"{target}: it is one of the images given. Name another folder by --out.")
+        elif target in taken:
+            problems.append(
+                f"{target}: both {taken[target]} and {path} would go there. Give them one after the other, each with its own --out."
+            )
+        targets[path], taken[target] = target, path
+    if problems:
+        raise UserError("No picture was written", problems)
+    return targets
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _load(args: argparse.Namespace) -> tuple[WeightsInfo, PlainPredictor]:
@@ -160,7 +247,7 @@ def _load(args: argparse.Namespace) -> tuple[WeightsInfo, PlainPredictor]:
 
 
 def _image_size(args: argparse.Namespace, info: WeightsInfo) -> int:
-    size_px, stride = args.imgsz or info.image_size_px, max_stride(info.variant)
+    size_px, stride = info.image_size_px if args.imgsz is None else args.imgsz, max_stride(info.variant)
     if size_px < stride or size_px % stride:
         raise UserError(
             "The command line cannot be used",
@@ -172,19 +259,12 @@ def _image_size(args: argparse.Namespace, info: WeightsInfo) -> int:
 
 
 def _finder(args: argparse.Namespace, *, multi_label: bool) -> Finder:
-    return Finder(args.score_threshold, args.iou_threshold, multi_label=multi_label)
+    return Finder(args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label)
 
 
-def _count(found: Detections, names: Sequence[str]) -> str:
-    counts = {name: int((found.classes == klass).sum()) for klass, name in enumerate(names)}
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
-
-
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} given, but it must be at least 1")
-    return value
+def _listed(counts: Mapping[int, int], names: Sequence[str]) -> str:
+    """How many of each class, by its number."""
+    return ", ".join(f"{counts[klass]:,} {names[klass]}" for klass in sorted(counts)) or "nothing"
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    deepspeed_config: str = _knob("ds_configs/zero1.json", "DeepSpeed JSON: how it runs", "run")
+    deepspeed_config: str = _knob(
+        "ds_configs/zero1.json", "DeepSpeed JSON: how it runs; from the working directory", "run"
+    )
     data: str = _knob(..., "data set's YAML file", "run", learned=True)
     model: Literal[MODELS] = _knob("yolov5n", "variant", "run", learned=True)  # type: ignore[valid-type]
     weights: str | None = _knob(None, "weights to start from", "run", learned=True)
@@ -291,13 +293,21 @@ def _missing_files(values: Mapping[str, Any]) -> list[str]:
         needed = isinstance(value, str) and not (key == "weights" and values.get("resume"))
         if not needed or Path(value).is_file():
             continue
-        parent = Path(value).parent
-        names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-        is_folder = Path(value).is_dir()
-        what = "is a folder, but it must be a file" if is_folder else "does not exist"
-        hint = did_you_mean(Path(value).name, names) or f"Give the path of a file: {fields[key].description}."
-        problems.append(f"--{key}: {value} {what}. {hint}")
+        what, hint = _missing_file(Path(value), key)
+        problems.append(
+            f"--{key}: {value} {what}. {hint or f'Give the path of a file: {fields[key].description}.'}"
+        )
     return problems
+
+
+def _missing_file(path: Path, key: str) -> tuple[str, str]:
+    """What is wrong with the path given for `key`, and the question for the file that was likely meant."""
+    suffixes = {"deepspeed_config": (".json",), "weights": (".safetensors",)}.get(key, (".yaml", ".yml"))
+    if path.is_dir():
+        inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
+        return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
+    beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
+    return "does not exist", did_you_mean(path.name, beside)
 
 
 # ---- files of the recipe and of the configuration
@@ -308,9 +318,10 @@ def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
     if hyp in PRESETS:
         return preset(hyp).model_dump()
     path = Path(hyp)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        hint = did_you_mean(hyp, PRESETS) or "Name one of them, or a file that ends in .yaml."
-        problems.append(f"--hyp: {hyp} given, but the presets are {', '.join(PRESETS)}. {hint}")
+    if not path.is_file():
+        what, near = _missing_file(path, "hyp")
+        hint = did_you_mean(hyp, PRESETS) or near or "Name one of them, or a YAML file that is there."
+        problems.append(f"--hyp: {hyp} {what}, and the presets are {', '.join(PRESETS)}. {hint}")
         return {}
     faults: list[str] = []
     values = _read_yaml(path, faults)

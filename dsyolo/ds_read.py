@@ -13,6 +13,9 @@ from dsyolo.problems import did_you_mean
 
 # ---- the file
 
+MAX_DIGITS = 18  # so many always fit into 64 bits
+MAX_DEPTH = 20  # the keys that are known go four deep
+
 
 class _Object(dict[str, Any]):
     """A JSON object that remembers the keys given twice."""
@@ -24,7 +27,11 @@ def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
     """The object of a strict JSON file (no comments, no NaN, no key twice), or None."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        source = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        source = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole_number
+        )
+        if _is_deep(source):
+            raise RecursionError
     except OSError as error:
         problems.append(f"cannot be read: {error.strerror}. Check --deepspeed_config.")
     except UnicodeDecodeError:
@@ -32,8 +39,10 @@ def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         problems.append(f"{place}: {error.msg}. {_syntax_remedy(text, error.pos)}")
-    except _NotFiniteError as error:
-        problems.append(f"{error} is not JSON. Write a number, or leave the key out.")
+    except _BadNumberError as error:
+        problems.append(f"{error}. Write a number, or leave the key out.")
+    except RecursionError:
+        problems.append(f"nested more than {MAX_DEPTH} deep, as no key here is. Leave that out.")
     else:
         if isinstance(source, dict):
             problems += [f"{key}: given twice. Leave one out." for key in _given_twice(source, "")]
@@ -42,7 +51,7 @@ def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
     return None
 
 
-class _NotFiniteError(Exception):
+class _BadNumberError(Exception):
     pass
 
 
@@ -54,7 +63,18 @@ def _object(pairs: list[tuple[str, Any]]) -> _Object:
 
 
 def _refuse_constant(name: str) -> float:
-    raise _NotFiniteError(name)
+    raise _BadNumberError(f"{name} is not JSON")
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # Python would refuse to read thousands, and no float holds hundreds
+        raise _BadNumberError(f"{text[:8]}... has {len(text)} digits, and {MAX_DIGITS} is the most")
+    return int(text)
+
+
+def _is_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deep(part, levels - 1) for part in parts)
 
 
 def _given_twice(value: Any, prefix: str) -> list[str]:
@@ -145,6 +165,9 @@ def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
     homes = [f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, Section) and name in part.keys]
     homes += ["optimizer.params."] if any(name in params for _, params in OPTIMIZERS.values()) else []
     homes += [""] if name in TOP_LEVEL and prefix else []
+    owners = [name_of for name_of, (_, params) in OPTIMIZERS.items() if name in params]
+    if owners and prefix == "optimizer.params.":
+        return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
     if homes:
         return f"unknown key here. Its place is {' or '.join(home + name for home in homes)}."
     return "unknown key. Leave it out."

@@ -1,10 +1,12 @@
-"""Faults of a configuration in words: what was given, the rule, the remedy; and did-you-mean."""
+"""Faults of what a user gave in words: what was given, the rule, the remedy; and did-you-mean."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -41,17 +43,33 @@ def validate(
             else:
                 given = fault["input"]
                 remedy = did_you_mean(str(given), choices_of(field)) or _nearest(given, field)
-                problems.append(f"{prefix}{key}: {given} given, but it must be {_rule(field)}. {remedy}")
+                problems.append(f"{prefix}{key}: {given} given, but it must be {rule_of(field)}. {remedy}")
     return None
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question with the known word nearest to `word`, or nothing."""
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
-    return f"Did you mean {prefix}{close[0]}?" if close else ""
+    """A question with the known word nearest to `word`, upper or lower case, or nothing."""
+    by_lower = {one.lower(): one for one in sorted(known)}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"Did you mean {prefix}{by_lower[close[0]]}?" if close else ""
 
 
-def _rule(field: FieldInfo) -> str:
+def cannot_hold_files(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, made when missing; None where it can. Leaves nothing behind."""
+    there = folder
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        with tempfile.TemporaryDirectory(prefix=".dsyolo-", dir=there):  # permissions alone do not tell
+            return None
+    except NotADirectoryError:
+        return f"{there} is a file, and a folder is needed there. Name another."
+    except OSError as error:
+        return f"{there} cannot be written to: {error.strerror}. Name another."
+
+
+def rule_of(field: FieldInfo) -> str:
+    """What a value must be, as in "must be ..."."""
     choices = choices_of(field)
     if choices:
         return f"one of {', '.join(choices)}"

@@ -35,6 +35,7 @@ from dsyolo.parallel import dist
 from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, read_manifest
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.engine import Engine
+from dsyolo.problems import cannot_hold_files
 from dsyolo.validate import Finder, validate
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
@@ -43,7 +44,7 @@ SAME = ("epochs", "num_images", "global_batch", "seed")  # of Progress, when a r
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
     world = dist.world_from_environment()
     try:
         train(read(argv, world))
@@ -53,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         print(f"\n{error}\n", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if world.is_first:
+            print(
+                "\nInterrupted. --resume goes on from the run's last checkpoint, if it has one.",
+                file=sys.stderr,
+            )
+        return 130
     return 0
 
 
@@ -99,11 +107,13 @@ def all_of(*readers: Callable[[], Any]) -> list[Any]:
 
 
 def check_folder(run: RunConfig, folder: Path) -> None:
-    """A new run needs a folder of its own; one that goes on needs its checkpoint and its settings.
+    """A run needs a folder to write to: a new one of its own; one that goes on its checkpoint and settings.
 
     Raises:
         UserError: it is not so.
     """
+    if problem := cannot_hold_files(folder):
+        raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
     if not run.resume:
         if (folder / "config.yaml").exists():
             rule = "it holds a run already. Go on with it by --resume, or name another by --name."

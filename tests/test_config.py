@@ -11,6 +11,7 @@ import yaml
 
 from dsyolo.config import MODELS, Recipe, RunConfig, differences, parse, preset
 from dsyolo.errors import UserError
+from dsyolo.problems import cannot_hold_files
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
         "--mosaik: unknown option. Did you mean --mosaic?",
         "--lr: the DeepSpeed JSON owns it. Set optimizer.params.lr there.",
         "surplus: not an option.",
-        "--hyp: hihg given, but the presets are low, med, high. Did you mean high?",
+        "--hyp: hihg does not exist, and the presets are low, med, high. Did you mean high?",
         "--mosaic: 1.5 given, but it must be a number, at least 0 and at most 1. Set it to 1, or leave it out.",
         "--mixup: nan given, but it must be a number",
         "--schedule: cosin given, but it must be one of linear, cosine. Did you mean cosine?",
@@ -113,6 +114,23 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
     ("argv", "problem"),
     [
         (["--model", "yolov5k"], "Did you mean yolov5x?"),
+        (["--model", "YOLOv5n"], "Did you mean yolov5n?"),
+        (["--data", "set/"], "--data: set/ is a folder, but it must be a file. Did you mean set/my.yaml?"),
+        (["--weights", "set"], "is a folder, but it must be a file. Give the path of a file: weights"),
+        (["--weights", "sett"], "sett does not exist. Give the path"),  # not the folder `set`
+        (["--deepspeed_config", "set"], "is a folder, but it must be a file. Did you mean set/z.json?"),
+        (
+            ["--hyp", "mi.yaml"],
+            "--hyp: mi.yaml does not exist, and the presets are low, med, high. Did you mean m.yaml?",
+        ),
+        (
+            ["--hyp", "xxxx"],
+            "presets are low, med, high. Name one of them, or a YAML file that is there.",
+        ),
+        (
+            ["--hyp", "set"],
+            "--hyp: set is a folder, but it must be a file, and the presets are low, med, high.",
+        ),
         (["--model", "yolov5n6", "--imgsz", "160"], "Set it to 128 or 192."),
         (["--imgsz", "32"], "Set it to 64."),
         (
@@ -130,8 +148,22 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
     ],
 )
 def test_single_problems(base: list[str], argv: list[str], problem: str) -> None:
+    Path("set").mkdir()
+    for name in ("set/my.yaml", "set/z.json", "m.yaml"):
+        Path(name).write_text("")
     (line,) = problems_of([*base, *argv])
     assert problem in line
+
+
+def test_what_can_hold_files(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert cannot_hold_files(tmp_path / "a/b") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is left
+    assert f"{tmp_path / 'file'} is a file" in (cannot_hold_files(tmp_path / "file") or "")
+    assert f"{tmp_path / 'file'} is a file" in (cannot_hold_files(tmp_path / "file/a") or "")
+    assert "cannot be written to" in (cannot_hold_files(tmp_path / ("n" * 300)) or "")
+    if Path("/proc").is_dir():  # where permissions allow what cannot be done
+        assert "/proc cannot be written to" in (cannot_hold_files(Path("/proc/a")) or "")
 
 
 def test_data_is_asked_for(base: list[str]) -> None:

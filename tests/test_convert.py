@@ -153,6 +153,44 @@ def test_what_is_wrong_with_a_voc_set_is_reported_and_the_rest_converted(tmp_pat
     assert writer.DEGENERATE in result.summary()
 
 
+def test_names_in_voc_lists(tmp_path):
+    """Spaces belong to a name, the flag of a list of one class does not; special characters of patterns are none."""
+    stems = ["my pic", "a", "b 1", "c[1]"]
+    lines = ["my pic", "a  1", "b 1", "c[1] -1", "/etc/passwd", "../a"]
+    lists = {"trainval": "\n".join(lines), "test": "a 0\nmy pic -1"}
+    src = voc_folder(tmp_path / "src", lists, {stem: annotation(BOX) for stem in stems})
+    (src / "JPEGImages/c[1].jpg").rename(src / "JPEGImages/c[1].jpeg")
+    result = convert_voc(src, tmp_path / "dst")
+    assert result.num_images == {"train": 4, "val": 2}
+    assert {p.file for p in result.problems if p.reason == writer.NO_IMAGE} == {"/etc/passwd", "../a"}
+
+
+def test_a_voc_list_and_an_annotation_in_another_encoding(tmp_path):
+    lists = {"train": "a\nb\n", "val": "a\n"}
+    src = voc_folder(tmp_path / "src", lists, {"a": annotation(BOX), "b": annotation(BOX)})
+    (src / "Annotations/b.xml").write_text('<?xml version="1.0" encoding="foo-99"?>' + annotation(BOX))
+    result = convert_voc(src, tmp_path / "dst")
+    assert ("b.xml", voc.BAD_ANNOTATION) in {(Path(p.file).name, p.reason) for p in result.problems}
+    (src / "ImageSets/Main/train.txt").write_bytes("é\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        convert_voc(src, tmp_path / "other")
+
+
+BAD_BOXES = [("cat", 0, 30, 30, 30, 50), ("cat", 0, "x", 5, 50, 50)]  # no size; unreadable
+
+
+@pytest.mark.parametrize("objects", [BAD_BOXES[:1], BAD_BOXES[1:], BAD_BOXES])
+def test_a_voc_image_whose_objects_are_all_bad_is_no_background(tmp_path, objects):
+    lists = {"train": "good\nbad\nhard\nempty\n", "val": "good\n"}
+    texts = {"good": annotation(BOX), "bad": annotation(*objects), "empty": annotation()}
+    texts["hard"] = annotation(("cat", 1, 5, 5, 50, 50))  # left out on purpose, so a background
+    result = convert_voc(voc_folder(tmp_path / "src", lists, texts), tmp_path / "dst")
+    assert ("bad.jpg", writer.NO_OBJECT_LEFT) in {(Path(p.file).name, p.reason) for p in result.problems}
+    for kind, suffix in (("images", ".jpg"), ("labels", ".txt")):
+        names = {path.name for path in (tmp_path / "dst" / kind / "train").iterdir()}
+        assert names == {f"{stem}{suffix}" for stem in ("good", "hard", "empty")}
+
+
 def test_a_voc_size_of_0_is_read_from_the_image(tmp_path):
     lists = {"train": "a\n", "val": "b\n"}
     texts = {"a": annotation(BOX, size=(0, 0)), "b": annotation(BOX)}
@@ -249,6 +287,9 @@ def test_what_is_wrong_with_a_coco_set_is_reported_and_the_rest_converted(tmp_pa
         one(id=7, bbox=[80, 10, 60, 20]),
         one(id=8, bbox=None, segmentation={"counts": "x", "size": [1, 1]}),
         one(id=9, bbox=[1, 1, 9, 9], segmentation={"counts": "x", "size": [1, 1]}),
+        one(id=10, image_id=[0]),
+        one(id=11, category_id={}),
+        7,
     ]
     images = [
         {"id": 2, "file_name": "gone.jpg", "width": 9, "height": 9},
@@ -258,7 +299,7 @@ def test_what_is_wrong_with_a_coco_set_is_reported_and_the_rest_converted(tmp_pa
     found = {(Path(p.file).name.split(" ", 1)[-1], p.reason) for p in result.problems if "train" in p.file}
     assert found == {
         ("annotation 2", coco.CROWD),
-        *((f"annotation {n}", writer.BAD_OBJECT) for n in (3, 4, 6, 8)),
+        *((f"annotation {n}", writer.BAD_OBJECT) for n in (3, 4, 6, 8, 10, 11, "number 12")),
         ("annotation 5", writer.DEGENERATE),
         ("annotation 7", writer.OVER_EDGE),
         ("gone.jpg", writer.NO_IMAGE),
@@ -268,7 +309,46 @@ def test_what_is_wrong_with_a_coco_set_is_reported_and_the_rest_converted(tmp_pa
     assert result.num_images["train"] == 1
 
 
+@pytest.mark.parametrize("bad", [{"bbox": [10, 10, 0, 20]}, {"bbox": None}, {"category_id": 99}])
+def test_a_coco_image_whose_objects_are_all_bad_is_no_background(tmp_path, bad):
+    images = [{"id": 2, "file_name": "2.jpg"}, {"id": 3, "file_name": "3.jpg"}]
+    src = coco_folder(tmp_path / "src", [one(), one(image_id=2, **bad), one(image_id=3, iscrowd=1)], images)
+    for name in ("2.jpg", "3.jpg"):
+        picture(src / "train2017" / name)
+        picture(src / "images/val2017" / name)
+    result = convert_coco(src, tmp_path / "dst")
+    assert result.num_images == {"train": 2, "val": 2}
+    left_out = {Path(p.file).name for p in result.problems if p.reason == writer.NO_OBJECT_LEFT}
+    assert left_out == {"2.jpg"}
+
+
+def test_why_no_image_of_a_split_can_be_used_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"train: no image can be used[\s\S]*box without width or height"):
+        convert_coco(coco_folder(tmp_path / "src", [one(bbox=[10, 10, 0, 20])]), tmp_path / "dst")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "[" * 200_000,
+        '{"categories": [], "images": [], "annotations": null}',
+        '{"categories": null, "images": [], "annotations": []}',
+        '{"categories": [], "images": [3], "annotations": []}',
+        '{"categories": [], "images": [{"id": [0]}], "annotations": []}',
+    ],
+    ids=lambda content: content[:60],
+)
+def test_coco_annotations_of_another_form(tmp_path, content):
+    src = coco_folder(tmp_path / "src", [one()])
+    (src / "annotations/instances_train2017.json").write_text(content)
+    with pytest.raises(UserError, match="cannot be read as COCO annotations"):
+        convert_coco(src, tmp_path / "dst")
+
+
 def test_a_coco_set_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        convert_coco(tmp_path / "nowhere", tmp_path / "dst")
     src = coco_folder(tmp_path / "src", [one()])
     train = src / "annotations" / "instances_train2017.json"
     train.rename(src / "annotations" / "instance_train.json")
@@ -293,6 +373,8 @@ def test_other_content_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match="holds other things already"):
         convert_coco(src, tmp_path / "dst")
     assert [p.name for p in (tmp_path / "dst").iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match="it is a file"):
+        convert_coco(src, tmp_path / "dst/mine.txt")
     (tmp_path / "empty").mkdir()
     assert convert_coco(src, tmp_path / "empty").data_yaml.is_file()
 

@@ -73,6 +73,7 @@ def bad_images() -> list[tuple[str, bytes, str]]:
     return [
         ("half.jpg", jpeg[: len(jpeg) // 2], images.TRUNCATED),
         ("all_but_the_end.jpg", jpeg[:-2], images.TRUNCATED),
+        ("half_and_an_end.jpg", jpeg[: len(jpeg) // 2] + b"\xff\xd9", images.TRUNCATED),
         ("header_only.jpg", jpeg[:30], images.TRUNCATED),
         ("thumbnail.jpg", jpeg[:2] + thumbnail + jpeg[2 : len(jpeg) // 2], images.TRUNCATED),
         ("half.png", png[: len(png) // 2], images.TRUNCATED),
@@ -95,6 +96,18 @@ def test_a_bad_image_is_reported_and_the_rest_loads(tmp_path, name, content, rea
     assert reason in found.summary()
     assert name in found.summary()
     assert DetectionDataset(found, 64).load(0, 64).boxes_xyxy.shape == (1, 4)
+
+
+@pytest.mark.parametrize("interval", [0, 1])  # of restart markers
+def test_grey_of_the_shade_of_missing_blocks_is_no_truncation(tmp_path, capfd, interval):
+    options = [cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
+    whole = cv2.imencode(".jpg", np.full((48, 64, 3), 128, np.uint8), options)[1].tobytes()
+    path = tmp_path / "x.jpg"
+    path.write_bytes(whole)
+    assert images.check_image(path)[0] == (48, 64)
+    assert not capfd.readouterr().err  # libjpeg tells of corrupt data
+    path.write_bytes(whole[:-8] + b"\xff\xd9")
+    assert images.check_image(path)[1] == images.TRUNCATED
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,7 @@ def test_an_image_whose_rows_are_all_bad_is_no_background(tmp_path):
     assert len(found) == 1
     assert found.num_backgrounds == 0
     assert reasons(found) == [("bad.txt", labels.UNKNOWN_CLASS)] * 3 + [("bad.jpg", scan_module.NO_ROW_LEFT)]
-    assert list(found.unknown_classes().values()) == [2, 1]
+    assert [len(rows) for rows in found.unknown_classes().values()] == [2, 1]
 
 
 def test_missing_and_repeated_images_of_a_list(tmp_path):

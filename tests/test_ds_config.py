@@ -165,7 +165,14 @@ def test_wrong_arithmetic(config: dict[str, Any], problem: str) -> None:
             {"optimizer": {"type": "SGD", "params": {"momentm": 0.9}}},
             "optimizer.params.momentm: unknown key. Did you mean momentum?",
         ),
-        ({"optimizer": {"type": "SGD", "params": {"betas": [0, 0]}}}, "optimizer.params.betas: unknown key"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"betas": [0, 0]}}},
+            "optimizer.params.betas: it belongs to Adam and AdamW. Leave it out, or set optimizer.type.",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"nesterov": True}}},
+            "optimizer.params.nesterov: it belongs to SGD.",
+        ),
         (
             {"optimizer": {"type": "Lamb", "params": {"lr": 1}}},
             'optimizer.type: "Lamb" given, but it must be "SGD" or "Adam" or "AdamW".',
@@ -221,6 +228,10 @@ def test_numbers_with_an_exponent_are_whole() -> None:
         ("{'train_batch_size': 64}", 'Texts stand in double quotes: "stage".'),
         ('{"bf16": {"enabled": True}}', "line 1, column 22: Expecting value. Write true, false or null."),
         ('{"train_batch_size": NaN}', "NaN is not JSON."),
+        (f'{{"train_batch_size": {"9" * 400}}}', "99999999... has 400 digits"),
+        (f'{{"train_batch_size": {"9" * 5000}}}', "99999999... has 5000 digits"),
+        (f'{{"train_batch_size": {"[" * 30}1{"]" * 30}}}', "nested more than 20 deep"),
+        ("[" * 100_000, "nested more than 20 deep"),
         ("[]", "must be an object"),
         ("", "line 1, column 1: Expecting value."),
     ],

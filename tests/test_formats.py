@@ -90,6 +90,10 @@ def test_all_problems_at_once(tmp_path):
         ("train: a\nval: a\nnames: {a: 0}", "whole numbers"),
         ("train: a\nval: a\nnc: 3\nnames: [x]", "nc: 3 given, but names has 1"),
         ("train: a\nval: a\nclass_names: [x]", "names: missing"),
+        ("train: a\ntrain: b\nval: a\nnames: [x]", "line 2: train is given twice."),
+        ("train: a\nval: a\nnames: {0: x, 0: y}", "line 3: 0 is given twice."),
+        ("train: a\nval: a\nnames: [x, y, x, 1, '1']", "names: x, 1 given more than once."),
+        ("train: a\nval: a\nnames: [yes, no]", "names: True and False given. YAML takes yes, no,"),
         ("path: nowhere\ntrain: a\nval: a\nnames: [x]", "path: nowhere given"),
         ("train: a\nval: picture.jpg\nnames: [x]", "only folders and .txt lists"),
     ],
@@ -131,6 +135,13 @@ def test_list_files(tmp_path, monkeypatch):
     ]
 
 
+def test_images_can_be_named_one_by_one_beside_folders(tmp_path):
+    for name in ("b.JPG", "folder/a.png"):
+        write(tmp_path / name, "")
+    named = [tmp_path / "b.JPG", tmp_path / "folder/a.png"]
+    assert list_images([named[0], tmp_path / "folder"]) == named
+
+
 def test_no_images(tmp_path):
     with pytest.raises(UserError, match="no image in it"):
         list_images([tmp_path])
@@ -166,7 +177,7 @@ BAD_ROWS = [
     ("0 0.1 0.1 0.2 nan 0.2 0.2", labels.NOT_FINITE, "nan"),
     ("0.5 0.5 0.5 0.2 0.4", labels.NOT_A_CLASS, "class 0.5"),
     ("2 0.5 0.5 0.2 0.4", labels.UNKNOWN_CLASS, "class 2, but data.yaml names 2 (0 to 1)"),
-    ("-1 0.5 0.5 0.2 0.4", labels.UNKNOWN_CLASS, "class -1"),
+    ("-1 0.5 0.5 0.2 0.4", labels.NOT_A_CLASS, "class -1"),
     ("0 0.5 0.5 -0.2 0.4", labels.NO_SIZE, "-0.2"),
     ("0 0.5 0.5 0.2 0", labels.NO_SIZE, "0.2 0"),
     ("0 0.1 0.1 0.2 0.1 0.3 0.1", labels.NO_SIZE, ""),

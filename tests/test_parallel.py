@@ -10,6 +10,8 @@ import torch
 import training
 from ranks import run_ranks
 
+from dsyolo.errors import UserError
+
 STEPS = 4
 
 
@@ -103,3 +105,14 @@ def test_statistics_of_batchnorm_move_and_are_the_ranks_average(tmp_path):
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], first[1])
     torch.testing.assert_close(first[2].mean(), torch.tensor(0.5 * 0.97**2), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 1}'])
+def test_a_damaged_progress_json_is_told_in_words(tmp_path, text):
+    from dsyolo.parallel.checkpoint import read_manifest
+
+    (tmp_path / "progress.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_manifest(tmp_path)
+    remedy = "Remove this folder to use the one before it."
+    assert caught.value.problems == (f"progress.json cannot be read (it is damaged). {remedy}",)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from dsyolo import train
 from dsyolo.build import Run, build_data, build_network, plan_activations, scan_splits
 from dsyolo.config import RunConfig
 from dsyolo.data.formats import read_data_yaml
@@ -216,7 +217,11 @@ MISTAKES = {
         "pipeline.stages",
     ),
     "missing data.yaml": (lambda p: {"data": p / "sample/dta.yaml"}, "Did you mean data.yaml"),
-    "missing class": (lambda p: {"data": _data_without_a_class(p)}, "class"),
+    "missing class": (
+        lambda p: {"data": _data_without_a_class(p)},
+        "names: add these classes to circle, square",
+    ),
+    "project is a file": (lambda p: {"project": p / "ds.json"}, "ds.json is a file, and a folder is needed"),
     "unreadable weights": (lambda p: {"weights": _damaged_weights(p)}, "not a whole safetensors file"),
     "unknown option": (lambda p: {"mosiac": 1}, "Did you mean --mosaic"),
     "a budget too small": (lambda p: {"recompute": "0.0001GiB"}, "lower train_micro_batch_size_per_gpu"),
@@ -232,6 +237,19 @@ def test_a_mistake_is_told_in_words_with_status_2(place, mistake):
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert not (place / "runs/mistake").exists()
+
+
+def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupt)
+    monkeypatch.setattr(train, "read", lambda *_: None)
+    assert train.main([]) == 130
+    assert (
+        capsys.readouterr().err.strip()
+        == "Interrupted. --resume goes on from the run's last checkpoint, if it has one."
+    )
 
 
 def test_through_the_launcher_a_mistake_is_told_once_with_status_2(place):

@@ -114,7 +114,8 @@ def test_other_classes_take_all_but_the_last_layer(network, saved):
     first = {name: t.clone() for name, t in other.state_dict().items()}
     told = load_into(other, saved)
     total = len(first)
-    assert f"{total - 6} of {total} tensors" in told  # three levels, weight and bias
+    # three levels, weight and bias
+    assert told == f"{saved}: {total - 6} of {total} tensors taken; from random values start detect"
     source = network.state_dict()
     for name, tensor in other.state_dict().items():
         kept = name.startswith("detect.m.")
@@ -125,6 +126,27 @@ def test_other_classes_take_all_but_the_last_layer(network, saved):
 def test_weights_of_another_variant_are_refused(saved, variant):
     line = problem(lambda: load_into(build_yolov5(variant, 3), saved))
     assert f"this run trains {variant}. Give --model yolov5n" in line
+
+
+def test_weights_of_part_of_a_network_are_told_from_those_of_all_of_it(network, tmp_path):
+    """Files with YOLOv5's own names do not say their variant, and half of an n6 is an n."""
+    path = tmp_path / "theirs.safetensors"
+    save_file(to_yolov5(network.state_dict()), path)
+    told = load_into(build_yolov5("yolov5n6", len(NAMES)), path)
+    assert "from random values start conv5, p5, " in told
+    assert told.endswith("These are not the weights of a yolov5n6")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(network, tmp_path, value):
+    state = {name: t.clone() for name, t in network.state_dict().items()}
+    state["stem.conv.weight"].view(-1)[3] = value
+    path = tmp_path / "diverged.safetensors"
+    save_weights(path, state, describe(network, NAMES, SIZE_PX))
+    for read in (rebuild, lambda path: load_into(network, path)):
+        line = problem(lambda read=read: read(path))
+        assert f"1 of its {len(state)} tensors hold NaN or infinity (stem.conv.weight ...)" in line
+        assert "diverged" in line
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".pkl"])
@@ -138,6 +160,7 @@ def test_pickled_files_are_refused_with_the_remedy(tmp_path, suffix):
 
 def test_files_that_are_missing_cut_or_something_else_are_refused(saved, tmp_path):
     assert "no such file" in problem(lambda: read_weights(tmp_path / "nowhere.safetensors"))
+    assert "it is a folder" in problem(lambda: read_weights(tmp_path))
     whole = saved.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:50], b"", b"not safetensors at all"):
         saved.write_bytes(content)
@@ -157,7 +180,9 @@ def test_metadata_that_is_damaged_or_of_other_tensors_is_refused(saved):
     for damaged in ("{", "[]", json.dumps({"variant": "yolov5n"})):
         rewrite(saved, text=damaged)
         assert "metadata is damaged" in problem(lambda: read_weights(saved))
-    for changes in ({"variant": "yolov5s"}, {"variant": "resnet"}, {"names": ["cat"]}, {"names": []}):
+    rewrite(saved, text=json.dumps({**json.loads(text), "variant": "yolov9"}))
+    assert "its metadata says yolov9, but the variants are yolov5n, " in problem(lambda: rebuild(saved))
+    for changes in ({"variant": "yolov5s"}, {"names": ["cat"]}, {"names": []}):
         rewrite(saved, text=json.dumps({**json.loads(text), **changes}))
         assert "do not fit its metadata" in problem(lambda: rebuild(saved))
     rewrite(saved, text=text, drop="stem.conv.weight")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +29,8 @@ def convert_coco(src: str | Path, dst: str | Path) -> Conversion:
     src, dst = Path(src), Path(dst)
     refuse_occupied(dst)
     headline = f"{src} cannot be converted from COCO"
+    if not src.is_dir():
+        raise UserError(headline, ["no such folder."])
     problems: list[Problem] = []
     splits: dict[str, list[Image]] = {}
     categories: dict[str, dict[int, str]] = {}
@@ -77,24 +79,32 @@ def _coco_read(
 ) -> tuple[list[Image], dict[int, str]]:
     try:
         given = json.loads(file.read_bytes())
+        for key in ("categories", "images", "annotations"):
+            if not isinstance(given[key], list):
+                raise TypeError(f"{key} must be a list")
         categories = {int(one["id"]): str(one["name"]) for one in given["categories"]}
         records = {one["id"]: one for one in given["images"]}
-        annotations = given["annotations"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(headline, [f"{file}: cannot be read as COCO annotations: {what}."]) from error
     objects: dict[Any, list[Object]] = {number: [] for number in records}
-    for one in annotations:
-        place = f"{file} annotation {one.get('id')}"
+    spoiled: set[Any] = set()
+    for number, one in enumerate(given["annotations"], 1):
+        one = one if isinstance(one, dict) else {}
+        place = f"{file} annotation {one.get('id', f'number {number}')}"
+        image, category = (one.get(key) for key in ("image_id", "category_id"))
         if one.get("iscrowd"):
             problems.append(Problem(place, 0, CROWD, ""))
-        elif one.get("image_id") not in objects or one.get("category_id") not in categories:
-            detail = f"image_id {one.get('image_id')}, category_id {one.get('category_id')}"
-            problems.append(Problem(place, 0, BAD_OBJECT, detail))
-        elif (found := _coco_object(one, categories[one["category_id"]], place)) is None:
+        elif not _is_among(image, objects):
+            problems.append(Problem(place, 0, BAD_OBJECT, f"image_id {image}"))
+        elif not _is_among(category, categories):
+            problems.append(Problem(place, 0, BAD_OBJECT, f"category_id {category}"))
+            spoiled.add(image)
+        elif (found := _coco_object(one, categories[category], place)) is None:
             problems.append(Problem(place, 0, BAD_OBJECT, f"bbox {one.get('bbox')}"))
+            spoiled.add(image)
         else:
-            objects[one["image_id"]].append(found)
+            objects[image].append(found)
     name = file.stem.removeprefix("instances_")
     folders = [src / name, src / "images" / name, src / "images", src]
     images: list[Image] = []
@@ -107,8 +117,14 @@ def _coco_read(
             continue
         size_hw = (record.get("height"), record.get("width"))
         known = all(isinstance(side, int) and side > 0 for side in size_hw)
-        images.append(Image(at, str(relative), size_hw if known else None, objects[number]))
+        images.append(
+            Image(at, str(relative), size_hw if known else None, objects[number], number in spoiled)
+        )
     return images, categories
+
+
+def _is_among(number: Any, known: Mapping[Any, Any]) -> bool:
+    return not isinstance(number, (list, dict)) and number in known
 
 
 def _coco_object(one: dict[str, Any], name: str, place: str) -> Object | None:

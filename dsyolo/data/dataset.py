@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from dsyolo.batch import Sample
 from dsyolo.boxes import PAD_GREY
+from dsyolo.data.formats import DataSpec
 from dsyolo.data.images import read_rgb, scaled_hw
 from dsyolo.data.scan import Record, Scan, default_cache_dir, scan, scan_file
+from dsyolo.errors import UserError
 
-__all__ = ["DetectionDataset", "Record", "Scan", "default_cache_dir", "scan", "scan_file"]
+__all__ = [
+    "DetectionDataset",
+    "Record",
+    "Scan",
+    "default_cache_dir",
+    "refuse_unknown_classes",
+    "scan",
+    "scan_file",
+]
+
+
+def refuse_unknown_classes(data: DataSpec, scans: Mapping[str, Scan], num_shown: int = 3) -> None:
+    """Without the objects of a class that was forgotten, a detector would learn that they are background.
+
+    Raises:
+        UserError: labels of the splits in `scans` have classes that `data` does not name.
+    """
+    problems = []
+    for split, found in scans.items():
+        unknown = found.unknown_classes()
+        for detail, rows in list(unknown.items())[:num_shown]:
+            places = ", ".join(row.place for row in rows[:num_shown]) + (", ..." * (len(rows) > num_shown))
+            problems.append(f"{split}: {detail}: {len(rows):,} rows ({places}).")
+        if len(unknown) > num_shown:
+            problems.append(f"{split}: and {len(unknown) - num_shown} more such classes.")
+    if problems:
+        remedy = f"names: add these classes to {', '.join(data.names[:20])}, or remove the rows."
+        raise UserError(f"{data.path} lacks classes that its labels have", [*problems, remedy])
 
 
 class DetectionDataset:

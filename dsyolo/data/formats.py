@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,20 @@ class DataSpec:
 # ---- data.yaml
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, where YAML readers take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
 def read_data_yaml(path: str | Path, required: Sequence[str] = ("train", "val")) -> DataSpec:
     """Read and check a `data.yaml`. A `download:` key is never run.
 
@@ -79,7 +94,7 @@ def read_data_yaml(path: str | Path, required: Sequence[str] = ("train", "val"))
 
 def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        given = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
         beside = (
             sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
@@ -99,6 +114,8 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or "not YAML"
+        if isinstance(error, yaml.constructor.ConstructorError):  # YAML, but not to be understood
+            raise UserError(headline, [f"{place}{reason}."]) from error
         raise UserError(headline, [f"{place}not YAML: {reason}. Give `key: value` lines."]) from error
     if not isinstance(given, dict):
         kind = "empty" if given is None else f"a {type(given).__name__}"
@@ -143,6 +160,13 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     ):
         problems.append(f"names: {names!r} given. Give at least one class, as a list or as a map `0: cat`.")
         return ()
+    if any(isinstance(name, bool) for name in names):
+        rule = "YAML takes yes, no, on, off, true and false for these. Put the names in quotes"
+        problems.append(
+            f"names: {' and '.join({str(n): 0 for n in names if isinstance(n, bool)})} given. {rule}."
+        )
+    elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
+        problems.append(f"names: {', '.join(repeated)} given more than once. Rename or merge them.")
     if num_given is not None and num_given != len(names):
         problems.append(
             f"nc: {num_given} given, but names has {len(names)}. Correct one of them, or leave nc out."
@@ -214,7 +238,7 @@ def _listed(paths: Iterable[Path]) -> str:
 
 
 def list_images(sources: Iterable[str | Path]) -> list[Path]:
-    """Every image of folders (searched recursively) and of `.txt` list files, in a fixed order, repeats included.
+    """Every image of folders (searched recursively) and list files, and those named, in order, repeats included.
 
     In a list file `./` means the list's folder; other relative paths are tried from the working directory, then
     from the list's folder. Listed files need not exist: the scan reports them.
@@ -228,13 +252,15 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
     for source in sources:
         if source.is_dir():
             images += _walk(source)
+        elif source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+            images.append(source)
         elif source.is_file():
             try:
                 images += _listed_images(source)
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{source}: cannot be read as a list of images: {error}")
         else:
-            problems.append(f"{source}: no such folder or list file.{_near(source)}")
+            problems.append(f"{source}: no such folder, image or list file.{_near(source)}")
     if not problems and not images:
         problems = [
             f"{source}: no image in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})." for source in sources

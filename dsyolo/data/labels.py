@@ -16,8 +16,8 @@ UNREADABLE_LABEL = "label file cannot be read"
 WRONG_COLUMNS = "wrong number of columns (row left out)"
 NOT_A_NUMBER = "not a number (row left out)"
 NOT_FINITE = "NaN or infinity (row left out)"
-NOT_A_CLASS = "class is not a whole number (row left out)"
-UNKNOWN_CLASS = "class out of range (row left out)"
+NOT_A_CLASS = "class is not a whole number from 0 (row left out)"
+UNKNOWN_CLASS = "class that data.yaml does not name (row left out)"
 NO_SIZE = "box without width or height (row left out)"
 OUTSIDE = "box outside the image (row left out)"
 CLIPPED = "box over the image's edge (clipped)"
@@ -148,8 +148,8 @@ def _checked(
         over = np.maximum(-corners, corners - 1).max(1, initial=-1.0)
         rules: list[tuple[str, np.ndarray]] = [
             (NOT_FINITE, ~(np.isfinite(boxes_cxcywh).all(1) & np.isfinite(classes))),
-            (NOT_A_CLASS, classes != np.floor(classes)),
-            (UNKNOWN_CLASS, (classes < 0) | (classes >= num_classes)),
+            (NOT_A_CLASS, (classes != np.floor(classes)) | (classes < 0)),
+            (UNKNOWN_CLASS, classes >= num_classes),
             (NO_SIZE, empty),
             (OUTSIDE, away),
             (OUTSIDE, gone & (over > 0)),

@@ -29,7 +29,7 @@ from dsyolo.data.images import check_image
 from dsyolo.data.labels import UNKNOWN_CLASS, Labels, Problem, by_reason, no_labels, read_labels
 from dsyolo.errors import UserError
 
-FORMAT_VERSION = 1  # raise it whenever what a scan keeps or how it checks changes
+FORMAT_VERSION = 2  # raise it whenever what a scan keeps or how it checks changes
 
 NO_ROW_LEFT = "no label row can be used (image left out)"
 LISTED_TWICE = "image listed more than once (repeat left out)"
@@ -102,9 +102,13 @@ class Scan:
         """(K,) int64: the boxes of each class."""
         return np.bincount(self.classes, minlength=self.num_classes)
 
-    def unknown_classes(self) -> dict[str, int]:
-        """Details of the rows left out because their class has no name, and how many rows of each there are."""
-        return dict(Counter(p.detail for p in self.problems if p.reason == UNKNOWN_CLASS))
+    def unknown_classes(self) -> dict[str, list[Problem]]:
+        """By detail, the rows left out because their class has no name."""
+        rows: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            if problem.reason == UNKNOWN_CLASS:
+                rows.setdefault(problem.detail, []).append(problem)
+        return rows
 
     def summary(self, num_files: int = 3) -> str:
         """One line of counts, then one per reason of problems with the first few files."""

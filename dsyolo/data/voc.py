@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,6 +18,12 @@ from dsyolo.errors import UserError
 BAD_ANNOTATION = "annotation cannot be read (image left out)"
 DIFFICULT = "object marked difficult (left out)"
 IN_TWO_SPLITS = "image in train and in val (kept in both)"
+
+
+class _Annotation(NamedTuple):
+    size_hw: tuple[int, int] | None
+    objects: list[Object]
+    is_spoiled: bool  # it has objects that cannot be read
 
 
 def convert_voc(src: str | Path, dst: str | Path) -> Conversion:
@@ -79,11 +87,10 @@ def _voc_read(roots: Sequence[Path], lists: dict[Path, Path], problems: list[Pro
     images: list[Image] = []
     for root, list_file in lists.items():
         prefix = f"{root.name}_" if len(roots) > 1 else ""
-        lines = (line.split() for line in list_file.read_text(encoding="utf-8-sig").splitlines())
-        stems = dict.fromkeys(line[0] for line in lines if line)
+        stems = _voc_names(root, list_file, problems)
         parsed = [(stem, _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)) for stem in stems]
         # VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
-        starts = [min(one.box_xyxy[:2]) for _, found in parsed if found for one in found[1]]
+        starts = [min(one.box_xyxy[:2]) for _, found in parsed if found for one in found.objects]
         shift = 1.0 if min(starts, default=1.0) >= 1.0 else 0.0
         for stem, found in parsed:
             file = _voc_image(root / "JPEGImages", stem)
@@ -92,9 +99,31 @@ def _voc_read(roots: Sequence[Path], lists: dict[Path, Path], problems: list[Pro
                     Problem(str(root / "JPEGImages" / f"{stem}.jpg"), 0, NO_IMAGE, f"listed in {list_file}")
                 )
             elif found is not None:
-                objects = [_shifted(one, shift) for one in found[1]]
-                images.append(Image(file, prefix + file.name, found[0], objects))
+                objects = [_shifted(one, shift) for one in found.objects]
+                images.append(Image(file, prefix + file.name, found.size_hw, objects, found.is_spoiled))
     return images
+
+
+def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
+    """The names in a list, each once. One that leads out of the folder is reported."""
+    try:
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8. Save it as such"
+        raise UserError(f"{list_file} cannot be read", [f"{reason}."]) from None
+    names: dict[str, None] = {}
+    for line in filter(None, map(str.strip, lines)):
+        # Names may have spaces; lists of one class have ` 1`, ` 0` or ` -1` behind each name.
+        name, _, flag = line.rpartition(" ")
+        is_whole = flag not in ("1", "0", "-1") or (root / "Annotations" / f"{line}.xml").is_file()
+        name = line if is_whole else name.rstrip()
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            detail = f"listed in {list_file}: a name without its folder and ending is needed"
+            problems.append(Problem(name, 0, NO_IMAGE, detail))
+        else:
+            names[name] = None
+    return list(names)
 
 
 def _shifted(one: Object, shift: float) -> Object:
@@ -107,16 +136,16 @@ def _voc_image(folder: Path, stem: str) -> Path | None:
     usual = folder / f"{stem}.jpg"
     if usual.is_file():
         return usual
-    return next((p for p in sorted(folder.glob(f"{stem}.*")) if p.suffix.lower() in IMAGE_SUFFIXES), None)
+    return next(
+        (p for p in sorted(folder.glob(f"{glob.escape(stem)}.*")) if p.suffix.lower() in IMAGE_SUFFIXES), None
+    )
 
 
-def _voc_annotation(
-    file: Path, problems: list[Problem]
-) -> tuple[tuple[int, int] | None, list[Object]] | None:
-    """The size and the objects of one XML file; a missing file is an error of the data set and reported."""
+def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
+    """The content of one XML file; a missing file is an error of the data set and reported."""
     try:
         root = ElementTree.parse(file).getroot()
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding
         problems.append(Problem(str(file), 0, BAD_ANNOTATION, str(getattr(error, "strerror", None) or error)))
         return None
     try:
@@ -124,6 +153,7 @@ def _voc_annotation(
     except ValueError:
         size_hw = (0, 0)
     objects: list[Object] = []
+    is_spoiled = False
     for number, node in enumerate(root.iterfind("object"), 1):
         place = f"{file} object {number}"
         name = (node.findtext("name") or "").strip()
@@ -138,6 +168,7 @@ def _voc_annotation(
             box = (np.nan,) * 4
         if not name or not np.isfinite(box).all():
             problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {box}"))
+            is_spoiled = True
             continue
         objects.append(Object(name, box, None, place))
-    return (size_hw if min(size_hw) > 0 else None), objects
+    return _Annotation(size_hw if min(size_hw) > 0 else None, objects, is_spoiled)

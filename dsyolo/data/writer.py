@@ -22,6 +22,7 @@ BAD_IMAGE = "image cannot be used (left out)"
 BAD_OBJECT = "object cannot be read (left out)"
 DEGENERATE = "box without width or height (left out)"
 OVER_EDGE = "box over the image's edge (clipped)"
+NO_OBJECT_LEFT = "none of its objects can be used (image left out)"
 SAME_LABEL = "another image has the same name but for its ending (left out)"
 
 
@@ -41,6 +42,7 @@ class Image(NamedTuple):
     name: str  # path under images/<split>
     size_hw: tuple[int, int] | None  # as the annotation has it; None: read the file
     objects: list[Object]
+    is_spoiled: bool = False  # it has more objects, which cannot be read
 
 
 @dataclass
@@ -84,8 +86,12 @@ def write_dataset(
                         Problem(str(image.file), 0, BAD_IMAGE, f"{reason.split(' (')[0]}: {detail}")
                     )
                     continue
-                written.add(label)
                 rows = _rows(image.objects, number_of, image.size_hw or size_hw, problems)
+                if not rows and (image.objects or image.is_spoiled):
+                    # As a background it would teach that the objects in it are none, as `scan_file` says too.
+                    problems.append(Problem(str(image.file), 0, NO_OBJECT_LEFT, ""))
+                    continue
+                written.add(label)
                 label.parent.mkdir(parents=True, exist_ok=True)
                 label.write_text("".join(f"{row}\n" for row in rows))
                 _link(image.file, building / "images" / split / image.name)
@@ -93,7 +99,8 @@ def write_dataset(
                 result.num_objects[split] += len(rows)
         empty = [split for split, count in result.num_images.items() if not count]
         if empty:
-            raise UserError(f"{dst} was not written", [f"{split}: no image can be used." for split in empty])
+            lines = [f"{split}: no image can be used." for split in empty]
+            raise UserError(f"{dst} was not written", [*lines, *by_reason(problems)])
         write_data_yaml(building, names, list(splits))
     return result
 
@@ -144,7 +151,11 @@ def write_data_yaml(folder: Path, names: Sequence[str], splits: Sequence[str]) -
 
 def refuse_occupied(dst: Path) -> None:
     """Raises UserError where `dst` is there and anything but an empty folder."""
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    if not dst.exists():
+        return
+    if not dst.is_dir():
+        raise UserError(f"{dst} was not written", ["it is a file. Name a new folder."])
+    if any(dst.iterdir()):
         raise UserError(
             f"{dst} was not written", ["it holds other things already. Name a new folder, or remove it."]
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -238,11 +238,10 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     headline = f"{path} cannot be resumed from"
     try:
         manifest = Manifest.model_validate_json((path / "progress.json").read_text())
-    except (OSError, ValidationError) as error:
-        raise UserError(
-            headline,
-            [f"progress.json cannot be read ({error}). Remove this folder to use the one before it."],
-        ) from None
+    except (OSError, ValueError) as error:  # pydantic's is a ValueError, too long to print
+        what = error.strerror if isinstance(error, OSError) else "it is damaged"
+        remedy = "Remove this folder to use the one before it."
+        raise UserError(headline, [f"progress.json cannot be read ({what}). {remedy}"]) from None
     if manifest.format != FORMAT:
         raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
     if not verify:
