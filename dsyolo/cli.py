@@ -231,7 +231,8 @@ def _targets(images: Sequence[Path], out: Path) -> dict[Path, Path]:
             )
         targets[path], taken[target] = target, path
     if problems:
-        raise UserError("No picture was written", problems)
+        more = [f"and {len(problems) - 5} more."] if len(problems) > 5 else []
+        raise UserError("No picture was written", [*problems[:5], *more])
     return targets
 
 

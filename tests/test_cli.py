@@ -76,6 +76,10 @@ def test_pictures_never_take_the_place_of_the_images(place, tmp_path, capsys, li
     assert run(place, "detect", "--out", out, source) == 2
     assert "it is one of the images given" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in source.iterdir()} == before
+    for number in range(8):
+        shutil.copy(val_images(place)[0], source / f"more{number}.jpg")
+    assert run(place, "detect", "--out", out, source) == 2
+    assert "and 5 more." in capsys.readouterr().err
 
 
 def test_two_images_of_one_name_do_not_share_a_picture(place, tmp_path, capsys):
