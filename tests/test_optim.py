@@ -37,9 +37,7 @@ def network():
 
 def apply(schedule: Schedule, step: int, optimizer: str = "SGD") -> dict[str, dict]:
     """The optimizer's groups by name after `apply` at this step, in a little network."""
-    little = nn.Sequential()
-    little.add_module("conv", nn.Conv2d(3, 4, 1))
-    little.add_module("bn", nn.BatchNorm2d(4))
+    little = nn.Sequential(nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4)}))
     params = {"momentum": 0.937, "nesterov": True} if optimizer == "SGD" else {"betas": (0.9, 0.99)}
     built = build_optimizer(little, optimizer, {"lr": 9.0, "weight_decay": 9.0, **params})
     lr = schedule.apply(built, step)
@@ -88,6 +86,12 @@ def test_the_optimizer_starts_with_rate_and_decay_zero(network, name, params, ex
     for group in built.param_groups:
         assert group["lr"] == group["weight_decay"] == 0
         assert all(group[key] == value for key, value in expected.items())
+
+
+def test_a_stage_without_norms_has_no_group_of_them():
+    built = build_optimizer(nn.Conv2d(3, 4, 1), "SGD", {})
+    assert [group["name"] for group in built.param_groups] == ["weights", "biases"]
+    LINEAR.apply(built, 5)
 
 
 def test_a_step_before_the_schedule_changes_nothing(network):
