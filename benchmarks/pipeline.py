@@ -112,7 +112,7 @@ def compare_cuts(args: argparse.Namespace) -> None:
 
     cuts = {
         "balanced": balanced_cuts(costs, 2, CPU)[0],
-        "parameters": partition_balanced([cost.num_parameters for cost in costs], 2)[1],
+        "parameters": int(partition_balanced([cost.num_parameters for cost in costs], 2)[1]),
         "uniform": partition_uniform(len(costs), 2)[1],
     }
     ranks = run_ranks(2, run_cuts, cuts, args, timeout_s=1800)
