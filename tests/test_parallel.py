@@ -15,11 +15,6 @@ from dsyolo.errors import UserError
 STEPS = 4
 
 
-def relative(a, b) -> float:
-    """Largest difference relative to the largest value of b."""
-    return max((a[n] - b[n]).abs().max().item() / b[n].abs().max().clamp(min=1e-3).item() for n in b)
-
-
 def every_stage(folder: str) -> dict[int, dict[str, object]]:
     results = {}
     for stage in range(4):
@@ -60,8 +55,8 @@ def plain():
 def test_two_ranks_train_as_the_plain_loop(two_ranks, plain, stage):
     got = two_ranks[0][stage]
     assert torch.tensor(got["losses"]) == pytest.approx(torch.tensor(plain["losses"]), rel=1e-5, abs=1e-6)
-    assert relative(got["weights"], plain["weights"]) < 1e-4
-    assert relative(got["ema"], plain["ema"]) < 1e-4
+    assert training.relative(got["weights"], plain["weights"]) < 1e-4
+    assert training.relative(got["ema"], plain["ema"]) < 1e-4
 
 
 @pytest.mark.parametrize("stage", range(4))

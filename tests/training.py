@@ -207,6 +207,14 @@ def result(engine, shards, ema, losses) -> dict[str, object]:
     }
 
 
+def relative(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of an element, relative to the largest one of its tensor."""
+    assert got.keys() == expected.keys()
+    return max(
+        ((got[name] - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for name, b in expected.items()
+    )
+
+
 def differences(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
     """The largest relative difference of each kind: of a loss, and of a tensor's element to its largest one."""
     found = {
@@ -217,9 +225,5 @@ def differences(got: dict[str, Any], expected: dict[str, Any]) -> dict[str, floa
         )
     }
     for kind in ("weights", "ema", "buffers"):
-        assert got[kind].keys() == expected[kind].keys()
-        found[kind] = max(
-            ((got[kind][name] - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
-            for name, b in expected[kind].items()
-        )
+        found[kind] = relative(got[kind], expected[kind])
     return found

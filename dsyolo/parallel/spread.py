@@ -50,13 +50,13 @@ def spread(
         optimizer = build_optimizer(network, ds.optimizer, ds.optimizer_params)
         engine = Engine(network, loss, optimizer, schedule, **settings)
         return Spread(engine, Shards(engine), [])
-    costs = node_costs(network, (ds.micro_batch, 3, image_size_px, image_size_px))
+    whole = copy.deepcopy(network).to("meta")
+    costs = node_costs(whole, (ds.micro_batch, 3, image_size_px, image_size_px))
     balance = ACCELERATOR if pins_memory() else CPU
     cuts = balanced_cuts(costs, ds.stages, balance) if ds.partition == "balanced" else ds.partition
     place = place_in(world, ds.stages)
     bounds = [0, *cuts, len(costs)]
     start, stop = bounds[place.stage : place.stage + 2]
-    whole = copy.deepcopy(network).to("meta")
     stage = Stage(network, start, stop, costs[start - 1].carry if start else ())
     for name in set(network.order) - set(network.order[start:stop]):
         network.get_submodule(name).to("meta")  # other ranks have them
