@@ -79,7 +79,7 @@ def run_cut(cut: int, args: argparse.Namespace) -> dict[str, Any]:
         accelerator="cpu",
     )
     loss = DetectionLoss(network.anchors, NUM_CLASSES, args.imgsz)
-    engine, _, _ = spread(network, loss, SCHEDULE, ds, world, image_size_px=args.imgsz, statistics_move=True)
+    engine, *_ = spread(network, loss, SCHEDULE, ds, world, image_size_px=args.imgsz, statistics_move=True)
     batches = [batch(args.micro, args.imgsz)] * args.num_micro
     engine.train_step(batches, 1)
     steps = []

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from dsyolo.account import Load, predict, table, verdict
 from dsyolo.assign import Assigner
 from dsyolo.config import RunConfig
 from dsyolo.data.augment import Augmentation
@@ -23,12 +24,13 @@ from dsyolo.model.yolov5 import YOLOv5, build_yolov5, level_strides
 from dsyolo.optim import Schedule
 from dsyolo.parallel import dist
 from dsyolo.parallel.buffers import named_buffers
-from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, read_buffers
+from dsyolo.parallel.checkpoint import Checkpoints, Progress, read_buffers
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.folder import Folders, move_to_folders
-from dsyolo.parallel.memory import peak_memory_gib
+from dsyolo.parallel.memory import Measured, MemoryWatch, NoWatch, peak_memory_gib
+from dsyolo.parallel.shards import Shards
 from dsyolo.parallel.spread import spread
 from dsyolo.parallel.syncbn import synchronise_batchnorm
 from dsyolo.record import NullRecord, Record
@@ -44,6 +46,18 @@ class Run(NamedTuple):
     world: World
     folder: Path
     activations: ActivationPlan
+    goes_on: bool = False  # begins at a checkpoint
+
+
+class Parts(NamedTuple):
+    """What trains on this rank, and what it was given to hold."""
+
+    engine: Engine
+    shards: Shards
+    ema: Ema | NoEma
+    checkpoints: Checkpoints
+    info: WeightsInfo
+    load: Load
 
 
 class Data(NamedTuple):
@@ -70,7 +84,7 @@ def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> Activ
     return choose(counted, ds.recompute, offload=ds.offload_activations)
 
 
-def build_network(run: Run) -> tuple[YOLOv5, str]:
+def build_network(run: Run, checkpoint: Path | None = None) -> tuple[YOLOv5, str]:
     """The network with its first weights, and what was taken from a file of weights.
 
     A run that goes on gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
@@ -79,8 +93,8 @@ def build_network(run: Run) -> tuple[YOLOv5, str]:
     torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
     network = build_yolov5(config.model, run.data.num_classes)
     taken = ""
-    if config.resume:
-        saved = named_buffers(network, read_buffers(all_checkpoints(run.folder / "checkpoints")[-1]))
+    if checkpoint:
+        saved = named_buffers(network, read_buffers(checkpoint))
         network.anchors.copy_(saved["detect.anchors"])
     elif config.weights:
         taken = load_into(network, Path(config.weights))
@@ -142,9 +156,7 @@ def scan_splits(run: Run) -> tuple[Scan, Scan]:
     return scans["train"], scans["val"]
 
 
-def build_engine(
-    run: Run, network: YOLOv5, stream: Stream
-) -> tuple[Engine, Ema | NoEma, Checkpoints, WeightsInfo]:
+def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
     """Builds the engine around the network, and what keeps its state."""
     config, ds, recipe, world = run.config, run.ds, run.config.recipe, run.world
     threads = dist.set_threads(world, config.threads)
@@ -165,7 +177,7 @@ def build_engine(
     info = describe(network, run.data.names, config.imgsz)
     if config.freeze_batchnorm:
         freeze_batchnorm(network)
-    engine, shards, about = spread(
+    engine, shards, nodes, groups, about = spread(
         network,
         loss,
         schedule,
@@ -173,6 +185,7 @@ def build_engine(
         world,
         image_size_px=config.imgsz,
         statistics_move=not (config.freeze_batchnorm or config.sync_batchnorm),
+        activations=run.activations,
     )
     if config.sync_batchnorm:
         synchronise_batchnorm(engine.network, engine.replicas)
@@ -187,7 +200,60 @@ def build_engine(
     checkpoints = Checkpoints(run.folder / "checkpoints", engine, shards, ema, world)
     if world.is_first:
         print("\n".join([*lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
-    return engine, ema, checkpoints, info
+    place, plan = dist.place_in(world, ds.stages), run.activations
+    in_flight = min(ds.stages - place.stage, ds.accumulation)
+    kept = [
+        plan.stage_bytes(nodes, in_flight, names) for names in (None, frozenset[str](), plan.counted.blocks)
+    ]
+    on_host = plan.host_bytes(nodes, in_flight)
+    load = Load(groups, *kept, place.replica, place.replicas, config.ema, on_host)
+    return Parts(engine, shards, ema, checkpoints, info, load)
+
+
+def build_memory(
+    run: Run, parts: Parts, tracker: Tracker, record: Record | NullRecord
+) -> MemoryWatch | NoWatch:
+    """Tells what memory each rank is expected to need, and gives what measures it."""
+    ds, zero = run.ds, parts.engine.deepspeed_json["zero_optimization"]
+    loads: list[Load] = parts.engine.all_gather(parts.load)
+    predicted = [predict(load, ds, zero) for load in loads]
+    shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
+    titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
+    if run.world.is_first:
+        largest = max(shown, key=lambda rank: predicted[rank].together.total)
+        print(table((f"{title}, predicted", predicted[rank].together) for rank, title in titles.items()))
+        counted, stages = run.activations.counted, loads[:: ds.data_parallel_size]
+        plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
+        groups = tuple(sizes for load in stages for sizes in load.groups)
+        alone = Load(groups, plain, plain, least, 0, run.world.size, run.config.ema)
+        print(verdict(loads[largest], ds, zero, alone))
+
+    def tell(measured: list[Measured]) -> None:
+        rows = []
+        for rank, title in titles.items():
+            rows.append((f"{title}, predicted", predicted[rank].together))
+            rows.append((f"{title}, measured", measured[rank].account.together))
+        peaks = [one.peak for one in measured if one.peak is not None]
+        most = (
+            f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
+        )
+        tracker.say(f"{table(rows)}\n{most}")
+        record.memory(
+            [
+                {
+                    "rank": rank,
+                    "predicted": wanted.to_json(),
+                    "measured": found.account.to_json(),
+                    "peak": found.peak,
+                }
+                for rank, (wanted, found) in enumerate(zip(predicted, measured, strict=True))
+            ]
+        )
+
+    if run.config.memory_account == "off":
+        return NoWatch()
+    again = run.config.memory_account == "epochs"
+    return MemoryWatch(parts.engine, parts.shards, parts.ema, tell, again=again)
 
 
 def build_schedule(run: Run, stream: Stream) -> Schedule:
@@ -210,7 +276,7 @@ def build_schedule(run: Run, stream: Stream) -> Schedule:
 
 
 def build_record(
-    run: Run, data: Data, progress: Progress, engine: Engine, info: WeightsInfo
+    run: Run, data: Data, progress: Progress, parts: Parts
 ) -> tuple[Tracker, Record | NullRecord]:
     """What tells and writes, on the first rank; what does nothing, on the others."""
     if not run.world.is_first:
@@ -222,7 +288,7 @@ def build_record(
         progress,
         log_every=config.log_every,
         state=progress.tracking,
-        memory_gib=lambda: peak_memory_gib(engine.device),
+        memory_gib=lambda: peak_memory_gib(parts.engine.device),
         wandb_mode=config.wandb,
         wandb_project=config.wandb_project,
         wandb_name=config.wandb_name or config.name,
@@ -231,8 +297,8 @@ def build_record(
     record = Record(
         run.folder,
         config=config.dump(),
-        deepspeed_json=engine.deepspeed_json,
-        info=info,
+        deepspeed_json=parts.engine.deepspeed_json,
+        info=parts.info,
         load_rgb=lambda index: val_set.load(index, max(val_set.truth(index)[0])).image,
         picture=tracker.pictures,
     )

@@ -20,7 +20,7 @@ from dsyolo.options import extra_of, read_options
 from dsyolo.problems import did_you_mean, validate
 
 MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsmlx")
-RECOMPUTE_RULE = '"none", "blocks" or a budget like "4.5GiB"'
+RECOMPUTE_RULE = '"none", "blocks" or a budget in GiB like "4.5GiB"'
 PRESETS = ("low", "med", "high")
 
 # Options of other trainers, and YOLOv5's hyper-parameter names, whose owner is the DeepSpeed JSON.
@@ -48,9 +48,14 @@ JSON_KNOBS = {
 }
 
 
-def _knob(default: Any, text: str, group: str, *, learned: bool = False, **limits: float) -> Any:
-    """A field: its default, help text, help group, whether it changes what is learned, and its limits."""
-    extra: dict[str, Any] = {"group": group, "learned": learned}
+def _knob(
+    default: Any, text: str, group: str, *, learned: bool = False, alone: str = "", **limits: float
+) -> Any:
+    """A field: its default, help text, help group, whether it changes what is learned, and its limits.
+
+    `alone` is its value where the option stands without one.
+    """
+    extra: dict[str, Any] = {"group": group, "learned": learned, "alone": alone}
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
 
@@ -121,16 +126,27 @@ class RunConfig(BaseModel):
     epochs: int = _knob(300, "epochs", "run", learned=True, ge=1)
     seed: int = _knob(0, "seed of everything drawn", "run", learned=True, ge=0, lt=2**63)
     hyp: str = _knob("low", "recipe: low, med, high or a YAML file", "run")
-    resume: bool = _knob(False, "go on with PROJECT/NAME where it stopped", "run")
+    resume: Literal["never", "always", "auto"] = _knob(
+        "never",
+        "go on with PROJECT/NAME where it stopped; auto: if it has a checkpoint",
+        "run",
+        alone="always",
+    )
     project: str = _knob("runs", "folder of runs", "run", min_length=1)
     name: str = _knob("train", "folder of this run in the project", "run", min_length=1)
 
     workers: int | None = _knob(None, "loader processes per rank, auto: from the cores", "machine", ge=0)
     threads: int | None = _knob(None, "threads per rank, auto: from the cores", "machine", ge=1)
     recompute: str = _knob(
-        "none",
-        "activations computed again: none, blocks, or the fewest blocks for a budget: 4.5GiB",
+        "auto",
+        "activations computed again: none, blocks, the fewest blocks for a budget: 4.5GiB, auto: the JSON says",
         "machine",
+    )
+    hang_timeout_s: float = _knob(
+        600, "seconds without progress until all ranks end and the late one is named", "machine", ge=5
+    )
+    memory_account: Literal["start", "epochs", "off"] = _knob(
+        "start", "when the memory of a step is measured, term by term", "machine"
     )
     cache: Literal["none", "ram"] = _knob("none", "where decoded images are kept", "machine")
 
@@ -175,7 +191,7 @@ class RunConfig(BaseModel):
     @field_validator("recompute")
     @classmethod
     def _can_be_read(cls, recompute: str) -> str:
-        if read_recompute(recompute) is None:
+        if recompute != "auto" and read_recompute(recompute) is None:
             raise ValueError(f"{recompute} given, but it must be {RECOMPUTE_RULE}. Leave it out for none.")
         return recompute
 
@@ -185,6 +201,15 @@ class RunConfig(BaseModel):
         if sync_batchnorm and info.data.get("freeze_batchnorm"):
             raise ValueError("true given, but --freeze_batchnorm leaves nothing to share. Leave one out.")
         return sync_batchnorm
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.project, self.name)
+
+    def goes_on(self) -> bool:
+        """Whether the run begins at a checkpoint, as its folder is now."""
+        return self.resume == "always" or (self.resume == "auto" and _has_checkpoint(self.folder))
 
     def dump(self) -> dict[str, Any]:
         """Plain YAML types, recipe resolved; without `resume`, which tells of a start and not of the run."""
@@ -256,16 +281,17 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     problems: list[str] = []
     fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
     given = read_options({**fields, **Recipe.model_fields}, argv, _unknown_option, problems)
-    base = _resumed(given, problems) if given.get("resume") else {}
+    goes_on = _goes_on(given)
+    base = _resumed(given, problems) if goes_on else {}
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
     values = {**base, **given}
     if recipe_base is None or "hyp" in given:
         recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
     recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", _unknown_option, problems)
-    if "data" not in values and not given.get("resume"):
+    if "data" not in values and not goes_on:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
-    problems += _missing_files(values)
+    problems += _missing_files(values, goes_on)
     values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
     run = validate(RunConfig, values, "--", _unknown_option, problems)
     if problems or run is None:
@@ -273,10 +299,22 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     return run
 
 
-def _resumed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+def _folder(given: Mapping[str, Any]) -> Path:
     fields = RunConfig.model_fields
-    folder = Path(given.get("project", fields["project"].default), given.get("name", fields["name"].default))
-    path = folder / "config.yaml"
+    return Path(*(given.get(key, fields[key].default) for key in ("project", "name")))
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/step_*")) and (folder / "config.yaml").is_file()
+
+
+def _goes_on(given: Mapping[str, Any]) -> bool:
+    resume = given.get("resume")
+    return resume == "always" or (resume == "auto" and _has_checkpoint(_folder(given)))
+
+
+def _resumed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    path = _folder(given) / "config.yaml"
     if not path.is_file():
         rule = f"{path} does not exist, so there is no run to go on with"
         problems.append(f"--resume: {rule}. Check --project and --name, or leave --resume out.")
@@ -284,13 +322,13 @@ def _resumed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     return RunConfig.load(path).dump()
 
 
-def _missing_files(values: Mapping[str, Any]) -> list[str]:
+def _missing_files(values: Mapping[str, Any], goes_on: bool) -> list[str]:
     """Of the three files that a run reads, those that are not there. A resumed run needs no weights."""
     fields = RunConfig.model_fields
     problems = []
     for key in ("deepspeed_config", "data", "weights"):
         value = values.get(key, fields[key].default)
-        needed = isinstance(value, str) and not (key == "weights" and values.get("resume"))
+        needed = isinstance(value, str) and not (key == "weights" and goes_on)
         if not needed or Path(value).is_file():
             continue
         what, hint = _missing_file(Path(value), key)

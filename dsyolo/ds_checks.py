@@ -10,11 +10,13 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from dsyolo.config import read_recompute
 from dsyolo.ds_keys import FLOAT16_NAMES, OPTIMIZERS
 from dsyolo.ds_read import optimizer_name, shown
+from dsyolo.problems import cannot_hold_files
 
 NOMINAL_BATCH = 64
 AUTOCAST_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
@@ -118,9 +120,9 @@ def activations(
     block = sane.get("activation_checkpointing", {})
     given = block.get("recompute", command_line)
     path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
-    if "recompute" in block and command_line != "none":
+    if "recompute" in block and command_line != "auto":
         problems.append(f"{path}: {shown(given)} given, and so is --recompute. Leave one out.")
-    choice = read_recompute(given)
+    choice = "none" if given == "auto" else read_recompute(given)
     assert choice is not None, given
     offloads = bool(block.get("cpu_checkpointing", False))
     if offloads and choice == "none":
@@ -200,6 +202,15 @@ def data_types(sane: Mapping[str, Any], kind: str, zero_stage: int, problems: li
         rule = f"at ZeRO 0 gradients are summed in the weights' type, {model}"
         remedy = "Leave it out, or set zero_optimization.stage to 1"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
+    if (
+        zero_stage == 1
+        and kind == "bf16"
+        and gradients == "fp32"
+        and not sane.get("zero_optimization", {}).get("offload_optimizer")
+    ):
+        rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights where no checkpoint finds them"
+        remedy = "Leave it out, or set zero_optimization.stage to 2"
+        problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     buffers = block.get("buffer_dtype", "fp32")
     if buffers != "fp32":
         rule = "the statistics of BatchNorm stay fp32"
@@ -246,8 +257,25 @@ def _folder(block: Mapping[str, Any], device: str) -> list[str]:
         return [f"nvme_path: {shown(path)} given, but {rule}. Name another."]
 
 
-def monitors(sane: Mapping[str, Any], problems: list[str]) -> None:
-    """DeepSpeed's TensorBoard monitor needs a package."""
+def monitors(sane: Mapping[str, Any], stages: int, problems: list[str]) -> None:
+    """DeepSpeed's TensorBoard monitor needs a package, files a folder, and two of its timers no pipeline."""
+    timed = {
+        "wall_clock_breakdown": bool(sane.get("wall_clock_breakdown")),
+        "flops_profiler.enabled": bool(sane.get("flops_profiler", {}).get("enabled")),
+    }
+    for path in [path for path, is_on in timed.items() if is_on and stages > 1]:
+        rule = "in a pipeline DeepSpeed starts its timers twice, and fails"
+        problems.append(f"{path}: true given with pipeline.stages {stages}, but {rule}. Leave it out.")
+    for block, key in (
+        ("csv_monitor", "output_path"),
+        ("tensorboard", "output_path"),
+        ("flops_profiler", "output_file"),
+    ):
+        path = sane.get(block, {}).get(key)
+        if path and sane[block].get("enabled"):
+            folder = Path(path).parent if key == "output_file" else Path(path)
+            if fault := cannot_hold_files(folder):
+                problems.append(f"{block}.{key}: {shown(path)} given, but {fault}")
     if sane.get("tensorboard", {}).get("enabled") and importlib.util.find_spec("tensorboard") is None:
         rule = "the package tensorboard is not installed"
         problems.append(f"tensorboard.enabled: true given, but {rule}. Install it, or leave the block out.")

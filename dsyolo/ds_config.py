@@ -32,9 +32,11 @@ OWN_BLOCKS = (
     "activation_checkpointing",
 )  # read by dsyolo; DeepSpeed gets objects instead
 
-# A bucket is allocated whole. 2^24 elements hold the largest weight of any variant (yolov5x6, 11.1 M), at 67 MB.
-MAX_BUCKET_ELEMENTS = 2**24
-MIN_BUCKET_ELEMENTS = 2**16
+# A bucket is allocated whole. A sixth of the elements holds the largest weight of every variant (yolov5n's and
+# yolov5s's are a sixth), so that no gradient needs a copy of its own, and what is full can travel during backward.
+BUCKETS = 6
+MAX_BUCKET_ELEMENTS = 2**24  # 67 MB
+MIN_BUCKET_ELEMENTS = 2**20  # 4 MB: smaller messages cost more time than their bytes
 NO_PRINT = 10**9  # steps between DeepSpeed's own lines; dsyolo's tracker prints
 
 
@@ -113,13 +115,13 @@ class DsConfig:
             for key in ("offload_optimizer", "offload_param"):
                 if zero.get(key):
                     zero[key].setdefault("pin_memory", False)
-        elements = _even(max(num_parameters, MIN_BUCKET_ELEMENTS))
-        zero.setdefault("reduce_bucket_size", min(elements, MAX_BUCKET_ELEMENTS))
-        zero.setdefault("allgather_bucket_size", min(elements, MAX_BUCKET_ELEMENTS))
+        bucket = min(max(num_parameters // BUCKETS, MIN_BUCKET_ELEMENTS), MAX_BUCKET_ELEMENTS)
+        zero.setdefault("reduce_bucket_size", _even(min(bucket, num_parameters)))
+        zero.setdefault("allgather_bucket_size", min(_even(num_parameters), MAX_BUCKET_ELEMENTS))  # no memory
         if self.zero_stage == 3:
             # At 10^9, the defaults of "live" and "reuse" keep every weight of a detector whole from its first
             # use to the step, which is what ZeRO-3 is there to avoid.
-            part = _even(max(num_parameters // 4, MIN_BUCKET_ELEMENTS))
+            part = _even(max(num_parameters // 4, 2**16))
             zero.setdefault("stage3_prefetch_bucket_size", min(part, MAX_BUCKET_ELEMENTS))
             zero.setdefault("stage3_max_live_parameters", part)
             zero.setdefault("stage3_max_reuse_distance", part)
@@ -129,17 +131,30 @@ class DsConfig:
             )
         return zero
 
+    def _precision_in_words(self) -> str:
+        words = self._computed_in()
+        sums = self.source.get("data_types", {}).get("grad_accum_dtype", "fp32")
+        if sums != "fp32" and self.precision not in ("bf16", "fp16"):
+            words += f", but gradients summed in {sums}"
+        sent = self.source.get("communication_data_type")
+        return words + (f"; gradients sent in {sent}" if sent else "")
+
+    def _computed_in(self) -> str:
+        if self.precision == "fp32":
+            return "everything in fp32"
+        kind, always = self.precision.removeprefix("autocast_"), "BatchNorm, loss, optimizer and EMA in fp32"
+        if kind == self.precision:
+            sums = self.source.get("data_types", {}).get("grad_accum_dtype", kind)
+            return f"convolutions and weights in {kind}, gradients summed in {sums}; master weights, {always}"
+        if self.source["torch_autocast"].get("lower_precision_safe_modules", []):
+            always = f"{always}; gradients of lower_precision_safe_modules in {kind}"
+            return f"convolutions in {kind} (autocast); weights, {always}, others in fp32"
+        return f"convolutions in {kind} (autocast); weights, gradients, {always}"
+
     def explain(self) -> list[str]:
         """A few lines for the start of a run: what runs."""
         ranks = f"{self.data_parallel_size} rank{'s' if self.data_parallel_size > 1 else ''}"
         batch = f"batch: {self.global_batch} images per step = {self.micro_batch} per GPU"
-        how = {
-            "fp32": "fp32",
-            "autocast_bf16": "bf16 autocast, fp32 weights",
-            "autocast_fp16": "fp16 autocast, fp32 weights",
-            "bf16": "bf16, fp32 master weights",
-            "fp16": "fp16, fp32 master weights",
-        }[self.precision]
         sharded = ("nothing sharded", "optimizer states", "optimizer states and gradients", "all states")
         offload = ", ".join(
             f"{what} {f'in files in {folder}' if folder else f'on {device}'}"
@@ -152,7 +167,7 @@ class DsConfig:
         params = ", ".join(f"{key} {value}" for key, value in self.optimizer_params.items())
         lines = [
             f"{batch} x {self.accumulation} accumulation x {ranks}",
-            f"precision: {how}",
+            f"precision: {self._precision_in_words()}",
             f"ZeRO {self.zero_stage}: {sharded[self.zero_stage]}"
             + f"{' sharded' if self.zero_stage else ''}; offload: {offload or 'none'}",
             f"optimizer: {self.optimizer}, {params}",
@@ -174,7 +189,7 @@ def check(
     world_size: int,
     accelerator: str,
     layers: Sequence[bool] | None = None,
-    recompute: str = "none",
+    recompute: str = "auto",
 ) -> DsConfig:
     """The DeepSpeed configuration of a file or dict, for so many ranks.
 
@@ -183,7 +198,7 @@ def check(
         world_size: ranks of the run, all hosts together.
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
-        recompute: what the command line says of it; the JSON may say it instead.
+        recompute: what the command line says of it; `auto` leaves it to the JSON.
 
     Raises:
         UserError: every problem of the file, each with what was given, the rule and the remedy.
@@ -222,7 +237,7 @@ def _resolve(
     data_types(sane, kind, zero_stage, problems)
     offload_optimizer, offload_param = offload(sane, zero_stage, problems)
     recomputed, offload_activations = activations(sane, stages, recompute, problems)
-    monitors(sane, problems)
+    monitors(sane, stages, problems)
     if batch is None:
         return None
     return DsConfig(

@@ -157,7 +157,7 @@ _STAGE3 = {
     "model_persistence_threshold": whole(),
     "max_live_parameters": whole(),
     "max_reuse_distance": whole(),
-    "module_granularity_threshold": whole(),
+    "module_granularity_threshold": Refused("gathering whole blocks fails in DeepSpeed. Leave it out.", 0),
     "use_all_reduce_for_fetch_params": FLAG,
     "allgather_sequential": FLAG,
     "gather_16bit_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
@@ -176,7 +176,9 @@ ZERO: dict[str, Key | Section | Refused] = {
     "offload_optimizer": Section(OFFLOAD_OPTIMIZER, may_be_null=True),
     "offload_param": Section(OFFLOAD_PARAM, may_be_null=True),
     "ignore_unused_parameters": FLAG,
-    "round_robin_gradients": FLAG,
+    "round_robin_gradients": Refused(
+        "it deals weights out in an order that no checkpoint finds. Leave it out."
+    ),
     "parameter_alignment": FLAG,
     "memory_efficient_linear": FLAG,
     "override_module_apply": FLAG,
@@ -228,7 +230,10 @@ TORCH_AUTOCAST: dict[str, Key | Section | Refused] = {
     "dtype": Key(
         '"bfloat16" or "float16"', lambda v: isinstance(v, str) and v in BFLOAT16_NAMES + FLOAT16_NAMES
     ),
-    "lower_precision_safe_modules": TEXTS,
+    # DeepSpeed imports what is named there.
+    "lower_precision_safe_modules": Key(
+        'a list, empty or of "torch.nn.Conv2d"', lambda v: v == [] or v == ["torch.nn.Conv2d"]
+    ),
 }
 _OWN_CUTS = "dsyolo cuts the network itself, by time and by bytes. Leave it out."
 PIPELINE: dict[str, Key | Section | Refused] = {
@@ -318,13 +323,13 @@ TOP_LEVEL: dict[str, Key | Section | Refused] = {
     "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast.", NEVER),
     "aio": Refused(_OWN_FOLDER, NEVER),
     "autotuning": Refused("the autotuner restarts the program with other batch sizes. Leave it out."),
-    "compile": Refused("DeepCompile is not supported. Leave it out.", NEVER),
+    "compile": Refused("DeepCompile is not supported. Leave it out.", {"deepcompile": False}),
     "compression_training": Refused(_REMOVED, NEVER),
     "curriculum_learning": Refused(_REMOVED, NEVER),
     "data_efficiency": Refused("curricula and random-LTD work on sequences of tokens. Leave it out."),
     "disable_allgather": Refused("DeepSpeed reads it and uses it nowhere. Leave it out."),
     "eigenvalue": Refused(_REMOVED, NEVER),
-    "elasticity": Refused("DeepSpeed removed it. Leave it out: a resume may use other ranks.", NEVER),
+    "elasticity": Refused("DeepSpeed removed it. Leave it out: a resume may use other ranks."),
     "expert_parallel": Refused("a detector has no experts. Leave it out.", NEVER),
     "use_data_before_expert_parallelism": Refused("a detector has no experts. Leave it out."),
     "graph_harvesting": Refused(_REMOVED, NEVER),

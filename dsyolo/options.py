@@ -94,6 +94,13 @@ def _option(field: FieldInfo) -> dict[str, Any]:
     default = "none" if field.default is None else field.default
     choices = choices_of(field)
     text = f"{field.description}{': ' + ', '.join(choices) if choices else ''} (default: {default})"
+    if alone := extra_of(field, "alone"):
+        return {
+            "nargs": "?",
+            "const": alone,
+            "metavar": "TEXT",
+            "help": f"{text}, {alone} where it stands alone",
+        }
     return {"metavar": {int: "N", float: "X"}.get(plain_type(field), "TEXT"), "help": text}
 
 

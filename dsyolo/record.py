@@ -32,6 +32,8 @@ class NullRecord:
         self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool
     ) -> None: ...
 
+    def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None: ...
+
     def finish(self) -> None: ...
 
 
@@ -83,6 +85,10 @@ class Record:
         path = self.folder / "predictions.jpg"
         save(path, grid(cells, columns=GRID_COLUMNS, cell_px=CELL_PX))
         self._picture(path)
+
+    def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Writes memory.json: what each rank was expected to need, and what it needed, in bytes."""
+        _write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
 
     def finish(self) -> None:
         """Prints the best validation and where things are."""

@@ -58,6 +58,9 @@ class Tracker(Protocol):
     def epoch(self, progress: ProgressLike, metrics: Metrics | None) -> None:
         """After each epoch and its validation; `metrics` is None where there was none."""
 
+    def say(self, text: str) -> None:
+        """Lines for whoever watches."""
+
     def pictures(self, path: Path) -> None:
         """A picture of predictions was written there."""
 
@@ -76,6 +79,8 @@ class NullTracker:
     def step(self, progress: ProgressLike, stats: StepStats, lr: float, data_wait_s: float) -> None: ...
 
     def epoch(self, progress: ProgressLike, metrics: Metrics | None) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
     def pictures(self, path: Path) -> None: ...
 
@@ -187,12 +192,15 @@ class RunTracker:
         self._tell("epoch", progress, row)
         width = len(str(progress.epochs))
         line = f"epoch {progress.epoch + 1:>{width}}/{progress.epochs}  {_describe(row)}"
-        tqdm.write(line, file=sys.stdout)  # above the bar, where there is one
-        sys.stdout.flush()  # a log file is read while the run goes on
+        self.say(line)
         self._loss_sum, self._num_summed = None, 0
         if now >= self._next_plot:
             self._plot()
         self.begin(progress)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)  # above the bar, where there is one
+        sys.stdout.flush()  # a log file is read while the run goes on
 
     def _tell(self, kind: str, progress: ProgressLike, row: dict[str, Any]) -> None:
         place = {"step": progress.step, "epoch": progress.epoch}

@@ -20,6 +20,7 @@ from dsyolo.build import (
     Run,
     build_data,
     build_engine,
+    build_memory,
     build_network,
     build_record,
     plan_activations,
@@ -31,10 +32,11 @@ from dsyolo.data.loader import Stream
 from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
-from dsyolo.parallel import dist
-from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, read_manifest
+from dsyolo.parallel import dist, stop
+from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, newest_whole, read_manifest
 from dsyolo.parallel.dist import World
-from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.stop import StopRequest
+from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.problems import cannot_hold_files
 from dsyolo.validate import Finder, validate
 
@@ -44,10 +46,14 @@ SAME = ("epochs", "num_images", "global_batch", "seed")  # of Progress, when a r
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    """Runs the command line; returns the exit status.
+
+    0; 2 for a mistake of the user's; 75 after SIGTERM, with all saved; 130 for Ctrl-C. A rank that is lost ends all
+    of them with 70 (parallel/watchdog.py).
+    """
     world = dist.world_from_environment()
     try:
-        train(read(argv, world))
+        return train(read(argv, world))
     except UserError as error:
         if not world.is_first:
             time.sleep(GRACE_S)
@@ -61,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return 130
-    return 0
 
 
 def read(argv: Sequence[str] | None, world: World) -> Run:
@@ -72,7 +77,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     """
     run = run_config.parse(argv)
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(run.project, run.name)
+    folder, goes_on = run.folder, run.goes_on()
     ds, data, *_ = all_of(
         lambda: ds_config.check(
             run.deepspeed_config,
@@ -82,13 +87,13 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
             recompute=run.recompute,
         ),
         lambda: read_data_yaml(run.data),
-        lambda: check_folder(run, folder),
-        lambda: run.weights and not run.resume and read_weights(Path(run.weights)),
+        lambda: check_folder(run, goes_on),
+        lambda: run.weights and not goes_on and read_weights(Path(run.weights)),
     )
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
         raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
-    return Run(run, ds, data, world, folder, plan_activations(run, ds, data.num_classes))
+    return Run(run, ds, data, world, folder, plan_activations(run, ds, data.num_classes), goes_on)
 
 
 def all_of(*readers: Callable[[], Any]) -> list[Any]:
@@ -106,16 +111,18 @@ def all_of(*readers: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def check_folder(run: RunConfig, folder: Path) -> None:
+def check_folder(run: RunConfig, goes_on: bool) -> None:
     """A run needs a folder to write to: a new one of its own; one that goes on its checkpoint and settings.
 
     Raises:
         UserError: it is not so.
     """
+    folder = run.folder
     if problem := cannot_hold_files(folder):
         raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
-    if not run.resume:
-        if (folder / "config.yaml").exists():
+    if not goes_on:
+        # What a run left that was stopped before its first checkpoint, `auto` may write over.
+        if run.resume == "never" and (folder / "config.yaml").exists():
             rule = "it holds a run already. Go on with it by --resume, or name another by --name."
             raise UserError(f"{folder} cannot be used", [rule])
         return
@@ -130,39 +137,81 @@ def check_folder(run: RunConfig, folder: Path) -> None:
         )
 
 
-def train(run: Run) -> None:
-    """Builds everything and trains to the end of the last epoch."""
-    config, world = run.config, dist.join()
+def train(run: Run) -> int:
+    """Trains with all ranks watched; returns the exit status."""
+    world = dist.join()
+    watch = Watchdog(world, late_s=run.config.hang_timeout_s)
+    try:
+        return learn(run, world, watch)
+    except RuntimeError:
+        watch.wait_for_verdict()  # of a collective, likely: another rank has gone
+        raise
+    finally:
+        watch.close()
+
+
+def learn(run: Run, world: World, watch: Watchdog) -> int:
+    """Builds everything and trains to the end of the last epoch, or until SIGTERM."""
+    config, request = run.config, StopRequest(world)
     scans = dist.first_on_each_machine(world, lambda: scan_splits(run))
-    network, taken = build_network(run)
+    checkpoint = dist.decided_by_first(world, lambda: choose_checkpoint(run))
+    network, taken = build_network(run, checkpoint)
     data = build_data(run, scans, network)
-    engine, ema, checkpoints, info = build_engine(run, network, data.stream)
+    parts = build_engine(run, network, data.stream)
+    engine, ema, checkpoints = parts.engine, parts.ema, parts.checkpoints
     if world.is_first and taken:
         print(taken)
-    progress = start(run, data.stream, engine, checkpoints)
-    tracker, record = build_record(run, data, progress, engine, info)
+    progress = start(run, data.stream, checkpoints, checkpoint)
+    tracker, record = build_record(run, data, progress, parts)
+    memory = build_memory(run, parts, tracker, record)
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
+    predict = watch.calls(engine.predict, "validating")
+
+    def finish(stopped_after: int | None = None) -> int:
+        tracker.close()
+        data.train.close()
+        data.val.close()
+        request.close()
+        watch.close()
+        dist.leave(world)
+        if stopped_after is None:
+            return 0
+        if world.is_first:
+            print(
+                f"\nStopped by SIGTERM after step {stopped_after}, and saved. --resume auto goes on.",
+                file=sys.stderr,
+            )
+        return stop.STATUS
 
     for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
         progress.epoch = epoch
-        if data.stream.first_step(epoch + 1) == progress.step and epoch + 1 < config.epochs:
+        if data.stream.first_step(epoch) == data.stream.first_step(epoch + 1) and epoch + 1 < config.epochs:
             continue  # of a data set smaller than a batch: an earlier step has trained its images
         tracker.begin(progress)
+        memory.begin_epoch()
         for batches in data.train.steps(epoch, start=progress.step):
-            stats, lr = engine.train_step(batches, progress.step)
+            watch.at(f"training step {progress.step + 1}")
+            with memory.step():
+                stats, lr = engine.train_step(batches, progress.step)
             if stats.was_applied:
                 ema.update()
             tracker.step(progress.advance(stats.num_images), stats, lr, data.train.take_wait_s())
+            if request.agreed():
+                progress.tracking = tracker.state()
+                checkpoints.save(progress)
+                return finish(stopped_after=progress.step)
+            watch.at(f"loading step {progress.step + 1}")
         metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
         if (epoch + 1) % config.val_every == 0 or is_last:
             with ema.swapped():
-                metrics, found = validate(engine.predict, data.val, finder, run.data.names, engine.all_gather)
+                metrics, found = validate(predict, data.val, finder, run.data.names, engine.all_gather)
             is_best = progress.judge(metrics.fitness, config.patience)
             record.validated(metrics, found, is_best)
         tracker.epoch(progress, metrics)
         is_last = is_last or progress.stopped_early
         progress.epoch, progress.tracking = epoch + 1, tracker.state()
         if is_best or is_last or (epoch + 1) % config.save_every == 0:
+            watch.at("saving")
             record.weights(ema.state_dict(keep=record.keeps_weights), is_best)
             checkpoints.save(progress)
         if is_last:
@@ -170,12 +219,21 @@ def train(run: Run) -> None:
 
     tracker.close()
     record.finish()
-    data.train.close()
-    dist.leave(world)
+    return finish()
 
 
-def start(run: Run, stream: Stream, engine: Engine, checkpoints: Checkpoints) -> Progress:
-    """Where the run begins: at its first step, or at the newest checkpoint.
+def choose_checkpoint(run: Run) -> Path | None:
+    """Where the run goes on from; None: it begins.
+
+    Raises:
+        UserError: the newest checkpoint is damaged; with `--resume auto`, all are.
+    """
+    folder = run.folder / "checkpoints"
+    return newest_whole(folder, set_aside=run.config.resume == "auto") if run.goes_on else None
+
+
+def start(run: Run, stream: Stream, checkpoints: Checkpoints, path: Path | None) -> Progress:
+    """Where the run is: at its first step, or at the checkpoint `path`.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of a run with other settings.
@@ -193,9 +251,8 @@ def start(run: Run, stream: Stream, engine: Engine, checkpoints: Checkpoints) ->
             "names": list(run.data.names),
         },
     )
-    if not run.config.resume:
+    if path is None:
         return fresh
-    path = all_checkpoints(run.folder / "checkpoints")[-1]
     saved = read_manifest(path, verify=False).progress
     before, now = ({**p.settings, **{key: getattr(p, key) for key in SAME}} for p in (saved, fresh))
     changed = [
@@ -205,7 +262,7 @@ def start(run: Run, stream: Stream, engine: Engine, checkpoints: Checkpoints) ->
     ]
     if changed:
         raise UserError(f"{path} cannot be resumed from", changed)
-    return checkpoints.load(path)
+    return checkpoints.load(path, verify=False)
 
 
 if __name__ == "__main__":

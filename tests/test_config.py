@@ -139,7 +139,10 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
         ),
         (["--batch-size", "16"], "--batch_size: the DeepSpeed JSON owns it. Set train_batch_size there."),
         (["--gradient_clipping", "1"], "--gradient_clipping: the DeepSpeed JSON owns it."),
-        (["--recompute", "4GB"], '--recompute: 4GB given, but it must be "none", "blocks" or a budget like'),
+        (
+            ["--recompute", "4GB"],
+            '--recompute: 4GB given, but it must be "none", "blocks" or a budget in GiB like',
+        ),
         (["--epochs"], "--epochs: expected one argument. See --help."),
         (["--epochs", "3.5"], "--epochs: 3.5 given, but it must be a whole number"),
         (["--name", ""], "--name:  given, but it must be a name, not empty."),
@@ -222,7 +225,7 @@ def test_resume_takes_the_configuration_of_the_run(base: list[str]) -> None:
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/config.yaml").write_text(yaml.safe_dump(first.dump()))
     again = parse(["--resume", "--name", "a", "--workers", "2"])
-    assert again.resume
+    assert again.resume == "always"
     assert differences(first, again) == []
     assert (again.epochs, again.recipe.mosaic, again.workers) == (7, 0.0, 2)
     changed = parse(["--resume", "--name", "a", "--epochs", "9", "--hyp", "med"])

@@ -71,7 +71,7 @@ def test_every_stage_has_parameters(costs, stages):
     assert len(cuts) == stages - 1
     for start, stop in pairwise([0, *cuts, len(costs)]):
         assert any(cost.num_parameters for cost in costs[start:stop])
-    assert len(stage_table(costs, cuts, CPU, 4).splitlines()) == stages + 1
+    assert len(stage_table(costs, cuts, CPU, 4, [1] * stages).splitlines()) == stages + 1
 
 
 def test_packing_is_undone_by_unpacking():

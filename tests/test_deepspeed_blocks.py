@@ -9,7 +9,7 @@ import re
 import subprocess
 
 import pytest
-from test_train import CONFIG, alone, environment, launch, losses
+from runs import CONFIG, alone, environment, launch, losses
 
 from dsyolo.data.sample import draw_sample
 from dsyolo.model.yolov5 import build_yolov5

@@ -196,9 +196,9 @@ def test_wrong_arithmetic(config: dict[str, Any], problem: str) -> None:
         ({"gradient_clipping": True}, "gradient_clipping: true given"),
         ({"steps_per_print": 1.5}, "steps_per_print: 1.5 given, but it must be a whole number of at least 1."),
         ({"data_types": {"param_dtype": "float"}}, '"fp32" or "fp16" or "bf16"'),
-        ({"activation_checkpointing": {"recompute": True}}, '"none", "blocks" or a budget like "4.5GiB"'),
-        ({"activation_checkpointing": {"recompute": "4GB"}}, 'a budget like "4.5GiB"'),
-        ({"activation_checkpointing": {"recompute": "0GiB"}}, 'a budget like "4.5GiB"'),
+        ({"activation_checkpointing": {"recompute": True}}, '"none", "blocks" or a budget in GiB like "4.5GiB"'),
+        ({"activation_checkpointing": {"recompute": "4GB"}}, 'a budget in GiB like "4.5GiB"'),
+        ({"activation_checkpointing": {"recompute": "0GiB"}}, 'a budget in GiB like "4.5GiB"'),
         ({"activation_checkpointing": {"cpu_checkpointing": 1}}, "must be true or false"),
         ({"recompute": "blocks"}, "the run configuration owns it. Leave it out and give --recompute."),
     ],
@@ -385,6 +385,14 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int)
         ),
         ({"data_types": {"param_dtype": "bf16"}}, "weights are fp32 here"),
         ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "at ZeRO 0"),
+        (
+            {
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "zero_optimization": {"stage": 1},
+            },
+            "Leave it out, or set zero_optimization.stage to 2.",
+        ),
         ({"data_types": {"buffer_dtype": "bf16"}}, "the statistics of BatchNorm stay fp32"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, 'Set recompute to "blocks"'),
         (
@@ -494,7 +502,7 @@ def test_explain() -> None:
     config = resolve(FILES[[path.stem for path in FILES].index("zero2_offload")], 2)
     assert config.explain() == [
         "batch: 64 images per step = 16 per GPU x 2 accumulation x 2 ranks",
-        "precision: bf16 autocast, fp32 weights",
+        "precision: convolutions in bf16 (autocast); weights, gradients, BatchNorm, loss, optimizer and EMA in fp32",
         "ZeRO 2: optimizer states and gradients sharded; offload: optimizer on cpu",
         "optimizer: SGD, lr 0.01, momentum 0.937, nesterov True, weight_decay 0.0005",
         "gradient norm: clipped at 10",
@@ -507,7 +515,9 @@ def test_explain() -> None:
             "gradient_clipping": 0,
         }
     ).explain()
-    assert bf16[1] == "precision: bf16, fp32 master weights"
+    assert bf16[1].startswith(
+        "precision: convolutions and weights in bf16, gradients summed in bf16; master weights, "
+    )
     assert bf16[-1] == "gradient norm: not clipped"
 
 

@@ -60,7 +60,7 @@ def train_on(folder: str, device: dict, files: str) -> dict[object, dict[str, ob
         results[case] = {
             "losses": losses,
             "weights": training.whole(shards, shards.masters()),
-            "ema": training.whole(shards, ema.tensors),
+            "ema": training.whole(ema.shards, ema.tensors),
             "states": {name: training.whole(shards, tensors) for name, tensors in states.items()},
             "files_left": os.listdir(files),
             "masters": [lies_in(key, spans) for key, _ in shards.optimizer_keys()],

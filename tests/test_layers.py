@@ -34,7 +34,7 @@ GROUND = (
 )
 LAYERS = (
     GROUND,
-    ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "sinks"),
+    ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "sinks", "account"),
     ("parallel",),
     ("validate", "track", "record"),
     ("build",),

@@ -21,6 +21,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         0,
         {"pipeline": {"stages": 2, "partition": [11]}, "gradient_clipping": 0.05},
     ),
+    "a_stage_without_batchnorm": (
+        1,
+        {"pipeline": {"stages": 2, "partition": [24]}, "gradient_clipping": 0.05},
+    ),
     "autocast": (1, {**TWO, **AUTOCAST}),
     "bf16": (1, {**TWO, "bf16": {"enabled": True}}),
 }
@@ -55,7 +59,9 @@ def plain():
     return {clip: training.plain(STEPS, clipping=clip) for clip in (10.0, 0.05)}
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "cut_where_four_tensors_live"])
+@pytest.mark.parametrize(
+    "name", ["zero0", "zero1", "cut_where_four_tensors_live", "a_stage_without_batchnorm"]
+)
 def test_two_stages_train_as_the_plain_loop(two_stages, plain, name):
     """BatchNorm is live: a replica's micro-batches pass through it in the plain loop's order."""
     found = training.differences(two_stages[0][name], plain[0.05])

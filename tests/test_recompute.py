@@ -146,7 +146,7 @@ def train_twice(folder: str) -> list[tuple[dict, dict]]:
                     "whole": torch.tensor([p.numel() for p in engine.network.parameters()]),
                     "runs": torch.tensor(list(counts.values())),
                     **{f"weight {n}": t for n, t in training.whole(shards, shards.masters()).items()},
-                    **{f"ema {n}": t for n, t in training.whole(shards, ema.tensors).items()},
+                    **{f"ema {n}": t for n, t in training.whole(ema.shards, ema.tensors).items()},
                 }
             )
         results.append(tuple(pair))

@@ -258,7 +258,7 @@ def test_results_png_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_all_trackers_have_the_same_methods(tmp_path: Path):
     methods = {name for name in vars(Tracker) if not name.startswith("_")}
-    assert methods == {"begin", "step", "epoch", "pictures", "state", "close"}
+    assert methods == {"begin", "step", "epoch", "say", "pictures", "state", "close"}
     for name in methods:
         signatures = {inspect.signature(getattr(klass, name)) for klass in (Tracker, NullTracker, RunTracker)}
         assert len(signatures) == 1, name

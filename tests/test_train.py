@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from runs import CONFIG, alone, environment, launch, losses, make_place, rows
 from safetensors.torch import load_file, save_file
 
 from dsyolo import train
@@ -27,66 +28,10 @@ from dsyolo.data.sample import draw_sample
 from dsyolo.ds_config import check
 from dsyolo.parallel.dist import World
 
-ROOT = Path(__file__).parents[1]
-TRAIN = ROOT / "dsyolo" / "train.py"
-CONFIG = {
-    "train_batch_size": 8,
-    "train_micro_batch_size_per_gpu": 2,
-    "zero_optimization": {"stage": 2},
-    "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.937, "nesterov": True}},
-    "gradient_clipping": 10.0,
-}
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a data set of 24 + 6 images and a DeepSpeed JSON."""
-    folder = tmp_path_factory.mktemp("train")
-    draw_sample(folder / "sample", num_images=30, image_size=(96, 96))
-    (folder / "ds.json").write_text(json.dumps(CONFIG))
-    return folder
-
-
-def arguments(place: Path, name: str, **options: object) -> list[str]:
-    settings = {
-        "data": place / "sample/data.yaml",
-        "deepspeed_config": place / "ds.json",
-        "imgsz": 64,
-        "epochs": 3,
-        "log_every": 1,
-        "threads": 1,
-        "project": place / "runs",
-        "name": name,
-        **options,
-    }
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-
-
-def environment(place: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # the ranks of tests that run one after the other must not meet at one port
-    return {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(place / "cache"), "DS_ACCELERATOR": "cpu"}
-
-
-def alone(place: Path, name: str, *words: str, **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TRAIN), *arguments(place, name, **options), *words]
-    return subprocess.run(
-        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
-    )
-
-
-def launch(place: Path, name: str, port: int, *words: str, **options: object) -> list[str]:
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-    return [*launcher, str(TRAIN), *arguments(place, name, **options), *words]
-
-
-def rows(place: Path, name: str, kind: str) -> list[dict]:
-    lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(place: Path, name: str) -> list[tuple[float, ...]]:
-    return [(row["step"], row["box"], row["obj"], row["cls"]) for row in rows(place, name, "step")]
+    return make_place(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +57,23 @@ def test_a_run_leaves_what_the_readme_says(place, two_ranks):
     assert checkpoints == ["step_00000006", "step_00000009"]
     assert "mAP50-95" in two_ranks.stdout
     assert "best.safetensors" in two_ranks.stdout
+
+
+def test_a_run_tells_what_memory_it_was_expected_to_need_and_needed(place, two_ranks):
+    assert re.search(
+        r"memory: \d+ MiB on a rank, \d+ without all this: ZeRO 2 \w+ \d+, recompute would save \d+\n",
+        two_ranks.stdout,
+    )
+    ranks = json.loads((place / "runs/whole/memory.json").read_text())
+    assert [one["rank"] for one in ranks] == [0, 1]
+    for one in ranks:
+        expected, found = one["predicted"]["device"], one["measured"]["device"]
+        for term in ("parameters", "gradients", "optimizer", "ema", "buckets"):
+            assert found[term] == pytest.approx(expected[term], rel=0.02), term
+        # beside what autograd keeps there are maps, loss, and gradients on their way: most of it, with so few pixels
+        assert 0 < found["activations"] - expected["activations"] < expected["parameters"]
+        assert found["activations"] < one["peak"] < 1.1 * sum(found.values())
+    assert two_ranks.stdout.count("rank 0 of 2, measured") == 1
 
 
 def test_validating_the_weights_gives_the_figures_of_the_run(place, two_ranks):
@@ -150,6 +112,14 @@ def test_recomputed_activations_change_nothing_but_memory(place, one_rank):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "recompute: all blocks, their inputs in host memory" in done.stdout
     assert "recomputing 18 of 18 blocks" in done.stdout
+    (plain,), (recomputed,) = (
+        json.loads((place / f"runs/{name}/memory.json").read_text()) for name in ("one", "recomputed")
+    )
+    expected, found = (
+        plain[what]["device"]["activations"] - recomputed[what]["device"]["activations"]
+        for what in ("predicted", "measured")
+    )
+    assert found == pytest.approx(expected, rel=0.4)  # gradients that were small beside them are not any more
     assert losses(place, "recomputed") == losses(place, "one")
 
 

@@ -168,7 +168,7 @@ def build(
     if frozen:
         freeze_batchnorm(net)
     moves = not (frozen or synchronised)
-    engine, shards, _ = spread(
+    engine, shards, *_ = spread(
         net, loss_of(net), schedule(optimizer), ds, world, image_size_px=SIZE_PX, statistics_move=moves
     )
     if synchronised:
@@ -202,7 +202,7 @@ def result(engine, shards, ema, losses) -> dict[str, object]:
     return {
         "losses": losses,
         "weights": whole(shards, shards.masters()),
-        "ema": whole(shards, ema.tensors),
+        "ema": whole(ema.shards, ema.tensors),
         "buffers": {name: b.clone() for name, b in buffers.items() if b.is_floating_point()},
     }
 

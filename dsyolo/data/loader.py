@@ -8,6 +8,7 @@ where a run stands.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -23,6 +24,7 @@ from dsyolo.boxes import letterbox, xyxy_to_cxcywh
 from dsyolo.data.augment import Augmentation, augment
 from dsyolo.data.dataset import DetectionDataset
 
+WORKER_GRACE_S = 25  # launchers kill what has not ended 30 s after SIGTERM
 MULTI_SCALE_RANGE = (0.5, 1.5)
 
 Assign = Callable[[np.ndarray, np.ndarray, np.ndarray, int, tuple[int, int]], Targets]
@@ -278,6 +280,10 @@ class EvalLoader:
             persistent_workers=num_workers > 0,
         )
 
+    def close(self) -> None:
+        """Ends the workers."""
+        self._loader._iterator = None  # where DataLoader keeps its persistent workers
+
     def __iter__(self) -> Iterator[EvalBatch]:
         limit_opencv()
         for batch, is_real in zip(self._loader, self._is_real, strict=True):
@@ -316,4 +322,6 @@ def limit_opencv() -> None:
 
 
 def _one_thread(_worker: int) -> None:
+    # SIGTERM asks the training to stop between two steps, and launchers send it to workers too: they end later.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     limit_opencv()

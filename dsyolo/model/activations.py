@@ -67,6 +67,10 @@ class Activations(NamedTuple):
             kept |= _kept(node, node.name in recomputed, offload)
         return max(peak, self._bytes_at_turn(kept))
 
+    def kept_bytes(self, recomputed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
+        """What waits for the backward pass."""
+        return self.bytes_of(chain(*(_kept(n, n.name in recomputed, offload) for n in self.nodes)))
+
     def fewest(self, budget_bytes: int, *, offload: bool = False) -> frozenset[str] | None:
         """The smallest set of nodes whose recomputation keeps the peak within the budget, None where none does.
 
@@ -101,20 +105,45 @@ def _kept(node: NodeBytes, is_recomputed: bool, offload: bool) -> frozenset[int]
 
 
 class ActivationPlan(NamedTuple):
-    """Which nodes are recomputed, and the bytes of activations that a rank keeps for a micro-batch."""
+    """Which nodes are recomputed, and what a rank then keeps for a micro-batch."""
 
-    recomputed: frozenset[str]
-    num_blocks: int
-    plain_bytes: int  # with nothing recomputed
-    peak_bytes: int  # as planned
+    counted: Activations
+    recomputed: frozenset[str] = frozenset()
+    offload: bool = False
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the whole network, as planned."""
+        return self.stage_bytes([node.name for node in self.counted.nodes])
+
+    def stage_bytes(
+        self, names: Iterable[str], in_flight: int = 1, recomputed: frozenset[str] | None = None
+    ) -> int:
+        """The most that a pipeline's stage of these nodes keeps.
+
+        Args:
+            in_flight: micro-batches whose forward pass has ended before the backward pass of the first begins.
+            recomputed: other nodes than the planned ones.
+        """
+        recomputed = self.recomputed if recomputed is None else recomputed
+        own = frozenset(names)
+        part = self.counted._replace(nodes=tuple(n for n in self.counted.nodes if n.name in own))
+        waiting = part.kept_bytes(recomputed, offload=self.offload) * (in_flight - 1)
+        return waiting + part.peak_bytes(recomputed, offload=self.offload)
+
+    def host_bytes(self, names: Iterable[str], in_flight: int = 1) -> int:
+        """Of the same stage, what waits in host memory: the inputs of recomputed nodes, each with its own copy."""
+        own = frozenset(names) & self.recomputed if self.offload else frozenset()
+        copies = (self.counted.bytes_of(node.inputs) for node in self.counted.nodes if node.name in own)
+        return in_flight * sum(copies)
 
     def explain(self) -> str:
         """A line for the start of a run."""
         line = f"activations: {self.peak_bytes / 2**30:.2f} GiB a micro-batch"
         if not self.recomputed:
             return line
-        of = f"{len(self.recomputed)} of {self.num_blocks} blocks"
-        return f"{line}, recomputing {of}; {self.plain_bytes / 2**30:.2f} GiB without"
+        of = f"{len(self.recomputed)} of {len(self.counted.blocks)} blocks"
+        return f"{line}, recomputing {of}; {self.counted.peak_bytes() / 2**30:.2f} GiB without"
 
 
 def choose(activations: Activations, recompute: str | int, *, offload: bool) -> ActivationPlan:
@@ -128,8 +157,8 @@ def choose(activations: Activations, recompute: str | int, *, offload: bool) -> 
         names = activations.blocks
     elif isinstance(recompute, int):
         names = activations.fewest(recompute, offload=offload)
-    plain = activations.peak_bytes()
     if names is None:
+        plain = activations.peak_bytes()
         least = activations.peak_bytes(activations.blocks, offload=offload)
         kept = f"a micro-batch keeps {_gib(least)} with all blocks recomputed, and {_gib(plain)} with none"
         remedy = f"Set it to {_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
@@ -137,9 +166,7 @@ def choose(activations: Activations, recompute: str | int, *, offload: bool) -> 
             "The activations do not fit their budget",
             [f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."],
         )
-    return ActivationPlan(
-        names, len(activations.blocks), plain, activations.peak_bytes(names, offload=offload)
-    )
+    return ActivationPlan(activations, names, offload)
 
 
 def _gib(size: int) -> str:

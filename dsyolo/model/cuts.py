@@ -64,8 +64,19 @@ def crossing_elements(costs: Sequence[NodeCost], cut: int) -> int:
     return sum(math.prod(shape) for shape in costs[cut - 1].carry)
 
 
-def stage_table(costs: Sequence[NodeCost], cuts: Sequence[int], balance: Balance, bytes_each: int) -> str:
-    """What each stage holds, does and sends, a line each. `bytes_each`: of an element that crosses."""
+def stage_table(
+    costs: Sequence[NodeCost],
+    cuts: Sequence[int],
+    balance: Balance,
+    bytes_each: int,
+    activations: Sequence[int],
+) -> str:
+    """What each stage holds, does and sends for a micro-batch, a line each.
+
+    Args:
+        bytes_each: of an element that crosses.
+        activations: bytes that autograd keeps in each stage.
+    """
     bounds = [0, *cuts, len(costs)]
     works = [cost.flops + balance.per_element * cost.elements for cost in costs]
     lines = ["stage  layers              parameters   work   GFLOP  activations MiB  sent on MiB"]
@@ -75,7 +86,7 @@ def stage_table(costs: Sequence[NodeCost], cuts: Sequence[int], balance: Balance
         sent = crossing_elements(costs, stop) * bytes_each / 2**20 if stop < len(costs) else 0.0
         lines.append(
             f"{stage:5d}  {layers:18s}{sum(c.num_parameters for c in part):12,}  {sum(works[start:stop]) / sum(works):5.1%}"
-            f"  {sum(c.flops for c in part) / 1e9:6.2f}  {sum(c.elements for c in part) * bytes_each / 2**20:15.1f}"
+            f"  {sum(c.flops for c in part) / 1e9:6.2f}  {activations[stage] / 2**20:15.1f}"
             f"  {sent:11.1f}"
         )
     return "\n".join(lines)

@@ -74,6 +74,7 @@ def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: Weigh
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file(tensors, part, metadata={METADATA_KEY: info.model_dump_json()})
+    part.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
     os.replace(part, path)
 
 

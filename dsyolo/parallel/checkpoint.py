@@ -104,6 +104,7 @@ class Checkpoints:
         own = dict(self._own_tensors())
         file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
         save_file(own, file)
+        file.chmod(part.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
         # Beside its tensors each rank leaves what the manifest says of them; the first one puts it together.
         (part / f"{file.stem}.json").write_text(json.dumps({"sha256": _sha256(file), "names": sorted(own)}))
         barrier()
@@ -111,13 +112,16 @@ class Checkpoints:
             self._complete(part, final, progress)
         barrier()
 
-    def load(self, path: Path) -> Progress:
+    def load(self, path: Path, *, verify: bool = True) -> Progress:
         """Brings engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
+
+        Args:
+            verify: compare checksums; False where `newest_whole` has done it, once for all ranks.
 
         Raises:
             UserError: a file is missing, damaged, or of another network. Nothing is changed then.
         """
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, verify=verify)
         reader = _Reader(path, manifest)
         self._check_tensors(reader)
         shards = self._shards
@@ -130,7 +134,7 @@ class Checkpoints:
         buffers = self._engine.buffers
         buffers.flat.copy_(buffers.own(reader.tensor("buffers/network")))
         if self._ema.tensors:
-            shards.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
+            self._ema.shards.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
             self._ema.buffers.copy_(buffers.own(reader.tensor("buffers/ema")))
             self._ema.updates = manifest.ema_updates
         barrier()
@@ -150,14 +154,15 @@ class Checkpoints:
 
     def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank writes. All ranks run through the same gathers in the same order."""
-        sources: dict[str, Sequence[torch.Tensor]] = {"param": self._shards.masters()}
-        sources |= {f"optimizer/{key}": tensors for key, tensors in sorted(self._shards.state().items())}
-        if self._ema.tensors:
-            sources["ema"] = self._ema.tensors
+        shards, ema = self._shards, self._ema
+        sources: dict[str, tuple[Shards, Sequence[torch.Tensor]]] = {"param": (shards, shards.masters())}
+        sources |= {f"optimizer/{key}": (shards, state) for key, state in sorted(shards.state().items())}
+        if ema.tensors:
+            sources["ema"] = (ema.shards, ema.tensors)
         sizes = [(name, torch.Size(shape).numel()) for name, shape in self._shards.shapes.items()]
         owner = share_of(sizes, self._world.size)
-        for kind, tensors in sources.items():
-            for name, tensor in self._shards.gather(tensors):
+        for kind, (holders, tensors) in sources.items():
+            for name, tensor in holders.gather(tensors):
                 if owner[name] == self._world.rank:
                     yield f"{kind}/{name}", _host_copy(tensor)
         buffers = self._engine.buffers
@@ -227,6 +232,30 @@ def all_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, oldest first."""
     found = [(int(m[1]), path) for path in folder.glob("step_*") if (m := _STEP_FOLDER.match(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def newest_whole(folder: Path, *, set_aside: bool) -> Path:
+    """The newest checkpoint in `folder`, with its checksums compared.
+
+    Args:
+        set_aside: a damaged one is renamed, for a human to look at, and the one before it is taken, if there is one.
+
+    Raises:
+        UserError: it is damaged; with `set_aside` all of them are.
+    """
+    paths = all_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            read_manifest(path)
+            return path
+        except UserError as error:
+            if not set_aside or path == paths[0]:
+                raise
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            print(f"{error}\nIt is {aside} now; the one before it is taken.")
+    raise UserError(f"{folder} cannot be resumed from", ["it has no checkpoint. Start without --resume."])
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:

@@ -143,26 +143,44 @@ def first_on_each_machine(world: World, work: Callable[[], T]) -> T:
     Raises:
         UserError: the first ranks' error, on every rank.
     """
-    error = result = None
-    if world.local_rank == 0:
-        try:
-            result = work()
-        except UserError as caught:
-            error = caught
-    from deepspeed.accelerator import get_accelerator
+    result, error = _attempted(work) if world.local_rank == 0 else (None, None)
+    _agreed(error)
+    return work() if result is None else result
 
-    device = torch.device(get_accelerator().current_device_name())
-    for told in all_gather_objects(error and (error.headline, error.problems), device):
+
+def decided_by_first(world: World, work: Callable[[], T]) -> T:
+    """Runs `work` on the first rank alone; gives its small result, or raises its UserError, on all of them."""
+    result, error = _attempted(work) if world.is_first else (None, None)
+    _agreed(error)
+    return all_gather_objects(result, device_of_rank())[0]
+
+
+def _attempted(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return work(), None
+    except UserError as caught:
+        return None, caught
+
+
+def _agreed(error: UserError | None) -> None:
+    """Raises on every rank where one of them has an error."""
+    for told in all_gather_objects(error and (error.headline, error.problems), device_of_rank()):
         if told:
             raise UserError(*told)
-    return work() if world.local_rank else result
+
+
+def device_of_rank() -> torch.device:
+    """The device that this rank computes on."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
 
 
 def share_of(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
-    """Which rank writes which name: each goes to the rank with the least so far. The same on every rank."""
+    """Which rank has which name: each, the largest first, goes to the rank with the least. The same on every rank."""
     loads = [0] * world_size
     owner = {}
-    for name, size in names_and_sizes:
+    for name, size in sorted(names_and_sizes, key=lambda item: -item[1]):
         rank = loads.index(min(loads))
         owner[name] = rank
         loads[rank] += size

@@ -15,6 +15,8 @@ from dsyolo.parallel.buffers import Buffers
 from dsyolo.parallel.dist import World, all_gather_objects, all_reduce_sum, broadcast
 from dsyolo.parallel.loss_scale import LossScale
 
+_LOSS_EVENT = "Train/Samples/train_loss"
+
 
 class Engine:
     """Trains `network` under DeepSpeed.
@@ -51,6 +53,7 @@ class Engine:
         from deepspeed.accelerator import get_accelerator
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").addFilter(_is_news)
         self.device = torch.device(get_accelerator().current_device_name())
         self.world = world
         self.accumulation = accumulation
@@ -64,6 +67,10 @@ class Engine:
         if self.deepspeed.zero_optimization_stage() == 0:
             # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
             self.deepspeed.clip_fp32_gradients = self._clip_gradients
+        self._tell_monitor, self.deepspeed.monitor.write_events = (
+            self.deepspeed.monitor.write_events,
+            self._lr_only,
+        )
         self.buffers = self._make_buffers()
         broadcast(self.buffers.flat, self.replicas)
         self.loss_scale = LossScale(self.deepspeed)
@@ -84,12 +91,16 @@ class Engine:
         buffers_before = self._buffers_before()
         losses = torch.zeros(3, device=self.device)
         for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
-            maps = self.deepspeed(self.to_device_images(batch.images))
-            total, parts = self.loss(maps, targets)
-            self.deepspeed.backward(total * self._undo_averaging())
+            losses += self._add_gradients(batch.images, targets)
             self.deepspeed.step()
-            losses += parts
         return self._stats(losses, len(batches[0].images), buffers_before), lr
+
+    def _add_gradients(self, images: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Of a micro-batch, to those that are there. The maps are freed with the graph, before the next one's are made."""
+        maps = self.deepspeed(self.to_device_images(images))
+        total, parts = self.loss(maps, targets)
+        self.deepspeed.backward(total * self._undo_averaging())
+        return parts
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -109,6 +120,11 @@ class Engine:
     def num_replicas(self) -> int:
         """Ranks among which a step's images are divided."""
         return self.world.size
+
+    @property
+    def replica(self) -> int:
+        """Which of them this rank is."""
+        return self.world.rank
 
     @property
     def replicas(self) -> Any:
@@ -145,6 +161,10 @@ class Engine:
             for batch in batches
         ]
 
+    def _lr_only(self, events: Sequence[tuple[str, Any, int]]) -> None:
+        """DeepSpeed's events for its monitors. Its loss is per step and not per image, and there in a pipeline only."""
+        self._tell_monitor([event for event in events if event[0] != _LOSS_EVENT])
+
     def _undo_averaging(self) -> int:
         """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
         return self.accumulation * self.num_replicas
@@ -163,4 +183,12 @@ class Engine:
         applied = self.loss_scale.step_was_applied()
         if not applied and buffers_before is not None:
             self.buffers.flat.copy_(buffers_before)
-        return StepStats(all_reduce_sum(losses), norm, self._undo_averaging() * micro_batch, applied)
+        losses = all_reduce_sum(losses)
+        if self.deepspeed.monitor.enabled:  # waits for the device, as DeepSpeed's own events do
+            self._tell_monitor([(_LOSS_EVENT, losses.sum().item(), self.deepspeed.global_samples)])
+        return StepStats(losses, norm, self._undo_averaging() * micro_batch, applied)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of every optimizer but Adam's kinds under ZeRO; with SGD it is tested here (tests/parity.py)."""
+    return "untested optimizer" not in record.getMessage()

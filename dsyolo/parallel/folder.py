@@ -89,7 +89,7 @@ def _move(tensors: Sequence[torch.Tensor], folder: str, world: World, problems: 
         mapped = _mapped_file(folder, size, world.rank)
     except OSError as error:
         free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-        need = f"rank {world.rank} needs {size / 2**30:.2f} GiB there, and {free / 2**30:.2f} GiB are free"
+        need = f"rank {world.rank} needs {size / 2**20:.1f} MiB there, and {free / 2**20:.1f} MiB are free"
         problems.append(f"{folder}: {error.strerror} ({need}). Make room, or name another nvme_path.")
         return
     for tensor in tensors:

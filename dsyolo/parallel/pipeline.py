@@ -43,6 +43,9 @@ class PipelineEngine(Engine):
         self._shown: nn.Module | None = None
         super().__init__(stage, *others, **settings)
         self._losses = torch.zeros(3, device=self.device)
+        wrapper = self.deepspeed.optimizer
+        if self.deepspeed.zero_optimization_stage() == 1:
+            self._norm_of_stage, wrapper.scaled_global_norm = wrapper.scaled_global_norm, self._norm_of_stages
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
         """One optimizer step, as `Engine.train_step`; the first and the last stage get the same micro-batches.
@@ -91,6 +94,10 @@ class PipelineEngine(Engine):
         return self.place.replicas
 
     @property
+    def replica(self) -> int:
+        return self.place.replica
+
+    @property
     def replicas(self) -> Any:
         return self.deepspeed.mpu.get_data_parallel_group()
 
@@ -116,6 +123,18 @@ class PipelineEngine(Engine):
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(tensor, self.deepspeed.mpu.get_pipe_parallel_group())
 
+    def _norm_of_stages(self) -> torch.Tensor:
+        """In the place of ZeRO 1's, which adds up the stages group by group: a stage without BatchNorm has fewer groups,
+        and the others would wait for it for ever.
+        """
+        wrapper = self.deepspeed.optimizer
+        wrapper._model_parallel_all_reduce = _stay
+        try:
+            own = torch.as_tensor(self._norm_of_stage(), dtype=torch.float32, device=self.device)
+        finally:
+            del wrapper._model_parallel_all_reduce
+        return self._sum_over_stages(torch.where(own < 0, torch.inf, own.square())).sqrt()  # -1: not finite
+
     def _make_buffers(self) -> Buffers:
         return StageBuffers(self.network, self.whole, self.place)
 
@@ -124,6 +143,10 @@ class PipelineEngine(Engine):
         if self.deepspeed.torch_autocast_enabled():
             return torch.autocast(self.device.type, dtype=self.deepspeed.torch_autocast_dtype())
         return contextlib.nullcontext()
+
+
+def _stay(tensor: torch.Tensor, op: Any) -> None:
+    """In the place of a collective."""
 
 
 class StageBuffers(Buffers):
@@ -184,4 +207,4 @@ class StageShards(Shards):
         return False
 
     def _gives(self) -> bool:
-        return not self.replicated or self._engine.place.replica == 0
+        return not self.replicated or self._all is not self or self._engine.replica == 0

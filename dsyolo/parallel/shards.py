@@ -6,6 +6,7 @@ EMA, checkpoints and the weights of a run are made of holdings and of nothing el
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dsyolo.parallel.dist import all_reduce_sum
+from dsyolo.parallel.dist import all_reduce_sum, share_of
 from dsyolo.parallel.engine import Engine
 
 GATHER_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time, while tensors are gathered
@@ -52,6 +53,7 @@ class Shards:
         self.stage = stage
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._params.items()}
         self.replicated = stage == 0
+        self._all = self  # of which this may be a part: see `to_average`
         self.optimizer: torch.optim.Optimizer = self._wrapper if stage == 0 else self._wrapper.optimizer
         self.holdings = {0: self._whole, 1: self._partitioned, 2: self._partitioned, 3: self._sharded}[
             stage
@@ -91,6 +93,16 @@ class Shards:
         else:
             keys = list(self._wrapper.single_partition_of_fp32_groups)
         return list(zip(keys, self.holdings, strict=True))
+
+    def to_average(self) -> Shards:
+        """What this rank averages for the EMA: what it holds, or its share of that where all replicas hold the same."""
+        if not self.replicated or self._engine.num_replicas == 1:
+            return self
+        sizes = [(holding.pieces[0].name, holding.master.numel()) for holding in self.holdings]
+        owner = share_of(sizes, self._engine.num_replicas)
+        part = copy.copy(self)
+        part.holdings = [h for h in self.holdings if owner[h.pieces[0].name] == self._engine.replica]
+        return part
 
     def gather(
         self, tensors: Sequence[torch.Tensor], names: Sequence[str] | None = None
@@ -138,14 +150,15 @@ class Shards:
         """Inside, the engine predicts with the values of `tensors`, one per holding, and with `buffers`."""
         live = self._engine.buffers.flat
         # Under ZeRO 0 in fp32 the masters are the network's own parameters, which publishing overwrites.
-        kept = [master.clone() for master in self.masters()] if self.replicated else self.masters()
+        masters = self._all.masters()
+        kept = [master.clone() for master in masters] if self.replicated else masters
         kept_buffers = live.clone()
         self.publish(tensors)
         live.copy_(buffers)
         try:
             yield
         finally:
-            self.publish(kept)
+            self._all.publish(kept)
             live.copy_(kept_buffers)
 
     def showing_trained(self) -> AbstractContextManager[None]:
@@ -224,7 +237,7 @@ class Shards:
 
     def _has_all(self) -> bool:
         """Whether this rank holds every value, so that gathering needs no communication."""
-        return self.replicated
+        return self.replicated and self._all is self
 
     def _gives(self) -> bool:
         """Whether this rank adds what it holds when values are gathered; of replicas only one does."""

@@ -1,0 +1,194 @@
+"""Notices a rank that has died, was stopped, or hangs, and ends all ranks with one message that names it.
+
+Without it the others wait in a collective: ten minutes under gloo and NCCL, or for ever. Every rank beats once a
+second into a store that the first rank keeps, with what its main thread is doing; the first rank reads all beats and
+gives the verdict. Whoever cannot reach the store takes the first rank for lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as torch_dist
+
+from dsyolo.parallel.dist import World, all_gather_objects, device_of_rank
+
+BEAT_S = 1.0
+LOST_S = 20.0  # without a beat: dead, stopped, or behind a network that is down
+STATUS = 70  # of all ranks then: EX_SOFTWARE of sysexits.h
+STACK_FRAMES = 6  # of the main thread, innermost, in a beat
+STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network", "Z": "dead"}
+T = TypeVar("T")
+
+
+class Seat(NamedTuple):
+    """Where a rank runs."""
+
+    rank: int
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+class Watchdog:
+    """Watches all ranks from construction to `close`.
+
+    Args:
+        late_s: so long may all ranks make no progress together: then the one that is furthest behind is named.
+        end: called with the exit status when a rank is lost; it does not return.
+    """
+
+    def __init__(self, world: World, *, late_s: float, end: Callable[[int], Any] = os._exit) -> None:
+        self._world, self._late_s, self._end = world, late_s, end
+        self._seat = Seat(world.rank, socket.gethostname(), os.getpid())
+        self._main = threading.get_ident()
+        self._where, self._progress, self._count = "starting", 0, 0
+        self._closed = threading.Event()
+        self._ended = threading.Lock()
+        self._answered = time.monotonic()
+        if world.size == 1:
+            return
+        address = os.environ["MASTER_ADDR"]
+        keeper = (
+            torch_dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+            if world.is_first
+            else None
+        )
+        told = all_gather_objects((self._seat, keeper.port if keeper else None), device_of_rank())
+        self._seats: list[Seat] = [seat for seat, _ in told]
+        timeout = timedelta(seconds=LOST_S)
+        self._keeper = keeper  # lives as long as this
+        self._store = torch_dist.TCPStore(address, told[0][1], is_master=False, timeout=timeout)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def at(self, where: str) -> None:
+        """The main thread is there now, and so makes progress."""
+        self._where = where
+        self._progress += 1
+
+    def calls(self, work: Callable[..., T], where: str) -> Callable[..., T]:
+        """`work`, telling at each call where it is."""
+
+        def told(*args: Any) -> T:
+            self.at(where)
+            return work(*args)
+
+        return told
+
+    def wait_for_verdict(self) -> None:
+        """After an error in a collective: gives the watch the time to find the rank that caused it, which ends this one."""
+        if self._world.size > 1:
+            self._closed.wait(LOST_S + 5 * BEAT_S)
+
+    def close(self) -> None:
+        """No rank is watched any more. Call it on all ranks before the first one leaves."""
+        self._closed.set()
+        if self._world.size > 1:
+            for thread in self._threads:
+                thread.join(2 * BEAT_S)
+
+    def _beat(self) -> None:
+        """Says that this rank lives; on the first one, judges all."""
+        changed: dict[int, tuple[int, float]] = {}
+        still: tuple[list[int], float] = ([], time.monotonic())
+        keys = [f"beat/{rank}" for rank in range(self._world.size)]
+        while not self._closed.wait(BEAT_S):
+            try:
+                self._count += 1
+                self._store.set(keys[self._world.rank], json.dumps(self._told()))
+                if not self._world.is_first:
+                    if self._store.check(["verdict"]):
+                        self._finish(json.loads(self._store.get("verdict")))
+                elif self._store.check(keys):
+                    beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
+                    now = time.monotonic()
+                    for rank, beat in enumerate(beats):
+                        if changed.get(rank, (-1,))[0] != beat["count"]:
+                            changed[rank] = beat["count"], now
+                    progress = [beat["progress"] for beat in beats]
+                    if progress != still[0]:
+                        still = progress, now
+                    self._judge(beats, {rank: now - at for rank, (_, at) in changed.items()}, now - still[1])
+                self._answered = time.monotonic()
+            except (RuntimeError, OSError):
+                return  # `_watch` sees that nothing answers any more
+
+    def _watch(self) -> None:
+        """Whether the first rank answers; and, beside it, whether the other processes of this machine live."""
+        while not self._closed.wait(BEAT_S):
+            silent_s = time.monotonic() - self._answered
+            gone = not self._world.is_first and self._state(self._seats[0]) in ("gone", "dead")
+            if silent_s > LOST_S or gone:
+                self._finish({"rank": 0, "text": self._lost_text(0, silent_s, "")})
+
+    def _told(self) -> dict[str, Any]:
+        frame = sys._current_frames().get(self._main)
+        stack = traceback.format_stack(frame)[-STACK_FRAMES:] if frame else []
+        return {
+            "count": self._count,
+            "progress": self._progress,
+            "where": self._where,
+            "stack": "".join(stack),
+        }
+
+    def _judge(self, beats: list[dict[str, Any]], silent_s: dict[int, float], still_s: float) -> None:
+        for rank, seconds in silent_s.items():
+            if seconds > LOST_S or self._state(self._seats[rank]) in ("gone", "dead"):
+                self._tell(rank, self._lost_text(rank, seconds, _at(beats[rank])))
+        if still_s > self._late_s and any(beat["progress"] for beat in beats):  # a first scan may take hours
+            rank = min(range(len(beats)), key=lambda rank: beats[rank]["progress"])
+            text = f"{self._seats[rank]} is late: no rank has made progress for {still_s:.0f} s. {_at(beats[rank])}"
+            self._tell(rank, text)
+
+    def _tell(self, rank: int, text: str) -> None:
+        verdict = {"rank": rank, "text": text}
+        self._store.set("verdict", json.dumps(verdict))
+        time.sleep(2 * BEAT_S)  # for the others to read it before the store goes
+        self._finish(verdict)
+
+    def _lost_text(self, rank: int, silent_s: float, at: str) -> str:
+        state = self._state(self._seats[rank])
+        what = f"its process is {state}" if state else f"it has not answered for {silent_s:.0f} s"
+        return f"{self._seats[rank]} is lost: {what}. {at}"
+
+    def _state(self, seat: Seat) -> str:
+        """Of a process on this machine: gone, dead, stopped ...; empty: it runs, or is elsewhere."""
+        if seat.host != self._seat.host or not os.path.isdir("/proc/self"):
+            return ""
+        try:
+            with open(f"/proc/{seat.pid}/stat", "rb") as file:
+                letter = file.read().rsplit(b") ", 1)[1][:1].decode()
+        except OSError:
+            return "gone"
+        return STATES.get(letter, "")
+
+    def _finish(self, verdict: dict[str, Any]) -> None:
+        """Prints, on one rank, and ends this process."""
+        if self._closed.is_set() or not self._ended.acquire(blocking=False):
+            return
+        lost = verdict["rank"]
+        if self._world.rank == (0 if lost else 1):
+            remedy = "All ranks end. --resume auto goes on from the last checkpoint."
+            print(f"\n{verdict['text'].rstrip()}\n{remedy}\n", file=sys.stderr, flush=True)
+        seat = self._seats[lost]
+        if seat.host == self._seat.host and lost != self._world.rank and self._state(seat) == "stopped":
+            os.kill(seat.pid, signal.SIGKILL)  # a stopped process hears nothing else
+        self._end(STATUS)
+
+
+def _at(beat: dict[str, Any]) -> str:
+    return f"Its last place: {beat['where']}.\n{beat['stack']}"
