@@ -37,8 +37,10 @@ def test_counted_bytes_are_those_that_the_allocator_gave_out(variant, size_px, b
         measured, _ = allocations(lambda: forward(network, images, precision))
         assert kept(counted, names) == pytest.approx(measured, rel=0.02)
         _, peak = allocations(lambda: step(network, images, precision))
-        # beside activations the most at once has maps, gradients on their way, and a few of weights
-        assert 1 < peak / counted.peak_bytes(names) < (1.2 if size_px > 160 else 3), names
+        # Beside activations the most at once has maps, gradients on their way, and a few of weights; and on a CPU that
+        # cannot compute in bf16 a convolution's fp32 copies.
+        emulated = precision == "autocast_bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert 1 < peak / counted.peak_bytes(names) < (3 if emulated or size_px == 160 else 1.2), names
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -65,9 +65,9 @@ def test_outputs_equal_the_reference(path):
     images = torch.from_numpy(np.random.RandomState(1).rand(2, 3, height, width).astype(np.float32))
     expected = np.load(path)
 
-    def same(tensor, name):
+    def same(tensor, name, atol=1e-4):
         np.testing.assert_allclose(
-            tensor.detach().numpy(), expected[name], rtol=1e-4, atol=1e-4, err_msg=name
+            tensor.detach().numpy(), expected[name], rtol=1e-4, atol=atol, err_msg=name
         )
 
     with torch.no_grad():
@@ -76,7 +76,9 @@ def test_outputs_equal_the_reference(path):
             same(raw, f"raw{i}")
         same(network.decode(maps), "decoded")
         for i, raw in enumerate(network.train()(images)):
-            same(raw, f"train_raw{i}")
+            # Normalised by statistics of as few as 32 values. The same network in float64 is up to 2.2e-4 from these
+            # figures, which are themselves of fp32; in fp32 the order of sums depends on the CPU.
+            same(raw, f"train_raw{i}", atol=3e-4)
     same(network.stem.bn.running_mean, "running_mean_after")
     same(network.stem.bn.running_var, "running_var_after")
 

@@ -326,5 +326,7 @@ def malloc_bytes() -> Callable[[], int] | None:
         return info.uordblks + info.hblkhd
 
     before = used()
-    block = torch.empty(2**20, dtype=torch.uint8)
+    block = torch.empty(
+        2**26, dtype=torch.uint8
+    )  # more than other threads give back meanwhile; no page is touched
     return used if used() - before >= block.nbytes else None  # else another malloc was loaded before this one
