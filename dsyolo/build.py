@@ -16,6 +16,7 @@ from dsyolo.data.dataset import DetectionDataset, Scan, refuse_unknown_classes, 
 from dsyolo.data.formats import DataSpec
 from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, largest_size_px
 from dsyolo.ds_config import DsConfig
+from dsyolo.errors import UserError
 from dsyolo.loss import DetectionLoss
 from dsyolo.model.activations import ActivationPlan, choose, count_activations
 from dsyolo.model.blocks import freeze_batchnorm
@@ -66,7 +67,19 @@ class Data(NamedTuple):
     stream: Stream
     train: TrainLoader
     val: EvalLoader
+    train_set: DetectionDataset
     val_set: DetectionDataset
+
+    def names_of(self, start: int, stop: int) -> dict[int, list[str]]:
+        """The image files of steps `start` + 1 .. `stop`, of all ranks; mosaic and mixup drew others beside them."""
+        positions = {
+            step: range(step * self.stream.global_batch, (step + 1) * self.stream.global_batch)
+            for step in range(start, stop)
+        }
+        return {
+            step + 1: [self.train_set.scan.path(self.stream.at(position)[1]) for position in places]
+            for step, places in positions.items()
+        }
 
 
 def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> ActivationPlan:
@@ -137,7 +150,7 @@ def build_data(run: Run, scans: tuple[Scan, Scan], network: YOLOv5) -> Data:
         pin_memory=pin_memory,
         rectangular=config.rect_val,
     )
-    return Data(stream, train_loader, val_loader, val_set)
+    return Data(stream, train_loader, val_loader, train_set, val_set)
 
 
 def scan_splits(run: Run) -> tuple[Scan, Scan]:
@@ -197,7 +210,9 @@ def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
     )
     if any(ds.offload_folders):
         move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
-    checkpoints = Checkpoints(run.folder / "checkpoints", engine, shards, ema, world)
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints", engine, shards, ema, world, keep=config.keep_checkpoints
+    )
     if world.is_first:
         print("\n".join([*lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
     place, plan = dist.place_in(world, ds.stages), run.activations
@@ -278,9 +293,22 @@ def build_schedule(run: Run, stream: Stream) -> Schedule:
 def build_record(
     run: Run, data: Data, progress: Progress, parts: Parts
 ) -> tuple[Tracker, Record | NullRecord]:
-    """What tells and writes, on the first rank; what does nothing, on the others."""
+    """What tells and writes, on the first rank; what does nothing, on the others.
+
+    Raises:
+        UserError: the run's folder cannot be written to.
+    """
     if not run.world.is_first:
         return NullTracker(), NullRecord()
+    try:
+        return _build_record(run, data, progress, parts)
+    except OSError as error:
+        raise UserError(
+            f"{run.folder} cannot be used", [f"{error.strerror}. Make room, or name another folder."]
+        ) from None
+
+
+def _build_record(run: Run, data: Data, progress: Progress, parts: Parts) -> tuple[Tracker, Record]:
     config, val_set = run.config, data.val_set
     run.folder.mkdir(parents=True, exist_ok=True)
     tracker = RunTracker(

@@ -142,6 +142,11 @@ class RunConfig(BaseModel):
         "activations computed again: none, blocks, the fewest blocks for a budget: 4.5GiB, auto: the JSON says",
         "machine",
     )
+    halve_micro_batch: bool = _knob(
+        False,
+        "half the JSON's micro-batch, twice its accumulation: a run sets it where memory ran out",
+        "machine",
+    )
     hang_timeout_s: float = _knob(
         600, "seconds without progress until all ranks end and the late one is named", "machine", ge=5
     )
@@ -160,6 +165,10 @@ class RunConfig(BaseModel):
     )
     val_every: int = _knob(1, "epochs between validations", "training", ge=1)
     save_every: int = _knob(1, "epochs between checkpoints", "training", ge=1)
+    keep_checkpoints: int = _knob(2, "newest checkpoints kept, beside the best one", "training", ge=1)
+    max_skipped_steps: int = _knob(
+        25, "steps in a row with a loss that is not finite before stopping", "training", ge=1
+    )
     log_every: int = _knob(10, "optimizer steps between logged steps", "training", ge=1)
 
     val_batch_size: int = _knob(16, "most validation images per rank and batch", "validation", ge=1)

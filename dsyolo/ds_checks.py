@@ -66,6 +66,17 @@ def batch_triple(
     return None
 
 
+def halve(batch: tuple[int, int, int], problems: list[str]) -> tuple[int, int, int] | None:
+    """The same global batch from half the micro-batch."""
+    train, micro, steps = batch
+    if micro % 2 == 0:
+        return train, micro // 2, 2 * steps
+    problems.append(
+        f"{BATCH_KEYS[1]}: {micro} given with --halve_micro_batch, but it is odd. Leave that out: --no-halve_micro_batch."
+    )
+    return None
+
+
 def pipeline(
     sane: Mapping[str, Any],
     zero_stage: int,

@@ -16,6 +16,7 @@ from dsyolo.ds_checks import (
     activations,
     batch_triple,
     data_types,
+    halve,
     monitors,
     offload,
     optimizer_and_params,
@@ -190,6 +191,7 @@ def check(
     accelerator: str,
     layers: Sequence[bool] | None = None,
     recompute: str = "auto",
+    halved: bool = False,
 ) -> DsConfig:
     """The DeepSpeed configuration of a file or dict, for so many ranks.
 
@@ -199,6 +201,7 @@ def check(
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
         recompute: what the command line says of it; `auto` leaves it to the JSON.
+        halved: half of the JSON's micro-batch, twice the accumulation.
 
     Raises:
         UserError: every problem of the file, each with what was given, the rule and the remedy.
@@ -209,7 +212,7 @@ def check(
     source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
     result = None
     if source is not None:
-        result = _resolve(path, source, world_size, accelerator, layers, recompute, problems)
+        result = _resolve(path, source, world_size, accelerator, layers, recompute, halved, problems)
     if problems or result is None:
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
         raise UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
@@ -223,6 +226,7 @@ def _resolve(
     accelerator: str,
     layers: Sequence[bool] | None,
     recompute: str,
+    halved: bool,
     problems: list[str],
 ) -> DsConfig | None:
     """The whole, or None; problems are added in the order in which a reader wants them."""
@@ -238,6 +242,8 @@ def _resolve(
     offload_optimizer, offload_param = offload(sane, zero_stage, problems)
     recomputed, offload_activations = activations(sane, stages, recompute, problems)
     monitors(sane, stages, problems)
+    if batch and halved:
+        batch = halve(batch, problems)
     if batch is None:
         return None
     return DsConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from dsyolo.batch import Detections, Truth
 from dsyolo.metrics import Metrics
@@ -26,13 +28,15 @@ class NullRecord:
 
     keeps_weights = False
 
-    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> None: ...
+    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None: ...
 
     def validated(
         self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool
     ) -> None: ...
 
     def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def skipped(self, images: Mapping[int, Sequence[str]]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -68,10 +72,16 @@ class Record:
         _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         _write(folder / "deepspeed.json", json.dumps(deepspeed_json, indent=2) + "\n")
 
-    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> None:
-        """Writes weights/last.safetensors, and best.safetensors when it is."""
+    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
+        """Writes weights/last.safetensors, and best.safetensors when it is; tells why where it cannot."""
         for name in ("last", "best") if is_best else ("last",):
-            save_weights(self.folder / "weights" / f"{name}.safetensors", state, self._info)
+            path = self.folder / "weights" / f"{name}.safetensors"
+            try:
+                save_weights(path, state, self._info)
+            except (OSError, SafetensorError) as error:
+                why = getattr(error, "strerror", None) or error
+                return f"{path} could not be written: {why}. What was there before is kept."
+        return None
 
     def validated(self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool) -> None:
         """Writes predictions.jpg, a grid of the first validation images with what was found."""
@@ -88,7 +98,11 @@ class Record:
 
     def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Writes memory.json: what each rank was expected to need, and what it needed, in bytes."""
-        _write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
+        _try_to_write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
+
+    def skipped(self, images: Mapping[int, Sequence[str]]) -> None:
+        """Writes skipped_steps.json: by step, the images of the steps in a row that were left out."""
+        _try_to_write(self.folder / "skipped_steps.json", json.dumps(images, indent=1) + "\n")
 
     def finish(self) -> None:
         """Prints the best validation and where things are."""
@@ -103,6 +117,14 @@ class Record:
         for name in names:
             if (self.folder / name).exists():
                 print(f"{self.folder / name}")
+
+
+def _try_to_write(path: Path, text: str) -> None:
+    """What a run can do without."""
+    try:
+        _write(path, text)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written: {error.strerror}. The run goes on.", stacklevel=3)
 
 
 def _write(path: Path, text: str) -> None:

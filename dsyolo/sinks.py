@@ -32,10 +32,20 @@ class MetricsFile:
         partial = path.with_name(path.name + ".tmp")
         partial.write_text("".join(_line(row) for row in kept))
         partial.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""  # of what is told, not yet written: on a full disk
+        self._warned = False
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(_line(row))
+        """A disk that is full costs a warning: the row is written with one of the next, when there is room again."""
+        self._waiting += _line(row).encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._warned:
+                warnings.warn(f"{self.path} cannot be written to now: {error.strerror}", stacklevel=3)
+            self._warned = True
 
     def read(self) -> list[dict[str, Any]]:
         """All rows; a line that a kill cut short is left out."""

@@ -158,7 +158,8 @@ class RunTracker:
 
     def step(self, progress: ProgressLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
         self._lr, self._step = lr, progress.step
-        self._sum(stats.losses.detach())
+        if stats.was_applied:  # else they may be NaN, and with them the epoch's
+            self._sum(stats.losses.detach())
         self._in_epoch.step(progress, data_wait_s)
         self._since_log.step(progress, data_wait_s)
         self._num_skipped += not stats.was_applied

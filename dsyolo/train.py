@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -35,6 +35,7 @@ from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist, stop
 from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, newest_whole, read_manifest
 from dsyolo.parallel.dist import World
+from dsyolo.parallel.restart import is_out_of_memory
 from dsyolo.parallel.stop import StopRequest
 from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.problems import cannot_hold_files
@@ -42,14 +43,15 @@ from dsyolo.validate import Finder, validate
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
 GRACE_S = 10
+DIVERGED, NOT_SAVED = 65, 74  # exit statuses: EX_DATAERR and EX_IOERR of sysexits.h
 SAME = ("epochs", "num_images", "global_batch", "seed")  # of Progress, when a run goes on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    0; 2 for a mistake of the user's; 75 after SIGTERM, with all saved; 130 for Ctrl-C. A rank that is lost ends all
-    of them with 70 (parallel/watchdog.py).
+    0; 2 for a mistake of the user's; 65 where the training diverges; 74 where its end could not be saved; 75 after
+    SIGTERM, with all saved; 130 for Ctrl-C. A rank that is lost ends all of them with 70 (parallel/watchdog.py).
     """
     world = dist.world_from_environment()
     try:
@@ -85,6 +87,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
             accelerator=accelerator,
             layers=has_parameters(run.model),
             recompute=run.recompute,
+            halved=run.halve_micro_batch,
         ),
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, goes_on),
@@ -143,11 +146,28 @@ def train(run: Run) -> int:
     watch = Watchdog(world, late_s=run.config.hang_timeout_s)
     try:
         return learn(run, world, watch)
-    except RuntimeError:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            end_or_halve(run, watch)
         watch.wait_for_verdict()  # of a collective, likely: another rank has gone
         raise
     finally:
         watch.close()
+
+
+def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
+    """After this rank ran out of memory: once, all ranks go on with half the micro-batch and the same global batch."""
+    ds, again = run.ds, run.config.halve_micro_batch
+    what = f"ran out of memory with {ds.micro_batch} images in a micro-batch"
+    if again or ds.micro_batch % 2:
+        rule = "which was halved once already" if again else "which cannot be halved"
+        remedy = "Lower train_micro_batch_size_per_gpu, or save memory by --recompute blocks or a higher ZeRO stage"
+        watch.end_all(f"{what}, {rule}. {remedy}.")
+    halved = f"{ds.micro_batch // 2} and {2 * ds.accumulation} accumulation steps"
+    watch.end_all(
+        f"{what}: from now on {halved}; the global batch stays {ds.global_batch}.",
+        again=("--halve_micro_batch", "--resume", "auto"),
+    )
 
 
 def learn(run: Run, world: World, watch: Watchdog) -> int:
@@ -162,26 +182,21 @@ def learn(run: Run, world: World, watch: Watchdog) -> int:
     if world.is_first and taken:
         print(taken)
     progress = start(run, data.stream, checkpoints, checkpoint)
-    tracker, record = build_record(run, data, progress, parts)
+    tracker, record = dist.together(lambda: build_record(run, data, progress, parts))
     memory = build_memory(run, parts, tracker, record)
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
     predict = watch.calls(engine.predict, "validating")
 
-    def finish(stopped_after: int | None = None) -> int:
+    def finish(said: str = "", status: int = 0) -> int:
         tracker.close()
         data.train.close()
         data.val.close()
         request.close()
         watch.close()
         dist.leave(world)
-        if stopped_after is None:
-            return 0
-        if world.is_first:
-            print(
-                f"\nStopped by SIGTERM after step {stopped_after}, and saved. --resume auto goes on.",
-                file=sys.stderr,
-            )
-        return stop.STATUS
+        if said and world.is_first:
+            print(f"\n{said}", file=sys.stderr)
+        return status
 
     for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
         progress.epoch = epoch
@@ -195,11 +210,15 @@ def learn(run: Run, world: World, watch: Watchdog) -> int:
                 stats, lr = engine.train_step(batches, progress.step)
             if stats.was_applied:
                 ema.update()
-            tracker.step(progress.advance(stats.num_images), stats, lr, data.train.take_wait_s())
+            tracker.step(progress.advance(stats), stats, lr, data.train.take_wait_s())
+            if progress.skipped_in_a_row == config.max_skipped_steps:
+                record.skipped(data.names_of(progress.step - progress.skipped_in_a_row, progress.step))
+                return finish(diverged(progress, run), DIVERGED)
             if request.agreed():
                 progress.tracking = tracker.state()
-                checkpoints.save(progress)
-                return finish(stopped_after=progress.step)
+                problem = checkpoints.save(progress)
+                said = problem or f"Stopped by SIGTERM after step {progress.step}, and saved."
+                return finish(f"{said} --resume auto goes on.", NOT_SAVED if problem else stop.STATUS)
             watch.at(f"loading step {progress.step + 1}")
         metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
         if (epoch + 1) % config.val_every == 0 or is_last:
@@ -212,14 +231,27 @@ def learn(run: Run, world: World, watch: Watchdog) -> int:
         progress.epoch, progress.tracking = epoch + 1, tracker.state()
         if is_best or is_last or (epoch + 1) % config.save_every == 0:
             watch.at("saving")
-            record.weights(ema.state_dict(keep=record.keeps_weights), is_best)
-            checkpoints.save(progress)
+            state = ema.state_dict(keep=record.keeps_weights)
+            problem = dist.problem_of_any(record.weights(state, is_best), engine.all_gather)
+            problem = checkpoints.save(progress, is_best=is_best) or problem
+            if problem and is_last:
+                return finish(f"{problem} Make room: --resume auto does the end again.", NOT_SAVED)
+            if problem:
+                tracker.say(f"WARNING: {problem} The run goes on, and saves again later.")
         if is_last:
             break
 
     tracker.close()
     record.finish()
     return finish()
+
+
+def diverged(progress: Progress, run: Run) -> str:
+    """What there is to say where too many steps in a row had to be skipped."""
+    what = f"loss or gradients of the last {progress.skipped_in_a_row} steps were not finite, so none changed the weights"
+    where = f"The images of these steps are named in {run.folder / 'skipped_steps.json'}"
+    remedy = "Lower optimizer.params.lr, or look at their labels; --max_skipped_steps allows more"
+    return f"The training stops at step {progress.step}: {what}. {where}. {remedy}."
 
 
 def choose_checkpoint(run: Run) -> Path | None:

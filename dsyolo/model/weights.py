@@ -73,9 +73,12 @@ def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: Weigh
     """Writes the tensors as they are under the network's own names, by a rename, so that a reader sees all or nothing."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file(tensors, part, metadata={METADATA_KEY: info.model_dump_json()})
-    part.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
-    os.replace(part, path)
+    try:
+        save_file(tensors, part, metadata={METADATA_KEY: info.model_dump_json()})
+        part.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # there only where something failed, as on a full disk
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsInfo | None]:

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step_<n>`: safetensors files, one written by each rank, and `progress.json` with the
 progress of the run, which file holds which tensor, and each file's checksum. It is written under another name
-and becomes whole by a rename.
+and becomes whole by a rename; one that is whole is never written to again. A second one of the same step, as after
+a validation that was interrupted, is `step_<n>.1`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dsyolo.batch import StepStats
 from dsyolo.errors import UserError
-from dsyolo.parallel.dist import World, barrier, share_of
+from dsyolo.parallel.dist import World, barrier, problem_of_any, share_of
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.shards import Shards
 
 FORMAT = 1
-_STEP_FOLDER = re.compile(r"step_(\d+)$")
+_STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
 
 
 class Progress(BaseModel):
@@ -47,13 +49,15 @@ class Progress(BaseModel):
     best_fitness: float = -1.0
     best_epoch: int = -1
     stopped_early: bool = False
+    skipped_in_a_row: int = 0  # steps, up to now
     tracking: dict[str, Any] = {}  # what the tracker wants back
     settings: dict[str, Any] = {}  # what must be the same when the run goes on, by the name that users know
 
-    def advance(self, num_images: int) -> Progress:
-        """One more optimizer step of `num_images`."""
+    def advance(self, stats: StepStats) -> Progress:
+        """One more optimizer step."""
         self.step += 1
-        self.images_seen += num_images
+        self.images_seen += stats.num_images
+        self.skipped_in_a_row = 0 if stats.was_applied else self.skipped_in_a_row + 1
         return self
 
     def judge(self, fitness: float, patience: int) -> bool:
@@ -75,6 +79,7 @@ class Manifest(BaseModel):
     optimizer_scalars: dict[str, float]
     ema_updates: int
     loss_scale: dict[str, float] = {}  # of fp16; see LossScale.state
+    is_best: bool = False  # of the epochs validated so far
     files: dict[str, str]  # file name -> sha256
     tensors: dict[str, str]  # tensor name -> file name
 
@@ -84,7 +89,7 @@ class Checkpoints:
 
     Args:
         folder: gets one sub-folder per checkpoint.
-        keep: so many of the newest stay.
+        keep: so many of the newest stay, and the best one.
     """
 
     def __init__(
@@ -93,24 +98,47 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self._engine, self._shards, self._ema, self._world = engine, shards, ema, world
 
-    def save(self, progress: Progress) -> None:
-        """Writes a checkpoint, all ranks together. The previous one stays whole until this one is."""
-        final = self.folder / f"step_{progress.step:08d}"
-        part = self.folder / f".{final.name}.part"
+    def save(self, progress: Progress, *, is_best: bool = False) -> str | None:
+        """Writes a checkpoint, all ranks together. The previous ones stay whole whatever happens.
+
+        Returns:
+            why it could not be written, the same on all ranks; None where it was.
+        """
+        part = self.folder / f".step_{progress.step:08d}.part"
+        problem = self._agreed(self._begin, part, on_first=True)
+        own = {} if problem else dict(self._own_tensors())
+        problem = problem or self._agreed(self._write, part, own)
+        problem = problem or self._agreed(self._complete, part, progress, is_best, on_first=True)
+        if problem is None:
+            return None
         if self._world.is_first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        barrier()
-        own = dict(self._own_tensors())
+            shutil.rmtree(part, ignore_errors=True)  # on a full disk, room for the rest of the run
+        newest = all_checkpoints(self.folder)[-1:]
+        kept = f"{newest[0].name} is kept" if newest else "there is none yet"
+        return f"The checkpoint of step {progress.step} could not be written: {problem}. Of those before, {kept}."
+
+    def _agreed(self, work: Callable[..., None], *args: Any, on_first: bool = False) -> str | None:
+        """Does a part of the writing, and tells all ranks where one of them failed."""
+        problem = None
+        try:
+            if self._world.is_first or not on_first:
+                work(*args)
+        except (OSError, SafetensorError) as error:
+            problem = f"rank {self._world.rank}: {getattr(error, 'strerror', None) or error} ({self.folder})"
+        return problem_of_any(problem, self._engine.all_gather)
+
+    def _begin(self, part: Path) -> None:
+        for old in self.folder.glob(".step_*.part"):  # of runs that were killed
+            shutil.rmtree(old, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def _write(self, part: Path, own: dict[str, torch.Tensor]) -> None:
         file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
         save_file(own, file)
         file.chmod(part.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
+        _to_disk(file)
         # Beside its tensors each rank leaves what the manifest says of them; the first one puts it together.
         (part / f"{file.stem}.json").write_text(json.dumps({"sha256": _sha256(file), "names": sorted(own)}))
-        barrier()
-        if self._world.is_first:
-            self._complete(part, final, progress)
-        barrier()
 
     def load(self, path: Path, *, verify: bool = True) -> Progress:
         """Brings engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
@@ -171,7 +199,7 @@ class Checkpoints:
             if self._world.is_first:
                 yield name, _host_copy(gathered)
 
-    def _complete(self, part: Path, final: Path, progress: Progress) -> None:
+    def _complete(self, part: Path, progress: Progress, is_best: bool) -> None:
         files, tensors = {}, {}
         for note in sorted(part.glob("tensors-*.json")):
             said = json.loads(note.read_text())
@@ -185,17 +213,32 @@ class Checkpoints:
             optimizer_scalars=self._shards.scalars(),
             ema_updates=self._ema.updates,
             loss_scale=self._engine.loss_scale.state(),
+            is_best=is_best,
             files=files,
             tensors=tensors,
         )
-        with open(part / "progress.json", "w") as file:
-            file.write(manifest.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        for old in all_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        (part / "progress.json").write_text(manifest.model_dump_json(indent=1))
+        for path in (part / "progress.json", part):
+            _to_disk(path)
+        os.replace(part, self._free_name(progress.step))
+        _to_disk(self.folder)
+        self._prune()
+
+    def _free_name(self, step: int) -> Path:
+        name = f"step_{step:08d}"
+        names = [name, *(f"{name}.{i}" for i in range(1, 1 + len(all_checkpoints(self.folder))))]
+        return next(path for path in map(self.folder.joinpath, names) if not path.exists())
+
+    def _prune(self) -> None:
+        """Removes all but the newest, and the best one: under another name first, so that no half of one is found."""
+        old = all_checkpoints(self.folder)
+        newest, old = old[-self.keep :], old[: -self.keep]
+        best = next((path for path in reversed(old + newest) if _is_best(path)), None)
+        for path in old:
+            if path != best:
+                gone = path.with_name(f".{path.name}.part")
+                os.replace(path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 class _Reader:
@@ -230,8 +273,12 @@ def read_buffers(path: Path) -> torch.Tensor:
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, oldest first."""
-    found = [(int(m[1]), path) for path in folder.glob("step_*") if (m := _STEP_FOLDER.match(path.name))]
-    return [path for _, path in sorted(found)]
+    found = [
+        (int(m[1]), int(m[2] or 0), path)
+        for path in folder.glob("step_*")
+        if (m := _STEP_FOLDER.match(path.name))
+    ]
+    return [path for *_, path in sorted(found)]
 
 
 def newest_whole(folder: Path, *, set_aside: bool) -> Path:
@@ -283,6 +330,22 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     if damaged:
         raise UserError(headline, damaged)
     return manifest
+
+
+def _is_best(path: Path) -> bool:
+    try:
+        return read_manifest(path, verify=False).is_best
+    except UserError:
+        return False
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until what was written to a file or folder would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -155,6 +155,18 @@ def decided_by_first(world: World, work: Callable[[], T]) -> T:
     return all_gather_objects(result, device_of_rank())[0]
 
 
+def problem_of_any(problem: str | None, all_gather: Callable[[Any], list[Any]]) -> str | None:
+    """The first rank's own where it has one, else the next's: the same on all ranks."""
+    return next(filter(None, all_gather(problem)), None)
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank; where it raises a UserError on one, it is raised on all."""
+    result, error = _attempted(work)
+    _agreed(error)
+    return result  # type: ignore[return-value]
+
+
 def _attempted(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
     try:
         return work(), None

@@ -67,6 +67,10 @@ class Engine:
         if self.deepspeed.zero_optimization_stage() == 0:
             # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
             self.deepspeed.clip_fp32_gradients = self._clip_gradients
+            self._take_step, self.deepspeed.optimizer.step = (
+                self.deepspeed.optimizer.step,
+                self._step_if_finite,
+            )
         self._tell_monitor, self.deepspeed.monitor.write_events = (
             self.deepspeed.monitor.write_events,
             self._lr_only,
@@ -76,7 +80,10 @@ class Engine:
         self.loss_scale = LossScale(self.deepspeed)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
-        """One optimizer step from this rank's micro-batches; nothing here waits for the device.
+        """One optimizer step from this rank's micro-batches. A step whose gradients are not finite leaves no trace.
+
+        Whether they are is asked once in a step, before the optimizer: the only wait for the device, and DeepSpeed's
+        own at ZeRO 1 to 3.
 
         Args:
             batches: `accumulation` micro-batches.
@@ -88,7 +95,7 @@ class Engine:
         assert len(batches) == self.accumulation
         self.deepspeed.train()
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
-        buffers_before = self._buffers_before()
+        buffers_before = self.buffers.flat.clone()
         losses = torch.zeros(3, device=self.device)
         for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
             losses += self._add_gradients(batch.images, targets)
@@ -138,10 +145,22 @@ class Engine:
         return deepspeed.initialize(model=self.network, optimizer=optimizer, config=config)[0]
 
     def _clip_gradients(self) -> None:
+        self._norm = self._total_norm()
         parameters = [p for p in self.network.parameters() if p.grad is not None]
-        squared = torch.nn.utils.get_total_norm([p.grad for p in parameters]).square()
-        self._norm = self._sum_over_stages(squared).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, self.deepspeed.gradient_clipping(), self._norm)
+
+    def _total_norm(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        return self._sum_over_stages(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
+
+    def _step_if_finite(self) -> None:
+        """At ZeRO 0, as DeepSpeed's other optimizers do by themselves."""
+        optimizer, scaled = self.deepspeed.optimizer, self.loss_scale.can_skip
+        if not scaled and not self.deepspeed.gradient_clipping():
+            self._norm = self._total_norm()
+        optimizer.overflow = not scaled and not bool(self._norm.isfinite())  # DeepSpeed looks there
+        if not optimizer.overflow:
+            self._take_step()
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -169,20 +188,14 @@ class Engine:
         """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
         return self.accumulation * self.num_replicas
 
-    def _buffers_before(self) -> torch.Tensor | None:
-        """To come back to where a step can be skipped: what overflowed may have been BatchNorm's input."""
-        return self.buffers.flat.clone() if self.loss_scale.can_skip else None
-
-    def _stats(
-        self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor | None
-    ) -> StepStats:
+    def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
         """After a step. `losses`: this rank's share of them."""
         if self.statistics_move and self.num_replicas > 1:
             all_reduce_sum(self.buffers.flat, self.replicas).div_(self.num_replicas)
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
         applied = self.loss_scale.step_was_applied()
-        if not applied and buffers_before is not None:
-            self.buffers.flat.copy_(buffers_before)
+        if not applied:
+            self.buffers.flat.copy_(buffers_before)  # what is not finite may have been BatchNorm's input
         losses = all_reduce_sum(losses)
         if self.deepspeed.monitor.enabled:  # waits for the device, as DeepSpeed's own events do
             self._tell_monitor([(_LOSS_EVENT, losses.sum().item(), self.deepspeed.global_samples)])

@@ -192,7 +192,7 @@ class _Probe:
             yield
         finally:
             self._peaks.stop()
-            del wrapper.step
+            wrapper.step = step
             for hook in hooks:
                 hook.remove()
 

@@ -54,7 +54,7 @@ class PipelineEngine(Engine):
             batches: `accumulation` micro-batches of this replica; for a stage between those two they are not read.
         """
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
-        buffers_before = self._buffers_before()
+        buffers_before = self.buffers.flat.clone()
         self._losses.zero_()
         images: list[torch.Tensor | None] = [None] * self.accumulation
         labels: list[Targets | None] = [None] * self.accumulation

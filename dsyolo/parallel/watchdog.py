@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as torch_dist
 
 from dsyolo.parallel.dist import World, all_gather_objects, device_of_rank
+from dsyolo.parallel.restart import start_again
 
 BEAT_S = 1.0
 LOST_S = 20.0  # without a beat: dead, stopped, or behind a network that is down
@@ -58,6 +59,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._ended = threading.Lock()
         self._answered = time.monotonic()
+        self._seats = [self._seat]
         if world.size == 1:
             return
         address = os.environ["MASTER_ADDR"]
@@ -67,7 +69,7 @@ class Watchdog:
             else None
         )
         told = all_gather_objects((self._seat, keeper.port if keeper else None), device_of_rank())
-        self._seats: list[Seat] = [seat for seat, _ in told]
+        self._seats = [seat for seat, _ in told]
         timeout = timedelta(seconds=LOST_S)
         self._keeper = keeper  # lives as long as this
         self._store = torch_dist.TCPStore(address, told[0][1], is_master=False, timeout=timeout)
@@ -110,10 +112,9 @@ class Watchdog:
             try:
                 self._count += 1
                 self._store.set(keys[self._world.rank], json.dumps(self._told()))
-                if not self._world.is_first:
-                    if self._store.check(["verdict"]):
-                        self._finish(json.loads(self._store.get("verdict")))
-                elif self._store.check(keys):
+                if self._store.check(["verdict"]):
+                    self._finish(json.loads(self._store.get("verdict")))
+                elif self._world.is_first and self._store.check(keys):
                     beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
                     now = time.monotonic()
                     for rank, beat in enumerate(beats):
@@ -157,8 +158,19 @@ class Watchdog:
     def _tell(self, rank: int, text: str) -> None:
         verdict = {"rank": rank, "text": text}
         self._store.set("verdict", json.dumps(verdict))
-        time.sleep(2 * BEAT_S)  # for the others to read it before the store goes
         self._finish(verdict)
+
+    def end_all(self, text: str, again: Sequence[str] = ()) -> NoReturn:
+        """Ends all ranks with this rank's message; with `again` they start again, with these words behind their own.
+
+        It may be called where other ranks wait in a collective, by the main thread of one rank.
+        """
+        verdict = {"rank": self._world.rank, "text": f"{self._seat} {text}", "again": again}
+        if self._world.size == 1:
+            self._finish(verdict)
+        self._store.set("verdict", json.dumps(verdict))
+        while True:  # the thread that beats ends this process
+            time.sleep(BEAT_S)
 
     def _lost_text(self, rank: int, silent_s: float, at: str) -> str:
         state = self._state(self._seats[rank])
@@ -180,14 +192,33 @@ class Watchdog:
         """Prints, on one rank, and ends this process."""
         if self._closed.is_set() or not self._ended.acquire(blocking=False):
             return
-        lost = verdict["rank"]
-        if self._world.rank == (0 if lost else 1):
-            remedy = "All ranks end. --resume auto goes on from the last checkpoint."
+        lost, again = verdict["rank"], verdict.get("again")
+        if self._world.rank == (0 if lost or self._world.size == 1 else 1):
+            remedy = (
+                "All ranks start again."
+                if again
+                else "All ranks end. --resume auto goes on from the last checkpoint."
+            )
             print(f"\n{verdict['text'].rstrip()}\n{remedy}\n", file=sys.stderr, flush=True)
+        if self._world.size > 1 and self._world.is_first:
+            time.sleep(2 * BEAT_S)  # for the others to read it before the store goes
+        if again:
+            self._wait_for_the_first()
+            start_again(again)
         seat = self._seats[lost]
         if seat.host == self._seat.host and lost != self._world.rank and self._state(seat) == "stopped":
             os.kill(seat.pid, signal.SIGKILL)  # a stopped process hears nothing else
         self._end(STATUS)
+
+    def _wait_for_the_first(self) -> None:
+        """Until its store has gone: whoever starts again before it would meet the old one."""
+        end = time.monotonic() + LOST_S
+        while not self._world.is_first and time.monotonic() < end:
+            try:
+                self._store.check(["verdict"])
+            except (RuntimeError, OSError):
+                return
+            time.sleep(0.2)
 
 
 def _at(beat: dict[str, Any]) -> str:

@@ -1,0 +1,100 @@
+"""A rank that runs out of memory: all go on with half the micro-batch, once, and the training is that of half."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_place
+
+from dsyolo.parallel import watchdog
+from dsyolo.parallel.restart import is_out_of_memory
+
+GIB = 2**30
+OPTIONS = {"imgsz": 640, "epochs": 1, "workers": 0, "val_every": 9, "memory_account": "off"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("memory"))
+
+
+def config(place: Path, micro_batch: int) -> Path:
+    path = place / f"micro{micro_batch}.json"
+    sizes = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": micro_batch}
+    path.write_text(json.dumps({**CONFIG, **sizes}))
+    return path
+
+
+def run(place: Path, command: Sequence[str], limit: int | None = None) -> tuple[int, str, int]:
+    """(status, what it said, most bytes of address space of a process); `limit` of these for each process."""
+    log = place / "said.log"
+    bounds = [["prlimit", f"--as={limit}"], []][limit is None]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*bounds, *command], env=environment(place), cwd=place, stdout=out, stderr=subprocess.STDOUT
+        )
+        most = 0
+        while process.poll() is None:
+            for one in [process.pid, *(child.pid for child in psutil.Process().children(recursive=True))]:
+                most = max(most, address_space(one))
+            time.sleep(0.1)
+    return process.returncode, log.read_text(), most
+
+
+def address_space(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak")), 0)
+
+
+def on(ranks: int, place: Path, name: str, port: int, **options: object) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, str(TRAIN), *arguments(place, name, **OPTIONS, **options)]
+    return launch(place, name, port, **OPTIONS, **options)
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit of memory can be set")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
+    half, whole = config(place, 8 // ranks), config(place, 16 // ranks)
+    status, said, most = run(place, on(ranks, place, f"half{ranks}", 29761, deepspeed_config=half))
+    assert status == 0, said
+    gap = GIB // (2 * ranks)  # of the GiB that eight images of 640 px more take
+    status, said, _ = run(place, on(ranks, place, f"oom{ranks}", 29763, deepspeed_config=whole), most + gap)
+    assert status == 0, said
+    assert said.count(f"ran out of memory with {16 // ranks} images in a micro-batch") == 1
+    assert f"{8 // ranks} and 2 accumulation steps; the global batch stays 16" in said
+    assert "All ranks start again." in said
+    assert losses(place, f"oom{ranks}") == losses(place, f"half{ranks}")
+
+
+def test_a_second_time_ends_the_run_with_a_remedy(place):
+    words = on(1, place, "twice", 0, deepspeed_config=config(place, 16))
+    status, said, most = run(place, [*words, "--epochs", "1", "--imgsz", "64"])
+    assert status == 0, said
+    words = on(1, place, "again", 0, deepspeed_config=config(place, 16))
+    status, said, _ = run(place, words, most + GIB // 8)
+    assert status == watchdog.STATUS, said
+    assert said.count("ran out of memory") == 2
+    assert "which was halved once already. Lower train_micro_batch_size_per_gpu" in said
+
+
+def test_other_errors_are_none_of_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
+    assert not is_out_of_memory(ValueError("out of memory"))
