@@ -13,6 +13,7 @@ import torch
 import torch.distributed as torch_dist
 
 from dsyolo.errors import UserError
+from dsyolo.parallel.gloo import send_only_shares
 
 T = TypeVar("T")
 
@@ -84,6 +85,7 @@ def join() -> World:
     # DeepSpeed calls some at every step, and only it can change that.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    send_only_shares()
     return world
 
 
