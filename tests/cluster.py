@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,10 @@ class Cluster:
         process = subprocess.Popen(inside, env=everything, start_new_session=True, **options)
         self._processes.append(process)
         return process
+
+    def ssh(self, host: int, words: Sequence[object]) -> list[str]:
+        """For `popen`: `words` as a command on a host, in all of its namespaces. Signals do not reach it."""
+        return ["ssh", "-F", f"{self.folder}/ssh_config", self.names[host], shlex.join(map(str, words))]
 
     def run(self, host: int, command: str, timeout_s: float = 60) -> str:
         """What a short shell command says on a host, in all of its namespaces."""
