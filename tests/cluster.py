@@ -197,6 +197,11 @@ class Cluster:
     def link(self, host: int, *, up: bool) -> None:
         """Pulls a host's cable out of the switch, or puts it back: what is sent is lost without an error."""
         self._on_switch(f"ip link set port{host} {'up' if up else 'down'}")
+        if up:  # the kernel takes its time to believe it
+            other = self.addresses[host - 1]
+            self.run(
+                host, f"until timeout 0.2 bash -c '</dev/tcp/{other}/22' 2>/dev/null; do sleep 0.02; done"
+            )
 
     def pids(self, host: int) -> list[int]:
         """Processes with a host's network, by this machine's ids."""
