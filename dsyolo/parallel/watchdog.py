@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as torch_dist
 
+from dsyolo.environment import read_environment
 from dsyolo.parallel.dist import World, all_gather_objects, device_of_rank
 from dsyolo.parallel.restart import start_again
 
@@ -62,7 +63,7 @@ class Watchdog:
         self._seats = [self._seat]
         if world.size == 1:
             return
-        address = os.environ["MASTER_ADDR"]
+        address = str(read_environment().master_addr)
         keeper = (
             torch_dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
             if world.is_first
