@@ -153,7 +153,9 @@ def train(run: Run) -> int:
 def learn(run: Run, world: World, watch: Watchdog) -> int:
     """Builds everything and trains to the end of the last epoch, or until SIGTERM."""
     config, request = run.config, StopRequest(world)
-    scans = dist.first_on_each_machine(world, lambda: scan_splits(run))
+    crew = dist.ReadingCrew(world, watch.at)
+    scans = scan_splits(run, crew)
+    crew.close()
     checkpoint = dist.decided_by_first(world, lambda: choose_checkpoint(run))
     network, taken = build_network(run, checkpoint)
     data = build_data(run, scans, network)
