@@ -329,7 +329,9 @@ TOP_LEVEL: dict[str, Key | Section | Refused] = {
     "data_efficiency": Refused("curricula and random-LTD work on sequences of tokens. Leave it out."),
     "disable_allgather": Refused("DeepSpeed reads it and uses it nowhere. Leave it out."),
     "eigenvalue": Refused(_REMOVED, NEVER),
-    "elasticity": Refused("DeepSpeed removed it. Leave it out: a resume may use other ranks."),
+    "elasticity": Refused(
+        "DeepSpeed removed it. Leave it out: --resume takes any ranks that divide the batch.", NEVER
+    ),
     "expert_parallel": Refused("a detector has no experts. Leave it out.", NEVER),
     "use_data_before_expert_parallelism": Refused("a detector has no experts. Leave it out."),
     "graph_harvesting": Refused(_REMOVED, NEVER),

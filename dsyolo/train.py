@@ -33,7 +33,14 @@ from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist, stop
-from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, newest_whole, read_manifest
+from dsyolo.parallel.checkpoint import (
+    Checkpoints,
+    Progress,
+    all_checkpoints,
+    newest_whole,
+    read_manifest,
+    saved_progress,
+)
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.stop import StopRequest
 from dsyolo.parallel.watchdog import Watchdog
@@ -78,6 +85,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     run = run_config.parse(argv)
     accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, goes_on = run.folder, run.goes_on()
+    saved = saved_progress(folder / "checkpoints") if goes_on else None
     ds, data, *_ = all_of(
         lambda: ds_config.check(
             run.deepspeed_config,
@@ -85,6 +93,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
             accelerator=accelerator,
             layers=has_parameters(run.model),
             recompute=run.recompute,
+            saved_batch=saved and saved.global_batch,
         ),
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, goes_on),

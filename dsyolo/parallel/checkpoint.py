@@ -234,6 +234,16 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def saved_progress(folder: Path) -> Progress | None:
+    """That of the newest checkpoint in `folder` whose progress can be read; nothing else of it is looked at."""
+    for path in reversed(all_checkpoints(folder)):
+        try:
+            return read_manifest(path, verify=False).progress
+        except UserError:
+            continue  # told when the checkpoint is chosen
+    return None
+
+
 def newest_whole(folder: Path, *, set_aside: bool) -> Path:
     """The newest checkpoint in `folder`, with its checksums compared.
 
