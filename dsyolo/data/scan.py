@@ -131,7 +131,7 @@ def _stamp(image: str) -> str:
 def _size_and_time(path: str | Path) -> str:
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # the second: a path that cannot be one
         return "-"
     return f"{status.st_size} {status.st_mtime_ns}"
 

@@ -9,6 +9,7 @@ import json
 import os
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,13 @@ def load_cache(cache_file: Path, key: str) -> Scan | None:
     if hashlib.sha256(payload).digest() != raw[:32]:
         warnings.warn(f"{cache_file} is damaged: all files are read again", stacklevel=3)
         return None
-    with np.load(io.BytesIO(payload), allow_pickle=False) as stored:
-        header = json.loads(stored["header"].tobytes())
-        if header["key"] != key:
-            return None
-        problems = tuple(Problem(*problem) for problem in header["problems"])
-        return Scan(header["num_classes"], **{name: stored[name] for name in ARRAYS}, problems=problems)
+    try:
+        with np.load(io.BytesIO(payload), allow_pickle=False) as stored:
+            header = json.loads(stored["header"].tobytes())
+            if header["key"] != key:
+                return None
+            problems = tuple(Problem(*problem) for problem in header["problems"])
+            return Scan(header["num_classes"], **{name: stored[name] for name in ARRAYS}, problems=problems)
+    except (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+        warnings.warn(f"{cache_file} is not used, and all files are read again: {error}", stacklevel=3)
+        return None
