@@ -310,6 +310,7 @@ def build_record(
         deepspeed_json=parts.engine.deepspeed_json,
         info=parts.info,
         load_rgb=lambda index: val_set.load(index, max(val_set.truth(index)[0])).image,
+        draw=tracker.painter.draw,
         picture=tracker.pictures,
     )
     return tracker, record

@@ -35,7 +35,7 @@ GROUND = (
 )
 LAYERS = (
     GROUND,
-    ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "sinks", "account"),
+    ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "painter", "sinks", "account"),
     ("parallel",),
     ("validate", "track", "record"),
     ("build",),
