@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from test_layers import FILES, each, name_of, parse
 
 from dsyolo import config, untrusted
@@ -423,3 +424,48 @@ def test_the_check_sees_what_runs_code(source):
     assert not list(
         code_running(ast.parse("np.load(x, allow_pickle=False); subprocess.run([x]); json.loads(x)"))
     )
+
+
+def load_tampered(folder: Path) -> list[tuple[str, bool]]:
+    """What loading says of each kind of tampering, and whether the weights are as before."""
+    import training
+
+    engine, shards, ema, checkpoints = training.build(1, folder)
+    training.train(engine, ema, 0, 1)
+    progress = Progress(total_steps=9, epochs=3, num_images=24, global_batch=8, seed=0, step=1)
+    checkpoints.save(progress)
+    path = folder / "step_00000001"
+    (file,) = path.glob("*.safetensors")
+    whole, manifest = load_file(file), (path / "progress.json").read_text()
+    training.train(engine, ema, 1, 2)
+    before = training.whole(shards, shards.masters())
+    told = []
+    name = "stem.conv.weight"
+    for key, tensor in (
+        (f"optimizer/momentum_buffer/{name}", torch.full_like(whole[f"param/{name}"], torch.inf)),
+        (f"optimizer/momentum_buffer/{name}", torch.zeros(3)),
+        (f"optimizer/surprise/{name}", whole[f"param/{name}"]),
+        (f"ema/{name}", whole[f"ema/{name}"].half()),
+        ("buffers/ema", torch.zeros(5)),
+    ):
+        file.unlink()  # mapped by who read it
+        save_file({**whole, key: tensor}, file)
+        parts = json.loads(manifest)
+        parts["files"][file.name] = checkpoint._sha256(file)
+        parts["tensors"][key] = file.name
+        (path / "progress.json").write_text(json.dumps(parts))
+        try:
+            checkpoints.load(path)
+            told.append(("loaded", False))
+        except UserError as error:
+            after = training.whole(shards, shards.masters())
+            told.append((str(error), all(torch.equal(after[key], one) for key, one in before.items())))
+    return told
+
+
+def test_a_checkpoint_is_checked_whole_before_anything_of_it_is_taken(tmp_path):
+    (told,) = run_ranks(1, load_tampered, tmp_path)
+    said = ("NaN or infinity", "(3,) in it", "SGD has no such state", "type F16", "(5,) in it")
+    for (text, unchanged), expected in zip(told, said, strict=True):
+        assert expected in text
+        assert unchanged
