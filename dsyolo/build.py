@@ -12,6 +12,7 @@ from dsyolo.account import Load, predict, table, verdict
 from dsyolo.assign import Assigner
 from dsyolo.config import RunConfig
 from dsyolo.data.augment import Augmentation
+from dsyolo.data.crew import Crew
 from dsyolo.data.dataset import DetectionDataset, Scan, refuse_unknown_classes, scan
 from dsyolo.data.formats import DataSpec
 from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, largest_size_px
@@ -153,14 +154,23 @@ def build_data(run: Run, scans: tuple[Scan, Scan], network: YOLOv5) -> Data:
     return Data(stream, train_loader, val_loader, train_set, val_set)
 
 
-def scan_splits(run: Run) -> tuple[Scan, Scan]:
+def scan_splits(run: Run, crew: Crew | None = None) -> tuple[Scan, Scan]:
     """Reads both splits, from the cache where they are there, and says what is in them.
+
+    Args:
+        crew: the ranks, each of which reads its share; None: this process reads all.
 
     Raises:
         UserError: no usable image in one, or labels of classes that data.yaml does not name.
     """
     scans = {
-        split: scan(getattr(run.data, split), run.data.num_classes, progress=run.world.is_first)
+        split: scan(
+            getattr(run.data, split),
+            run.data.num_classes,
+            workers=dist.num_readers(run.world),
+            progress=run.world.is_first,
+            crew=crew,
+        )
         for split in ("train", "val")
     }
     refuse_unknown_classes(run.data, scans)
@@ -328,6 +338,7 @@ def _build_record(run: Run, data: Data, progress: Progress, parts: Parts) -> tup
         deepspeed_json=parts.engine.deepspeed_json,
         info=parts.info,
         load_rgb=lambda index: val_set.load(index, max(val_set.truth(index)[0])).image,
+        draw=tracker.painter.draw,
         picture=tracker.pictures,
     )
     return tracker, record

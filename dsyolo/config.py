@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from dsyolo.errors import UserError
 from dsyolo.options import extra_of, read_options
 from dsyolo.problems import did_you_mean, validate
+from dsyolo.untrusted import BadYamlError, parse_yaml, read_text
 
 MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsmlx")
 RECOMPUTE_RULE = '"none", "blocks" or a budget in GiB like "4.5GiB"'
@@ -379,12 +380,12 @@ def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
 
 def _read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(read_text(path))
+    except BadYamlError as error:
+        problems.append(str(error))
+        return {}
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}.")
-        return {}
-    except yaml.YAMLError as error:
-        problems.append(f"not YAML: {' '.join(str(error).split())}.")
         return {}
     if values is None:
         return {}

@@ -24,14 +24,29 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 
 
 def batch_triple(
-    source: Mapping[str, Any], sane: Mapping[str, Any], world_size: int, stages: int, problems: list[str]
+    source: Mapping[str, Any],
+    sane: Mapping[str, Any],
+    world_size: int,
+    stages: int,
+    problems: list[str],
+    saved_batch: int | None = None,
 ) -> tuple[int, int, int] | None:
-    """(global batch, micro-batch, accumulation), derived as DeepSpeed does: rounded down, then compared."""
+    """(global batch, micro-batch, accumulation), derived as DeepSpeed does: rounded down, then compared.
+
+    Args:
+        saved_batch: global batch of the run that goes on: it stays, and the others are fitted to the ranks.
+    """
     if any(key in source and key not in sane for key in BATCH_KEYS):
         return None  # refused itself
     train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
     num = world_size // stages
     ranks = f"{num} {'data-parallel ' if stages > 1 else ''}rank{'s' if num > 1 else ''}"
+    if saved_batch and train in (None, saved_batch) and (micro or train):
+        if saved_batch % num:
+            rule = f"{saved_batch} when it was saved, and {ranks} do not divide it"
+            problems.append(f"train_batch_size: {rule}. Use {_dividing(saved_batch, num, stages)}.")
+            return None
+        return _fitted(saved_batch, micro, steps, num)
     if train is None and micro is None:
         rule = "missing, and so is train_micro_batch_size_per_gpu"
         problems.append(
@@ -61,6 +76,8 @@ def batch_triple(
         remedy = f"Set it to {total}, or leave it out."
     else:
         remedy = f"Set it to {f'{total} or ' if total else ''}{total + steps * num}."
+        if train % num:
+            remedy += f" Or use {_dividing(train, num, stages)}."
     sum_ = f"{micro} per GPU x {steps} accumulation x {ranks} = {total}"
     problems.append(f"train_batch_size: {train} given, but {sum_}. {remedy}")
     return None
@@ -75,6 +92,26 @@ def halve(batch: tuple[int, int, int], problems: list[str]) -> tuple[int, int, i
         f"{BATCH_KEYS[1]}: {micro} given with --halve_micro_batch, but it is odd. Leave that out: --no-halve_micro_batch."
     )
     return None
+
+
+def _fitted(total: int, micro: int | None, steps: int | None, num: int) -> tuple[int, int, int]:
+    """The triple on another number of ranks: what was given, or else the largest micro-batch below it that fits."""
+    share = total // num
+    if micro is None:
+        micro = share // steps if steps and share % steps == 0 else share
+    micro = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
+    return total, micro, share // micro
+
+
+def _dividing(batch: int, num: int, stages: int) -> str:
+    """Numbers of ranks near `num` x `stages` that divide a batch, in words."""
+    below, above = (
+        [n for n in range(1, batch + 1) if batch % n == 0 and (n > num) == up] for up in (False, True)
+    )
+    told = [str(n * stages) for n in (*below[-4:], *above[:1])]
+    return (
+        f"{' or '.join(filter(None, (', '.join(told[:-1]), told[-1])))} rank{'s' if told[-1] != '1' else ''}"
+    )
 
 
 def pipeline(

@@ -197,6 +197,7 @@ def check(
     layers: Sequence[bool] | None = None,
     recompute: str = "auto",
     halved: bool = False,
+    saved_batch: int | None = None,
 ) -> DsConfig:
     """The DeepSpeed configuration of a file or dict, for so many ranks.
 
@@ -207,6 +208,8 @@ def check(
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
         recompute: what the command line says of it; `auto` leaves it to the JSON.
         halved: half of the JSON's micro-batch, twice the accumulation.
+        saved_batch: global batch of the run that goes on. It stays on any ranks that divide it: micro-batch and
+            accumulation are fitted, where a run that begins must have them right.
 
     Raises:
         UserError: every problem of the file, each with what was given, the rule and the remedy.
@@ -217,7 +220,8 @@ def check(
     source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
     result = None
     if source is not None:
-        result = _resolve(path, source, world_size, accelerator, layers, recompute, halved, problems)
+        more = (accelerator, layers, recompute, halved, saved_batch)
+        result = _resolve(path, source, world_size, *more, problems)
     if problems or result is None:
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
         raise UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
@@ -232,6 +236,7 @@ def _resolve(
     layers: Sequence[bool] | None,
     recompute: str,
     halved: bool,
+    saved_batch: int | None,
     problems: list[str],
 ) -> DsConfig | None:
     """The whole, or None; problems are added in the order in which a reader wants them."""
@@ -239,7 +244,7 @@ def _resolve(
     sane = sane_part(source, faults)
     zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
     stages, partition = pipeline(sane, zero_stage, world_size, layers, faults)
-    batch = batch_triple(source, sane, world_size, stages, problems)
+    batch = batch_triple(source, sane, world_size, stages, problems, saved_batch)
     problems += faults
     optimizer, params = optimizer_and_params(sane, problems)
     kind = precision(sane, accelerator, zero_stage, problems)

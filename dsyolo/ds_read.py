@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dsyolo.config import RECIPE_KEYS, RUN_KEYS
 from dsyolo.ds_keys import MAX_GRAD_NORM, NOT_BUILT_YET, OPTIMIZERS, TOP_LEVEL, Key, Refused, Section
 from dsyolo.problems import did_you_mean
+from dsyolo.untrusted import read_text
 
 # ---- the file
 
@@ -26,7 +26,7 @@ class _Object(dict[str, Any]):
 def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
     """The object of a strict JSON file (no comments, no NaN, no key twice), or None."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path)
         source = json.loads(
             text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole_number
         )

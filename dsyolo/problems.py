@@ -12,6 +12,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from dsyolo.untrusted import shortened
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -41,14 +43,15 @@ def validate(
             elif fault["type"] == "value_error":
                 problems.append(f"{prefix}{key}: {fault['ctx']['error']}")
             else:
-                given = fault["input"]
-                remedy = did_you_mean(str(given), choices_of(field)) or _nearest(given, field)
+                given = shortened(str(fault["input"]))
+                remedy = did_you_mean(given, choices_of(field)) or _nearest(given, field)
                 problems.append(f"{prefix}{key}: {given} given, but it must be {rule_of(field)}. {remedy}")
     return None
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """A question with the known word nearest to `word`, upper or lower case, or nothing."""
+    word = shortened(word)
     by_lower = {one.lower(): one for one in sorted(known)}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f"Did you mean {prefix}{by_lower[close[0]]}?" if close else ""

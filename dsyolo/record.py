@@ -50,7 +50,8 @@ class Record:
         deepspeed_json: as used, for deepspeed.json.
         info: goes into the weights files.
         load_rgb: the original (H, W, 3) image of a validation image's index.
-        picture: told the path of each picture that is written.
+        draw: given a name and what draws it, does it soon (`Painter.draw`).
+        picture: told the path of each picture that is written, by whoever draws it.
     """
 
     keeps_weights = True
@@ -63,10 +64,12 @@ class Record:
         deepspeed_json: Mapping[str, Any],
         info: WeightsInfo,
         load_rgb: Callable[[int], np.ndarray],
+        draw: Callable[[str, Callable[[], None]], None],
         picture: Callable[[Path], None],
     ) -> None:
         self.folder = folder
-        self._info, self._load_rgb, self._picture = info, load_rgb, picture
+        self._info, self._load_rgb = info, load_rgb
+        self._draw, self._picture = draw, picture
         self._table = ""
         (folder / "weights").mkdir(parents=True, exist_ok=True)
         _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
@@ -84,11 +87,15 @@ class Record:
         return None
 
     def validated(self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool) -> None:
-        """Writes predictions.jpg, a grid of the first validation images with what was found."""
+        """Has predictions.jpg drawn, a grid of the first validation images with what was found."""
         if is_best or not self._table:
             self._table = metrics.table()
+        shown = list(found[:GRID_IMAGES])
+        self._draw("predictions.jpg", lambda: self._write_grid(shown))
+
+    def _write_grid(self, found: Sequence[tuple[Truth, Detections]]) -> None:
         cells = []
-        for truth, detections in found[:GRID_IMAGES]:
+        for truth, detections in found:
             shown = detections.scores > SHOWN_SCORE
             detections = Detections(*(values[shown] for values in detections))
             cells.append(draw(self._load_rgb(truth.image_id), detections, self._info.names, truth=truth))

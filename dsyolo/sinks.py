@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -88,6 +89,7 @@ class WandbRun:
     ) -> None:
         self.run_id = run_id
         self._run: Any = None
+        self._lock = threading.Lock()
         if mode != "disabled":
             self._guarded(self._init, folder, mode, project, name, dict(config))
 
@@ -130,7 +132,8 @@ class WandbRun:
 
     def _guarded(self, call: Callable[..., Any], *args: Any) -> None:
         try:
-            call(*args)
+            with self._lock:  # pictures come from the thread that draws them
+                call(*args)
         except Exception as error:  # W&B's own, requests', OSError, protobuf's: whatever it is
             self._run = None
             warnings.warn(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dsyolo.batch import StepStats
 from dsyolo.metrics import Metrics
+from dsyolo.painter import Painter
 from dsyolo.parallel.memory import process_memory_gib
 from dsyolo.pictures import save_curves
 from dsyolo.sinks import MetricsFile, WandbRun
@@ -33,7 +34,9 @@ PANELS = {  # of results.png: by title the lines, each a name and its key in an 
     "images/s": {"images/s": "images_per_s"},
     "peak memory (GiB)": {"memory": "memory_gib"},
 }
-PLOT_SHARE = 0.01  # of the run's time that drawing results.png may take: the other ranks wait meanwhile
+PLOT_SHARE = (
+    0.01  # of the run's time that drawing results.png may take: it takes it from the training's cores
+)
 
 
 class ProgressLike(Protocol):
@@ -93,6 +96,9 @@ class NullTracker:
 class RunTracker:
     """Of the one rank that tells.
 
+    Attributes:
+        painter: draws pictures of the run; what it has to draw is there once the tracker is closed.
+
     Args:
         folder: of the run; exists.
         start: where the run starts. In `metrics.jsonl` what lies after it is dropped, so that the file of a
@@ -142,6 +148,7 @@ class RunTracker:
         if state.get("num_summed"):
             self._loss_sum, self._num_summed = torch.tensor(state["loss_sum"]), state["num_summed"]
         self._lr, self._step = 0.0, start.step
+        self.painter = Painter()
         self._next_plot = 0.0
         self._num_skipped = 0  # since the last logged step
         self._closed = False
@@ -196,7 +203,7 @@ class RunTracker:
         self.say(line)
         self._loss_sum, self._num_summed = None, 0
         if now >= self._next_plot:
-            self._plot()
+            self.painter.draw("results.png", self._plot)
         self.begin(progress)
 
     def say(self, text: str) -> None:
@@ -221,7 +228,8 @@ class RunTracker:
             return
         self._closed = True
         self._bar.close()
-        self._plot()
+        self.painter.draw("results.png", self._plot)
+        self.painter.close()
         self._rows.close()
         self._wandb.close()
 

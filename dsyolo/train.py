@@ -33,7 +33,14 @@ from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist, stop
-from dsyolo.parallel.checkpoint import Checkpoints, Progress, all_checkpoints, newest_whole, read_manifest
+from dsyolo.parallel.checkpoint import (
+    Checkpoints,
+    Progress,
+    all_checkpoints,
+    newest_whole,
+    read_manifest,
+    saved_progress,
+)
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.restart import is_out_of_memory
 from dsyolo.parallel.stop import StopRequest
@@ -84,6 +91,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     run = run_config.parse(argv)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, goes_on = run.folder, run.goes_on()
+    saved = saved_progress(folder / "checkpoints") if goes_on else None
     ds, data, *_ = all_of(
         lambda: ds_config.check(
             run.deepspeed_config,
@@ -92,6 +100,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
             layers=has_parameters(run.model),
             recompute=run.recompute,
             halved=run.halve_micro_batch,
+            saved_batch=saved and saved.global_batch,
         ),
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, goes_on),
@@ -177,7 +186,9 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
 def learn(run: Run, world: World, watch: Watchdog) -> int:
     """Builds everything and trains to the end of the last epoch, or until SIGTERM."""
     config, request = run.config, StopRequest(world)
-    scans = dist.first_on_each_machine(world, lambda: scan_splits(run))
+    crew = dist.ReadingCrew(world, watch.at)
+    scans = scan_splits(run, crew)
+    crew.close()
     checkpoint = dist.decided_by_first(world, lambda: choose_checkpoint(run))
     network, taken = build_network(run, checkpoint)
     data = build_data(run, scans, network)

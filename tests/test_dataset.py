@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dsyolo.data import images, labels
+from dsyolo.data import images, labels, scanned
 from dsyolo.data import scan as scan_module
 from dsyolo.data.dataset import DetectionDataset, Scan, default_cache_dir, scan, scan_file
 from dsyolo.errors import UserError
@@ -179,9 +179,9 @@ def test_backgrounds_and_polygons(tmp_path):
 def test_scan_file_is_what_scan_is_made_of(tmp_path):
     names = [f"{i}.jpg" for i in range(5)]
     paths = [str(add(tmp_path, name)) for name in names]
-    alone = scan_module.build_scan([scan_file(path, NUM_CLASSES) for path in paths], NUM_CLASSES)
+    alone = scanned.build_scan([scan_file(path, NUM_CLASSES) for path in paths], NUM_CLASSES)
     together = read(tmp_path, workers=3)
-    for name in scan_module._ARRAYS:
+    for name in scanned.ARRAYS:
         np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
 
 
@@ -291,7 +291,7 @@ def test_the_second_scan_comes_from_the_cache_problems_and_all(tmp_path, reads):
     assert len(reads) == 2
     assert first.problems == second.problems
     assert second.num_classes == NUM_CLASSES
-    for name in scan_module._ARRAYS:
+    for name in scanned.ARRAYS:
         before, after = getattr(first, name), getattr(second, name)
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)

@@ -12,6 +12,7 @@ import pytest
 
 from dsyolo import ds_keys
 from dsyolo.config import RECIPE_KEYS, RUN_KEYS
+from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.ds_config import MAX_BUCKET_ELEMENTS, DsConfig, check
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import has_parameters
@@ -133,7 +134,11 @@ def test_batch_is_derived_as_deepspeed_does(
         ({}, "train_batch_size: missing, and so is train_micro_batch_size_per_gpu. Give one of them"),
         ({"gradient_accumulation_steps": 2}, "train_batch_size: missing"),
         ({"train_batch_size": 100}, "16 per GPU x 1 accumulation x 6 ranks = 96. Set it to 96 or 102."),
-        ({"train_batch_size": 5}, "0 per GPU x 1 accumulation x 6 ranks = 0. Set it to 6."),
+        (
+            {"train_batch_size": 5},
+            "0 per GPU x 1 accumulation x 6 ranks = 0. Set it to 6. Or use 1 or 5 ranks.",
+        ),
+        ({"train_batch_size": 64}, "Set it to 60 or 66. Or use 1, 2, 4 or 8 ranks."),
         (
             {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16},
             "64 given, but 16 per GPU x 6 ranks = 96 already. Set it to 96, or lower train_micro_batch",
@@ -147,6 +152,42 @@ def test_batch_is_derived_as_deepspeed_does(
 def test_wrong_arithmetic(config: dict[str, Any], problem: str) -> None:
     (line,) = problems_of(config, 6)
     assert problem in line
+
+
+def test_a_run_that_goes_on_keeps_its_global_batch_on_other_ranks() -> None:
+    def triple(
+        saved: int, world_size: int, train=None, micro=None, steps=None, stages=1
+    ) -> tuple[int, int, int]:
+        given = dict(zip(BATCH_KEYS, (train, micro, steps), strict=True))
+        source = {key: value for key, value in given.items() if value is not None}
+        source["pipeline"] = {"stages": stages}
+        config = check(source, world_size=world_size, accelerator="cpu", saved_batch=saved)
+        return config.global_batch, config.micro_batch, config.accumulation
+
+    assert triple(48, 8, train=48) == (48, 6, 1)
+    assert triple(48, 6, train=48) == (48, 8, 1)
+    assert triple(48, 6, train=48, steps=4) == (48, 2, 4)
+    assert triple(48, 8, train=48, steps=4) == (48, 6, 1)  # as given it would be 1.5 per GPU
+    assert triple(48, 6, train=48, micro=4) == (48, 4, 2)
+    assert triple(48, 8, train=48, micro=4) == (48, 3, 2)  # 4 per GPU on 8 ranks leaves 1.5 steps
+    assert triple(48, 8, train=48, micro=3, steps=2) == (48, 3, 2)
+    assert triple(48, 6, train=48, micro=3, steps=2) == (48, 2, 4)
+    assert triple(48, 1, train=48, micro=3, steps=2) == (48, 3, 16)
+    assert triple(48, 6, micro=4) == (48, 4, 2)  # where the JSON alone would mean 24
+    assert triple(48, 8, train=48, micro=4, stages=2) == (48, 4, 3)
+    assert triple(48, 6, train=36) == (
+        36,
+        6,
+        1,
+    )  # of another run, which is refused when the checkpoint is read
+    with pytest.raises(UserError) as caught:
+        triple(64, 6, train=64, micro=4)
+    (line,) = caught.value.problems
+    assert line == (
+        "train_batch_size: 64 when it was saved, and 6 ranks do not divide it. Use 1, 2, 4 or 8 ranks."
+    )
+    with pytest.raises(UserError, match=r"3 data-parallel ranks do not divide it. Use 2, 4 or 8 ranks"):
+        triple(64, 6, micro=4, stages=2)
 
 
 # ---- keys and types

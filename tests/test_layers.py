@@ -23,6 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 GROUND = (
     "errors",
     "environment",
+    "untrusted",
     "problems",
     "options",
     "config",
@@ -35,7 +36,7 @@ GROUND = (
 )
 LAYERS = (
     GROUND,
-    ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "sinks", "account"),
+    ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "painter", "sinks", "account"),
     ("parallel",),
     ("validate", "track", "record"),
     ("build",),

@@ -237,6 +237,7 @@ def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
     tracker, progress = RunTracker(tmp_path, Progress(), log_every=100), Progress()
     for epoch, num_drawn in enumerate([1, 1, 2, 2], start=1):
         go_on(tracker, progress, until_step=epoch * STEPS_PER_EPOCH)
+        tracker.painter.wait()
         assert len(drawn) == num_drawn
         clock.now += 60.0
     tracker.close()

@@ -10,13 +10,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsyolo.data.labels import Labels, Problem, read_labels
 from dsyolo.errors import UserError
+from dsyolo.untrusted import BadYamlError, parse_yaml, read_text, shortened
 
 __all__ = [
     "DataSpec",
@@ -35,6 +35,9 @@ IMAGE_SUFFIXES = frozenset(
     | {".pfm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 SPLITS = ("train", "val", "test")
+MOST_CLASSES = 100_000
+MOST_PATH = 4096  # characters: no system opens longer ones
+MOST_LIST_BYTES = 1 << 30  # ten million images
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,6 @@ class DataSpec:
 
 
 # ---- data.yaml
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, where YAML readers take the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice", key.start_mark
-                )
-            seen.add((key.tag, str(key.value)))
-        return super().construct_mapping(node, deep)
 
 
 def read_data_yaml(path: str | Path, required: Sequence[str] = ("train", "val")) -> DataSpec:
@@ -94,7 +83,7 @@ def read_data_yaml(path: str | Path, required: Sequence[str] = ("train", "val"))
 
 def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
     try:
-        given = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        given = parse_yaml(read_text(path))
     except FileNotFoundError:
         beside = (
             sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
@@ -108,15 +97,12 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
             else "`dsyolo sample DST` draws a data set to try."
         )
         raise UserError(headline, [f"no such file (working directory {Path.cwd()}). {remedy}"]) from None
+    except BadYamlError as error:
+        raise UserError(headline, [str(error)]) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(headline, [f"cannot be read: {error}"]) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}: " if mark else ""
-        reason = getattr(error, "problem", None) or "not YAML"
-        if isinstance(error, yaml.constructor.ConstructorError):  # YAML, but not to be understood
-            raise UserError(headline, [f"{place}{reason}."]) from error
-        raise UserError(headline, [f"{place}not YAML: {reason}. Give `key: value` lines."]) from error
+        raise UserError(
+            headline, [f"cannot be read: {getattr(error, 'strerror', None) or error}."]
+        ) from error
     if not isinstance(given, dict):
         kind = "empty" if given is None else f"a {type(given).__name__}"
         raise UserError(headline, [f"{kind}, but it must map keys to values: train, val and names."])
@@ -132,9 +118,10 @@ def _missing_key(key: str, given: dict[str, Any], what: str) -> str:
 def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     names, num_given = given.get("names"), given.get("nc")
     if num_given is not None and (
-        isinstance(num_given, bool) or not isinstance(num_given, int) or num_given < 1
+        isinstance(num_given, bool) or not isinstance(num_given, int) or not 1 <= num_given <= MOST_CLASSES
     ):
-        problems.append(f"nc: {num_given!r} given. It is the number of classes, at least 1; or leave it out.")
+        rule = f"It is the number of classes, 1 to {MOST_CLASSES:,}; or leave it out."
+        problems.append(f"nc: {shortened(repr(num_given))} given. {rule}")
         num_given = None
     if names is None:
         if num_given is not None and "names" not in given:
@@ -145,11 +132,11 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
         if not all(isinstance(k, int) and not isinstance(k, bool) for k in names):
             problems.append(f"names: keys must be whole numbers from 0, {list(names)[:5]} given.")
             return ()
-        gaps = sorted(set(range(max(names, default=-1) + 1)) - set(names))
+        gaps = list(islice((k for k in range(max(names, default=-1)) if k not in names), 5))
         if gaps or any(k < 0 for k in names):
             problems.append(
                 f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but "
-                + (f"{', '.join(map(str, gaps[:5]))} missing." if gaps else "a key is negative.")
+                + (f"{', '.join(map(str, gaps))} missing." if gaps else "a key is negative.")
             )
             return ()
         names = [names[k] for k in sorted(names)]
@@ -158,7 +145,11 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
         or not names
         or any(isinstance(n, (dict, list)) or n is None for n in names)
     ):
-        problems.append(f"names: {names!r} given. Give at least one class, as a list or as a map `0: cat`.")
+        rule = "Give at least one class, as a list or as a map `0: cat`."
+        problems.append(f"names: {shortened(repr(names))} given. {rule}")
+        return ()
+    if len(names) > MOST_CLASSES:
+        problems.append(f"names: {len(names):,} classes given, and {MOST_CLASSES:,} is the most.")
         return ()
     if any(isinstance(name, bool) for name in names):
         rule = "YAML takes yes, no, on, off, true and false for these. Put the names in quotes"
@@ -176,8 +167,10 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
 
 def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:
     root = given.get("path") or "."
-    if not isinstance(root, str):
-        problems.append(f"path: {root!r} given. It is the folder that train and val are relative to.")
+    if not isinstance(root, str) or len(root) > MOST_PATH:
+        problems.append(
+            f"path: {shortened(repr(root))} given. It is the folder that train and val are relative to."
+        )
         return path.parent
     candidates = [path.parent / Path(root).expanduser(), Path(root).expanduser()]
     for candidate in candidates:
@@ -201,6 +194,9 @@ def _split(
     found: list[Path] = []
     missing: list[str] = []
     for entry in map(str, entries):
+        if len(entry) > MOST_PATH:
+            missing.append(f"{split}: {shortened(entry)} is longer than any path.")
+            continue
         # Exported data sets often say `../train/images` and mean the folder beside the file.
         candidates = [root / entry, *([root / entry[3:]] if entry.startswith("../") else []), Path(entry)]
         here = next((c for c in candidates if c.exists()), None)
@@ -258,7 +254,7 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
             try:
                 images += _listed_images(source)
             except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{source}: cannot be read as a list of images: {error}")
+                problems.append(f"{source}: cannot be read as a list of images: {shortened(str(error))}")
         else:
             problems.append(f"{source}: no such folder, image or list file.{_near(source)}")
     if not problems and not images:
@@ -291,7 +287,7 @@ def _walk(folder: Path) -> list[Path]:
 
 def _listed_images(list_file: Path) -> list[Path]:
     images: list[Path] = []
-    for line in list_file.read_text(encoding="utf-8-sig").splitlines():
+    for line in read_text(list_file, MOST_LIST_BYTES).splitlines():
         line = line.strip()
         if not line:
             continue

@@ -12,7 +12,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from dsyolo.untrusted import read_bytes
+
 MIN_SIDE_PX = 10
+MOST_IMAGE_BYTES = 1 << 30  # OpenCV reads at most 2^30 pixels
 
 NOT_FOUND = "image file cannot be read (left out)"
 NOT_AN_IMAGE = "not an image (left out)"
@@ -36,10 +39,9 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
         size_hw in px, or None with a reason and a detail.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        return None, NOT_FOUND, error.strerror or str(error)
+        data = read_bytes(path, MOST_IMAGE_BYTES)
+    except (OSError, ValueError) as error:  # the second: a path that cannot be one
+        return None, NOT_FOUND, getattr(error, "strerror", None) or str(error)
     if not data:
         return None, NOT_AN_IMAGE, "the file is empty"
     cut = _truncation(data)

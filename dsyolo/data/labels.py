@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsyolo.untrusted import read_bytes
+
 UNREADABLE_LABEL = "label file cannot be read"
 WRONG_COLUMNS = "wrong number of columns (row left out)"
 NOT_A_NUMBER = "not a number (row left out)"
@@ -28,6 +30,7 @@ DUPLICATE = "duplicate row (left out)"
 OUTSIDE_LIMIT = 0.01
 # Under this overhang (0.6 px of 640) a clipped corner is rounding, and not worth a report.
 ROUNDING = 1e-3
+MOST_LABEL_BYTES = 64 << 20
 
 
 class Problem(NamedTuple):
@@ -79,8 +82,7 @@ def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Proble
         the rows that can be used (duplicates of class and box once), and what was wrong with the others.
     """
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
+        raw = read_bytes(path, MOST_LABEL_BYTES)
     except FileNotFoundError:
         return no_labels(), []
     except OSError as error:

@@ -5,20 +5,23 @@ Only safetensors are read: nothing in such a file can run.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import P5, P6, VARIANTS, YOLOv5, build_yolov5
+from dsyolo.untrusted import pickled, shortened
 
 METADATA_KEY = "dsyolo"
+MOST_BYTES = 4 << 30
+DTYPES = ("F32", "F16", "BF16", "F64", "I64")  # the last: counts of batches, in YOLOv5's own files
+PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 class WeightsInfo(BaseModel):
@@ -28,7 +31,7 @@ class WeightsInfo(BaseModel):
 
     variant: str
     names: tuple[str, ...]
-    image_size_px: int
+    image_size_px: int = Field(ge=32, le=1 << 14)
     anchors_px: tuple[tuple[tuple[float, float], ...], ...]
 
 
@@ -96,18 +99,18 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsInfo | Non
         )
     if not path.is_file():
         raise UserError(headline, ["there is no such file. Nothing is downloaded: put the file there."])
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        raise UserError(
-            headline,
-            [
-                f"{path.suffix} files are pickled, and reading one may run code from it; only .safetensors is read. "
-                "Where you trust it, convert it once in the environment that wrote it: "
-                "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
-            ],
-        )
+    _refuse_pickled(path, headline)
+    if path.stat().st_size > MOST_BYTES:
+        rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and the largest network has 0.6"
+        raise UserError(headline, [f"{rule}. It is no file of a detector's weights alone."])
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
+            types = {name: file.get_slice(name).get_dtype() for name in names}
+            if other := [name for name, type_ in types.items() if type_ not in DTYPES]:
+                rule = f"{other[0]} is of type {types[other[0]]}, and weights are {', '.join(DTYPES)}"
+                raise UserError(headline, [f"{rule}. Save them in fp32."])
+            tensors = {name: file.get_tensor(name) for name in names}
             text = (file.metadata() or {}).get(METADATA_KEY)
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -124,9 +127,23 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsInfo | Non
         except ValueError as error:
             raise UserError(headline, [f"{error}."]) from None
     try:
-        return tensors, None if text is None else WeightsInfo.model_validate(json.loads(text))
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise UserError(headline, [f"its metadata is damaged ({error}). Take another copy."]) from None
+        return tensors, None if text is None else WeightsInfo.model_validate_json(text)
+    except ValidationError as error:
+        what = shortened(str(error))
+        raise UserError(headline, [f"its metadata is damaged ({what}). Take another copy."]) from None
+
+
+def _refuse_pickled(path: Path, headline: str) -> None:
+    what = f"{path.suffix} files are pickled" if path.suffix in PICKLED_SUFFIXES else ""
+    if not what and (found := pickled(path)):
+        what = f"it is {found}, whatever its name says"
+    if what:
+        remedy = (
+            "Where you trust it, convert it once in the environment that wrote it: "
+            "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
+        )
+        rule = "reading one may run code from it; only safetensors is read"
+        raise UserError(headline, [f"{what}, and {rule}. {remedy}"])
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -181,6 +198,15 @@ def rebuild(path: Path) -> tuple[YOLOv5, WeightsInfo]:
             headline, [f"its metadata says {info.variant}, but the variants are {', '.join(VARIANTS)}."]
         )
     try:
+        with torch.device("meta"):  # before memory is taken for as many classes as the file says
+            expected = build_yolov5(info.variant, len(info.names)).state_dict()
+        if wrong := [
+            name
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ]:
+            shapes = [tuple(one[wrong[0]].shape) for one in (tensors, expected)]
+            raise ValueError(f"{wrong[0]} is {shapes[0]} and not {shapes[1]}")
         network = build_yolov5(info.variant, len(info.names))
         network.load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:

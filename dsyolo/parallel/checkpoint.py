@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -27,10 +28,14 @@ from dsyolo.errors import UserError
 from dsyolo.parallel.dist import World, barrier, problem_of_any, share_of
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.folder import FIRST_STATE
 from dsyolo.parallel.shards import Shards
+from dsyolo.untrusted import read_bytes, shortened
 
 FORMAT = 1
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
+MOST_MANIFEST_BYTES = 16 << 20  # the largest network's, saved by a thousand ranks, has half a MiB
+_FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
 
 
 class Progress(BaseModel):
@@ -151,7 +156,7 @@ class Checkpoints:
         """
         manifest = read_manifest(path, verify=verify)
         reader = _Reader(path, manifest)
-        self._check_tensors(reader)
+        self._check_tensors(reader, manifest)
         shards = self._shards
         shards.scatter(shards.masters(), lambda name: reader.tensor(f"param/{name}"))
         shards.publish(shards.masters())
@@ -168,13 +173,28 @@ class Checkpoints:
         barrier()
         return manifest.progress
 
-    def _check_tensors(self, reader: _Reader) -> None:
-        kinds = ("param", "ema") if self._ema.tensors else ("param",)
+    def _check_tensors(self, reader: _Reader, manifest: Manifest) -> None:
+        """All that `load` will take, before it changes anything: names, shapes, types and finite values."""
+        averaged = bool(self._ema.tensors)
+        states = {name.split("/")[1] for name in manifest.tensors if name.startswith("optimizer/")}
+        optimizer = type(self._shards.optimizer).__name__
+        if strange := states - set(FIRST_STATE[optimizer][0]):
+            rule = f"{optimizer} has no such state"
+            raise UserError(
+                f"{reader.path} cannot be resumed from", [f"optimizer/{shortened(min(strange))}: {rule}."]
+            )
+        kinds = ["param", *(f"optimizer/{state}" for state in sorted(states)), *(["ema"] if averaged else [])]
+        shapes = {f"{kind}/{name}": tuple(one) for kind in kinds for name, one in self._shards.shapes.items()}
+        buffers = self._engine.buffers
+        flat = tuple(buffers.gathered(buffers.flat).shape)
+        shapes |= dict.fromkeys(["buffers/network", *(["buffers/ema"] if averaged else [])], flat)
         problems = [
-            f"{kind}/{name}: {found or 'nothing'} in it, but {shape} needed. It is of another network or setting."
-            for kind in kinds
-            for name, shape in self._shards.shapes.items()
-            if (found := reader.shape(f"{kind}/{name}")) != shape
+            f"{name}: {found or 'nothing'} in it, but {shape} needed. It is of another network or setting."
+            for name, shape in shapes.items()
+            if (found := reader.shape(name)) != shape
+        ]
+        problems = problems or [
+            f"{name}: {fault}. Take another checkpoint." for name in shapes if (fault := reader.fault(name))
         ]
         if problems:
             more = [f"and {len(problems) - 1} more tensors"] if len(problems) > 1 else []
@@ -249,8 +269,12 @@ class _Reader:
         self._where = manifest.tensors
         try:
             self._files = {name: safe_open(path / name, framework="pt") for name in manifest.files}
+            names = {name: set(file.keys()) for name, file in self._files.items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be resumed from", [f"a file is damaged ({error})."]) from None
+        if lost := [name for name, file in self._where.items() if name not in names[file]]:
+            rule = f"{lost[0]}: progress.json says it is in {self._where[lost[0]]}, and it is not"
+            raise UserError(f"{path} cannot be resumed from", [f"{rule}. Take another copy."])
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where there is no such tensor."""
@@ -261,6 +285,16 @@ class _Reader:
     def tensor(self, name: str) -> torch.Tensor:
         return self._files[self._where[name]].get_tensor(name)
 
+    def fault(self, name: str) -> str | None:
+        """Why a tensor's values cannot be used. Reads them."""
+        kind = self._files[self._where[name]].get_slice(name).get_dtype()
+        if kind != "F32":
+            return f"it is of type {kind}, and a checkpoint's tensors are F32"
+        tensor = self.tensor(name)
+        # Ten times as fast as isfinite().all().
+        finite = not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all()
+        return None if finite else "NaN or infinity in it"
+
 
 def read_buffers(path: Path) -> torch.Tensor:
     """The network's float buffers, flat, in the order of `named_buffers`. Checksums are left to `Checkpoints.load`.
@@ -268,7 +302,11 @@ def read_buffers(path: Path) -> torch.Tensor:
     Raises:
         UserError: a file is missing or cannot be read.
     """
-    return _Reader(path, read_manifest(path, verify=False)).tensor("buffers/network")
+    reader = _Reader(path, read_manifest(path, verify=False))
+    fault = "missing" if reader.shape("buffers/network") is None else reader.fault("buffers/network")
+    if fault:
+        raise UserError(f"{path} cannot be resumed from", [f"buffers/network: {fault}."])
+    return reader.tensor("buffers/network")
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -279,6 +317,16 @@ def all_checkpoints(folder: Path) -> list[Path]:
         if (m := _STEP_FOLDER.match(path.name))
     ]
     return [path for *_, path in sorted(found)]
+
+
+def saved_progress(folder: Path) -> Progress | None:
+    """That of the newest checkpoint in `folder` whose progress can be read; nothing else of it is looked at."""
+    for path in reversed(all_checkpoints(folder)):
+        try:
+            return read_manifest(path, verify=False).progress
+        except UserError:
+            continue  # told when the checkpoint is chosen
+    return None
 
 
 def newest_whole(folder: Path, *, set_aside: bool) -> Path:
@@ -313,13 +361,25 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     """
     headline = f"{path} cannot be resumed from"
     try:
-        manifest = Manifest.model_validate_json((path / "progress.json").read_text())
+        manifest = Manifest.model_validate_json(read_bytes(path / "progress.json", MOST_MANIFEST_BYTES))
     except (OSError, ValueError) as error:  # pydantic's is a ValueError, too long to print
         what = error.strerror if isinstance(error, OSError) else "it is damaged"
         remedy = "Remove this folder to use the one before it."
         raise UserError(headline, [f"progress.json cannot be read ({what}). {remedy}"]) from None
     if manifest.format != FORMAT:
         raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
+    progress, scale = manifest.progress, manifest.loss_scale
+    counts = ((progress.step, progress.total_steps), (progress.epoch, progress.epochs))
+    numbers = [*manifest.optimizer_scalars.values(), *scale.values()]
+    sound = all(0 <= now <= last for now, last in counts) and all(map(math.isfinite, numbers))
+    if not sound or (scale and not {"scale", "good_steps"} <= scale.keys()):
+        raise UserError(headline, ["progress.json has numbers that no run has. Take another copy."])
+    for name in {*manifest.files, *manifest.tensors.values()}:
+        if not _FILE.fullmatch(name) or name not in manifest.files or (path / name).is_symlink():
+            rule = "progress.json may name only safetensors files in its own folder, and no links"
+            raise UserError(
+                headline, [f"{shortened(name)}: {rule}. Take no checkpoint from whoever made this one."]
+            )
     if not verify:
         return manifest
     damaged = [

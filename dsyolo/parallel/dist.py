@@ -7,6 +7,7 @@ import pickle
 import socket
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -142,17 +143,6 @@ def all_gather_objects(item: Any, device: torch.device) -> list[Any]:
     ]
 
 
-def first_on_each_machine(world: World, work: Callable[[], T]) -> T:
-    """Runs `work` on one rank of each machine and then, when its result lies in a cache, on the others.
-
-    Raises:
-        UserError: the first ranks' error, on every rank.
-    """
-    result, error = _attempted(work) if world.local_rank == 0 else (None, None)
-    _agreed(error)
-    return work() if result is None else result
-
-
 def decided_by_first(world: World, work: Callable[[], T]) -> T:
     """Runs `work` on the first rank alone; gives its small result, or raises its UserError, on all of them."""
     result, error = _attempted(work) if world.is_first else (None, None)
@@ -193,6 +183,41 @@ def device_of_rank() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+class ReadingCrew:
+    """All ranks as they read a data set together (data/crew.py): over the host's network, not the accelerator's.
+
+    Args:
+        at: told where this rank is whenever it makes progress.
+        timeout: of a meeting; None: gloo's own. Ranks that read meet every second or two, whatever they wait for.
+    """
+
+    meets_every_s = 2.0
+
+    def __init__(self, world: World, at: Callable[[str], None], timeout: timedelta | None = None) -> None:
+        self.rank, self.size, self.at = world.rank, world.size, at
+        self.keeps_cache = world.local_rank == 0
+        self._group = torch_dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+
+    def exchange(self, item: Any) -> list[Any]:
+        """Every rank's item, in their order. Items are our own, never a file's."""
+        items = [item] * self.size
+        if self._group:
+            torch_dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    def given_by(self, rank: int, item: Any) -> Any:
+        """That rank's item, on all ranks."""
+        items = [item]
+        if self._group:
+            torch_dist.broadcast_object_list(items, rank, group=self._group)
+        return items[0]
+
+    def close(self) -> None:
+        """Ends the connections."""
+        if self._group:
+            torch_dist.destroy_process_group(self._group)
+
+
 def share_of(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
     """Which rank has which name: each, the largest first, goes to the rank with the least. The same on every rank."""
     loads = [0] * world_size
@@ -215,6 +240,11 @@ def num_workers(world: World, workers: int | None) -> int:
     """Loader processes of this rank: `workers`, or as many as its cores carry beside the training."""
     # On a CPU the training itself takes the rank's cores; one worker keeps ahead of it.
     return (min(8, _cores_of_a_rank(world)) if pins_memory() else 1) if workers is None else workers
+
+
+def num_readers(world: World) -> int:
+    """Threads of this rank that read files while the training has not begun."""
+    return min(16, max(2, _cores_of_a_rank(world)))  # two, so that one slow file does not hold up all
 
 
 def pins_memory() -> bool:

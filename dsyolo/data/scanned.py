@@ -1,0 +1,141 @@
+"""What a scan knows: images, sizes and labels in flat arrays, and no Python object per image, so that loader workers
+share it after a fork.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dsyolo.data.labels import UNKNOWN_CLASS, Labels, Problem, by_reason, no_labels
+
+ARRAYS = ("path_bytes", "path_offsets", "sizes_hw", "offsets", "boxes", "classes", "points", "point_offsets")
+
+
+class Record(NamedTuple):
+    """What is known of one image after reading it."""
+
+    path: str
+    size_hw: tuple[int, int] | None  # px after EXIF orientation; None: leave the image out
+    labels: Labels
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The usable images of a split and their labels. N images, T boxes, P polygon points.
+
+    The i-th image has the boxes `offsets[i]` to `offsets[i + 1]`; the t-th box the polygon points
+    `point_offsets[t]` to `point_offsets[t + 1]`, none when these are equal.
+    """
+
+    num_classes: int
+    path_bytes: np.ndarray  # (bytes,) uint8: all paths, UTF-8
+    path_offsets: np.ndarray  # (N + 1,) int64
+    sizes_hw: np.ndarray  # (N, 2) int32, px after EXIF orientation
+    offsets: np.ndarray  # (N + 1,) int64
+    boxes: np.ndarray  # (T, 4) float32 xyxy, shares of the image's width and height
+    classes: np.ndarray  # (T,) int64
+    points: np.ndarray  # (P, 2) float32, shares of the image's width and height
+    point_offsets: np.ndarray  # (T + 1,) int64
+    problems: tuple[Problem, ...]
+
+    def __len__(self) -> int:
+        return len(self.sizes_hw)
+
+    @property
+    def num_boxes(self) -> int:
+        return len(self.boxes)
+
+    @property
+    def num_backgrounds(self) -> int:
+        return int((np.diff(self.offsets) == 0).sum())
+
+    def path(self, index: int) -> str:
+        start, stop = self.path_offsets[index : index + 2]
+        return os.fsdecode(self.path_bytes[start:stop].tobytes())
+
+    def labels(self, index: int) -> Labels:
+        """The labels of one image, as shares of its width and height. Views: do not write to them."""
+        start, stop = self.offsets[index : index + 2]
+        bounds = self.point_offsets[start : stop + 1]
+        polygons: tuple[np.ndarray | None, ...] = ()
+        if len(bounds) > 1 and bounds[-1] > bounds[0]:
+            polygons = tuple(self.points[a:b] if b > a else None for a, b in itertools.pairwise(bounds))
+        return Labels(self.classes[start:stop], self.boxes[start:stop], polygons)
+
+    def box_sizes_px(self, long_side_px: int) -> np.ndarray:
+        """(T, 2) float32: width and height of every box when its image's long side is that long."""
+        scale = long_side_px / self.sizes_hw.max(1, initial=1)
+        image_wh = (self.sizes_hw[:, ::-1] * scale[:, None]).astype(np.float32)
+        return (self.boxes[:, 2:] - self.boxes[:, :2]) * np.repeat(image_wh, np.diff(self.offsets), 0)
+
+    def class_counts(self) -> np.ndarray:
+        """(K,) int64: the boxes of each class."""
+        return np.bincount(self.classes, minlength=self.num_classes)
+
+    def unknown_classes(self) -> dict[str, list[Problem]]:
+        """By detail, the rows left out because their class has no name."""
+        rows: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            if problem.reason == UNKNOWN_CLASS:
+                rows.setdefault(problem.detail, []).append(problem)
+        return rows
+
+    def summary(self, num_files: int = 3) -> str:
+        """One line of counts, then one per reason of problems with the first few files."""
+        text = f"{len(self):,} images ({self.num_backgrounds:,} backgrounds), {self.num_boxes:,} boxes"
+        if not self.problems:
+            return text
+        return "\n".join([f"{text}; {len(self.problems):,} problems:", *by_reason(self.problems, num_files)])
+
+
+def build_scan(records: Iterable[Record], num_classes: int, problems: Sequence[Problem] = ()) -> Scan:
+    """Put records together, in their order; those without a size are left out."""
+    problems = list(problems)
+    paths: list[bytes] = []
+    sizes: list[tuple[int, int]] = []
+    labels: list[Labels] = []
+    points: list[np.ndarray] = []
+    num_points: list[int] = []
+    for record in records:
+        problems += record.problems
+        if record.size_hw is None:
+            continue
+        paths.append(os.fsencode(record.path))
+        sizes.append(record.size_hw)
+        labels.append(record.labels)
+        polygons = record.labels.polygons or (None,) * len(record.labels.classes)
+        points += [polygon for polygon in polygons if polygon is not None]
+        num_points += [0 if polygon is None else len(polygon) for polygon in polygons]
+    none = no_labels()
+    return Scan(
+        num_classes=num_classes,
+        path_bytes=np.frombuffer(b"".join(paths), np.uint8),
+        path_offsets=_offsets([len(path) for path in paths]),
+        sizes_hw=np.array(sizes, np.int32).reshape(-1, 2),
+        offsets=_offsets([len(one.classes) for one in labels]),
+        boxes=np.concatenate([none.boxes_xyxy, *(one.boxes_xyxy for one in labels)]),
+        classes=np.concatenate([none.classes, *(one.classes for one in labels)]),
+        points=np.concatenate([np.zeros((0, 2), np.float32), *points]),
+        point_offsets=_offsets(num_points),
+        problems=tuple(problems),
+    )
+
+
+def join_scans(parts: Sequence[Scan], problems: Sequence[Problem] = ()) -> Scan:
+    """One scan of several, at least one, in their order; `problems` come before theirs."""
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    for name in (name for name in ARRAYS if name.endswith("offsets")):
+        joined[name] = _offsets(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
+    told = (*problems, *itertools.chain.from_iterable(part.problems for part in parts))
+    return Scan(parts[0].num_classes, **joined, problems=told)
+
+
+def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(counts, np.int64))])

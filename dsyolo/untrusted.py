@@ -1,0 +1,111 @@
+"""Files that a stranger may have written: read with bounds, as plain data, and nothing in them runs.
+
+YAML here has no aliases, with which a few hundred bytes name more values than any memory holds, and no tags of Python.
+Pickles are told by what they begin with, whatever their name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_TEXT_BYTES = 4 << 20  # of a settings file: 20,000 class names take a tenth
+CUT = 200  # characters of a value in a message
+
+_ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
+
+
+def read_bytes(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
+    """A regular file of at most so many bytes.
+
+    Raises:
+        OSError: as `open`; or it is larger, or a device or pipe, which may never end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(None, "a folder, device or pipe, but it must be a file", str(path))
+    with open(path, "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        size = f"{most_bytes >> 20} MiB" if most_bytes >> 20 else f"{most_bytes} bytes"
+        raise OSError(None, f"larger than {size}, the most that is read of such a file", str(path))
+    return data
+
+
+def read_text(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """The same as UTF-8, with or without a byte order mark. Raises UnicodeDecodeError too."""
+    return read_bytes(path, most_bytes).decode("utf-8-sig")
+
+
+class BadYamlError(ValueError):
+    """Not YAML, or not YAML that is read here: a place and a reason in words."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, and a key given twice, where YAML readers take the last in silence."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            reason = f"*{event.anchor} stands for another value. Write the value out"
+            raise yaml.constructor.ConstructorError(None, None, reason, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values: mappings, lists, texts, numbers, dates.
+
+    Raises:
+        BadYamlError: it cannot be read.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        return loader.get_single_data()
+    except RecursionError:
+        raise BadYamlError("nested far deeper than any settings are.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        reason = shortened(getattr(error, "problem", None) or "not YAML")
+        if isinstance(error, yaml.constructor.ConstructorError):  # YAML, but not to be understood
+            raise BadYamlError(f"{place}{reason}.") from None
+        raise BadYamlError(f"{place}not YAML: {reason}. Give `key: value` lines.") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise BadYamlError(f"a value cannot be read ({shortened(str(error))}).") from None
+    finally:
+        if loader:
+            loader.dispose()
+
+
+def pickled(path: Path) -> str | None:
+    """What a file is, where it is pickled or may hold pickles whatever its name says; None otherwise."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start.startswith(_ZIP):
+        return "a zip file, as torch.save and numpy write pickles in"
+    if start[:1] == _PICKLE and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "a pickle"
+    if start.startswith(_HDF5):
+        return "an HDF5 file"
+    return None
+
+
+def shortened(text: str) -> str:
+    """At most `CUT` characters of a text from a file, on one line."""
+    text = " ".join(text[: 4 * CUT].split())
+    return text if len(text) <= CUT else f"{text[:CUT]} ..."
