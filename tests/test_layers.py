@@ -37,7 +37,7 @@ LAYERS = (
     ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "sinks", "account"),
     ("parallel",),
     ("validate", "track", "record"),
-    ("build",),
+    ("build", "doctor"),
     ("train", "cli"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}

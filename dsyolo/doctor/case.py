@@ -56,12 +56,15 @@ class Case(NamedTuple):
     def world_size(self) -> int:
         return sum(host.slots for host in self.hosts)
 
-    def each(self, kind: type[A]) -> Iterator[tuple[Host, A]]:
-        """The hosts that have a section, with it."""
-        for host in self.hosts:
-            found = self.replies[host.name].get(kind) if host.name in self.replies else None
-            if found is not None:
-                yield host, found
+    def slots(self, name: str) -> int:
+        """Ranks of a host."""
+        return next(host.slots for host in self.hosts if host.name == name)
+
+    def each(self, kind: type[A]) -> Iterator[tuple[str, A]]:
+        """The names of the hosts that have a section, with it."""
+        for name, reply in self.replies.items():
+            if (found := reply.get(kind)) is not None:
+                yield name, found
 
 
 def common(values: Mapping[str, V]) -> tuple[V, str]:

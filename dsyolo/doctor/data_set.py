@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
 def data_set(case: Case) -> Iterator[Finding]:
     """Problems of data.yaml on each host, and what the fingerprints cover where they are the same."""
-    found = {host.name: section for host, section in case.each(Data)}
+    found = dict(case.each(Data))
     for host in case.names:
         section = case.replies[host].sections.get("data")
         if section is not None and section.error:
@@ -60,7 +60,7 @@ def _covers(split: Split) -> str:
 
 def differences(case: Case) -> list[Difference]:
     """Hosts whose images or labels are not those of most hosts."""
-    found = {host.name: section.splits for host, section in case.each(Data) if section.splits}
+    found = {host: section.splits for host, section in case.each(Data) if section.splits}
     splits = sorted({name for one in found.values() for name in one}, reverse=True)
     result = []
     for split in splits:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from dsyolo import ds_config
 from dsyolo.config import max_stride
@@ -18,7 +18,8 @@ from dsyolo.doctor.answers import Hello
 from dsyolo.doctor.ask import Asked, ask, probing
 from dsyolo.doctor.case import Case, Options
 from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
-from dsyolo.doctor.report import FAIL, OK, WARNING, Finding, joined
+from dsyolo.doctor.launcher import try_launcher
+from dsyolo.doctor.report import FAIL, WARNING, Finding, in_order, joined
 from dsyolo.ds_config import DsConfig
 from dsyolo.ds_read import read_json
 from dsyolo.errors import UserError
@@ -41,7 +42,7 @@ def examine(options: Options) -> tuple[list[Finding], list[str]]:
     requests = _requests(options, hosts, world_size, layers)
     asked = {host.name: probing(host.name if remote else None, requests[host.name]) for host in hosts}
     with ThreadPoolExecutor(1) as pool:
-        launcher = pool.submit(_launcher, options, hosts) if remote else None
+        launcher = pool.submit(try_launcher, options, hosts) if remote else None
         replies = ask(asked, crossing, options.timeout_s)
         told, master = launcher.result() if launcher else ([], "127.0.0.1")
     source, ds = _json(options, world_size)
@@ -52,44 +53,11 @@ def examine(options: Options) -> tuple[list[Finding], list[str]]:
         findings += _second_look(case, requests, differences)
     if world_size > 1:
         findings += _network(case, findings, master)
-    return joined(_in_order(findings), case.names), case.names
-
-
-ORDER = [
-    "hostfile",
-    "environment",
-    "launcher",
-    "ssh",
-    "probe",
-    "python",
-    "torch",
-    "deepspeed",
-    "dsyolo",
-    "packages",
-    "slots",
-    "deepspeed_config",
-    "ops",
-    "locks",
-    "data",
-    "disk",
-    "shm",
-    "clock",
-    "names",
-    "interface",
-    "port",
-    "runs_folder",
-    "link",
-]
-
-
-def _in_order(findings: Iterable[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: ORDER.index(finding.check.replace(" ", "_")))
+    return joined(in_order(findings), case.names), case.names
 
 
 def _this_machine(options: Options) -> list[Host]:
     """As the launcher takes it: a rank for each GPU; on a CPU one, or as many as --num_gpus says."""
-    import torch
-
     is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     return [Host(LOCAL, options.num_gpus or (1 if is_cpu else torch.cuda.device_count()))]
 
@@ -98,8 +66,6 @@ def _model(name: str | None) -> tuple[list[bool] | None, int | None]:
     """Of its layers whether they have parameters, and the number of these."""
     if name is None:
         return None, None
-    import torch
-
     with torch.device("meta"):
         network = build_yolov5(name, NUM_CLASSES)
     return list(has_parameters(name)), sum(p.numel() for p in network.parameters())
@@ -168,66 +134,9 @@ def _one_host_elsewhere(case: Case) -> Iterator[Finding]:
     here = probe.identity()
     for host, hello in case.each(Hello):
         if (hello.machine, hello.network) != (here["machine"], here["network"]):
-            text = f"{host.name} is the only host, and the launcher would start its ranks on this machine"
-            remedy = f"Start it on {host.name}, or give the launcher --force_multi."
-            yield Finding("hostfile", host.name, FAIL, text, remedy)
-
-
-def _launcher(options: Options, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
-    """The two ways of the launcher to its hosts, tried; and the address that ranks will meet at."""
-    findings = [_pdsh(options, hosts)] if len(hosts) > 1 else []
-    first, limit_s = hosts[0].name, options.timeout_s
-    told = _plain_ssh(first, limit_s)
-    if told:
-        master = options.master_addr or told
-        return [
-            *findings,
-            Finding("launcher", "", OK, f"ranks meet at {master}, port {options.master_port}"),
-        ], master
-    text = f"asks {first} its address by plain ssh, without PDSH_SSH_ARGS_APPEND, which fails"
-    if options.master_addr:
-        remedy = "Give it --no_ssh_check too, or write what ssh needs into ~/.ssh/config."
-        return [*findings, Finding("launcher", "", WARNING, text, remedy)], options.master_addr
-    remedy = "Write what ssh needs into ~/.ssh/config; or give it --no_ssh_check --master_addr, and --master_addr here."
-    return [*findings, Finding("launcher", "", FAIL, text, remedy)], None
-
-
-def _plain_ssh(host: str, limit_s: float) -> str | None:
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(limit_s))}"]
-    said = _said(["ssh", *options, "--", host, "hostname -I"], limit_s)
-    words = (said or "").split()
-    return words[0] if words and network.is_address(words[0]) else None
-
-
-def _pdsh(options: Options, hosts: Sequence[Host]) -> Finding:
-    if shutil.which("pdsh") is None:
-        return Finding("launcher", "", FAIL, "pdsh is not installed", "Install the package pdsh here.")
-    names = ",".join(host.name for host in hosts)
-    seconds = str(max(1, round(options.timeout_s)))
-    command = ["pdsh", "-S", "-t", seconds, "-u", seconds, "-w", names, "echo", "here"]
-    said = _said(command, options.timeout_s + 5, {"PDSH_RCMD_TYPE": "ssh"}) or ""
-    reached = {line.partition(":")[0] for line in said.splitlines() if line.endswith("here")}
-    lost = [host.name for host in hosts if host.name.rpartition("@")[2] not in reached]
-    if lost:
-        text = f"pdsh does not get to {', '.join(lost)}"
-        return Finding("launcher", "", FAIL, text, f"See: PDSH_RCMD_TYPE=ssh pdsh -S -w {names} true")
-    return Finding("launcher", "", OK, "pdsh gets to all hosts")
-
-
-def _said(command: Sequence[str], limit_s: float, variables: Mapping[str, str] | None = None) -> str | None:
-    try:
-        return subprocess.run(
-            command,
-            env={**os.environ, **(variables or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            start_new_session=True,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+            text = f"{host} is the only host, and the launcher would start its ranks on this machine"
+            remedy = f"Start it on {host}, or give the launcher --force_multi."
+            yield Finding("hostfile", host, FAIL, text, remedy)
 
 
 def _second_look(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dsyolo.doctor.report import FAIL, OK, Finding
+from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\S*)")
 # ssh takes a word that starts with a dash for an option, and pdsh brackets and commas for several hosts.
@@ -106,7 +106,9 @@ def read_crossing() -> Crossing:
             findings.append(Finding("environment", "", OK, f"{file} carries {', '.join(given) or 'nothing'}"))
     if not findings:
         rule = f"no {name} here or at home: only variables that start with {', '.join(CARRIED)} cross"
-        findings.append(Finding("environment", "", OK, rule))
+        is_wanted = "DS_ENV_FILE" in os.environ
+        remedy = "DS_ENV_FILE names it: correct that, or make the file." if is_wanted else ""
+        findings.append(Finding("environment", "", WARNING if is_wanted else OK, rule, remedy))
     return Crossing(variables, findings)
 
 

@@ -21,7 +21,7 @@ VAL_BATCH, PREFETCHED = 16, 2  # of the validation's loader
 
 def slots(case: Case) -> Iterator[Finding]:
     """A rank for each GPU, or ranks that share the cores."""
-    found = {host.name: section for host, section in case.each(Devices)}
+    found = dict(case.each(Devices))
     if not found:
         return
     most, there = common({host: one.accelerator for host, one in found.items()})
@@ -59,18 +59,16 @@ def disk(case: Case) -> Iterator[Finding]:
                 remedy = "Name another folder by --project." if name == "runs" else "Set XDG_CACHE_HOME."
                 verdict = FAIL if name == "runs" else WARNING
                 fault = f"{name} in {room.path}: cannot be written to: {room.fault}"
-                yield Finding("disk", host.name, verdict, fault, remedy)
+                yield Finding("disk", host, verdict, fault, remedy)
             elif name == "runs" and least is not None and room.free < least:
                 text = f"{text}, but {_size(least)} needed {what}"
-                yield Finding(
-                    "disk", host.name, FAIL, text, "Make room, or name another folder by --project."
-                )
+                yield Finding("disk", host, FAIL, text, "Make room, or name another folder by --project.")
             elif room.free < (least or LITTLE_DISK):
                 remedy = "Give --model to compare it with what its checkpoints need, or make room."
                 remedy = remedy if name == "runs" else "Make room, or set XDG_CACHE_HOME."
-                yield Finding("disk", host.name, WARNING, text, remedy)
+                yield Finding("disk", host, WARNING, text, remedy)
             else:
-                yield Finding("disk", host.name, OK, text + (f", {_size(least)} needed" if least else ""))
+                yield Finding("disk", host, OK, text + (f", {_size(least)} needed" if least else ""))
 
 
 def runs_bytes(case: Case) -> tuple[int | None, str]:
@@ -85,26 +83,26 @@ def runs_bytes(case: Case) -> tuple[int | None, str]:
 
 def shared_memory(case: Case) -> Iterator[Finding]:
     """Room for the batches that loader processes have made and ranks have not taken yet."""
-    devices = {host.name: section for host, section in case.each(Devices)}
+    devices = dict(case.each(Devices))
     for host, section in case.each(Disk):
         room = section.folders.get("shm")
-        if room is None or host.name not in devices:
+        if room is None or host not in devices:
             continue
-        train, val = _batches_bytes(case, host.slots, devices[host.name])
+        train, val = _batches_bytes(case, case.slots(host), devices[host])
         text = f"{room.path}: {_size(room.free)} free"
         remedy = (
             "Make it larger (docker run --shm-size, an emptyDir of medium Memory), or give fewer --workers."
         )
         if room.fault:
-            yield Finding("shm", host.name, FAIL, f"{room.path} cannot be written to: {room.fault}", remedy)
+            yield Finding("shm", host, FAIL, f"{room.path} cannot be written to: {room.fault}", remedy)
         elif train is None:
             little = room.free < LITTLE_SHM
             hint = "Give --deepspeed_config to compare it with what a run needs." if little else ""
-            yield Finding("shm", host.name, WARNING if little else OK, text, hint)
+            yield Finding("shm", host, WARNING if little else OK, text, hint)
         else:
             text += f", up to {_size(train + val)} needed for batches"
             verdict = FAIL if room.free < train else WARNING if room.free < train + val else OK
-            yield Finding("shm", host.name, verdict, text, "" if verdict == OK else remedy)
+            yield Finding("shm", host, verdict, text, "" if verdict == OK else remedy)
 
 
 def _batches_bytes(case: Case, ranks: int, devices: Devices) -> tuple[int | None, int]:
@@ -125,15 +123,15 @@ def clock(case: Case) -> Iterator[Finding]:
     if len(case.hosts) < 2:
         return
     for host, _ in case.each(Hello):
-        skew_s = case.replies[host.name].skew_s
+        skew_s = case.replies[host].skew_s
         if abs(skew_s) > SKEW_S:
             text = f"{abs(skew_s):.1f} s {'ahead of' if skew_s > 0 else 'behind'} this machine's"
             remedy = (
                 "Start chrony or ntpd there: logs do not fit together, and files seem to be of the future."
             )
-            yield Finding("clock", host.name, WARNING, text, remedy)
+            yield Finding("clock", host, WARNING, text, remedy)
         else:
-            yield Finding("clock", host.name, OK, f"within {SKEW_S:g} s of this machine's")
+            yield Finding("clock", host, OK, f"within {SKEW_S:g} s of this machine's")
 
 
 def _size(num_bytes: float) -> str:

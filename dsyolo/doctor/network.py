@@ -33,30 +33,30 @@ def reached(case: Case) -> Iterator[Finding]:
                 yield Finding("probe", name, WARNING, text, "Look at it by hand.")
     of: dict[tuple[str, str], str] = {}
     for host, hello in case.each(Hello):
-        other = of.setdefault((hello.machine, hello.network), host.name)
-        if other != host.name:
+        other = of.setdefault((hello.machine, hello.network), host)
+        if other != host:
             text = f"the same machine as {other}: ranks would take the same GPUs and cores twice"
             remedy = "Leave one out of the hostfile, and give the other all slots."
-            yield Finding("hostfile", host.name, FAIL, text, remedy)
+            yield Finding("hostfile", host, FAIL, text, remedy)
 
 
 def interfaces(case: Case) -> Iterator[Finding]:
     """The address that gloo gives to each host's ranks must be one that the others can reach."""
     addresses, several = own_addresses(case), len(case.hosts) > 1
-    pythons = {host.name: section for host, section in case.each(Python)}
+    pythons = dict(case.each(Python))
     for host, network in case.each(Network):
-        given = pythons[host.name].environment.get(IFNAME) if host.name in pythons else None
+        given = pythons[host].environment.get(IFNAME) if host in pythons else None
         usable = [name for name, one in network.interfaces.items() if _is_usable(one)]
         choice = f"{IFNAME}={usable[0] if len(usable) == 1 else '|'.join(usable) or 'eth0'}"
         remedy = f"Write {choice} into .deepspeed_env." if several else f"Set {choice}."
-        address = addresses.get(host.name)
+        address = addresses.get(host)
         if given:
             bad = [name for name in given.split(",") if not _has_address(network, name)]
             if bad:
                 there = f"is not among {', '.join(network.interfaces)}"
                 down = "has no address or is down"
                 text = f"{IFNAME}={given}: {bad[0]} {down if bad[0] in network.interfaces else there}"
-                yield Finding("interface", host.name, FAIL, text, remedy)
+                yield Finding("interface", host, FAIL, text, remedy)
                 continue
             text = f"{given}, {address}, as {IFNAME} says"
         else:
@@ -64,23 +64,23 @@ def interfaces(case: Case) -> Iterator[Finding]:
         if several and (address is None or ipaddress.ip_address(address).is_loopback):
             rule = "no other host can connect to it, and ranks would die after minutes"
             remedy = f"{remedy} {shown_env(case.crossing, IFNAME)}".strip()
-            yield Finding("interface", host.name, FAIL, f"{text}: {rule}", remedy)
+            yield Finding("interface", host, FAIL, f"{text}: {rule}", remedy)
         else:
-            yield Finding("interface", host.name, OK, text if several else text.replace("none,", "loopback,"))
+            yield Finding("interface", host, OK, text if several else text.replace("none,", "loopback,"))
 
 
 def own_addresses(case: Case) -> dict[str, str]:
     """By host, the address that its ranks listen at."""
-    pythons = {host.name: section for host, section in case.each(Python)}
+    pythons = dict(case.each(Python))
     found: dict[str, str] = {}
     for host, network in case.each(Network):
-        given = pythons[host.name].environment.get(IFNAME) if host.name in pythons else None
+        given = pythons[host].environment.get(IFNAME) if host in pythons else None
         one = network.interfaces.get(given.split(",")[0]) if given else None
         address = (one.address if one else None) if given else network.own
         if address is None and not given and len(case.hosts) == 1:
             address = "127.0.0.1"  # gloo's last resort
         if address is not None and is_address(address):
-            found[host.name] = address
+            found[host] = address
     return found
 
 
@@ -114,14 +114,14 @@ def names(case: Case, master: str | None) -> Iterator[Finding]:
             verdict = FAIL if needed else WARNING
             remedy = f"Write {name} with its address into /etc/hosts there, or into the name server."
             if not addresses:
-                yield Finding("names", host.name, verdict, f"{name} is not known", remedy)
-            elif host.name != case.names[0] and _is_loopback(addresses):
+                yield Finding("names", host, verdict, f"{name} is not known", remedy)
+            elif host != case.names[0] and _is_loopback(addresses):
                 text = f"{name} is {addresses[0]}, which is that host itself"
-                yield Finding("names", host.name, verdict, text, remedy)
+                yield Finding("names", host, verdict, text, remedy)
             elif not is_address(name):
                 listed = ", ".join(sorted(addresses)[:2])
-                same = host.name == case.names[0] and _is_loopback(addresses)
-                yield Finding("names", host.name, OK, f"{name} is {'itself' if same else listed}")
+                same = host == case.names[0] and _is_loopback(addresses)
+                yield Finding("names", host, OK, f"{name} is {'itself' if same else listed}")
 
 
 def _is_loopback(addresses: Sequence[str]) -> bool:
@@ -136,9 +136,9 @@ def port(case: Case) -> Iterator[Finding]:
             by = f" by {found.holder}" if found.holder else ""
             text = f"{number}: {found.fault}{f', taken{by}' if by else ''}"
             remedy = "End what holds it (a run before?), or give the launcher and this command another --master_port."
-            yield Finding("port", host.name, FAIL, text, remedy)
+            yield Finding("port", host, FAIL, text, remedy)
         else:
-            yield Finding("port", host.name, OK, f"{number} is free on the first host")
+            yield Finding("port", host, OK, f"{number} is free on the first host")
 
 
 class Rank(NamedTuple):
@@ -217,5 +217,5 @@ def _step_cost(case: Case, link: Link) -> str:
     if case.num_parameters is None:
         return ""
     hosts = len(case.hosts)
-    seconds = 2 * (hosts - 1) / hosts * 4 * case.num_parameters / link.bytes_per_s
+    seconds = 2 * (hosts - 1) / hosts * 4 * case.num_parameters / max(link.bytes_per_s, 1.0)
     return f"; {case.options.model}'s gradients take {seconds:.2g} s a step"

@@ -8,6 +8,35 @@ from typing import Any, NamedTuple
 
 OK, WARNING, FAIL = "OK", "WARNING", "FAIL"
 WIDTH = 110
+# Of the table: first what the others rest on.
+ORDER = (
+    (
+        "hostfile",
+        "environment",
+        "launcher",
+        "ssh",
+        "probe",
+        "python",
+        "torch",
+        "deepspeed",
+        "dsyolo",
+        "packages",
+    )
+    + (
+        "slots",
+        "deepspeed_config",
+        "ops",
+        "locks",
+        "data",
+        "disk",
+        "shm",
+        "clock",
+        "names",
+        "interface",
+        "port",
+    )
+    + ("runs folder", "link")
+)
 
 
 class Finding(NamedTuple):
@@ -18,6 +47,11 @@ class Finding(NamedTuple):
     verdict: str
     found: str
     remedy: str = ""
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """As the table has them."""
+    return sorted(findings, key=lambda finding: ORDER.index(finding.check))
 
 
 def joined(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:

@@ -47,7 +47,7 @@ OPTIMIZER_OPS = {
 
 def python(case: Case) -> Iterator[Finding]:
     """The same minor version everywhere."""
-    found = {host.name: section for host, section in case.each(Python)}
+    found = dict(case.each(Python))
     if not found:
         return
     most, there = common({name: one.version for name, one in found.items()})
@@ -63,7 +63,7 @@ def python(case: Case) -> Iterator[Finding]:
 
 def packages(case: Case) -> Iterator[Finding]:
     """torch and deepspeed the same and at the same place; of the others, the same versions."""
-    found = {host.name: section.packages for host, section in case.each(Packages)}
+    found = {host: section.packages for host, section in case.each(Packages)}
     for name in IMPORTED if found else ():
         yield from _imported(name, {host: one.get(name, Package()) for host, one in found.items()})
     if len(found) > 1:
@@ -101,7 +101,7 @@ def _imported(name: str, found: Mapping[str, Package]) -> Iterator[Finding]:
 
 def sources(case: Case) -> Iterator[Finding]:
     """dsyolo the same, file by file."""
-    found = {host.name: section for host, section in case.each(Sources)}
+    found = dict(case.each(Sources))
     for host in case.names:
         error = case.replies[host].sections.get("sources")
         if error is not None and error.error:
@@ -111,6 +111,7 @@ def sources(case: Case) -> Iterator[Finding]:
         return
     hashes = {host: tuple(sorted(one.files.items())) for host, one in found.items()}
     usual, there = common(hashes)
+    same = ", the same," if len(found) > 1 else ""
     for host, one in found.items():
         odd = sorted({name for name, _ in set(hashes[host]) ^ set(usual)})
         if odd:
@@ -121,13 +122,13 @@ def sources(case: Case) -> Iterator[Finding]:
             text = f"the same files in {one.folder}, but {found[there].folder} on {there}"
             yield Finding("dsyolo", host, WARNING, text, "Use one path on all hosts.")
         else:
-            yield Finding("dsyolo", host, OK, f"{len(one.files)} files the same in {one.folder}")
+            yield Finding("dsyolo", host, OK, f"{len(one.files)} files{same} in {one.folder}")
 
 
 def deepspeed_json(case: Case) -> Iterator[Finding]:
     """Without a fault for so many ranks, and the same everywhere."""
     name, path = "deepspeed_config", case.options.deepspeed_config
-    found = {host.name: section for host, section in case.each(DeepSpeedJson)}
+    found = dict(case.each(DeepSpeedJson))
     if not found:
         return
     most, there = common({host: one.digest for host, one in found.items()})
