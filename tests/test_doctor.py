@@ -25,7 +25,7 @@ from torch.utils.file_baton import FileBaton
 
 import dsyolo
 from dsyolo.data import fingerprint
-from dsyolo.doctor import hosts, probe
+from dsyolo.doctor import ask, hosts, probe
 from dsyolo.doctor.report import FAIL, OK, WARNING, Finding, joined, table
 
 ROOT = Path(dsyolo.__file__).parents[1]
@@ -421,6 +421,79 @@ def test_hosts_with_the_same_share_a_line_and_nobody_steers_the_terminal():
     assert told.endswith("The run cannot start: 1 FAIL.")
 
 
+# ---- what comes back from a host
+
+
+def replied(
+    tmp_path: Path, monkeypatch, program: str, sections: tuple[str, ...] = ("hello", "python")
+) -> ask.Reply:
+    """To a Python program in the place of the probe, on this machine."""
+    monkeypatch.setattr(ask, "SECTION_S", 1)
+    asked = ask.Asked(None, ["-"], sections, program.encode())
+    return ask.ask({"n": asked}, hosts.Crossing({}, ()), 2)["n"]
+
+
+HELLO = """print('{"section": "hello", "time": 0, "hostname": "h", "machine": "m", "network": "n"}', flush=True)\n"""
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ('print(\'{"section": "hello", "time": "soon"}\')', "cannot be understood"),
+        ("print('{\"section\": [1]}')", "cannot be understood"),
+        ('print(\'{"section": "python"}\')', "cannot be understood"),  # out of turn
+        ("print('{\"section\": ' + '[' * 200_000)", "cannot be understood"),
+        ("print('{\"section\": \"' + 'x' * 9_000_000)", "cannot be understood"),
+        ("import itertools\nfor _ in itertools.count(): print('welcome')", "no answer within 2 s"),
+        ("import time; time.sleep(60)", "no answer within 2 s"),
+        (HELLO + "import time; time.sleep(60)", "silent in the section 'python'"),
+        (HELLO + "print('x'); raise SystemExit('no such thing')", "status 1: no such thing"),
+    ],
+)
+def test_an_answer_that_is_none_is_told_in_words_and_soon(tmp_path, monkeypatch, program, told):
+    begin = time.monotonic()
+    reply = replied(tmp_path, monkeypatch, program)
+    assert told in reply.fault
+    assert reply.remedy
+    assert time.monotonic() - begin < 5
+    assert ("hello" in reply.sections) == program.startswith(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "found", "remedy"),
+    [
+        ("Host key verification failed.", 255, "Host key verification failed.", "ssh-keyscan far"),
+        ("far: Permission denied (publickey).", 255, "Permission denied", "ssh-copy-id far"),
+        ("Could not resolve hostname far", 255, "Could not resolve", "ssh -p 7 -o BatchMode=yes .* far true"),
+        ("bash: no such folder", 97, f"the folder {re.escape(os.getcwd())} is not there", "same folder"),
+        ("bash: no python", 96, f"{sys.executable} is not there", "same interpreter"),
+    ],
+)
+def test_what_ssh_says_becomes_a_remedy(tmp_path, monkeypatch, says, status, found, remedy):
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\necho '{says}' >&2\nexit {status}\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 7")
+    asked = ask.probing("far", {"sections": []})
+    reply = ask.ask({"far": asked}, hosts.Crossing({}, ()), 10)["far"]
+    assert re.search(found, reply.fault)
+    assert re.search(remedy, reply.remedy)
+
+
+def test_the_line_for_a_host_tells_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    crossing = hosts.Crossing({"HOW": "a b"}, ())
+    lines = {
+        0: hosts.remote_command(
+            sys.executable, crossing, ["-c", "import os; assert os.environ['HOW'] == 'a b'"]
+        ),
+        96: hosts.remote_command("/nowhere/python", crossing, ["-c", "1"]),
+        97: hosts.remote_command(sys.executable, crossing, ["-c", "1"]).replace(str(tmp_path), "/nowhere"),
+    }
+    for status, line in lines.items():
+        assert subprocess.run(["sh", "-c", line]).returncode == status
+
+
 # ---- several hosts
 
 
@@ -576,3 +649,18 @@ def test_a_host_name_that_is_loopback_is_told_before_ranks_die_of_it(place, tmp_
     told.has("interface", FAIL, "node1", "", "It is eth0 here, but does not cross")
     told.has("interface", OK, "node0", "10.77.0.1, since the host's name gives it", "")
     told.has("names", WARNING, "node1", "node0 is 127.0.1.1, which is that host itself", "/etc/hosts")
+
+
+@needs_cluster
+def test_an_interface_that_does_not_lead_to_the_others_is_found_by_trying(place, tmp_path):
+    with Cluster(2, {"GLOO_SOCKET_IFNAME": "docker0"}) as cluster:
+        for host in (0, 1):  # the same address on each, as Docker's bridge has it
+            cluster.run(
+                host,
+                "ip link add docker0 type veth peer name container; ip link set container up; ip address add 172.17.0.1/16 dev docker0; ip link set docker0 up",
+            )
+        told = over(cluster, place, tmp_path)
+    assert told.status == 1
+    told.has("interface", OK, "", "docker0, 172.17.0.1, as GLOO_SOCKET_IFNAME says", "")
+    told.has("link", FAIL, "node0", "cannot connect to the ranks of node1", "GLOO_SOCKET_IFNAME")
+    told.has("link", FAIL, "node1", "cannot connect to the ranks of node0", "GLOO_SOCKET_IFNAME")

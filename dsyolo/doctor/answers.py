@@ -96,7 +96,6 @@ class Room(BaseModel):
 
     path: str
     free: int
-    total: int
     fault: str | None
 
 

@@ -108,14 +108,21 @@ async def _ask(key: str, asked: Asked, crossing: Crossing, timeout_s: float) -> 
         reply.fault = "its answer cannot be understood"
         reply.remedy = "See what Python and the shell print there."
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await asyncio.wait([errors], timeout=1)  # a master connection that ssh leaves behind keeps it open
+        await _end(process, errors)
     if reply.status and not reply.fault:
         said = errors.result() if errors.done() else ""
         reply.fault, reply.remedy = _reason(reply, said, asked, timeout_s)
     errors.cancel()
     return reply
+
+
+async def _end(process: asyncio.subprocess.Process, errors: asyncio.Task[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    rest = asyncio.gather(process.wait(), _tail(process.stdout))
+    await asyncio.wait(
+        [rest, errors], timeout=1
+    )  # a master connection that ssh leaves behind keeps pipes open
 
 
 async def _send(process: asyncio.subprocess.Process, source: bytes) -> None:

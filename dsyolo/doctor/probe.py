@@ -170,16 +170,15 @@ def _disk(request: Section) -> Section:
 
 def _room(path: str) -> Section:
     there = path
-    while not os.path.isdir(there) and there != os.path.dirname(there):
+    while not os.path.lexists(there):
         there = os.path.dirname(there)
     try:
         with tempfile.TemporaryFile(dir=there):  # permissions alone do not tell
             fault = None
     except OSError as error:
-        fault = error.strerror or str(error)
-    status = os.statvfs(there)
-    free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
-    return {"path": path, "free": free, "total": total, "fault": fault}
+        fault = f"{there}: {error.strerror}"
+    status = os.statvfs(there) if os.path.exists(there) else os.statvfs(os.path.dirname(there))
+    return {"path": path, "free": status.f_bavail * status.f_frsize, "fault": fault}
 
 
 def _locks(request: Section) -> Section:

@@ -154,9 +154,7 @@ def ops(case: Case, source: Mapping[str, Any]) -> Iterator[Finding]:
     """dsyolo needs no compiled op; for what needs one there must be a compiler, whatever else is said of it."""
     needed = dict(_needed_ops(source))
     for host, one in case.each(Compilers):
-        missing = [
-            what for what, path in (("a C++ compiler", one.compiler), ("ninja", one.ninja)) if not path
-        ]
+        missing = [what for what, path in (("C++ compiler", one.compiler), ("ninja", one.ninja)) if not path]
         if not needed:
             yield Finding("ops", host, OK, "none is compiled")
             continue
