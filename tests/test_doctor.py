@@ -525,9 +525,10 @@ def test_a_healthy_pair_passes(pair, place, tmp_path):
     assert [f.check for f in told.findings if f.verdict != OK] == ["launcher"], told.text
     told.has("launcher", WARNING, "", "by plain ssh, without PDSH_SSH_ARGS_APPEND", "--no_ssh_check")
     told.has("launcher", OK, "", "pdsh gets to all hosts", "")
+    told.has("master", OK, "", "ranks meet at 10.77.0.1, port 29500", "")
     told.has("interface", OK, "node1", "eth0, 10.77.0.2, as GLOO_SOCKET_IFNAME says", "")
     told.has("link", OK, "", r"node0 to node1: [1-9]\d* MB/s", "")
-    told.has("runs folder", OK, "node1", "one folder for all hosts", "")
+    told.has("project", OK, "", "one folder for all hosts", "")
     told.has("data", OK, "", "the same train: 24 images", "")
     assert not list((place / "runs").glob("*")), "nothing is left behind"
 
@@ -624,10 +625,10 @@ def test_a_slow_link_and_folders_apart_are_seen(pair, place, tmp_path):
     finally:
         pair.run(1, f"tc qdisc del dev eth0 root; umount {tmp_path}/runs")
     assert told.status == 1
-    told.has("runs folder", FAIL, "node1", "another folder than on node0", "--project")
+    told.has("project", FAIL, "node1", "another folder than on node0", "--project")
     told.has("link", OK, "", "two ranks on node0: ", "")
     told.has("link", WARNING, "", r"node1 to node0: \d\.?\d? MB/s, .*: less than 100 MB/s", "switch")
-    assert [f.check for f in told.findings if f.verdict == FAIL] == ["runs folder"]
+    assert [f.check for f in told.findings if f.verdict == FAIL] == ["project"]
 
 
 @needs_cluster
@@ -637,8 +638,15 @@ def test_a_host_name_that_is_loopback_is_told_before_ranks_die_of_it(place, tmp_
         file.write_text(file.read_text().replace("GLOO_SOCKET_IFNAME=eth0\n", "WITH_A_SPACE=a b\n"))
         (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1 node1 node0\n")  # as Debian writes it
         cluster.run(1, f"mount --bind {tmp_path}/hosts /etc/hosts")
-        told = over(cluster, place, tmp_path)
+        told = over(cluster, place, tmp_path, master_addr=cluster.addresses[1])
     assert told.status == 1
+    told.has(
+        "master",
+        FAIL,
+        "",
+        "at 10.77.0.2, port 29500, which is an address of node1",
+        "another of its addresses: 10.77.0.1",
+    )
     told.has(
         "interface",
         FAIL,

@@ -124,6 +124,7 @@ def _judged(case: Case, source: Mapping[str, Any], master: str | None) -> Iterat
     yield from machine.clock(case)
     yield from network.names(case, case.options.master_addr)
     yield from network.interfaces(case)
+    yield from network.meeting_place(case, master)
     yield from network.port(case)
 
 
@@ -153,7 +154,7 @@ def _second_look(
 
 def _network(case: Case, findings: Sequence[Finding], master: str | None) -> Iterator[Finding]:
     """Lets ranks of all hosts talk, where nothing stands in the way that is known already."""
-    needed = ("hostfile", "launcher", "ssh", "torch", "dsyolo", "interface", "port", "names")
+    needed = ("hostfile", "launcher", "ssh", "torch", "dsyolo", "interface", "master", "port", "names")
     failed = dict.fromkeys(f.check for f in findings if f.verdict == FAIL and f.check in needed)
     addresses = network.own_addresses(case)
     if failed or master is None or addresses.keys() != set(case.names):

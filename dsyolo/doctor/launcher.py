@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from dsyolo.doctor.case import Options
 from dsyolo.doctor.hosts import Host
@@ -15,21 +16,20 @@ from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
 
 def try_launcher(options: Options, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
     """The two ways of the launcher to its hosts, tried; and the address that ranks will meet at."""
-    findings = [_pdsh(options, hosts)] if len(hosts) > 1 else []
-    first, limit_s = hosts[0].name, options.timeout_s
-    told = _plain_ssh(first, limit_s)
+    first = hosts[0].name
+    with ThreadPoolExecutor(2) as pool:
+        pdsh = pool.submit(_pdsh, options, hosts) if len(hosts) > 1 else None
+        told = _plain_ssh(first, options.timeout_s)
+        findings = [pdsh.result()] if pdsh else []
+    master = options.master_addr or told
     if told:
-        master = options.master_addr or told
-        return [
-            *findings,
-            Finding("launcher", "", OK, f"ranks meet at {master}, port {options.master_port}"),
-        ], master
-    text = f"asks {first} its address by plain ssh, without PDSH_SSH_ARGS_APPEND, which fails"
-    if options.master_addr:
-        remedy = "Give it --no_ssh_check too, or write what ssh needs into ~/.ssh/config."
-        return [*findings, Finding("launcher", "", WARNING, text, remedy)], options.master_addr
-    remedy = "Write what ssh needs into ~/.ssh/config; or give it --no_ssh_check --master_addr, and --master_addr here."
-    return [*findings, Finding("launcher", "", FAIL, text, remedy)], None
+        finding = Finding("launcher", "", OK, f"{first} tells its address by plain ssh: {told}")
+    else:
+        text = f"asks {first} its address by plain ssh, without PDSH_SSH_ARGS_APPEND, which fails"
+        rest = "--no_ssh_check" if master else "--no_ssh_check --master_addr ADDRESS, and --master_addr here"
+        remedy = f"Write what ssh needs into ~/.ssh/config, or give the launcher {rest}."
+        finding = Finding("launcher", "", WARNING if master else FAIL, text, remedy)
+    return [*findings, finding], master
 
 
 def _plain_ssh(host: str, limit_s: float) -> str | None:

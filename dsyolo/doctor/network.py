@@ -124,6 +124,25 @@ def names(case: Case, master: str | None) -> Iterator[Finding]:
                 yield Finding("names", host, OK, f"{name} is {'itself' if same else listed}")
 
 
+def meeting_place(case: Case, master: str | None) -> Iterator[Finding]:
+    """The address that all ranks meet at is the first host's, and of no other: Docker's bridge is the same on all."""
+    found = {name: {one.address for one in net.interfaces.values()} for name, net in case.each(Network)}
+    first = case.names[0]
+    if master is None or len(case.hosts) < 2 or first not in found:
+        return
+    addresses = dict(case.each(Network))[first].names.get(master, []) if not is_address(master) else [master]
+    others = [name for name in found if name != first and found[name] & set(addresses)]
+    own = ", ".join(sorted(address for address in found[first] if address and not _is_loopback([address])))
+    text = f"ranks meet at {master}, port {case.options.master_port}"
+    remedy = f"Give the launcher and this command --master_addr with another of its addresses: {own}."
+    if others:
+        yield Finding("master", "", FAIL, f"{text}, which is an address of {', '.join(others)}", remedy)
+    elif not found[first] & set(addresses):
+        yield Finding("master", "", WARNING, f"{text}, which is no address of {first}'s interfaces", remedy)
+    else:
+        yield Finding("master", "", OK, text)
+
+
 def _is_loopback(addresses: Sequence[str]) -> bool:
     return all(is_address(one) and ipaddress.ip_address(one).is_loopback for one in addresses)
 
@@ -187,11 +206,11 @@ def _runs_folder(
         if result and result.sees_token is not None and ranks[i].host != ranks[0].host:
             folder = case.options.project
             if result.sees_token:
-                yield Finding("runs folder", ranks[i].host, OK, f"{folder} is one folder for all hosts")
+                yield Finding("project", "", OK, f"{folder} is one folder for all hosts")
             else:
                 text = f"{folder} there is another folder than on {ranks[0].host}, and no checkpoint could be written"
                 remedy = "Name a folder on a disk that all hosts mount by --project."
-                yield Finding("runs folder", ranks[i].host, FAIL, text, remedy)
+                yield Finding("project", ranks[i].host, FAIL, text, remedy)
 
 
 def _speeds(case: Case, ranks: Sequence[Rank], measured: Sequence[tuple[int, Link]]) -> Iterator[Finding]:

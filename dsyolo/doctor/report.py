@@ -10,32 +10,8 @@ OK, WARNING, FAIL = "OK", "WARNING", "FAIL"
 WIDTH = 110
 # Of the table: first what the others rest on.
 ORDER = (
-    (
-        "hostfile",
-        "environment",
-        "launcher",
-        "ssh",
-        "probe",
-        "python",
-        "torch",
-        "deepspeed",
-        "dsyolo",
-        "packages",
-    )
-    + (
-        "slots",
-        "deepspeed_config",
-        "ops",
-        "locks",
-        "data",
-        "disk",
-        "shm",
-        "clock",
-        "names",
-        "interface",
-        "port",
-    )
-    + ("runs folder", "link")
+    "hostfile environment launcher ssh probe python torch deepspeed dsyolo packages slots deepspeed_config ops locks "
+    "data disk shm clock names interface master port project link"
 )
 
 
@@ -51,7 +27,8 @@ class Finding(NamedTuple):
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
     """As the table has them."""
-    return sorted(findings, key=lambda finding: ORDER.index(finding.check))
+    places = {check: place for place, check in enumerate(ORDER.split())}
+    return sorted(findings, key=lambda finding: places[finding.check])
 
 
 def joined(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:

@@ -202,6 +202,6 @@ def locks(case: Case) -> Iterator[Finding]:
 
 def _age(seconds: float) -> str:
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
+        if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(0, seconds):.0f} s"
