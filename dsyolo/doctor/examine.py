@@ -14,8 +14,8 @@ import torch
 from dsyolo import ds_config
 from dsyolo.config import max_stride
 from dsyolo.doctor import data_set, machine, network, probe, software
-from dsyolo.doctor.answers import Hello
-from dsyolo.doctor.ask import Asked, ask, probing
+from dsyolo.doctor.answers import Devices, Hello
+from dsyolo.doctor.ask import Asked, Reply, ask, probing
 from dsyolo.doctor.case import Case, Options
 from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
 from dsyolo.doctor.launcher import try_launcher
@@ -45,7 +45,7 @@ def examine(options: Options) -> tuple[list[Finding], list[str]]:
         launcher = pool.submit(try_launcher, options, hosts) if remote else None
         replies = ask(asked, crossing, options.timeout_s)
         told, master = launcher.result() if launcher else ([], "127.0.0.1")
-    source, ds = _json(options, world_size)
+    source, ds = _json(options, world_size, replies)
     case = Case(options, hosts, crossing, replies, ds, num_parameters)
     findings += told
     findings += _judged(case, source, master)
@@ -96,13 +96,16 @@ def _requests(
     }
 
 
-def _json(options: Options, world_size: int) -> tuple[dict[str, Any], DsConfig | None]:
+def _json(
+    options: Options, world_size: int, replies: Mapping[str, Reply]
+) -> tuple[dict[str, Any], DsConfig | None]:
     """The JSON, and what it comes to. What is wrong with it the hosts themselves tell."""
     if options.deepspeed_config is None:
         return {}, None
     source = read_json(str(options.deepspeed_config), []) or {}
+    found = next((one for reply in replies.values() if (one := reply.get(Devices))), None)
     try:
-        accelerator = os.environ.get("DS_ACCELERATOR", "cpu")  # changes nothing of what is read here
+        accelerator = found.accelerator if found else "cuda"
         return source, ds_config.check(source, world_size=world_size, accelerator=accelerator)
     except UserError:
         return source, None

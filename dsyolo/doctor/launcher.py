@@ -44,9 +44,10 @@ def _pdsh(options: Options, hosts: Sequence[Host]) -> Finding:
         return Finding("launcher", "", FAIL, "pdsh is not installed", "Install the package pdsh here.")
     names = ",".join(host.name for host in hosts)
     seconds = str(max(1, round(options.timeout_s)))
-    command = ["pdsh", "-S", "-t", seconds, "-u", seconds, "-w", names, "echo", "here"]
+    limits = ["-t", seconds, "-u", seconds]
+    command = ["pdsh", "-N", "-S", *limits, "-w", names, "echo", "here", "%h"]  # %h: pdsh puts the host there
     said = _said(command, options.timeout_s + 5, {"PDSH_RCMD_TYPE": "ssh"}) or ""
-    reached = {line.partition(":")[0] for line in said.splitlines() if line.endswith("here")}
+    reached = {line.removeprefix("here ").strip() for line in said.splitlines() if line.startswith("here ")}
     lost = [host.name for host in hosts if host.name.rpartition("@")[2] not in reached]
     if lost:
         text = f"pdsh does not get to {', '.join(lost)}"
