@@ -1,14 +1,14 @@
 """Bytes on the wire per training step between two hosts, beside the ZeRO paper's formulas. As root:
 
-    PYTHONPATH=tests python benchmarks/traffic.py [--model yolov5s] [--hosts 2] [--steps 6]
+    PYTHONPATH=tests python benchmarks/traffic.py [--model yolov5s] [--hosts 2] [--steps 6] [--accumulation 1]
 
 The hosts are a cluster in a box (tests/cluster.py), of one rank each, started by the deepspeed launcher over pdsh and ssh.
 A rank reads its host's counters (/proc/net/dev) between steps: no start, validation or checkpoint is in the figures, but
 headers, and what a step sends beside gradients: losses, counts of targets, averaged BatchNorm statistics, heartbeats.
-One micro-batch a step, since ZeRO 2 sends gradients after every micro-batch, ZeRO 3 gathers weights for each.
 
-For G bytes of gradients on N ranks, each way and rank: ZeRO 0 to 2 2 (N - 1) / N G, of which ZeRO 1 and 2 send half as
-gradients to their owners and half as new weights; ZeRO 3 1.5 times that, as it gathers weights for forward and backward.
+For G bytes of gradients on N ranks, each way and rank, with one micro-batch a step: ZeRO 0 to 2 2 (N - 1) / N G, of which
+ZeRO 1 and 2 send half as gradients to their owners and half as new weights; ZeRO 3 1.5 times that, as it gathers weights
+for forward and backward. With A micro-batches ZeRO 0 and 1 send the same, ZeRO 2 gradients A times, and ZeRO 3 all A times.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_ad
 LINE = "traffic of rank"
 
 
-def formula(stage: int, gradient_bytes: int, ranks: int) -> float:
+def formula(stage: int, gradient_bytes: int, ranks: int, accumulation: int = 1) -> float:
     """Bytes that a rank sends in a step, and receives."""
-    return 2 * (ranks - 1) / ranks * gradient_bytes * (1.5 if stage == 3 else 1)
+    times = {0: 2, 1: 2, 2: 1 + accumulation, 3: 3 * accumulation}[stage]
+    return times * (ranks - 1) / ranks * gradient_bytes
 
 
 def one_batch(network: torch.nn.Module) -> Batch:
@@ -55,15 +56,16 @@ def one_batch(network: torch.nn.Module) -> Batch:
     return Batch(torch.randint(0, 256, (IMAGES, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8), targets)
 
 
-def measure(stage: int, model: str, steps: int, world: dist.World) -> Traffic:
-    """Of this host in `steps` steps, on a rank of it."""
+def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
+    """Of this host in `args.steps` steps, on a rank of it."""
     source = {
         "train_micro_batch_size_per_gpu": IMAGES,
+        "gradient_accumulation_steps": args.accumulation,
         "zero_optimization": {"stage": stage},
         "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
     }
     ds = check(source, world_size=world.size, accelerator="cpu")
-    network = build_yolov5(model, NUM_CLASSES)
+    network = build_yolov5(args.model, NUM_CLASSES)
     batch = one_batch(network)
     loss = DetectionLoss(network.anchors, NUM_CLASSES, SIZE_PX)
     engine, shards, *_ = spread(
@@ -72,7 +74,7 @@ def measure(stage: int, model: str, steps: int, world: dist.World) -> Traffic:
     ema, request = Ema(shards, engine.buffers, 0.999, 100), StopRequest(world)
 
     def step(number: int) -> None:
-        engine.train_step([batch], number)
+        engine.train_step([batch] * args.accumulation, number)
         ema.update()
         request.agreed()
 
@@ -80,7 +82,7 @@ def measure(stage: int, model: str, steps: int, world: dist.World) -> Traffic:
         step(number)
     dist.barrier()
     before = read_traffic()
-    for number in range(steps):
+    for number in range(args.steps):
         step(2 + number)
     dist.barrier()
     after = read_traffic()
@@ -94,7 +96,7 @@ def on_a_rank(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     world = dist.join()
     watch = Watchdog(world, late_s=600)
-    found = {stage: measure(stage, args.model, args.steps, world) for stage in args.stages}
+    found = {stage: measure(stage, args, world) for stage in args.stages}
     watch.close()
     print(f"{LINE} {world.rank}: {json.dumps(found)}", flush=True)
     dist.leave(world)
@@ -127,22 +129,25 @@ def main() -> None:
     parser.add_argument("--model", choices=VARIANTS, default="yolov5s")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--on_a_rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.on_a_rank:
         return on_a_rank(args)
-    words = ["--model", args.model, "--steps", str(args.steps), "--stages", *map(str, args.stages)]
+    words = ["--model", args.model, "--steps", args.steps, "--accumulation", args.accumulation]
+    words += ["--stages", *args.stages]
     with Cluster(args.hosts) as cluster:
-        found = across(cluster, *words, place=cluster.folder)
+        found = across(cluster, *map(str, words), place=cluster.folder)
     size = gradient_bytes(args.model)
     print(
-        f"{args.model}, {args.hosts} hosts of one rank, {size / 1e6:.2f} MB of gradients; MB per step and host\n"
+        f"{args.model}, {args.hosts} hosts of one rank, {args.accumulation} micro-batches, "
+        f"{size / 1e6:.2f} MB of gradients; MB per step and host\n"
     )
     print("| | formula | sent, least and most | received, least and most | off |\n|---|---|---|---|---|")
     for stage, hosts in found.items():
-        expected = formula(stage, size, args.hosts)
+        expected = formula(stage, size, args.hosts, args.accumulation)
         sent, received = ([number / args.steps for number in way] for way in zip(*hosts, strict=True))
         off = max((number / expected - 1 for number in (*sent, *received)), key=abs)
         ways = " | ".join(f"{min(way) / 1e6:.2f} to {max(way) / 1e6:.2f}" for way in (sent, received))

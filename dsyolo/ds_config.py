@@ -37,6 +37,9 @@ OWN_BLOCKS = (
 BUCKETS = 6
 MAX_BUCKET_ELEMENTS = 2**24  # 67 MB
 MIN_BUCKET_ELEMENTS = 2**20  # 4 MB: smaller messages cost more time than their bytes
+# DeepSpeed's default sums a bucket that several ranks own parts of on all of them, and sends half as much again as ZeRO
+# needs. One reduction for each owner sends what is needed, in more messages: for shares of 1 MB and more.
+MIN_SHARE_ELEMENTS = 2**18
 NO_PRINT = 10**9  # steps between DeepSpeed's own lines; dsyolo's tracker prints
 
 
@@ -118,6 +121,8 @@ class DsConfig:
         bucket = min(max(num_parameters // BUCKETS, MIN_BUCKET_ELEMENTS), MAX_BUCKET_ELEMENTS)
         zero.setdefault("reduce_bucket_size", _even(min(bucket, num_parameters)))
         zero.setdefault("allgather_bucket_size", min(_even(num_parameters), MAX_BUCKET_ELEMENTS))  # no memory
+        is_small = num_parameters // self.data_parallel_size < MIN_SHARE_ELEMENTS
+        zero.setdefault("use_multi_rank_bucket_allreduce", is_small)
         if self.zero_stage == 3:
             # At 10^9, the defaults of "live" and "reuse" keep every weight of a detector whole from its first
             # use to the step, which is what ZeRO-3 is there to avoid.

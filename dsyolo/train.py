@@ -5,7 +5,6 @@ deepspeed dsyolo/train.py --deepspeed_config ds_configs/zero2.json --data data.y
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from dsyolo.build import (
 from dsyolo.config import RunConfig
 from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
+from dsyolo.environment import read_environment
 from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 2 for a mistake of the user's; 75 after SIGTERM, with all saved; 130 for Ctrl-C. A rank that is lost ends all
     of them with 70 (parallel/watchdog.py).
     """
-    world = dist.world_from_environment()
+    try:
+        world = dist.world_from_environment()
+    except UserError as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return 2
     try:
         return train(read(argv, world))
     except UserError as error:
@@ -76,7 +80,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
         UserError: something in it cannot be used.
     """
     run = run_config.parse(argv)
-    accelerator = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, goes_on = run.folder, run.goes_on()
     ds, data, *_ = all_of(
         lambda: ds_config.check(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,10 @@ class Cluster:
         self._processes.append(process)
         return process
 
+    def ssh(self, host: int, words: Sequence[object]) -> list[str]:
+        """For `popen`: `words` as a command on a host, in all of its namespaces. Signals do not reach it."""
+        return ["ssh", "-F", f"{self.folder}/ssh_config", self.names[host], shlex.join(map(str, words))]
+
     def run(self, host: int, command: str, timeout_s: float = 60) -> str:
         """What a short shell command says on a host, in all of its namespaces."""
         return self._hosts[host].run(command, timeout_s)
@@ -192,6 +197,11 @@ class Cluster:
     def link(self, host: int, *, up: bool) -> None:
         """Pulls a host's cable out of the switch, or puts it back: what is sent is lost without an error."""
         self._on_switch(f"ip link set port{host} {'up' if up else 'down'}")
+        if up:  # the kernel takes its time to believe it
+            other = self.addresses[host - 1]
+            self.run(
+                host, f"until timeout 0.2 bash -c '</dev/tcp/{other}/22' 2>/dev/null; do sleep 0.02; done"
+            )
 
     def pids(self, host: int) -> list[int]:
         """Processes with a host's network, by this machine's ids."""

@@ -22,6 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # the ground layer's modules from those named before them.
 GROUND = (
     "errors",
+    "environment",
     "problems",
     "options",
     "config",
@@ -44,6 +45,7 @@ LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in unit
 # Functions that may be called while a module is imported, beside those of the module itself.
 PURE = {"tuple", "frozenset", "set", "dict", "sorted", "range", "len", "object", "float", "int", "zip"}
 PURE |= {"TypeVar", "re", "field", "Field", "ConfigDict"}
+ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
 FORBIDDEN_CALLS = ("eval", "exec", "__import__", "compile")
 
 
@@ -138,6 +140,21 @@ def test_only_parallel_knows_of_deepspeed_and_of_ranks():
         name.split(".")[0] for path in FILES if unit_of(path) == "parallel" for name in imports(parse(path))
     }
     assert "deepspeed" in known  # the check sees imports inside functions
+
+
+def test_only_one_module_reads_the_environment():
+    def check(path: Path) -> Iterator[str]:
+        for node in ast.walk(parse(path)):
+            text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
+            if text in ENVIRONMENT:
+                yield f"line {node.lineno}: {text}"
+        yield from sorted(set(imports(parse(path))) & ENVIRONMENT)
+
+    # The probe is sent to hosts where dsyolo may not be.
+    readers = [path for path in FILES if unit_of(path) == "environment" or path.match("doctor/probe.py")]
+    assert len(readers) == 2
+    assert all(list(check(path)) for path in readers)  # it is seen
+    each(lambda path: () if path in readers else check(path))
 
 
 # ---- what nobody does

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from dsyolo.data.formats import label_path, list_images
 from dsyolo.data.images import check_image
 from dsyolo.data.labels import UNKNOWN_CLASS, Labels, Problem, by_reason, no_labels, read_labels
+from dsyolo.environment import read_environment
 from dsyolo.errors import UserError
 
 FORMAT_VERSION = 2  # raise it whenever what a scan keeps or how it checks changes
@@ -228,7 +229,7 @@ def _in_chunks(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iter
 
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/dsyolo, else ~/.cache/dsyolo."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsyolo"
+    return read_environment().cache / "dsyolo"
 
 
 def _key(images: Sequence[str], num_classes: int, workers: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from dsyolo.doctor.launcher import try_launcher
 from dsyolo.doctor.report import FAIL, WARNING, Finding, in_order, joined
 from dsyolo.ds_config import DsConfig
 from dsyolo.ds_read import read_json
+from dsyolo.environment import all_variables
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import build_yolov5, has_parameters
 
@@ -58,7 +58,7 @@ def examine(options: Options) -> tuple[list[Finding], list[str]]:
 
 def _this_machine(options: Options) -> list[Host]:
     """As the launcher takes it: a rank for each GPU; on a CPU one, or as many as --num_gpus says."""
-    is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    is_cpu = all_variables().get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     return [Host(LOCAL, options.num_gpus or (1 if is_cpu else torch.cuda.device_count()))]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
+from dsyolo.environment import all_variables
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\S*)")
 # ssh takes a word that starts with a dash for an option, and pdsh brackets and commas for several hosts.
@@ -91,10 +92,11 @@ class Crossing(NamedTuple):
 
 def read_crossing() -> Crossing:
     """As the launcher collects it: PYTHONPATH with this folder first, variables by prefix, .deepspeed_env."""
-    variables = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
-    paths = [os.path.abspath("."), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = all_variables()
+    variables = {key: value for key, value in own.items() if key.startswith(CARRIED)}
+    paths = [os.path.abspath("."), *filter(None, [own.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    name = own.get("DS_ENV_FILE", ".deepspeed_env")
     findings: list[Finding] = []
     files = dict.fromkeys(Path(os.path.abspath(Path(folder, name))) for folder in (Path.home(), "."))
     for file in filter(Path.is_file, files):
@@ -106,7 +108,7 @@ def read_crossing() -> Crossing:
             findings.append(Finding("environment", "", OK, f"{file} carries {', '.join(given) or 'nothing'}"))
     if not findings:
         rule = f"no {name} here or at home: only variables that start with {', '.join(CARRIED)} cross"
-        is_wanted = "DS_ENV_FILE" in os.environ
+        is_wanted = "DS_ENV_FILE" in own
         remedy = "DS_ENV_FILE names it: correct that, or make the file." if is_wanted else ""
         findings.append(Finding("environment", "", WARNING if is_wanted else OK, rule, remedy))
     return Crossing(variables, findings)
@@ -151,12 +153,12 @@ NO_FOLDER, NO_PYTHON = 97, 96  # statuses that neither ssh nor Python ends with
 def ssh_command(host: str, timeout_s: float) -> list[str]:
     """ssh as pdsh calls it, without a question to anybody."""
     own = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_s))}", "-a", "-x"]
-    return ["ssh", *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), *own, "--", host]
+    return ["ssh", *shlex.split(all_variables().get("PDSH_SSH_ARGS_APPEND", "")), *own, "--", host]
 
 
 def shown_env(crossing: Crossing, name: str) -> str:
     """A hint for a variable that is set here and does not reach the other hosts; empty where it does."""
-    here = os.environ.get(name)
+    here = all_variables().get(name)
     if here is None or name in crossing.variables:
         return ""
     return f"It is {here} here, but does not cross: write {name}={here} into .deepspeed_env."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dsyolo.doctor.case import Options
 from dsyolo.doctor.hosts import Host
 from dsyolo.doctor.network import is_address
 from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
+from dsyolo.environment import all_variables
 
 
 def try_launcher(options: Options, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
@@ -59,7 +59,7 @@ def _said(command: Sequence[str], limit_s: float, variables: Mapping[str, str] |
     try:
         return subprocess.run(
             command,
-            env={**os.environ, **(variables or {})},
+            env={**all_variables(), **(variables or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.environment import Environment, read_environment, tell_torch
 from dsyolo.errors import UserError
+from dsyolo.parallel.gloo import send_only_shares
 
 T = TypeVar("T")
 
@@ -54,10 +56,12 @@ def place_in(world: World, stages: int) -> Place:
 
 
 def world_from_environment() -> World:
-    """The world that the launcher described; of one rank where there was none. Imports and joins nothing."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", 0)), local_size)
+    """The world that the launcher described; of one rank where there was none. Imports and joins nothing.
+
+    Raises:
+        UserError: it did not tell everything.
+    """
+    return _world(read_environment())
 
 
 def join() -> World:
@@ -66,12 +70,12 @@ def join() -> World:
     DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
     compiler, and a build that is killed leaves a lock that every later start waits for.
     """
-    world = world_from_environment()
+    place = read_environment()
+    world = _world(place)
     if world.size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    for key, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), world, strict=False):
-        os.environ.setdefault(key, str(value))
+        address, port = place.master_addr or "127.0.0.1", place.master_port or _free_port()
+        place = place._replace(master_addr=address, master_port=port)
+    tell_torch(place)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -84,6 +88,7 @@ def join() -> World:
     # DeepSpeed calls some at every step, and only it can change that.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    send_only_shares()
     return world
 
 
@@ -210,6 +215,10 @@ def pins_memory() -> bool:
 def _cores_of_a_rank(world: World) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // world.local_size)
+
+
+def _world(place: Environment) -> World:
+    return World(place.rank, place.size, place.local_rank, place.local_size)
 
 
 def _free_port() -> int:

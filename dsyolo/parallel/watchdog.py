@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as torch_dist
 
+from dsyolo.environment import read_environment
 from dsyolo.parallel.dist import World, all_gather_objects, device_of_rank
 
 BEAT_S = 1.0
@@ -60,7 +61,7 @@ class Watchdog:
         self._answered = time.monotonic()
         if world.size == 1:
             return
-        address = os.environ["MASTER_ADDR"]
+        address = str(read_environment().master_addr)
         keeper = (
             torch_dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
             if world.is_first
