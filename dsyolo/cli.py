@@ -1,4 +1,4 @@
-"""`dsyolo val | detect | convert | sample`: what is done with data and weights outside a training run."""
+"""`dsyolo val | detect | convert | sample | doctor`: what is done with data and weights outside a training run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from dsyolo.data.formats import list_images, read_data_yaml
 from dsyolo.data.images import check_image, read_rgb
 from dsyolo.data.loader import EvalLoader, to_batch
 from dsyolo.data.sample import draw_sample
+from dsyolo.doctor.command import add_options, run_doctor
 from dsyolo.errors import UserError
 from dsyolo.model.weights import WeightsInfo, rebuild
 from dsyolo.pictures import draw, save
@@ -32,10 +33,10 @@ MANY_IMAGES = 20  # so many and more are told in one line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 2 for a mistake of the user's, or 128 and the signal."""
+    """Runs a command; returns the exit status: 0, the command's own, 2 for a mistake of the user's, or 128 and the signal."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"\n{error}\n", file=sys.stderr)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as by `| head`; what Python flushes at its exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("dst", type=Path, metavar="DST", help="folder to make")
     sample.add_argument("--images", type=int, default=400, metavar="N", help="default: 400")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+    add_options(_command(commands, "doctor", run_doctor, "look whether a run can start on its hosts"))
     return parser
 
 

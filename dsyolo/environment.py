@@ -1,7 +1,7 @@
 """The environment: everything that dsyolo reads there, and what it leaves there for torch and DeepSpeed.
 
 A launcher tells each rank its place by variables: deepspeed's and torchrun's own, or Slurm's, where srun itself started
-the ranks. Nothing else in dsyolo knows of os.environ.
+the ranks. Nothing else in dsyolo knows of os.environ, but doctor/probe.py, which runs on other hosts and by itself.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ def tell_torch(place: Environment) -> None:
     }
     for name, value in told.items():
         os.environ.setdefault(name, str(value))
+
+
+def all_variables() -> dict[str, str]:
+    """A copy of this process's: from them the deepspeed launcher chooses what it hands on."""
+    return dict(os.environ)
 
 
 def _from_launcher(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:

@@ -1,0 +1,1 @@
+"""`dsyolo doctor`: looks, before a run, whether it can start on all of its hosts."""

@@ -1,0 +1,71 @@
+"""Tries the two ways that the deepspeed launcher has to its hosts: pdsh, and a plain ssh to the first one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from dsyolo.doctor.case import Options
+from dsyolo.doctor.hosts import Host
+from dsyolo.doctor.network import is_address
+from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
+from dsyolo.environment import all_variables
+
+
+def try_launcher(options: Options, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
+    """The two ways of the launcher to its hosts, tried; and the address that ranks will meet at."""
+    first = hosts[0].name
+    with ThreadPoolExecutor(2) as pool:
+        pdsh = pool.submit(_pdsh, options, hosts) if len(hosts) > 1 else None
+        told = _plain_ssh(first, options.timeout_s)
+        findings = [pdsh.result()] if pdsh else []
+    master = options.master_addr or told
+    if told:
+        finding = Finding("launcher", "", OK, f"{first} tells its address by plain ssh: {told}")
+    else:
+        text = f"asks {first} its address by plain ssh, without PDSH_SSH_ARGS_APPEND, which fails"
+        rest = "--no_ssh_check" if master else "--no_ssh_check --master_addr ADDRESS, and --master_addr here"
+        remedy = f"Write what ssh needs into ~/.ssh/config, or give the launcher {rest}."
+        finding = Finding("launcher", "", WARNING if master else FAIL, text, remedy)
+    return [*findings, finding], master
+
+
+def _plain_ssh(host: str, limit_s: float) -> str | None:
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(limit_s))}"]
+    said = _said(["ssh", *options, "--", host, "hostname -I"], limit_s)
+    words = (said or "").split()
+    return words[0] if words and is_address(words[0]) else None
+
+
+def _pdsh(options: Options, hosts: Sequence[Host]) -> Finding:
+    if shutil.which("pdsh") is None:
+        return Finding("launcher", "", FAIL, "pdsh is not installed", "Install the package pdsh here.")
+    names = ",".join(host.name for host in hosts)
+    seconds = str(max(1, round(options.timeout_s)))
+    limits = ["-t", seconds, "-u", seconds]
+    command = ["pdsh", "-N", "-S", *limits, "-w", names, "echo", "here", "%h"]  # %h: pdsh puts the host there
+    said = _said(command, options.timeout_s + 5, {"PDSH_RCMD_TYPE": "ssh"}) or ""
+    reached = {line.removeprefix("here ").strip() for line in said.splitlines() if line.startswith("here ")}
+    lost = [host.name for host in hosts if host.name.rpartition("@")[2] not in reached]
+    if lost:
+        text = f"pdsh does not get to {', '.join(lost)}"
+        return Finding("launcher", "", FAIL, text, f"See: PDSH_RCMD_TYPE=ssh pdsh -S -w {names} true")
+    return Finding("launcher", "", OK, "pdsh gets to all hosts")
+
+
+def _said(command: Sequence[str], limit_s: float, variables: Mapping[str, str] | None = None) -> str | None:
+    try:
+        return subprocess.run(
+            command,
+            env={**all_variables(), **(variables or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            start_new_session=True,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,99 @@
+"""Findings: what was looked at, where, the verdict, what was found and what to do. As a table and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+OK, WARNING, FAIL = "OK", "WARNING", "FAIL"
+WIDTH = 110
+# Of the table: first what the others rest on.
+ORDER = (
+    "hostfile environment launcher ssh probe python torch deepspeed dsyolo packages slots deepspeed_config ops locks "
+    "data disk shm clock names interface master port project link"
+)
+
+
+class Finding(NamedTuple):
+    """One line of the table. A host of "" is all of them, or none in particular."""
+
+    check: str
+    host: str
+    verdict: str
+    found: str
+    remedy: str = ""
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """As the table has them."""
+    places = {check: place for place, check in enumerate(ORDER.split())}
+    return sorted(findings, key=lambda finding: places[finding.check])
+
+
+def joined(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:
+    """One finding for all hosts that have the same; without a host's name where that is each of them."""
+    of: dict[Finding, list[str]] = {}
+    for finding in findings:
+        of.setdefault(finding._replace(host=""), []).append(finding.host)
+    lines = []
+    for finding, where in of.items():
+        named = [host for host in where if host]
+        everywhere = len(named) < len(where) or (len(hosts) > 1 and set(named) == set(hosts))
+        lines.append(finding._replace(host="" if everywhere or len(hosts) == 1 else _shortened(named)))
+    return lines
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[: 3 if more else 4]) + more
+
+
+def can_start(findings: Iterable[Finding]) -> bool:
+    """Whether nothing failed."""
+    return all(finding.verdict != FAIL for finding in findings)
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The lines in aligned columns, the remedy of each that is not OK below it, and the verdict on the run."""
+    findings = [Finding(*map(_printable, finding)) for finding in findings]
+    widths = [max(len(str(finding[i])) for finding in findings) for i in range(3)]
+    if not widths[1]:
+        widths[1] = -2  # no column of hosts
+    lines = []
+    for finding in findings:
+        words = [f"{finding[i]:{widths[i]}}" for i in range(3) if widths[i] > 0]
+        start = "  ".join(words) + "  "
+        lines += _wrapped(finding.found, start)
+        if finding.remedy:
+            lines += _wrapped(finding.remedy, " " * (len(start) - 3) + "-> ")
+    counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in (FAIL, WARNING)}
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    told = f": {told}" if told else ""
+    return "\n".join([*lines, "", f"The run can{'' if can_start(findings) else 'not'} start{told}."])
+
+
+def _wrapped(text: str, start: str) -> list[str]:
+    width = max(WIDTH, len(start) + 40)
+    return textwrap.wrap(
+        text or "-",
+        width,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _printable(text: str) -> str:
+    """Another host's words may not steer this terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text.replace("\n", " "))
+
+
+def to_json(findings: Sequence[Finding], hosts: Sequence[str]) -> dict[str, Any]:
+    """The same in plain JSON types."""
+    return {
+        "can_start": can_start(findings),
+        "hosts": list(hosts),
+        "checks": [finding._asdict() for finding in findings],
+    }
