@@ -74,6 +74,12 @@ def all_variables() -> dict[str, str]:
     return dict(os.environ)
 
 
+def count_restart() -> None:
+    """Before all ranks start again: torchrun's store keeps the keys of each start apart by this number."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count + 1)
+
+
 def _from_launcher(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
     if "RANK" in given and "WORLD_SIZE" not in given:
         problems.append("WORLD_SIZE: missing beside RANK. Start ranks by a launcher: see launch/.")

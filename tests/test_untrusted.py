@@ -449,7 +449,7 @@ def load_tampered(folder: Path) -> list[tuple[str, bool]]:
         ("buffers/ema", torch.zeros(5)),
     ):
         file.unlink()  # mapped by who read it
-        save_file({**whole, key: tensor}, file)
+        save_file({**whole, key: tensor.clone()}, file)
         parts = json.loads(manifest)
         parts["files"][file.name] = checkpoint._sha256(file)
         parts["tensors"][key] = file.name

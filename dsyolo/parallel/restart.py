@@ -14,6 +14,8 @@ from typing import NoReturn
 
 import torch
 
+from dsyolo.environment import count_restart
+
 # What allocators say besides torch.OutOfMemoryError: torch's on a CPU, oneDNN's, C++'s.
 _SIGNS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory object")
 
@@ -33,10 +35,7 @@ def start_again(words: Sequence[str]) -> NoReturn:
         if handle > 2:  # ports that this process listens at, files of the device
             with contextlib.suppress(OSError):  # that of the listing itself
                 os.set_inheritable(handle, False)
-    count = int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    )  # torchrun keeps each start's keys apart by it
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count + 1)
+    count_restart()
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [*sys.orig_argv, *words])
