@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Ranks of the demo: the GPUs, or else the cores of this machine, two at least and four at most.
 RANKS ?= $(shell $(BIN)/python -c "import os, torch; print(torch.cuda.device_count() or min(4, max(2, os.cpu_count() or 1)))" 2>/dev/null)
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity storm lint clean
 
 demo: $(VENV)/.ready
 	rm -rf runs/demo
@@ -22,6 +22,9 @@ test: $(VENV)/.ready
 
 parity: $(VENV)/.ready
 	$(BIN)/python tests/parity.py
+
+storm: $(VENV)/.ready
+	$(BIN)/python tests/storm.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
