@@ -37,6 +37,7 @@ from dsyolo.parallel.checkpoint import (
     Checkpoints,
     Progress,
     all_checkpoints,
+    check_shared,
     newest_whole,
     read_manifest,
     saved_progress,
@@ -186,6 +187,7 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
 def learn(run: Run, world: World, watch: Watchdog) -> int:
     """Builds everything and trains to the end of the last epoch, or until SIGTERM."""
     config, request = run.config, StopRequest(world)
+    check_shared(run.folder, world)
     crew = dist.ReadingCrew(world, watch.at)
     scans = scan_splits(run, crew)
     crew.close()

@@ -196,3 +196,17 @@ def test_a_step_sends_what_the_formula_says(cluster):
         expected = traffic.formula(stage, size, ranks=2)
         for way in [way / steps for host in hosts for way in host]:
             assert way == pytest.approx(expected, rel=0.1), f"ZeRO {stage}"
+
+
+def test_a_folder_that_hosts_do_not_share_is_told_before_anything_is_read(place, cluster):
+    project = place / "apart"
+    project.mkdir()
+    cluster.run(1, f"mount -t tmpfs tmpfs {project}")
+    words = arguments(place, "apart", project=project)
+    process = started(cluster, [*cluster.deepspeed(), str(TRAIN), *words], place)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode != 0
+    assert said.count("apart is not one folder for all hosts") == 1, said
+    assert "node1 does not see there what rank 0 writes. Put --project on storage" in said
+    assert "Traceback" not in said
+    assert list((project / "apart").iterdir()) == []

@@ -68,10 +68,10 @@ def on(ranks: int, place: Path, name: str, port: int, **options: object) -> list
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
     half, whole = config(place, 8 // ranks), config(place, 16 // ranks)
-    status, said, most = run(place, on(ranks, place, f"half{ranks}", 29761, deepspeed_config=half))
+    status, said, most = run(place, on(ranks, place, f"half{ranks}", 29781, deepspeed_config=half))
     assert status == 0, said
     gap = GIB // (2 * ranks)  # of the GiB that eight images of 640 px more take
-    status, said, _ = run(place, on(ranks, place, f"oom{ranks}", 29763, deepspeed_config=whole), most + gap)
+    status, said, _ = run(place, on(ranks, place, f"oom{ranks}", 29783, deepspeed_config=whole), most + gap)
     assert status == 0, said
     assert said.count(f"ran out of memory with {16 // ranks} images in a micro-batch") == 1
     assert f"{8 // ranks} and 2 accumulation steps; the global batch stays 16" in said

@@ -14,6 +14,9 @@ import math
 import os
 import re
 import shutil
+import socket
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from safetensors.torch import save_file
 
 from dsyolo.batch import StepStats
 from dsyolo.errors import UserError
-from dsyolo.parallel.dist import World, barrier, problem_of_any, share_of
+from dsyolo.parallel.dist import World, barrier, decided_by_first, problem_of_any, share_of, together
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.folder import FIRST_STATE
@@ -33,6 +36,7 @@ from dsyolo.parallel.shards import Shards
 from dsyolo.untrusted import read_bytes, shortened
 
 FORMAT = 1
+SIGN_S = 10.0  # network file systems show a new file after some seconds
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
 MOST_MANIFEST_BYTES = 16 << 20  # the largest network's, saved by a thousand ranks, has half a MiB
 _FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
@@ -259,6 +263,41 @@ class Checkpoints:
                 gone = path.with_name(f".{path.name}.part")
                 os.replace(path, gone)
                 shutil.rmtree(gone, ignore_errors=True)
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """That all hosts see the same `folder`, into which every rank writes its share of a checkpoint. All ranks call it.
+
+    Raises:
+        UserError: on all ranks; a host has another folder of that name.
+    """
+    if world.local_size == world.size:
+        return
+
+    def leave_a_sign() -> Path:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=".seen-", dir=folder))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be used", [f"{error.strerror}. Name another."]) from None
+
+    def look() -> None:
+        end = time.monotonic() + SIGN_S
+        while not sign.is_dir():
+            if time.monotonic() > end:
+                rule = f"{socket.gethostname()} does not see there what rank 0 writes"
+                remedy = "Put --project on storage that all hosts share"
+                raise UserError(f"{folder} is not one folder for all hosts", [f"{rule}. {remedy}."])
+            if folder.is_dir():
+                os.listdir(folder)  # has a network file system ask its server
+            time.sleep(0.1)
+
+    sign = decided_by_first(world, leave_a_sign)
+    try:
+        together(look)
+    finally:
+        if world.is_first:
+            shutil.rmtree(sign, ignore_errors=True)
 
 
 class _Reader:
