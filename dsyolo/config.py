@@ -248,7 +248,7 @@ RECIPE_KEYS = frozenset(Recipe.model_fields)
 def read_recompute(text: str) -> str | int | None:
     """`none`, `blocks`, or the bytes that a budget like `4.5GiB` names; None where it is none of these."""
     budget = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text)
-    if budget:
+    if budget and len(budget[1]) < 20:  # longer ones are no numbers of bytes
         return int(float(budget[1]) * 2**30) or None
     return text if text in ("none", "blocks") else None
 

@@ -20,6 +20,7 @@ from dsyolo.problems import cannot_hold_files
 
 NOMINAL_BATCH = 64
 AUTOCAST_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
+MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -53,6 +54,9 @@ def batch_triple(
             f"train_batch_size: {rule}. Give one of them; the recipe is made for {NOMINAL_BATCH}."
         )
         return None
+    if (micro or 0) > MOST_IMAGES:
+        problems.append(f"{BATCH_KEYS[1]}: {micro} given, but it may be {MOST_IMAGES} at most. Set it lower.")
+        return None
     if train is None:
         assert micro is not None
         return micro * (steps or 1) * num, micro, steps or 1
@@ -62,13 +66,17 @@ def batch_triple(
     if steps is None:
         steps = train // micro // num if given_micro else 1
     total = micro * steps * num
+    if total == train and micro > MOST_IMAGES:
+        rule = f"{micro} a rank at once may be {MOST_IMAGES} at most. Give {BATCH_KEYS[1]}, or set it lower"
+        problems.append(f"train_batch_size: {train} given, but {rule}.")
+        return None
     if total == train:
         return train, micro, steps
     if steps == 0:
         least = micro * num
-        lower = (
-            "lower train_micro_batch_size_per_gpu" if train % num else f"{BATCH_KEYS[1]} to {train // num}"
-        )
+        lower = f"{BATCH_KEYS[1]} to {train // num}"
+        if train % num:
+            lower = f"use {_dividing(train, num, stages)} with a lower {BATCH_KEYS[1]}"
         rule = f"{micro} per GPU x {ranks} = {least} already"
         problems.append(f"train_batch_size: {train} given, but {rule}. Set it to {least}, or {lower}.")
         return None
@@ -137,7 +145,7 @@ def pipeline(
             f"pipeline.stages: {stages} given, but {rule}. Set it to one of {', '.join(fitting)}."
         )
     if isinstance(partition, tuple) and len(partition) != stages - 1:
-        rule = f"{stages} stage{'s' if stages > 1 else ''} need {stages - 1} cuts"
+        rule = f"{stages} stage{'s need' if stages > 1 else ' needs'} {stages - 1} cuts"
         remedy = 'Give so many, or write "balanced"'
         problems.append(f"pipeline.partition: {len(partition)} cuts given, but {rule}. {remedy}.")
     elif layers and isinstance(partition, tuple):
@@ -295,6 +303,8 @@ def _folder(block: Mapping[str, Any], device: str) -> list[str]:
         return [f"nvme_path: {shown(path)} given, but {rule}. Leave it out, or set device."] if path else []
     if path is None:
         return ["nvme_path: missing. Give a folder on a fast local disk; a file of each rank will lie there."]
+    if os.path.exists(path) and not os.path.isdir(path):
+        return [f"nvme_path: {shown(path)} given, but it is a file. Name a folder."]
     if not os.path.isdir(path):
         return [f"nvme_path: {shown(path)} given, but there is no such folder. Make it, or name another."]
     try:

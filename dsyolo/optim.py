@@ -79,7 +79,9 @@ class Schedule:
         """Sets every group's values for step `step` (0-based) and returns the rate of the weights."""
         warm = min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
         goal = self.lr_at(step)
-        momentum = self.momentum if self.is_adam else _mix(self.warmup_momentum, self.momentum, warm)
+        # None at all is no value to warm up to: SGD then keeps no state.
+        first = self.momentum if self.is_adam or not self.momentum else self.warmup_momentum
+        momentum = _mix(first, self.momentum, warm)
         for group in optimizer.param_groups:
             kind = group["name"]
             start = self.warmup_bias_lr if kind == "biases" and not self.is_adam else 0.0

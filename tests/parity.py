@@ -63,6 +63,8 @@ ROWS = (
     Row("1 rank, accumulation 2", 1, 0, {}, at_once=2),
     Row("1 rank, accumulation 1", 1, 0, {}, at_once=4),
     *(Row(f"2 ranks, ZeRO {stage}", 2, stage, {}) for stage in range(4)),
+    *(Row(f"2 ranks, ZeRO {stage}, live BatchNorm", 2, stage, {}, "live") for stage in range(4)),
+    Row("4 ranks, ZeRO 1, live BatchNorm", 4, 1, {}, "live"),
     *(
         Row(f"2 ranks, ZeRO {stage}, synchronised BatchNorm", 2, stage, {}, "synchronised")
         for stage in range(4)

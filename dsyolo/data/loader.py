@@ -162,6 +162,7 @@ class TrainLoader:
             return self._size_px
         rng = np.random.default_rng((self._stream.seed, step, 0, 1))  # four numbers: three are a sample's
         low, high = (round(self._size_px * bound / self._stride) for bound in MULTI_SCALE_RANGE)
+        low = max(low, 2)  # of a single cell BatchNorm could not tell a deviation
         return int(rng.integers(low, high, endpoint=True)) * self._stride
 
     def _open(self, step: int) -> Iterator[Batch]:

@@ -166,7 +166,8 @@ class Checkpoints:
         shards.publish(shards.masters())
         state_names = sorted({n.split("/")[1] for n in manifest.tensors if n.startswith("optimizer/")})
         for key, tensors in shards.make_state(state_names, manifest.optimizer_scalars).items():
-            shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
+            if key in state_names:  # else none was needed yet, and zeros lie in a file
+                shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
         self._engine.loss_scale.load(manifest.loss_scale)
         buffers = self._engine.buffers
         buffers.flat.copy_(buffers.own(reader.tensor("buffers/network")))

@@ -31,7 +31,7 @@ class Engine:
         schedule: sets the optimizer's values before every step.
         deepspeed_json: what `deepspeed.initialize` gets.
         accumulation: micro-batches of a rank in one step.
-        statistics_move: BatchNorm's statistics follow each rank's own batches, and so must be averaged.
+        statistics_move: BatchNorm's statistics follow each rank's own batches, and so must be put together.
 
     Attributes:
         network: what this rank trains, under the parameters' own names.
@@ -58,7 +58,6 @@ class Engine:
         self.world = world
         self.accumulation = accumulation
         self.schedule = schedule
-        self.statistics_move = statistics_move
         self.loss = loss.to(self.device)
         self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
         self.network = network.to(self.device)
@@ -77,6 +76,7 @@ class Engine:
         )
         self.buffers = self._make_buffers()
         broadcast(self.buffers.flat, self.replicas)
+        self._share_of_statistics = self._slow_down_statistics() if statistics_move else None
         self.loss_scale = LossScale(self.deepspeed)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
@@ -171,6 +171,26 @@ class Engine:
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
 
+    def _slow_down_statistics(self) -> float | None:
+        """Lets BatchNorm's statistics move on N replicas as on one that sees the micro-batches one after the other.
+
+        There each micro-batch moves them by the momentum m: s <- (1 - m) s + m x. Micro-batches go round the replicas, so
+        those of one replica move its own by 1 - (1 - m)^N, and what N replicas came to counts by m (1 - m)^(N - 1 - i)
+        of replica i, over the sum of these: algebra, not an approximation.
+
+        Returns:
+            this replica's weight; None where there is one alone, or nothing to move.
+        """
+        norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
+        n = self.num_replicas
+        if n == 1:
+            return None
+        m = norms[0].momentum if norms else 0.5  # a stage without any has only to take part
+        for norm in norms:
+            assert norm.momentum == m, "one momentum for all"
+            norm.momentum = 1 - (1 - m) ** n
+        return m * (1 - m) ** (n - 1 - self.replica) / (1 - (1 - m) ** n)
+
     def _counted_targets(self, batches: Sequence[Batch]) -> list[Targets]:
         """The targets on the device, with matches per level and images of the global batch as their counts."""
         own = [torch.cat((b.targets.num_matches, b.targets.num_images[None])) for b in batches]
@@ -190,8 +210,10 @@ class Engine:
 
     def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
         """After a step. `losses`: this rank's share of them."""
-        if self.statistics_move and self.num_replicas > 1:
-            all_reduce_sum(self.buffers.flat, self.replicas).div_(self.num_replicas)
+        if self._share_of_statistics is not None:
+            # Anchors do not move, and so come out of it to the last bit.
+            moved = (self.buffers.flat - buffers_before).mul_(self._share_of_statistics)
+            torch.add(buffers_before, all_reduce_sum(moved, self.replicas), out=self.buffers.flat)
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
         applied = self.loss_scale.step_was_applied()
         if not applied:
