@@ -498,6 +498,17 @@ def test_buckets_are_sized_to_the_model(num_parameters: int, stage: int) -> None
         assert zero["stage3_param_persistence_threshold"] >= 1280  # the widest BatchNorm of any variant
 
 
+@pytest.mark.parametrize(("num_ranks", "summed_on_all"), [(2, False), (8, True)])
+def test_gradients_go_to_their_owners_while_shares_are_large(num_ranks: int, summed_on_all: bool) -> None:
+    def zero(**block: Any) -> dict[str, Any]:
+        source = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2, **block}}
+        return resolve(source, num_ranks).deepspeed_json(1_872_157, cpu=False)["zero_optimization"]
+
+    key = "use_multi_rank_bucket_allreduce"
+    assert zero()[key] == summed_on_all
+    assert zero(**{key: not summed_on_all})[key] != summed_on_all  # what the JSON says stands
+
+
 def test_explain() -> None:
     config = resolve(FILES[[path.stem for path in FILES].index("zero2_offload")], 2)
     assert config.explain() == [
