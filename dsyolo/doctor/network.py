@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from dsyolo.doctor.answers import Hello, Link, Network, Port, Python, Result
+from dsyolo.doctor.answers import Hello, Interface, Link, Network, Port, Python, Result
 from dsyolo.doctor.ask import Reply
 from dsyolo.doctor.case import Case
 from dsyolo.doctor.hosts import shown_env
@@ -93,7 +93,7 @@ def is_address(text: str) -> bool:
     return True
 
 
-def _is_usable(interface) -> bool:
+def _is_usable(interface: Interface) -> bool:
     return bool(interface.address) and interface.is_up and not interface.is_loopback
 
 

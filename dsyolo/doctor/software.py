@@ -128,6 +128,10 @@ def sources(case: Case) -> Iterator[Finding]:
 def deepspeed_json(case: Case) -> Iterator[Finding]:
     """Without a fault for so many ranks, and the same everywhere."""
     name, path = "deepspeed_config", case.options.deepspeed_config
+    for host, reply in case.replies.items():
+        section = reply.sections.get("deepspeed_json")
+        if section is not None and section.error:
+            yield Finding(name, host, FAIL, f"cannot be judged: {section.error}", "Mend dsyolo there first.")
     found = dict(case.each(DeepSpeedJson))
     if not found:
         return
