@@ -444,7 +444,7 @@ def load_tampered(folder: Path) -> list[tuple[str, bool]]:
     for key, tensor in (
         (f"optimizer/momentum_buffer/{name}", torch.full_like(whole[f"param/{name}"], torch.inf)),
         (f"optimizer/momentum_buffer/{name}", torch.zeros(3)),
-        (f"optimizer/surprise/{name}", whole[f"param/{name}"]),
+        (f"optimizer/surprise/{name}", whole[f"param/{name}"].clone()),
         (f"ema/{name}", whole[f"ema/{name}"].half()),
         ("buffers/ema", torch.zeros(5)),
     ):

@@ -94,12 +94,12 @@ def _check_same(crew: Crew, images: Sequence[str], sources: Sequence[Path]) -> N
     seen = crew.exchange((len(images), _digest(images)))
     others = [rank for rank, what in enumerate(seen) if what != seen[0]]
     if others:
-        counts = f"rank 0 finds {seen[0][0]:,} images and rank {others[0]} {seen[others[0]][0]:,}"
+        first, other = seen[0][0], seen[others[0]][0]
+        names = ", of other names" if first == other else ""
+        counts = f"rank 0 finds {first:,} images and rank {others[0]} {other:,}{names}"
         rule = "Every machine needs the same files under the same paths: share the folder, or copy it anew"
         where = ", ".join(map(str, sources))
-        raise UserError(
-            "The ranks do not see the same data set", [f"{where}: {counts}, of other names. {rule}."]
-        )
+        raise UserError("The ranks do not see the same data set", [f"{where}: {counts}. {rule}."])
 
 
 def _whoever_has_it(crew: Crew, cached: Scan | None) -> Scan | None:
