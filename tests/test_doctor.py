@@ -40,7 +40,7 @@ def place(tmp_path_factory):
 
 def words(place: Path, *more: object, **options: object) -> list[str]:
     given = {"deepspeed_config": place / "ds.json", "data": place / "sample/data.yaml", "model": "yolov5n"}
-    given |= {"project": place / "runs", "imgsz": 64, **options}
+    given |= {"project": place / "runs", "imgsz": 64, "timeout": 40, **options}  # other tests run beside it
     told = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
     return [sys.executable, "-m", "dsyolo.cli", "doctor", *told, *map(str, more)]
 
@@ -430,7 +430,7 @@ def replied(
     """To a Python program in the place of the probe, on this machine."""
     monkeypatch.setattr(ask, "SECTION_S", 1)
     asked = ask.Asked(None, ["-"], sections, program.encode())
-    return ask.ask({"n": asked}, hosts.Crossing({}, ()), 2)["n"]
+    return ask.ask({"n": asked}, hosts.Crossing({}, ()), 5)["n"]
 
 
 HELLO = """print('{"section": "hello", "time": 0, "hostname": "h", "machine": "m", "network": "n"}', flush=True)\n"""
@@ -444,8 +444,8 @@ HELLO = """print('{"section": "hello", "time": 0, "hostname": "h", "machine": "m
         ('print(\'{"section": "python"}\')', "cannot be understood"),  # out of turn
         ("print('{\"section\": ' + '[' * 200_000)", "cannot be understood"),
         ("print('{\"section\": \"' + 'x' * 9_000_000)", "cannot be understood"),
-        ("import itertools\nfor _ in itertools.count(): print('welcome')", "no answer within 2 s"),
-        ("import time; time.sleep(60)", "no answer within 2 s"),
+        ("import itertools\nfor _ in itertools.count(): print('welcome')", "no answer within 5 s"),
+        ("import time; time.sleep(60)", "no answer within 5 s"),
         (HELLO + "import time; time.sleep(60)", "silent in the section 'python'"),
         (HELLO + "print('x'); raise SystemExit('no such thing')", "status 1: no such thing"),
     ],
@@ -455,7 +455,7 @@ def test_an_answer_that_is_none_is_told_in_words_and_soon(tmp_path, monkeypatch,
     reply = replied(tmp_path, monkeypatch, program)
     assert told in reply.fault
     assert reply.remedy
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 12
     assert ("hello" in reply.sections) == program.startswith(HELLO)
 
 
@@ -596,17 +596,17 @@ def test_hosts_that_cannot_be_had_cost_seconds(pair, place, tmp_path):
     begin = time.monotonic()
     pair.run(1, "pkill -STOP sshd")
     try:
-        options = {"timeout": 4, "deepspeed_config": tmp_path / "ds.json", "master_port": 22}
+        options = {"timeout": 8, "deepspeed_config": tmp_path / "ds.json", "master_port": 22}
         told = over(pair, place, tmp_path, hostfile=hostfile, **options)
     finally:
         pair.run(1, "pkill -CONT sshd")
-    assert time.monotonic() - begin < 25
+    assert time.monotonic() - begin < 40
     assert told.status == 1
     told.has("hostfile", FAIL, "", "line 5: node1 is there twice", "Leave one out")
     told.has("hostfile", FAIL, "", "line 6: node2 has slots=0", "Leave the line out")
     told.has("hostfile", FAIL, "10.77.0.1", "the same machine as node0", "Leave one out")
     told.has("ssh", FAIL, "10.77.0.99", "No route to host|timed out", "ssh .*10.77.0.99 true")
-    told.has("ssh", FAIL, "node1", "no answer within 4 s|timed out", "--timeout|true")
+    told.has("ssh", FAIL, "node1", "no answer within 8 s|timed out", "--timeout|true")
     told.has("launcher", FAIL, "", "pdsh does not get to .*10.77.0.99", "PDSH_RCMD_TYPE=ssh pdsh")
     told.has("deepspeed_config", FAIL, "node0, 10.77.0.1", "train_batch_size: 10 given", "")
     told.has("port", FAIL, "node0", "22: Address already in use, taken by process .*sshd", "--master_port")

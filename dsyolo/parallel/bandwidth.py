@@ -24,7 +24,7 @@ import torch
 import torch.distributed as torch_dist
 
 LIFE_S = 50  # then it ends by itself, for nobody may be left who could end it
-WAIT_S = 15  # for the other ranks
+WAIT_S = 20  # for the other ranks; some import torch from a slow disk
 CONNECT_S = 3
 PINGS = 30
 LEAST_BYTES, MOST_BYTES = 1 << 18, 1 << 25  # doubled until a message takes MESSAGE_S
