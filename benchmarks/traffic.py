@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,9 @@ def on_a_rank(args: argparse.Namespace) -> None:
 def across(cluster: Cluster, *words: str, place: Path) -> dict[int, list[Traffic]]:
     """Runs this file with `words` on all hosts; by stage the traffic of each host in its steps."""
     command = [*cluster.deepspeed(), str(Path(__file__).resolve()), "--on_a_rank", *words]
-    process = cluster.popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finds = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # ranks import what this process does
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = cluster.popen(command, env=finds, cwd=place, **streams)
     said = process.communicate(timeout=600)[0]
     ranks: dict[int, dict[str, Any]] = {}
     for line in said.splitlines():

@@ -249,7 +249,7 @@ def learn(run: Run, world: World, watch: Watchdog) -> int:
         if is_best or is_last or (epoch + 1) % config.save_every == 0:
             watch.at("saving")
             state = ema.state_dict(keep=record.keeps_weights)
-            problem = dist.problem_of_any(record.weights(state, is_best), engine.all_gather)
+            problem = dist.problem_of_any(record.weights(state, is_best))
             problem = checkpoints.save(progress, is_best=is_best) or problem
             if problem and is_last:
                 return finish(f"{problem} Make room: --resume auto does the end again.", NOT_SAVED)

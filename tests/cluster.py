@@ -206,14 +206,14 @@ class Cluster:
     def pids(self, host: int) -> list[int]:
         """Processes with a host's network, by this machine's ids."""
         network = os.readlink(f"/proc/{self._hosts[host].pid}/ns/net")
-        return [pid for pid in _pids() if _quietly(os.readlink, f"/proc/{pid}/ns/net") == network]
+        return [pid for pid in all_pids() if _quietly(os.readlink, f"/proc/{pid}/ns/net") == network]
 
     def ranks(self) -> dict[int, int]:
         """The processes of a run's ranks now: this machine's id by rank."""
         found = {}
         for pid in [pid for host in range(len(self.names)) for pid in self.pids(host)]:
-            rank = _variable(pid, "RANK")
-            if rank is not None and _variable(_parent(pid), "RANK") is None:  # else a loader's worker
+            rank = variable_of(pid, "RANK")
+            if rank is not None and variable_of(parent_of(pid), "RANK") is None:  # else a loader's worker
                 found[int(rank)] = pid
         return dict(sorted(found.items()))
 
@@ -294,18 +294,18 @@ def read_traffic(pid: int | str = "self") -> Traffic:
     return Traffic(sent=int(numbers[8]), received=int(numbers[0]))
 
 
-def _pids() -> list[int]:
+def all_pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _variable(pid: int, name: str) -> str | None:
+def variable_of(pid: int, name: str) -> str | None:
     """What a process was started with."""
     content = _quietly(Path(f"/proc/{pid}/environ").read_bytes) or b""
     values = dict(item.partition(b"=")[::2] for item in content.split(b"\0"))
     return values[name.encode()].decode() if name.encode() in values else None
 
 
-def _parent(pid: int) -> int:
+def parent_of(pid: int) -> int:
     content = _quietly(Path(f"/proc/{pid}/stat").read_text) or ") ? 0"
     return int(content.rpartition(") ")[2].split()[1])
 

@@ -23,7 +23,7 @@ def run_ranks(
     """
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(
             target=_rank, args=(rank, world_size, port, accelerator, results, work, args), daemon=False
@@ -87,7 +87,7 @@ def _rank(
             torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

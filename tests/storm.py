@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cluster import Cluster, _parent, _pids, _variable, why_not
+from cluster import Cluster, all_pids, parent_of, variable_of, why_not
 from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_place, rows
 from safetensors.torch import load_file
 
@@ -89,9 +89,9 @@ class Site:
         if self.cluster:
             return self.cluster.ranks()
         found = {}
-        for pid in _pids():
-            rank = _variable(pid, "RANK") if self._is_ours(pid) else None
-            if rank is not None and _variable(_parent(pid), "RANK") is None:
+        for pid in all_pids():
+            rank = variable_of(pid, "RANK") if self._is_ours(pid) else None
+            if rank is not None and variable_of(parent_of(pid), "RANK") is None:
                 found[int(rank)] = pid
         return dict(sorted(found.items()))
 

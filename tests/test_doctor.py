@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from cluster import Cluster, why_not
+from ranks import free_port
 from runs import CONFIG, make_place
 from torch.utils.file_baton import FileBaton
 
@@ -72,12 +73,6 @@ def alone(place: Path, tmp_path: Path, *more: object, env: dict[str, str] | None
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, cwd=place)
     assert (tmp_path / "told.json").exists(), done.stderr
     return Told(done.returncode, done.stdout, tmp_path / "told.json")
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 # ---- one machine

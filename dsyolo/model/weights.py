@@ -116,7 +116,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsInfo | Non
         raise UserError(
             headline, [f"it is not a whole safetensors file ({error}). Take another copy."]
         ) from None
-    damaged = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if damaged:
         what = f"{len(damaged)} of its {len(tensors)} tensors hold NaN or infinity ({damaged[0]} ...)"
         remedy = "The training that wrote it diverged: take earlier weights, or train with a lower lr"
@@ -146,7 +146,8 @@ def _refuse_pickled(path: Path, headline: str) -> None:
         raise UserError(headline, [f"{what}, and {rule}. {remedy}"])
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor on the host holds neither NaN nor infinity."""
     # Ten times as fast as isfinite().all(): 0.4 s for the largest variant. NaN is the least and the most of all.
     return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
 

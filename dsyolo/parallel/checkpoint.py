@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from dsyolo.batch import StepStats
 from dsyolo.errors import UserError
+from dsyolo.model.weights import is_finite
 from dsyolo.parallel.dist import World, barrier, decided_by_first, problem_of_any, share_of, together
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
@@ -92,6 +93,11 @@ class Manifest(BaseModel):
     files: dict[str, str]  # file name -> sha256
     tensors: dict[str, str]  # tensor name -> file name
 
+    @property
+    def optimizer_states(self) -> set[str]:
+        """Names of what the optimizer keeps of each weight."""
+        return {name.split("/")[1] for name in self.tensors if name.startswith("optimizer/")}
+
 
 class Checkpoints:
     """Saves and loads the whole state of a run in `folder`.
@@ -134,7 +140,7 @@ class Checkpoints:
                 work(*args)
         except (OSError, SafetensorError) as error:
             problem = f"rank {self._world.rank}: {getattr(error, 'strerror', None) or error} ({self.folder})"
-        return problem_of_any(problem, self._engine.all_gather)
+        return problem_of_any(problem)
 
     def _begin(self, part: Path) -> None:
         for old in self.folder.glob(".step_*.part"):  # of runs that were killed
@@ -164,7 +170,7 @@ class Checkpoints:
         shards = self._shards
         shards.scatter(shards.masters(), lambda name: reader.tensor(f"param/{name}"))
         shards.publish(shards.masters())
-        state_names = sorted({n.split("/")[1] for n in manifest.tensors if n.startswith("optimizer/")})
+        state_names = sorted(manifest.optimizer_states)
         for key, tensors in shards.make_state(state_names, manifest.optimizer_scalars).items():
             if key in state_names:  # else none was needed yet, and zeros lie in a file
                 shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
@@ -181,7 +187,7 @@ class Checkpoints:
     def _check_tensors(self, reader: _Reader, manifest: Manifest) -> None:
         """All that `load` will take, before it changes anything: names, shapes, types and finite values."""
         averaged = bool(self._ema.tensors)
-        states = {name.split("/")[1] for name in manifest.tensors if name.startswith("optimizer/")}
+        states = manifest.optimizer_states
         optimizer = type(self._shards.optimizer).__name__
         if strange := states - set(FIRST_STATE[optimizer][0]):
             rule = f"{optimizer} has no such state"
@@ -330,10 +336,7 @@ class _Reader:
         kind = self._files[self._where[name]].get_slice(name).get_dtype()
         if kind != "F32":
             return f"it is of type {kind}, and a checkpoint's tensors are F32"
-        tensor = self.tensor(name)
-        # Ten times as fast as isfinite().all().
-        finite = not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all()
-        return None if finite else "NaN or infinity in it"
+        return None if is_finite(self.tensor(name)) else "NaN or infinity in it"
 
 
 def read_buffers(path: Path) -> torch.Tensor:

@@ -150,9 +150,9 @@ def decided_by_first(world: World, work: Callable[[], T]) -> T:
     return all_gather_objects(result, device_of_rank())[0]
 
 
-def problem_of_any(problem: str | None, all_gather: Callable[[Any], list[Any]]) -> str | None:
+def problem_of_any(problem: str | None) -> str | None:
     """The first rank's own where it has one, else the next's: the same on all ranks."""
-    return next(filter(None, all_gather(problem)), None)
+    return next(filter(None, all_gather_objects(problem, device_of_rank())), None)
 
 
 def together(work: Callable[[], T]) -> T:

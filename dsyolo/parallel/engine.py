@@ -181,10 +181,10 @@ class Engine:
         Returns:
             this replica's weight; None where there is one alone, or nothing to move.
         """
-        norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
         n = self.num_replicas
         if n == 1:
             return None
+        norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
         m = norms[0].momentum if norms else 0.5  # a stage without any has only to take part
         for norm in norms:
             assert norm.momentum == m, "one momentum for all"
