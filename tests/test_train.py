@@ -54,7 +54,9 @@ def test_a_run_leaves_what_the_readme_says(place, two_ranks):
     assert [row["step"] for row in rows(place, "whole", "step")] == list(range(1, 10))
     assert all("map50_95" in row for row in rows(place, "whole", "epoch"))
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert checkpoints == ["step_00000006", "step_00000009"]
+    progress = json.loads((folder / "checkpoints/step_00000009/progress.json").read_text())["progress"]
+    best = f"step_{3 * (progress['best_epoch'] + 1):08d}"
+    assert checkpoints == sorted({best, "step_00000006", "step_00000009"})
     assert "mAP50-95" in two_ranks.stdout
     assert "best.safetensors" in two_ranks.stdout
 
