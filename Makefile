@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Ranks of the demo: the GPUs, or else the cores of this machine, two at least and four at most.
 RANKS ?= $(shell $(BIN)/python -c "import os, torch; print(torch.cuda.device_count() or min(4, max(2, os.cpu_count() or 1)))" 2>/dev/null)
 
-.PHONY: demo test parity storm lint clean
+.PHONY: demo test soak parity storm lint clean
 
 demo: $(VENV)/.ready
 	rm -rf runs/demo
@@ -19,6 +19,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -m soak
 
 parity: $(VENV)/.ready
 	$(BIN)/python tests/parity.py

@@ -76,7 +76,7 @@ def batch_triple(
         least = micro * num
         lower = f"{BATCH_KEYS[1]} to {train // num}"
         if train % num:
-            lower = f"use {_dividing(train, num, stages)} with a lower {BATCH_KEYS[1]}"
+            lower = f"use {_dividing(train, num, stages)} with a {BATCH_KEYS[1]} that fits"
         rule = f"{micro} per GPU x {ranks} = {least} already"
         problems.append(f"train_batch_size: {train} given, but {rule}. Set it to {least}, or {lower}.")
         return None

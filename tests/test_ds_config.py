@@ -141,7 +141,7 @@ def test_batch_is_derived_as_deepspeed_does(
         ({"train_batch_size": 64}, "Set it to 60 or 66. Or use 1, 2, 4 or 8 ranks."),
         (
             {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16},
-            "64 given, but 16 per GPU x 6 ranks = 96 already. Set it to 96, or lower train_micro_batch",
+            "64 given, but 16 per GPU x 6 ranks = 96 already. Set it to 96, or use 1, 2, 4 or 8 ranks",
         ),
         (
             {"train_batch_size": 60, "train_micro_batch_size_per_gpu": 16},

@@ -20,7 +20,8 @@ NUM_IMAGES, BATCH, SIZE_PX = 48, 4, 64  # 12 steps
 GREYS = [5 * number + 4 for number in range(NUM_IMAGES)]
 NOTHING_DRAWN = ("mosaic", "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "fliplr")
 # What follows on what: ranks, and the rank and step at which SIGTERM comes, or None for the end of the epoch.
-PARTS = ((2, "1:1"), (1, "0:5"), (4, "2:7"), (2, None))
+QUICK = ((2, "1:1"), (1, "0:5"), (4, None))
+WHOLE = ((2, "1:1"), (1, "0:5"), (4, "2:7"), (2, None))
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +79,25 @@ def noted(place: Path, name: str) -> list[dict]:
     return sorted(map(json.loads, lines), key=lambda note: note["step"])
 
 
-def test_two_then_one_then_four_then_two_ranks_see_every_image_once(place):
-    done = run(place, "whole", 2, 29791, None)
+@pytest.mark.parametrize(
+    "parts", [QUICK, pytest.param(WHOLE, marks=pytest.mark.soak)], ids=["2 1 4 ranks", "2 1 4 2 ranks"]
+)
+def test_other_and_other_ranks_see_every_image_once(place, parts):
+    whole, changing = f"whole{len(parts)}", f"parts{len(parts)}"
+    done = run(place, whole, 2, 29791, None)
     assert done.returncode == 0, done.stdout + done.stderr
-    for number, (num_ranks, stop_at) in enumerate(PARTS):
-        done = run(place, "parts", num_ranks, 29792 + number, stop_at)
+    for number, (num_ranks, stop_at) in enumerate(parts):
+        done = run(place, changing, num_ranks, 29792 + number, stop_at)
         assert done.returncode == (stop.STATUS if stop_at else 0), done.stdout + done.stderr
-    for name in ("whole", "parts"):
+    for name in (whole, changing):
         seen = Counter(grey for note in noted(place, name) for grey in note["greys"])
         assert seen == Counter(GREYS), name
         per_step = Counter(note["step"] for note in noted(place, name) for _ in note["greys"])
         assert per_step == dict.fromkeys(range(NUM_IMAGES // BATCH), BATCH), name
-    ranks_of = {note["step"]: note["ranks"] for note in noted(place, "parts")}
+    ranks_of = {note["step"]: note["ranks"] for note in noted(place, changing)}
     changes = [size for step, size in ranks_of.items() if size != ranks_of.get(step - 1)]
-    assert changes == [num_ranks for num_ranks, _ in PARTS]
-    got, expected = losses(place, "parts"), losses(place, "whole")
+    assert changes == [num_ranks for num_ranks, _ in parts]
+    got, expected = losses(place, changing), losses(place, whole)
     assert len(got) == NUM_IMAGES // BATCH
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 

@@ -90,7 +90,7 @@ def assert_same_run(got: Path, expected: Path) -> None:
     assert losses(got.parent.parent, got.name) == losses(expected.parent.parent, expected.name)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undisturbed, rank):
     run = Started(place, f"term{rank}", 29742 + rank, "--resume", "auto", epochs=3)
     run.wait_for_step(1)
@@ -106,7 +106,10 @@ def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undi
     assert_same_run(run.folder, undisturbed)
 
 
-@pytest.mark.parametrize(("rank", "sent"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("rank", "sent"),
+    [(1, signal.SIGKILL), pytest.param(0, signal.SIGKILL, marks=pytest.mark.soak), (1, signal.SIGSTOP)],
+)
 def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed, rank, sent):
     name = f"lost{rank}{sent.name}"
     run = Started(place, name, 29745 + rank + (sent == signal.SIGSTOP) * 2)

@@ -65,7 +65,7 @@ def on(ranks: int, place: Path, name: str, port: int, **options: object) -> list
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit of memory can be set")
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
     half, whole = config(place, 8 // ranks), config(place, 16 // ranks)
     status, said, most = run(place, on(ranks, place, f"half{ranks}", 29781, deepspeed_config=half))
@@ -73,7 +73,7 @@ def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
     gap = GIB // (2 * ranks)  # of the GiB that eight images of 640 px more take
     status, said, _ = run(place, on(ranks, place, f"oom{ranks}", 29783, deepspeed_config=whole), most + gap)
     assert status == 0, said
-    assert said.count(f"ran out of memory with {16 // ranks} images in a micro-batch") == 1
+    assert 1 <= said.count(f"ran out of memory with {16 // ranks} images in a micro-batch") <= ranks
     assert f"{8 // ranks} and 2 accumulation steps; the global batch stays 16" in said
     assert "All ranks start again." in said
     assert losses(place, f"oom{ranks}") == losses(place, f"half{ranks}")
