@@ -290,7 +290,8 @@ def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> tu
             problems.append(
                 f"{path}: device {shown(device)} given, but {rule}. Set the stage, or leave it out."
             )
-        problems += [f"{path}.{line}" for line in _folder(zero.get(key, {}), device)]
+        if not any(line.startswith(f"{path}.nvme_path:") for line in problems):  # of another type, say
+            problems += [f"{path}.{line}" for line in _folder(zero.get(key, {}), device)]
         devices.append(None if device == "none" else device)
     return devices[0], devices[1]
 

@@ -87,7 +87,8 @@ def test_shipped_files(path: Path, world_size: int) -> None:
 
 
 def test_shipped_files_are_all_there() -> None:
-    names = "zero0 zero1 zero2 zero3 zero2_offload zero3_offload zero3_nvme fp32 zero2_fp32 bf16 fp16 adamw recompute"
+    names = "zero0 zero1 zero2 zero3 zero1_offload zero2_offload zero3_offload zero2_nvme zero3_nvme fp32 zero2_fp32 "
+    names += "bf16 fp16 adamw adamw_offload adamw_nvme recompute"
     assert {path.stem for path in FILES} >= set(names.split())
     by_name = {path.stem: resolve(path, 2) for path in FILES}
     assert {name: by_name[name].precision for name in ("zero2", "fp32", "bf16", "fp16")} == {
@@ -397,6 +398,10 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int)
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             "offload_param.nvme_path: missing",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": 5}}},
+            "offload_param.nvme_path: 5 given, but it must be the path of a folder",
         ),
         (
             {
