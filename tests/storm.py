@@ -187,6 +187,12 @@ def send(number: signal.Signals) -> Callable[[Site, random.Random], Callable[[],
     return fault
 
 
+def end_the_launcher(site: Site, rng: random.Random) -> Callable[[], None]:
+    """What its user types `deepspeed` for; on one machine it tells its ranks nothing."""
+    site.process.terminate()
+    return lambda: None
+
+
 def pull_the_cable(site: Site, rng: random.Random) -> Callable[[], None]:
     assert site.cluster is not None
     host = rng.randint(0, 1)
@@ -258,6 +264,7 @@ RUNNING = {
     "SIGKILL of a rank": Fault(send(signal.SIGKILL), ANY, (), "is lost"),
     "SIGTERM to a rank": Fault(send(signal.SIGTERM), ANY, (stop.STATUS,), "Stopped by SIGTERM"),
     "SIGSTOP of a rank": Fault(send(signal.SIGSTOP), ANY, (watchdog.STATUS,), "is lost"),
+    "SIGTERM to deepspeed": Fault(end_the_launcher, ANY[1:], (-signal.SIGTERM,), "Stopped by SIGTERM"),
     "ip link set down": Fault(pull_the_cable, ANY[1:], (), "is lost", "hosts"),
     "full disk": Fault(fill_the_disk, ("step",), (stop.STATUS, NOT_SAVED), "could not be written", "machine"),
 }
