@@ -151,6 +151,9 @@ class RunConfig(BaseModel):
     hang_timeout_s: float = _knob(
         600, "seconds without progress until all ranks end and the late one is named", "machine", ge=5
     )
+    meet_timeout_s: float = _knob(
+        300, "seconds that ranks wait for one that has not come when the run starts", "machine", ge=5
+    )
     memory_account: Literal["start", "epochs", "off"] = _knob(
         "start", "when the memory of a step is measured, term by term", "machine"
     )

@@ -156,7 +156,7 @@ def check_folder(run: RunConfig, goes_on: bool) -> None:
 
 def train(run: Run) -> int:
     """Trains with all ranks watched; returns the exit status."""
-    world = dist.join()
+    world = dist.join(run.config.meet_timeout_s)
     watch = Watchdog(world, late_s=run.config.hang_timeout_s)
     try:
         return learn(run, world, watch)

@@ -16,6 +16,7 @@ import torch.distributed as torch_dist
 from dsyolo.environment import Environment, read_environment, tell_torch
 from dsyolo.errors import UserError
 from dsyolo.parallel.gloo import send_only_shares
+from dsyolo.parallel.meeting import Meeting
 
 T = TypeVar("T")
 
@@ -65,8 +66,10 @@ def world_from_environment() -> World:
     return _world(read_environment())
 
 
-def join() -> World:
+def join(meet_timeout_s: float = 300) -> World:
     """Starts the process group that DeepSpeed uses, alone or as the launcher said.
+
+    Ranks wait `meet_timeout_s` for each other; torchrun's agents see to that themselves.
 
     DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
     compiler, and a build that is killed leaves a lock that every later start waits for.
@@ -88,7 +91,16 @@ def join() -> World:
         torch.utils.deterministic.fill_uninitialized_memory = False
     # DeepSpeed calls some at every step, and only it can change that.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    backend = get_accelerator().communication_backend_name()
+    if world.size == 1 or place.under_torchrun:
+        deepspeed.init_distributed(backend, verbose=False)
+    else:
+        meeting = Meeting(
+            world.rank, world.size, str(place.master_addr), place.master_port or 0, wait_s=meet_timeout_s
+        )
+        meeting.wait()
+        deepspeed.init_distributed(backend, verbose=False)
+        meeting.close()
     send_only_shares()
     return world
 
