@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as torch_dist
@@ -66,9 +67,7 @@ class Meeting:
                 raise UserError(
                     "The ranks cannot meet", [f"MASTER_PORT: {port} given, but {rule}. {remedy}."]
                 ) from None
-        self._connect = lambda: torch_dist.TCPStore(
-            address, port, is_master=False, timeout=timedelta(seconds=wait_s), **options
-        )
+        self._connect = partial(self._connected, address, port, options)
         self._thread = threading.Thread(target=self._attend, daemon=True)
         self._thread.start()
 
@@ -83,13 +82,22 @@ class Meeting:
         if self._rank:
             self._beat(LEFT)
 
+    def _connected(self, address: str, port: int, options: dict[str, Any]) -> torch_dist.TCPStore:
+        """To the first rank, once it listens. Torch's own client would tell every try, with a stack, and wait longer."""
+        end = time.monotonic() + self._wait_s
+        while True:
+            try:
+                socket.create_connection((address, port), LOST_S).close()
+                timeout = timedelta(seconds=LOST_S)
+                return torch_dist.TCPStore(address, port, is_master=False, timeout=timeout, **options)
+            except (OSError, RuntimeError):
+                if time.monotonic() > end:
+                    text = f"Rank {self._rank} found no rank 0 at {self._place} within {self._wait_s:.0f} s."
+                    self._finish(text, 1)
+                time.sleep(BEAT_S)
+
     def _attend(self) -> None:
-        try:
-            self._store = self._store or self._connect()
-        except RuntimeError:
-            self._finish(
-                f"Rank {self._rank} found no rank 0 at {self._place} within {self._wait_s:.0f} s.", 1
-            )
+        self._store = self._store or self._connect()
         self._store.set_timeout(timedelta(seconds=LOST_S))
         began, count = time.monotonic(), 0
         while not self._closed.is_set():
