@@ -179,12 +179,25 @@ MOMENTS = {"loading": loading, "step": stepping, "validation": validating, "savi
 def send(number: signal.Signals) -> Callable[[Site, random.Random], Callable[[], None]]:
     def fault(site: Site, rng: random.Random) -> Callable[[], None]:
         ranks = site.ranks()
-        if ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(ranks[rng.choice(sorted(ranks))], number)
-        return lambda: None
+        pid = ranks[rng.choice(sorted(ranks))] if ranks else None
+
+        def tell(number: signal.Signals) -> None:
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+        tell(number)
+        # alone on its host nobody can end a stopped process: it ends itself once it may go on
+        return lambda: tell(signal.SIGCONT) if number == signal.SIGSTOP else None
 
     return fault
+
+
+def is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+    except OSError:
+        return False
 
 
 def pull_the_cable(site: Site, rng: random.Random) -> Callable[[], None]:
@@ -287,11 +300,11 @@ def disturb(site: Site, name: str, moment: str, rng: random.Random) -> Outcome:
             os.kill(pid, signal.SIGTERM)
         site.wait(site.has_ended, 90, "end")
     else:
-        site.wait(lambda: not site.ranks(), NOTICE_S + 30, "end of all ranks")
+        site.wait(lambda: all(map(is_stopped, site.ranks().values())), NOTICE_S + 30, "end of all ranks")
         noticed_s = time.monotonic() - begin
         undo()
         site.wait(
-            site.has_ended, 60, "end of the launcher"
+            site.has_ended, 60, "end of all and of the launcher"
         )  # it may wait for an ssh behind a cable that was out
     said = site.said()
     assert noticed_s <= NOTICE_S or name == "full disk", (name, moment, noticed_s, said)

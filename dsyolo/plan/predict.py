@@ -35,7 +35,7 @@ class Times(NamedTuple):
 
     compute: float
     communication: float  # that nothing hides
-    bubble: float  # stages of a pipeline that wait
+    bubble: float  # stages of a pipeline that wait, for each other and for what crosses
     offload: float  # to the host, its optimizer, and back
 
     @property
@@ -211,7 +211,7 @@ class Planner:
             crossings.append(crossing_bytes(stage.crossing, images, each) / hardware.device.link_bytes_s)
         stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
         whole = sum(stage_s) + (accumulation - 1) * max(stage_s)
-        busy = accumulation * max(passes)
+        busy = accumulation * sum(passes) / len(passes)
         wires = []
         for stage in stages:
             numels = [numel for group in stage.groups for numel in group]

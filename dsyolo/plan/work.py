@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from dsyolo.model.activations import Activations, count_activations
+from dsyolo.model.activations import Activations, count_each
 from dsyolo.model.costs import NodeCost, node_costs
 from dsyolo.model.yolov5 import YOLOv5, build_yolov5
 
 ANCHORS = 3
+SAME_BYTES = {"autocast_fp16": "autocast_bf16", "fp16": "bf16"}
 
 
 class Work:
@@ -40,15 +41,15 @@ class Work:
     def activations(self, images: int, precision: str) -> Activations:
         """What `count_activations` counts for a micro-batch of `images`: every storage is linear in them.
 
-        So it is counted for two and for three images (one alone may be of another layout), and drawn through both.
+        So it is counted for two and for three of them (one alone may be of another layout), and drawn through both.
         """
+        precision = SAME_BYTES.get(precision, precision)
         if precision not in self._pairs:
-            counted = [count_activations(self.network, (n, *self.image_shape), precision) for n in (2, 3)]
-            self._pairs[precision] = counted[0], counted[1]
+            shapes = [(images, *self.image_shape) for images in (2, 3)]
+            self._pairs[precision] = tuple(count_each(self.network, shapes, precision))
         two, three = self._pairs[precision]
         sizes = {
-            number: at_two + (images - 2) * (at_three - at_two)
-            for (number, at_two), at_three in zip(two.sizes.items(), three.sizes.values(), strict=True)
+            number: size + (images - 2) * (three.sizes[number] - size) for number, size in two.sizes.items()
         }
         return two._replace(sizes=sizes)
 
