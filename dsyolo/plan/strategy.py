@@ -85,7 +85,7 @@ class Settings(NamedTuple):
         if self.offload_optimizer:
             words.append("offload" if self.offload_param is None else "offload of all")
         if self.recompute != "none":
-            words.append("recompute" if self.recompute == "blocks" else f"recompute to {gib(self.recompute)}")
+            words.append("recompute" if self.recompute == "blocks" else "recompute in part")
         return ", ".join(words)
 
 
