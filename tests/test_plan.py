@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
+from ranks import free_port
+from runs import environment, launch, make_place
 
 from dsyolo import cli
+from dsyolo.config import RunConfig, parse
 from dsyolo.ds_config import check
+from dsyolo.errors import UserError
 from dsyolo.model.activations import count_activations
+from dsyolo.plan.auto import Filled, fill
 from dsyolo.plan.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate
 from dsyolo.plan.predict import Planner
 from dsyolo.plan.report import PUBLISHED_GB
@@ -193,3 +199,80 @@ def test_the_loss_holds_what_it_is_said_to():
             live += event.nbytes()
             most = max(most, live)
     assert most == pytest.approx(work.loss_bytes(4, "fp32"), rel=0.15)
+
+
+# ---- what a JSON leaves to the machine
+
+
+def run_config(tmp_path, **options) -> RunConfig:
+    words = {"data": tmp_path / "data.yaml", "model": "yolov5s", **options}
+    (tmp_path / "data.yaml").write_text("train: t\nval: v\nnames: [a]\n")
+    return parse([word for key, value in words.items() for word in (f"--{key}", str(value))])
+
+
+def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None = None) -> Filled:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return fill(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
+
+
+def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    first = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80)
+    assert check(first.config, world_size=2, accelerator="cuda").global_batch == 64
+    assert first.lines[0].startswith("planned for 2 x 24.0 GiB (A10): ZeRO ")
+    halved = run_config(tmp_path, deepspeed_config="auto").model_copy(update={"halve_micro_batch": True})
+    again = fill(halved, lambda: a10, 80)
+    peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
+    assert peaks[1] < 0.65 * peaks[0]
+    odd = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
+    assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
+    goes_on = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
+    assert check(goes_on.config, world_size=2, accelerator="cuda").global_batch == 48
+    with pytest.raises(UserError, match=r"nothing fits 0\.6 GiB a rank for 64 images a step"):
+        fill(
+            run_config(tmp_path, deepspeed_config="auto"),
+            lambda: a10._replace(memory_bytes=int(0.6 * GIB)),
+            80,
+        )
+
+
+def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    content = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01}},
+    }
+    got = filled(tmp_path, content, a10)
+    ds = check(got.config, world_size=2, accelerator="cuda")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision) == (64, 32, 1, "bf16")
+    assert got.lines == (
+        "bf16.enabled: auto, so true",
+        "zero_optimization.reduce_bucket_size: auto, so left to dsyolo",
+        "optimizer.params.lr: auto, so left to dsyolo",
+        "batch: auto, so train_batch_size 64, train_micro_batch_size_per_gpu 32",
+    )
+    small = filled(tmp_path, content, a10._replace(memory_bytes=3 * GIB))
+    assert check(small.config, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
+    given = {**content, "train_micro_batch_size_per_gpu": 12}
+    ds = check(filled(tmp_path, given, a10).config, world_size=2, accelerator="cuda")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation) == (72, 12, 3)
+    nothing = {"train_batch_size": 8, "activation_checkpointing": {"recompute": "none"}}
+    assert filled(tmp_path, nothing, a10).config == str(tmp_path / "ds.json")
+
+
+def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
+    place = make_place(tmp_path)
+    words = launch(place, "auto", free_port(), deepspeed_config="auto", epochs=1)
+    done = subprocess.run(
+        words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "planned for 2 x " in done.stdout
+    written = place / "runs/auto/deepspeed_auto.json"
+    assert check(written, world_size=2, accelerator="cpu").global_batch == 64
+    assert (place / "runs/auto/weights/last.safetensors").exists()

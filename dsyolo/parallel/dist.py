@@ -162,6 +162,19 @@ def decided_by_first(world: World, work: Callable[[], T]) -> T:
     return all_gather_objects(result, device_of_rank())[0]
 
 
+def check_same(item: Any, what: str, remedy: str) -> None:
+    """All ranks must have the same; it is plain data.
+
+    Raises:
+        UserError: on all ranks, where one has another.
+    """
+    told = all_gather_objects(item, device_of_rank())
+    others = [rank for rank, one in enumerate(told) if one != told[0]]
+    if others:
+        rule = f"rank {others[0]} has another than rank 0. Their machines differ: {remedy}"
+        raise UserError("The ranks do not agree", [f"{what}: {rule}."])
+
+
 def problem_of_any(problem: str | None) -> str | None:
     """The first rank's own where it has one, else the next's: the same on all ranks."""
     return next(filter(None, all_gather_objects(problem, device_of_rank())), None)
@@ -186,6 +199,13 @@ def _agreed(error: UserError | None) -> None:
     for told in all_gather_objects(error and (error.headline, error.problems), device_of_rank()):
         if told:
             raise UserError(*told)
+
+
+def memory_of_device(local_rank: int) -> int:
+    """Bytes of the accelerator that this rank will use."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().total_memory(local_rank)
 
 
 def device_of_rank() -> torch.device:

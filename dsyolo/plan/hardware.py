@@ -73,6 +73,7 @@ class Hardware(NamedTuple):
     memory_bytes: int
     host_bytes: int | None
     network_bytes_s: float
+    accelerator: str = "cuda"  # DeepSpeed's name
 
     @property
     def ranks(self) -> int:

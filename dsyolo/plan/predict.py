@@ -89,9 +89,13 @@ class Planner:
         """
         work, hardware = self.work, self.hardware
         ds = check(
-            settings.deepspeed_json(), world_size=hardware.ranks, accelerator="cuda", layers=work.layers
+            settings.deepspeed_json(),
+            world_size=hardware.ranks,
+            accelerator=hardware.accelerator,
+            layers=work.layers,
         )
-        zero = ds.deepspeed_json(work.num_parameters, cpu=False)["zero_optimization"]
+        is_cpu = hardware.accelerator == "cpu"
+        zero = ds.deepspeed_json(work.num_parameters, cpu=is_cpu)["zero_optimization"]
         stages, plan = self.stages(settings.pipeline_stages), self._plan(settings)
         needs = [
             (self._terms(account, settings, i), account.host.total)
