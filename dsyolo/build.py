@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class Run(NamedTuple):
     folder: Path
     activations: ActivationPlan
     goes_on: bool = False  # begins at a checkpoint
+    planned: tuple[str, ...] = ()  # what the JSON left to the machine, in words
 
 
 class Parts(NamedTuple):
@@ -224,7 +226,7 @@ def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
         run.folder / "checkpoints", engine, shards, ema, world, keep=config.keep_checkpoints
     )
     if world.is_first:
-        print("\n".join([*lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
+        print("\n".join([*run.planned, *lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
     place, plan = dist.place_in(world, ds.stages), run.activations
     in_flight = min(ds.stages - place.stage, ds.accumulation)
     kept = [
@@ -332,6 +334,9 @@ def _build_record(run: Run, data: Data, progress: Progress, parts: Parts) -> tup
         wandb_name=config.wandb_name or config.name,
         config=config.dump(),
     )
+    if run.planned:
+        text = json.dumps(dict(run.ds.source), indent=2) + "\n"
+        (run.folder / "deepspeed_auto.json").write_text(text)
     record = Record(
         run.folder,
         config=config.dump(),

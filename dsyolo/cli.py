@@ -1,4 +1,4 @@
-"""`dsyolo val | detect | convert | sample | doctor`: what is done with data and weights outside a training run."""
+"""`dsyolo val | detect | convert | sample | doctor | plan`: what is done with data and weights outside a training run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from dsyolo.data.formats import list_images, read_data_yaml
 from dsyolo.data.images import check_image, read_rgb
 from dsyolo.data.loader import EvalLoader, to_batch
 from dsyolo.data.sample import draw_sample
-from dsyolo.doctor.command import add_options, run_doctor
+from dsyolo.doctor import command as doctor
 from dsyolo.errors import UserError
 from dsyolo.model.weights import WeightsInfo, rebuild
 from dsyolo.pictures import draw, save
+from dsyolo.plan import command as plan
 from dsyolo.problems import cannot_hold_files, rule_of
 from dsyolo.problems import validate as judge
 from dsyolo.validate import Finder, PlainPredictor, validate
@@ -87,7 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--images", type=int, default=400, metavar="N", help="default: 400")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
-    add_options(_command(commands, "doctor", run_doctor, "look whether a run can start on its hosts"))
+    doctor.add_options(
+        _command(commands, "doctor", doctor.run_doctor, "look whether a run can start on its hosts")
+    )
+    plan.add_options(
+        _command(commands, "plan", plan.run_plan, "which strategy fits which GPUs, and what it costs")
+    )
     return parser
 
 

@@ -23,6 +23,7 @@ from dsyolo.untrusted import BadYamlError, parse_yaml, read_text
 MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsmlx")
 RECOMPUTE_RULE = '"none", "blocks" or a budget in GiB like "4.5GiB"'
 PRESETS = ("low", "med", "high")
+AUTO = "auto"  # --deepspeed_config: planned for the machine (plan/auto.py); in the JSON: this value is
 
 # Options of other trainers, and YOLOv5's hyper-parameter names, whose owner is the DeepSpeed JSON.
 JSON_KNOBS = {
@@ -118,7 +119,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     deepspeed_config: str = _knob(
-        "ds_configs/zero1.json", "DeepSpeed JSON: how it runs; from the working directory", "run"
+        "ds_configs/zero1.json",
+        "DeepSpeed JSON: how it runs; from the working directory; auto: planned for this machine",
+        "run",
     )
     data: str = _knob(..., "data set's YAML file", "run", learned=True)
     model: Literal[MODELS] = _knob("yolov5n", "variant", "run", learned=True)  # type: ignore[valid-type]
@@ -150,6 +153,9 @@ class RunConfig(BaseModel):
     )
     hang_timeout_s: float = _knob(
         600, "seconds without progress until all ranks end and the late one is named", "machine", ge=5
+    )
+    meet_timeout_s: float = _knob(
+        300, "seconds that ranks wait for one that has not come when the run starts", "machine", ge=5
     )
     memory_account: Literal["start", "epochs", "off"] = _knob(
         "start", "when the memory of a step is measured, term by term", "machine"
@@ -339,6 +345,7 @@ def _missing_files(values: Mapping[str, Any], goes_on: bool) -> list[str]:
     for key in ("deepspeed_config", "data", "weights"):
         value = values.get(key, fields[key].default)
         needed = isinstance(value, str) and not (key == "weights" and goes_on)
+        needed = needed and (key, value) != ("deepspeed_config", AUTO)
         if not needed or Path(value).is_file():
             continue
         what, hint = _missing_file(Path(value), key)

@@ -26,6 +26,9 @@ class Environment(NamedTuple):
     master_port: int | None
     accelerator: str | None  # DS_ACCELERATOR; None: DeepSpeed's choice
     cache: Path  # for what can be made again: $XDG_CACHE_HOME, else ~/.cache
+    under_torchrun: bool = (
+        False  # whose agents keep the store in which ranks join, and end all where one fails
+    )
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -53,6 +56,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         master_port=port,
         accelerator=given.get("DS_ACCELERATOR") or None,
         cache=Path(cache) if cache else Path.home() / ".cache",
+        under_torchrun=given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 

@@ -49,6 +49,8 @@ from dsyolo.parallel.reading import ReadingCrew
 from dsyolo.parallel.restart import is_out_of_memory
 from dsyolo.parallel.stop import Stopped, StopRequest
 from dsyolo.parallel.watchdog import Watchdog
+from dsyolo.plan.auto import Filled, fill
+from dsyolo.plan.machine import hardware_here
 from dsyolo.problems import cannot_hold_files
 from dsyolo.record import NullRecord, Record
 from dsyolo.streams import outlive_readers
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop.ends_at_once(world):
             run = read(argv, world)
-            request = join(world)
+            request = join(run)
         return train(run, request)
     except UserError as error:
         if not world.is_first:
@@ -102,14 +104,15 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, goes_on = run.folder, run.goes_on()
     saved = saved_progress(folder / "checkpoints") if goes_on else None
+    filled = fill_config(run, world, accelerator, saved)
     ds, data, *_ = all_of(
         lambda: ds_config.check(
-            run.deepspeed_config,
+            filled.config,
             world_size=world.size,
             accelerator=accelerator,
             layers=has_parameters(run.model),
             recompute=run.recompute,
-            halved=run.halve_micro_batch,
+            halved=run.halve_micro_batch and run.deepspeed_config != run_config.AUTO,
             saved_batch=saved and saved.global_batch,
         ),
         lambda: read_data_yaml(run.data),
@@ -119,7 +122,21 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
         raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
-    return Run(run, ds, data, world, folder, plan_activations(run, ds, data.num_classes), goes_on)
+    activations = plan_activations(run, ds, data.num_classes)
+    return Run(run, ds, data, world, folder, activations, goes_on, filled.lines)
+
+
+def fill_config(run: RunConfig, world: World, accelerator: str, saved: Progress | None) -> Filled:
+    """The DeepSpeed JSON with all that it leaves to the machine; untouched where that is nothing.
+
+    Raises:
+        UserError: nothing fits this machine.
+    """
+    try:
+        num_classes = read_data_yaml(run.data).num_classes
+    except UserError:  # is told with the other mistakes
+        return Filled(run.deepspeed_config)
+    return fill(run, lambda: hardware_here(world, accelerator), num_classes, saved and saved.global_batch)
 
 
 def all_of(*readers: Callable[[], Any]) -> list[Any]:
@@ -163,10 +180,9 @@ def check_folder(run: RunConfig, goes_on: bool) -> None:
         )
 
 
-def join(world: World) -> StopRequest:
-    """Waits for all ranks, and hears from then on what only all of them together can do."""
-    dist.join()
-    return StopRequest(world)
+def join(run: Run) -> StopRequest:
+    """Waits for all ranks."""
+    return StopRequest(dist.join(run.config.meet_timeout_s))
 
 
 def train(run: Run, request: StopRequest) -> int:
@@ -192,11 +208,14 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     """After this rank ran out of memory: once, all ranks go on with half the micro-batch and the same global batch."""
     ds, again = run.ds, run.config.halve_micro_batch
     what = f"ran out of memory with {ds.micro_batch} images in a micro-batch"
-    if again or ds.micro_batch % 2:
+    is_planned = run.config.deepspeed_config == run_config.AUTO
+    if again or (ds.micro_batch % 2 and not is_planned):
         rule = "which was halved once already" if again else "which cannot be halved"
         remedy = "Lower train_micro_batch_size_per_gpu, or save memory by --recompute blocks or a higher ZeRO stage"
         watch.end_all(f"{what}, {rule}. {remedy}.")
     halved = f"{ds.micro_batch // 2} and {2 * ds.accumulation} accumulation steps"
+    if is_planned:
+        halved = "another plan, for less memory"
     watch.end_all(
         f"{what}: from now on {halved}; the global batch stays {ds.global_batch}.",
         again=("--halve_micro_batch", "--resume", "auto"),
@@ -207,6 +226,11 @@ def learn(run: Run, watch: Watchdog, request: StopRequest) -> int:
     """Builds everything, trains, and ends with all that was told written down; returns the exit status."""
     world = run.world
     check_shared(run.folder, world)
+    dist.check_same(
+        run.ds.source if run.planned else None,
+        "the plan of --deepspeed_config auto",
+        "write one by dsyolo plan",
+    )
     crew = ReadingCrew(world, watch.at, request.asked)
     scans = scan_splits(run, crew)
     crew.close()

@@ -89,6 +89,7 @@ ROWS = (
     Row("pipeline of 2 stages, ZeRO 1", 2, 1, pipeline(2), "live"),
     Row("pipeline of 2 stages, ZeRO 1, recompute by block", 2, 1, pipeline(2, **BLOCKS), "live"),
     Row("pipeline of 4 stages, ZeRO 0", 4, 0, pipeline(4), "live"),
+    Row("pipeline of 19 stages, as many as layers with parameters", 19, 0, pipeline(19), "live"),
     Row("pipeline of 2 stages x 2 replicas, ZeRO 1", 4, 1, pipeline(2)),
     Row(
         "pipeline of 2 stages x 2 replicas, ZeRO 1, synchronised BatchNorm", 4, 1, pipeline(2), "synchronised"

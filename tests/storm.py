@@ -35,7 +35,7 @@ from dsyolo.parallel.checkpoint import all_checkpoints, read_manifest
 from dsyolo.train import NOT_SAVED
 
 EPOCHS, STEPS_OF_EPOCH = 80, 3
-OPTIONS = {"epochs": EPOCHS, "imgsz": 96, "workers": 1, "val_every": 2, "patience": 0}
+OPTIONS = {"epochs": EPOCHS, "imgsz": 96, "workers": 1, "val_every": 2, "patience": 0, "meet_timeout_s": 40}
 DISK_BYTES = 140 << 20  # three checkpoints of 21 MiB, one that is being written, weights
 NOTICE_S = 60  # until all ranks have ended, at most
 
@@ -179,10 +179,16 @@ MOMENTS = {"loading": loading, "step": stepping, "validation": validating, "savi
 def send(number: signal.Signals) -> Callable[[Site, random.Random], Callable[[], None]]:
     def fault(site: Site, rng: random.Random) -> Callable[[], None]:
         ranks = site.ranks()
-        if ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(ranks[rng.choice(sorted(ranks))], number)
-        return lambda: None
+        pid = ranks[rng.choice(sorted(ranks))] if ranks else None
+
+        def tell(number: signal.Signals) -> None:
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+        tell(number)
+        # alone on its host nobody can end a stopped process: it ends itself once it may go on
+        return lambda: tell(signal.SIGCONT) if number == signal.SIGSTOP else None
 
     return fault
 
@@ -191,6 +197,13 @@ def end_the_launcher(site: Site, rng: random.Random) -> Callable[[], None]:
     """What its user types `deepspeed` for; on one machine it tells its ranks nothing."""
     site.process.terminate()
     return lambda: None
+
+
+def is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+    except OSError:
+        return False
 
 
 def pull_the_cable(site: Site, rng: random.Random) -> Callable[[], None]:
@@ -294,11 +307,11 @@ def disturb(site: Site, name: str, moment: str, rng: random.Random) -> Outcome:
             os.kill(pid, signal.SIGTERM)
         site.wait(site.has_ended, 90, "end")
     else:
-        site.wait(lambda: not site.ranks(), NOTICE_S + 30, "end of all ranks")
+        site.wait(lambda: all(map(is_stopped, site.ranks().values())), NOTICE_S + 30, "end of all ranks")
         noticed_s = time.monotonic() - begin
         undo()
         site.wait(
-            site.has_ended, 60, "end of the launcher"
+            site.has_ended, 60, "end of all and of the launcher"
         )  # it may wait for an ssh behind a cable that was out
     said = site.said()
     assert noticed_s <= NOTICE_S or name == "full disk", (name, moment, noticed_s, said)

@@ -199,8 +199,10 @@ def test_ranks_end_with_the_first_failure(tmp_path, script, status):
 
 
 def test_ranks_are_told_their_places(tmp_path):
+    # a line and its end in one write, since two ranks print at once
     (tmp_path / "work.py").write_text(
-        "import json\nfrom dsyolo.environment import read_environment\nprint(json.dumps(read_environment()[:6]))"
+        "import json\nfrom dsyolo.environment import read_environment\n"
+        "print(json.dumps(read_environment()[:6]) + '\\n', end='')"
     )
     words = ["--ranks", "2", "--nodes", "2", "--node", "1", "--master_addr", "first", "--master_port", "7"]
     command = [sys.executable, str(LAUNCH / "ranks.py"), *words, str(tmp_path / "work.py")]

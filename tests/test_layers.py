@@ -40,7 +40,7 @@ LAYERS = (
     ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "painter", "sinks", "account"),
     ("parallel",),
     ("validate", "track", "record"),
-    ("build", "doctor"),
+    ("build", "doctor", "plan"),
     ("train", "cli"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,3 +301,32 @@ def test_validation_reads_a_real_data_set(dataset):
         assert truth.size_hw == size_hw
         assert (truth.boxes_xyxy == boxes).all()
         assert (truth.classes == classes).all()
+
+
+FORKS_THAT_HANG = """
+import os, sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from dsyolo.data import workers
+
+workers.ALIVE_S = 1
+hung = Path(sys.argv[1])
+
+def hang_the_first():
+    if len(list(hung.iterdir())) < int(sys.argv[2]):
+        (hung / str(os.getpid())).touch()
+        time.sleep(60)
+
+os.register_at_fork(after_in_child=hang_the_first)
+print(sum(int(batch) for batch in DataLoader(range(10), batch_size=None, **workers.of_loader(2))))
+"""
+
+
+@pytest.mark.parametrize(("num_hung", "said"), [(0, "45"), (2, "45"), (3, "3 workers of the loader in turn")])
+def test_a_worker_that_hangs_in_its_fork_is_forked_again(tmp_path, num_hung, said):
+    command = [sys.executable, "-c", FORKS_THAT_HANG, str(tmp_path), str(num_hung)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert said in done.stdout + done.stderr
+    assert len(list(tmp_path.iterdir())) == num_hung
+    for name in tmp_path.iterdir():
+        assert not Path("/proc", name.name).exists()

@@ -8,13 +8,11 @@ where a run stands.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -23,8 +21,8 @@ from dsyolo.batch import Batch, EvalBatch, Sample, Targets, Truth
 from dsyolo.boxes import letterbox, xyxy_to_cxcywh
 from dsyolo.data.augment import Augmentation, augment
 from dsyolo.data.dataset import DetectionDataset
+from dsyolo.data.workers import limit_opencv, of_loader
 
-WORKER_GRACE_S = 25  # launchers kill what has not ended 30 s after SIGTERM
 MULTI_SCALE_RANGE = (0.5, 1.5)
 
 Assign = Callable[[np.ndarray, np.ndarray, np.ndarray, int, tuple[int, int]], Targets]
@@ -174,10 +172,9 @@ class TrainLoader:
                 self._samples,
                 batch_sampler=_Keys(self, step),
                 collate_fn=self._collate,
-                num_workers=self._num_workers,
-                worker_init_fn=_one_thread,
                 pin_memory=self._pin_memory,
                 prefetch_factor=ahead if self._num_workers else None,
+                **of_loader(self._num_workers),
             )
         )
 
@@ -275,10 +272,9 @@ class EvalLoader:
             _EvalSamples(dataset, image_size_px),
             batch_sampler=batches,
             collate_fn=_collate_eval,
-            num_workers=num_workers,
-            worker_init_fn=_one_thread,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            **of_loader(num_workers),
         )
 
     def close(self) -> None:
@@ -311,18 +307,3 @@ def to_batch(image_rgb: np.ndarray) -> torch.Tensor:
 def _stack(images: Sequence[np.ndarray]) -> torch.Tensor:
     """(H, W, 3) uint8 images to (B, 3, H, W), channels-last in memory."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def limit_opencv() -> None:
-    """Keeps OpenCV to one thread in this process, and ends the others that it has.
-
-    Before every fork: a worker whose parent had OpenCV's threads running waits for them for ever, since they are
-    not in it. And in a worker they would fight over the cores with the other workers.
-    """
-    cv2.setNumThreads(1)
-
-
-def _one_thread(_worker: int) -> None:
-    # SIGTERM asks the training to stop between two steps, and launchers send it to workers too: they end later.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
-    limit_opencv()

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dsyolo.config import MODELS
+from dsyolo.config import AUTO, MODELS
 from dsyolo.doctor.case import Options
 from dsyolo.doctor.examine import check_options, examine
 from dsyolo.doctor.report import can_start, table, to_json
@@ -40,7 +40,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     """
     options = Options(
         hostfile=args.hostfile,
-        deepspeed_config=args.deepspeed_config,
+        deepspeed_config=None if args.deepspeed_config == Path(AUTO) else args.deepspeed_config,
         data=args.data,
         model=args.model,
         image_size_px=args.imgsz,

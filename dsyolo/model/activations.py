@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -187,26 +187,41 @@ def count_activations(
     The fake tensors are a CPU's: those of a GPU would start its context. In all operations of the network
     autocast treats both alike.
     """
-    mode = FakeTensorMode()
-    with mode:
+    return count_each(network, [images_shape], precision)[0]
+
+
+def count_each(
+    network: Network, images_shapes: Sequence[tuple[int, int, int, int]], precision: str
+) -> list[Activations]:
+    """As `count_activations`, for images of several shapes, on one copy of the network.
+
+    Storages are numbered in the order in which they come, which is the same for any number of images.
+    """
+    with FakeTensorMode():
         fake = _fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).train()
-        images = torch.empty(images_shape, dtype=torch.uint8)
-        autocast = precision.startswith("autocast")
-        dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
-        ledger = _Ledger([images, *fake.parameters(), *fake.buffers()])
-        carry: tuple[torch.Tensor, ...] = (images,)
-        nodes = []
-        with torch.autocast("cpu", dtype, enabled=autocast):
-            for i, name in enumerate(fake.order):
-                inputs = ledger.numbers(carry[k] for k in fake.links[i].reads)
-                saved: list[torch.Tensor] = []
-                with saved_tensors_hooks(saved.append, _unused):
-                    carry = fake.run(carry, i, i + 1)
-                outputs = ledger.numbers(_tensors(carry[-1]))
-                kernels = {p.shape for p in fake.get_submodule(name).parameters() if p.ndim > 1}
-                casts = ledger.numbers(t for t in saved if t.shape in kernels and t.dtype == dtype)
-                nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs, casts))
-    return Activations(ledger.sizes, tuple(nodes), network.blocks())
+        return [_count(fake, shape, precision, network.blocks()) for shape in images_shapes]
+
+
+def _count(
+    fake: Network, images_shape: tuple[int, int, int, int], precision: str, blocks: frozenset[str]
+) -> Activations:
+    images = torch.empty(images_shape, dtype=torch.uint8)
+    autocast = precision.startswith("autocast")
+    dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
+    ledger = _Ledger([images, *fake.parameters(), *fake.buffers()])
+    carry: tuple[torch.Tensor, ...] = (images,)
+    nodes = []
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        for i, name in enumerate(fake.order):
+            inputs = ledger.numbers(carry[k] for k in fake.links[i].reads)
+            saved: list[torch.Tensor] = []
+            with saved_tensors_hooks(saved.append, _unused):
+                carry = fake.run(carry, i, i + 1)
+            outputs = ledger.numbers(_tensors(carry[-1]))
+            kernels = {p.shape for p in fake.get_submodule(name).parameters() if p.ndim > 1}
+            casts = ledger.numbers(t for t in saved if t.shape in kernels and t.dtype == dtype)
+            nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs, casts))
+    return Activations(ledger.sizes, tuple(nodes), blocks)
 
 
 class _Ledger:
@@ -214,13 +229,18 @@ class _Ledger:
 
     def __init__(self, uncounted: Iterable[torch.Tensor]) -> None:
         self.sizes: dict[int, int] = {}
+        self._names: dict[int, int] = {}  # its number, by where it lies
         self._uncounted = {tensor.untyped_storage()._cdata for tensor in uncounted}
         self._kept: list[torch.UntypedStorage] = []
 
     def numbers(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
         storages = [tensor.untyped_storage() for tensor in tensors]
-        found = {s._cdata: s.nbytes() for s in storages if s._cdata not in self._uncounted}
-        self.sizes.update(found)
+        found = set()
+        for storage in storages:
+            if storage._cdata not in self._uncounted:
+                number = self._names.setdefault(storage._cdata, len(self._names))
+                self.sizes[number] = storage.nbytes()
+                found.add(number)
         self._kept += storages
         return frozenset(found)
 

@@ -15,6 +15,7 @@ import torch.distributed as torch_dist
 from dsyolo.environment import Environment, read_environment, tell_torch
 from dsyolo.errors import UserError
 from dsyolo.parallel.gloo import send_only_shares
+from dsyolo.parallel.meeting import Meeting
 
 T = TypeVar("T")
 
@@ -64,8 +65,10 @@ def world_from_environment() -> World:
     return _world(read_environment())
 
 
-def join() -> World:
+def join(meet_timeout_s: float = 300) -> World:
     """Starts the process group that DeepSpeed uses, alone or as the launcher said.
+
+    Ranks wait `meet_timeout_s` for each other; torchrun's agents see to that themselves.
 
     DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
     compiler, and a build that is killed leaves a lock that every later start waits for.
@@ -87,7 +90,16 @@ def join() -> World:
         torch.utils.deterministic.fill_uninitialized_memory = False
     # DeepSpeed calls some at every step, and only it can change that.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    backend = get_accelerator().communication_backend_name()
+    if world.size == 1 or place.under_torchrun:
+        deepspeed.init_distributed(backend, verbose=False)
+    else:
+        meeting = Meeting(
+            world.rank, world.size, str(place.master_addr), place.master_port or 0, wait_s=meet_timeout_s
+        )
+        meeting.wait()
+        deepspeed.init_distributed(backend, verbose=False)
+        meeting.close()
     send_only_shares()
     return world
 
@@ -149,6 +161,19 @@ def decided_by_first(world: World, work: Callable[[], T]) -> T:
     return all_gather_objects(result, device_of_rank())[0]
 
 
+def check_same(item: Any, what: str, remedy: str) -> None:
+    """All ranks must have the same; it is plain data.
+
+    Raises:
+        UserError: on all ranks, where one has another.
+    """
+    told = all_gather_objects(item, device_of_rank())
+    others = [rank for rank, one in enumerate(told) if one != told[0]]
+    if others:
+        rule = f"rank {others[0]} has another than rank 0. Their machines differ: {remedy}"
+        raise UserError("The ranks do not agree", [f"{what}: {rule}."])
+
+
 def problem_of_any(problem: str | None) -> str | None:
     """The first rank's own where it has one, else the next's: the same on all ranks."""
     return next(filter(None, all_gather_objects(problem, device_of_rank())), None)
@@ -173,6 +198,13 @@ def _agreed(error: UserError | None) -> None:
     for told in all_gather_objects(error and (error.headline, error.problems), device_of_rank()):
         if told:
             raise UserError(*told)
+
+
+def memory_of_device(local_rank: int) -> int:
+    """Bytes of the accelerator that this rank will use."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().total_memory(local_rank)
 
 
 def device_of_rank() -> torch.device:

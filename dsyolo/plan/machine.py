@@ -1,0 +1,54 @@
+"""The machine that a run finds: its memory for each rank, and what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from dsyolo.parallel.dist import World, memory_of_device
+from dsyolo.plan.hardware import DEVICES, GIB, Device, Hardware, typical_device
+
+CPU_SHARE = 0.8  # of a machine's memory that training may take
+# Of one thread of an AMD EPYC, measured: 28 GFLOP/s in a network, twice as much in bf16 where it has instructions for it.
+CPU_TFLOPS, CPU_BYTES_S, CPU_LINK_BYTES_S = 0.07, 20e9, 1.5e9
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) -> Hardware:
+    """As this rank sees it; other machines are taken to be the same."""
+    nodes = max(1, world.size // world.local_size)
+    if accelerator == "cpu":
+        half = 2 * CPU_TFLOPS if _has_bf16() else CPU_TFLOPS / 2
+        memory = int(CPU_SHARE * host_bytes()) // world.local_size // GIB * GIB or GIB // 2
+        device = Device("CPU", memory // GIB, CPU_TFLOPS, half, _has_bf16(), CPU_BYTES_S, CPU_LINK_BYTES_S)
+        return Hardware(device, nodes, world.local_size, memory, None, network_bytes_s, accelerator)
+    memory = memory_of_device(world.local_rank)
+    name = torch.cuda.get_device_name(world.local_rank) if torch.cuda.is_available() else ""
+    words = name.replace("GeForce ", "").replace(" ", "")
+    known = [device for key, device in DEVICES.items() if key.split("-")[0] in words]
+    device = min(known, key=lambda d: abs(d.memory_gib * GIB - memory)) if known else typical_device(memory)
+    return Hardware(device, nodes, world.local_size, memory, host_bytes(), network_bytes_s, accelerator)
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or of the container that this process is in."""
+    total = psutil.virtual_memory().total
+    for path in LIMITS:
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            total = min(total, int(text))
+    return total
+
+
+def _has_bf16() -> bool:
+    """Whether this CPU has instructions for it: without them torch computes it slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

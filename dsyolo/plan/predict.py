@@ -1,0 +1,258 @@
+"""What a strategy needs and how long a step takes, from counts and stated figures.
+
+Exact, as a run counts and measures them itself: parameters, gradients, optimizer, EMA, buckets (account.py) and what
+autograd saves (model/activations.py). Modelled: the loss, images on their way, and an allowance for workspaces. The time of
+a step is a model: see `step_time`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from dsyolo.account import Account, Load, predict
+from dsyolo.ds_config import DsConfig, check
+from dsyolo.model.activations import ActivationPlan
+from dsyolo.model.cuts import ACCELERATOR, balanced_cuts, crossing_elements
+from dsyolo.model.stage import Stage as Slice
+from dsyolo.optim import parameter_groups
+from dsyolo.plan.hardware import HOST_BYTES_S, REACHED_BANDWIDTH, Hardware
+from dsyolo.plan.strategy import Settings
+from dsyolo.plan.wire import crossing_bytes, wire_bytes
+from dsyolo.plan.work import Stage, Work
+
+WORKSPACE_BYTES = (
+    64 * 2**20
+)  # of cuDNN and cuBLAS, beside everything else; the published peaks leave room for it
+IMAGES_AHEAD = 2  # micro-batches of uint8 images on the device
+HOST_STEP_BYTES_S = 20e9  # what an optimizer on the host reads and writes a second; an assumption
+BACKWARD = 2  # times the work of the forward pass
+LATENCY_S = 20e-6  # of a collective
+
+
+class Times(NamedTuple):
+    """Seconds of a step."""
+
+    compute: float
+    communication: float  # that nothing hides
+    bubble: float  # stages of a pipeline that wait, for each other and for what crosses
+    offload: float  # to the host, its optimizer, and back
+
+    @property
+    def step(self) -> float:
+        return sum(self)
+
+
+class Strategy(NamedTuple):
+    """What one choice of settings comes to.
+
+    Attributes:
+        terms: bytes of the GPU that needs most, by name; their sum is its peak.
+        host_bytes: of each node.
+        wire: bytes that a GPU sends in a step, and receives.
+    """
+
+    settings: Settings
+    terms: dict[str, int]
+    host_bytes: int
+    wire: int
+    times: Times
+    images_s: float
+    why_not: str  # empty: it fits
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def fits(self) -> bool:
+        return not self.why_not
+
+
+class Planner:
+    """Predicts strategies of one network on one kind of machine.
+
+    Args:
+        ema: keep averaged weights.
+    """
+
+    def __init__(self, work: Work, hardware: Hardware, *, ema: bool = True) -> None:
+        self.work, self.hardware, self.ema = work, hardware, ema
+        self._plans: dict[tuple[str, int, str | int], ActivationPlan] = {}
+        self._stages: dict[int, list[Stage]] = {}
+
+    def predict(self, settings: Settings) -> Strategy:
+        """Of settings that `check` accepts.
+
+        Raises:
+            UserError: they cannot run.
+        """
+        work, hardware = self.work, self.hardware
+        ds = check(
+            settings.deepspeed_json(),
+            world_size=hardware.ranks,
+            accelerator=hardware.accelerator,
+            layers=work.layers,
+        )
+        is_cpu = hardware.accelerator == "cpu"
+        zero = ds.deepspeed_json(work.num_parameters, cpu=is_cpu)["zero_optimization"]
+        stages, plan = self.stages(settings.pipeline_stages), self._plan(settings)
+        needs = [
+            (self._terms(account, settings, i), account.host.total)
+            for i, stage in enumerate(stages)
+            for account in self._accounts(stage, i, plan, ds, zero)
+        ]
+        terms = max((terms for terms, _ in needs), key=lambda terms: sum(terms.values()))
+        host_bytes = hardware.gpus * max(host for _, host in needs)
+        times, wire = self._times(settings, ds, zero, stages, plan)
+        return Strategy(
+            settings,
+            terms,
+            host_bytes,
+            wire,
+            times,
+            settings.global_batch / times.step,
+            self._why_not(sum(terms.values()), host_bytes),
+        )
+
+    def smallest_recompute(self, settings: Settings, free_bytes: int) -> Settings | None:
+        """The fewest blocks whose recomputation leaves the activations within `free_bytes`; None: not even all do."""
+        names = self.work.activations(settings.micro_batch, settings.precision).fewest(free_bytes)
+        return settings._replace(recompute=free_bytes) if names else None
+
+    def stages(self, num: int) -> list[Stage]:
+        """The network in so many stages, cut as a run cuts it."""
+        if num not in self._stages:
+            costs, network = self.work.costs, self.work.network
+            bounds = [0, *balanced_cuts(costs, num, ACCELERATOR), len(costs)]
+            self._stages[num] = [
+                Stage(
+                    tuple(network.order[start:stop]),
+                    tuple(
+                        tuple(p.numel() for p in group)
+                        for group in parameter_groups(Slice(network, start, stop, ())).values()
+                        if group
+                    ),
+                    sum(cost.flops for cost in costs[start:stop]),
+                    sum(cost.elements for cost in costs[start:stop]),
+                    crossing_elements(costs, stop) if stop < len(costs) else 0,
+                )
+                for start, stop in pairwise(bounds)
+            ]
+        return self._stages[num]
+
+    def _plan(self, settings: Settings) -> ActivationPlan:
+        key = settings.precision, settings.micro_batch, settings.recompute
+        if key not in self._plans:
+            counted = self.work.activations(settings.micro_batch, settings.precision)
+            recomputed: frozenset[str] | None = frozenset()
+            if settings.recompute == "blocks":
+                recomputed = counted.blocks
+            elif isinstance(settings.recompute, int):
+                recomputed = counted.fewest(settings.recompute)
+            assert recomputed is not None
+            self._plans[key] = ActivationPlan(counted, recomputed)
+        return self._plans[key]
+
+    def _accounts(
+        self, stage: Stage, index: int, plan: ActivationPlan, ds: DsConfig, zero: dict[str, Any]
+    ) -> list[Account]:
+        """Of some ranks of a stage: shares differ by little, and most at the ends and in the middle."""
+        in_flight = min(ds.stages - index, ds.accumulation)
+        kept = plan.stage_bytes(stage.nodes, in_flight)
+        ranks = ds.data_parallel_size
+        some = sorted({0, ranks // 3, ranks // 2, ranks - 1}) if ds.zero_stage == 2 else [0]
+        return [
+            predict(Load(stage.groups, kept, kept, kept, rank, ranks, self.ema), ds, zero) for rank in some
+        ]
+
+    def _terms(self, account: Account, settings: Settings, stage: int) -> dict[str, int]:
+        images, is_last = settings.micro_batch, stage == settings.pipeline_stages - 1
+        channels, height, width = self.work.image_shape
+        return {
+            **account.device._asdict(),
+            "loss": self.work.loss_bytes(images, settings.precision) if is_last else 0,
+            "images": IMAGES_AHEAD * images * channels * height * width if stage == 0 else 0,
+            "workspace": WORKSPACE_BYTES,
+        }
+
+    def _why_not(self, peak_bytes: int, host_bytes: int) -> str:
+        over = peak_bytes - self.hardware.usable_bytes
+        if over > 0:
+            return f"too large by {over / 2**30:.2f} GiB"
+        host = self.hardware.host_bytes
+        if host is not None and host_bytes > host:
+            return f"the host's memory is too small by {(host_bytes - host) / 2**30:.1f} GiB"
+        return ""
+
+    def _times(
+        self,
+        settings: Settings,
+        ds: DsConfig,
+        zero: dict[str, Any],
+        stages: list[Stage],
+        plan: ActivationPlan,
+    ) -> tuple[Times, int]:
+        """Seconds of a step, and bytes that a GPU sends in it.
+
+        A pass takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth;
+        the backward pass twice as much; what is recomputed once more. Gradients travel while the last micro-batch goes
+        backward, weights while nothing else happens. A pipeline of stage times t with m micro-batches takes
+        sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
+        """
+        hardware, precision = self.hardware, settings.precision
+        each = 4 if precision == "fp32" else 2
+        halves = precision in ("bf16", "fp16")
+        gradient_bytes = weight_bytes = 2 if halves else 4
+        images, accumulation, replicas = settings.micro_batch, settings.accumulation, settings.replicas
+        link = hardware.slowest_link_bytes_s
+        bandwidth = hardware.device.memory_bytes_s * REACHED_BANDWIDTH
+        again = self._share_recomputed(plan)
+        passes, crossings = [], []
+        for stage in stages:
+            forward = images * (stage.flops / hardware.flops(precision) + stage.elements * each / bandwidth)
+            passes.append(forward * (1 + BACKWARD + again))
+            crossings.append(crossing_bytes(stage.crossing, images, each) / hardware.device.link_bytes_s)
+        stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
+        whole = sum(stage_s) + (accumulation - 1) * max(stage_s)
+        busy = accumulation * sum(passes) / len(passes)
+        wires = []
+        for stage in stages:
+            numels = [numel for group in stage.groups for numel in group]
+            if len(stages) == 1:
+                numels = [p.numel() for p in self.work.network.parameters()]
+            wires.append(
+                wire_bytes(
+                    settings.zero_stage,
+                    numels,
+                    replicas,
+                    accumulation,
+                    gradient_bytes=gradient_bytes,
+                    weight_bytes=weight_bytes,
+                    live_elements=int(zero.get("stage3_max_live_parameters", 0)),
+                    persistent_below=int(zero.get("stage3_param_persistence_threshold", 0)),
+                )
+            )
+        elements = max(sum(map(sum, stage.groups)) for stage in stages)
+        hidden = (
+            passes[0] * BACKWARD / (1 + BACKWARD + again) if len(stages) == 1 else 0.0
+        )  # of the last micro-batch
+        reduced = (replicas - 1) / replicas * elements * gradient_bytes / link
+        sent = max(wires) / link
+        communication = sent - min(reduced, hidden) + (LATENCY_S * 10 * accumulation if replicas > 1 else 0)
+        crossing = sum(crossing_bytes(stage.crossing, images * accumulation, each) for stage in stages)
+        offload = 0.0
+        if settings.offload_optimizer:
+            share = elements / replicas
+            moved = share * (gradient_bytes + weight_bytes)
+            if settings.offload_param:
+                moved += 2 * accumulation * share * weight_bytes
+            offload = moved / HOST_BYTES_S + share * 4 * 6 / HOST_STEP_BYTES_S
+        return Times(busy, communication, whole - busy, offload), int(max(wires) + crossing)
+
+    def _share_recomputed(self, plan: ActivationPlan) -> float:
+        """Of the forward pass's work."""
+        if not plan.recomputed:
+            return 0.0
+        costs = self.work.costs
+        return sum(c.flops for c in costs if c.name in plan.recomputed) / self.work.flops

@@ -1,0 +1,278 @@
+"""`dsyolo plan`: published peaks, exact counts for every micro-batch, bytes on the wire, the ranking and what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import torch
+from ranks import free_port
+from runs import environment, launch, make_place
+
+from dsyolo import cli
+from dsyolo.config import RunConfig, parse
+from dsyolo.ds_config import check
+from dsyolo.errors import UserError
+from dsyolo.model.activations import count_activations
+from dsyolo.plan.auto import Filled, fill
+from dsyolo.plan.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate
+from dsyolo.plan.predict import Planner
+from dsyolo.plan.report import PUBLISHED_GB
+from dsyolo.plan.strategy import Settings, settings
+from dsyolo.plan.wire import wire_bytes
+from dsyolo.plan.work import Work
+
+PLAIN = Settings(0, None, None, "none", "autocast_fp16", 16, 1, 1, 1, "SGD")
+
+
+def one_gpu(memory_gib: int = 80) -> Hardware:
+    return Hardware(DEVICES["A100-80"], 1, 1, memory_gib * GIB, None, 3e9)
+
+
+@pytest.mark.parametrize("case", PUBLISHED_GB, ids=lambda case: case[0])
+def test_published_peaks_are_predicted(case):
+    model, image_size_px = case
+    found = Planner(Work(model, 80, image_size_px), one_gpu()).predict(PLAIN)
+    assert found.peak_bytes / 1e9 == pytest.approx(PUBLISHED_GB[case], rel=0.05)
+    assert found.peak_bytes == sum(found.terms.values())
+    assert found.fits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "autocast_fp16", "bf16", "fp16"])
+def test_activations_of_any_micro_batch_are_those_that_a_run_counts(precision):
+    work = Work("yolov5n", 5, 128)
+    for images in (2, 7):
+        direct = count_activations(work.network, (images, 3, 128, 128), precision)
+        drawn = work.activations(images, precision)
+        assert drawn.peak_bytes() == direct.peak_bytes()
+        assert drawn.peak_bytes(drawn.blocks) == direct.peak_bytes(direct.blocks)
+
+
+def test_settings_are_all_different_and_all_accepted():
+    work = Work("yolov5n", 80, 64)
+    found = list(settings(8, 64, "AdamW", ("autocast_bf16", "autocast_fp16", "bf16", "fp16", "fp32")))
+    assert len(set(found)) == len(found) > 200
+    for one in found:
+        ds = check(one.deepspeed_json(), world_size=8, accelerator="cuda", layers=work.layers)
+        assert (ds.micro_batch, ds.accumulation, ds.zero_stage) == (
+            one.micro_batch,
+            one.accumulation,
+            one.zero_stage,
+        )
+        assert (ds.precision, ds.stages, ds.recompute) == (one.precision, one.pipeline_stages, one.recompute)
+        assert (ds.optimizer, ds.offload_optimizer, ds.offload_param) == (
+            one.optimizer,
+            one.offload_optimizer,
+            one.offload_param,
+        )
+
+
+def test_bytes_on_the_wire_are_those_that_were_measured():
+    """README, Between hosts: yolov5s on 2 and 4 hosts, ZeRO 0 to 3, in MB."""
+    network = Work("yolov5s", 80, 64).network
+    numels = [p.numel() for p in network.parameters()]
+    live, small = sum(numels) // 4, max(sum(numels) // 1000, 2048)
+    measured = {2: (29.1, 29.1, 29.1, 40.8), 4: (43.6, 43.6, 43.6, 61.3)}
+    for ranks, figures in measured.items():
+        for stage, megabytes in enumerate(figures):
+            got = wire_bytes(stage, numels, ranks, 1, live_elements=live, persistent_below=small)
+            assert got / 1e6 == pytest.approx(megabytes, rel=0.015), (ranks, stage)
+    once, twice = (wire_bytes(2, [1000], 2, accumulation) for accumulation in (1, 2))
+    assert (once, twice) == (4000, 6000)
+
+
+def plan(capsys, *words: str) -> tuple[int, str, str]:
+    status = cli.main(["plan", *words])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_as_json_every_strategy_has_its_terms(capsys):
+    words = "--model yolov5n --imgsz 640 --global-batch 16 --gpus 1x80GiB --json"
+    status, out, _ = plan(capsys, *words.split())
+    assert status == 0
+    found = json.loads(out)
+    plain = [one for one in found if {**one["settings"], **PLAIN._asdict()} == one["settings"]]
+    assert len(plain) == 1
+    assert plain[0]["peak_gpu_gib"] * GIB / 1e9 == pytest.approx(1.5, rel=0.05)
+    for one in found:
+        assert one["peak_gpu_gib"] == pytest.approx(sum(one["terms_gib"].values()))
+        assert one["fits"] == (not one["why_not"])
+    assert [one["rank"] for one in found] == list(range(1, len(found) + 1))
+
+
+def test_what_is_recommended_fits_and_can_be_written_and_used(capsys, tmp_path):
+    path = tmp_path / "configs" / "mine.json"
+    words = (
+        f"--model yolov5l --imgsz 640 --global-batch 64 --gpus 2x12GiB --gpu RTX3090 --write {path}".split()
+    )
+    status, out, _ = plan(capsys, *words)
+    assert status == 0
+    assert f"--num_gpus 2 dsyolo/train.py --deepspeed_config {path} --model yolov5l" in out
+    ds = check(path, world_size=2, accelerator="cuda")
+    assert ds.global_batch == 64
+    first = next(line for line in out.splitlines() if line.startswith(" 1"))
+    assert first.split()[-1] == "yes"
+    assert plan(capsys, *words)[0] == 0  # the same again
+    path.write_text("{}")
+    status, _, err = plan(capsys, *words)
+    assert status == 2
+    assert f"{path} given, but it says something else" in err
+    assert path.read_text() == "{}"
+
+
+def test_a_small_gpu_gets_the_fewest_recomputed_blocks_and_too_small_a_one_is_told(capsys):
+    words = [
+        "--model",
+        "yolov5m",
+        "--global-batch",
+        "8",
+        "--gpus",
+        "1x2.2GiB",
+        "--precision",
+        "autocast_fp16",
+        "--json",
+    ]
+    found = json.loads(plan(capsys, *words)[1])
+    at_once = [
+        one for one in found if one["settings"]["micro_batch"] == 8 and one["settings"]["zero_stage"] == 0
+    ]
+    recompute = {one["settings"]["recompute"]: one["fits"] for one in at_once}
+    assert recompute.pop("none") is False
+    assert recompute.pop("blocks") is True
+    (budget,) = recompute
+    assert recompute[budget] is True
+    status, out, _ = plan(
+        capsys, "--model", "yolov5x6", "--imgsz", "1280", "--global-batch", "2", "--gpus", "2x1GiB"
+    )
+    assert status == 1
+    assert "Nothing fits 2 GPUs of 1.0 GiB. The nearest is " in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "--gpus 8",
+            "--gpus: '8' given, but it must be a number of GPUs and the memory of each, such as 8x24GiB",
+        ),
+        ("--gpus 0x24GiB", "--gpus: '0x24GiB' given"),
+        (
+            "--gpus 8x24GiB --global-batch 60",
+            "--global-batch: 60 given, but 8 GPUs take equal shares of it. Take 56 or 64",
+        ),
+        ("--gpus 1x24GiB --imgsz 650", "--imgsz: 650 given, but yolov5n needs multiples of 32. Take 640."),
+        ("--gpus 1x24GiB --bandwidth 25", "--bandwidth: '25' given, but it must be a rate such as 25GB/s"),
+        ("--gpus 1x16GiB --precision bf16", "--precision: bf16 given, but a T4 has no bf16"),
+        ("--gpus 1x16GiB --classes 0", "--classes: 0 given, but it must be 1 to 10000"),
+    ],
+)
+def test_mistakes_are_told(capsys, words, told):
+    status, _, err = plan(capsys, *words.split())
+    assert status == 2
+    assert told in err
+
+
+def test_amounts_are_read():
+    assert read_gpus("8x24GiB") == (8, 24 * GIB)
+    assert read_bytes("1.5GB") == 1_500_000_000
+    assert (read_rate("25GB/s"), read_rate("200Gbit/s")) == (25e9, 25e9)
+
+
+def test_the_loss_holds_what_it_is_said_to():
+    """Between the passes of the network: gradients of the maps, and what is added to the largest of them."""
+    from dsyolo.loss import DetectionLoss
+
+    work = Work("yolov5n", 80, 320)
+    shapes = [(4, 3, 320 // stride, 320 // stride, 85) for stride in work.network.strides]
+    maps = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    loss = DetectionLoss(torch.ones(3, 3, 2), 80, 320)
+    import training
+
+    targets = training.batch(0, 0, 1).targets
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss(tuple(maps), targets)[0].backward()
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    assert most == pytest.approx(work.loss_bytes(4, "fp32"), rel=0.15)
+
+
+# ---- what a JSON leaves to the machine
+
+
+def run_config(tmp_path, **options) -> RunConfig:
+    words = {"data": tmp_path / "data.yaml", "model": "yolov5s", **options}
+    (tmp_path / "data.yaml").write_text("train: t\nval: v\nnames: [a]\n")
+    return parse([word for key, value in words.items() for word in (f"--{key}", str(value))])
+
+
+def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None = None) -> Filled:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return fill(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
+
+
+def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    first = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80)
+    assert check(first.config, world_size=2, accelerator="cuda").global_batch == 64
+    assert first.lines[0].startswith("planned for 2 x 24.0 GiB (A10): ZeRO ")
+    halved = run_config(tmp_path, deepspeed_config="auto").model_copy(update={"halve_micro_batch": True})
+    again = fill(halved, lambda: a10, 80)
+    peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
+    assert peaks[1] < 0.65 * peaks[0]
+    odd = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
+    assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
+    goes_on = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
+    assert check(goes_on.config, world_size=2, accelerator="cuda").global_batch == 48
+    with pytest.raises(UserError, match=r"nothing fits 0\.6 GiB a rank for 64 images a step"):
+        fill(
+            run_config(tmp_path, deepspeed_config="auto"),
+            lambda: a10._replace(memory_bytes=int(0.6 * GIB)),
+            80,
+        )
+
+
+def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    content = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01}},
+    }
+    got = filled(tmp_path, content, a10)
+    ds = check(got.config, world_size=2, accelerator="cuda")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision) == (64, 32, 1, "bf16")
+    assert got.lines == (
+        "bf16.enabled: auto, so true",
+        "zero_optimization.reduce_bucket_size: auto, so left to dsyolo",
+        "optimizer.params.lr: auto, so left to dsyolo",
+        "batch: auto, so train_batch_size 64, train_micro_batch_size_per_gpu 32",
+    )
+    small = filled(tmp_path, content, a10._replace(memory_bytes=3 * GIB))
+    assert check(small.config, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
+    given = {**content, "train_micro_batch_size_per_gpu": 12}
+    ds = check(filled(tmp_path, given, a10).config, world_size=2, accelerator="cuda")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation) == (72, 12, 3)
+    nothing = {"train_batch_size": 8, "activation_checkpointing": {"recompute": "none"}}
+    assert filled(tmp_path, nothing, a10).config == str(tmp_path / "ds.json")
+
+
+def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
+    place = make_place(tmp_path)
+    words = launch(place, "auto", free_port(), deepspeed_config="auto", epochs=1)
+    done = subprocess.run(
+        words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "planned for 2 x " in done.stdout
+    written = place / "runs/auto/deepspeed_auto.json"
+    assert check(written, world_size=2, accelerator="cpu").global_batch == 64
+    assert (place / "runs/auto/weights/last.safetensors").exists()
