@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from dsyolo import config as run_config
 from dsyolo import ds_config
 from dsyolo.build import (
+    Data,
+    Parts,
     Run,
     build_data,
     build_engine,
@@ -43,12 +45,16 @@ from dsyolo.parallel.checkpoint import (
     saved_progress,
 )
 from dsyolo.parallel.dist import World
+from dsyolo.parallel.reading import ReadingCrew
 from dsyolo.parallel.restart import is_out_of_memory
-from dsyolo.parallel.stop import StopRequest
+from dsyolo.parallel.stop import Stopped, StopRequest
 from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.plan.auto import Filled, fill
 from dsyolo.plan.machine import hardware_here
 from dsyolo.problems import cannot_hold_files
+from dsyolo.record import NullRecord, Record
+from dsyolo.streams import outlive_readers
+from dsyolo.track import Tracker
 from dsyolo.validate import Finder, validate
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
@@ -69,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
     try:
-        return train(read(argv, world))
+        with stop.ends_at_once(world):
+            run = read(argv, world)
+            request = join(run)
+        return train(run, request)
     except UserError as error:
         if not world.is_first:
             time.sleep(GRACE_S)
@@ -171,12 +180,22 @@ def check_folder(run: RunConfig, goes_on: bool) -> None:
         )
 
 
-def train(run: Run) -> int:
+def join(run: Run) -> StopRequest:
+    """Waits for all ranks, and hears from then on what only all of them together can do."""
+    dist.join(run.config.meet_timeout_s)
+    return StopRequest(run.world)
+
+
+def train(run: Run, request: StopRequest) -> int:
     """Trains with all ranks watched; returns the exit status."""
-    world = dist.join(run.config.meet_timeout_s)
-    watch = Watchdog(world, late_s=run.config.hang_timeout_s)
+    watch = Watchdog(run.world, late_s=run.config.hang_timeout_s)
     try:
-        return learn(run, world, watch)
+        return learn(run, watch, request)
+    except Stopped:  # before the first step
+        request.close()
+        watch.close()
+        dist.leave(run.world)
+        stop.leave_at_once(run.world)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             end_or_halve(run, watch)
@@ -204,41 +223,80 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     )
 
 
-def learn(run: Run, world: World, watch: Watchdog) -> int:
-    """Builds everything and trains to the end of the last epoch, or until SIGTERM."""
-    config, request = run.config, StopRequest(world)
+def learn(run: Run, watch: Watchdog, request: StopRequest) -> int:
+    """Builds everything, trains, and ends with all that was told written down; returns the exit status."""
+    world = run.world
     check_shared(run.folder, world)
     dist.check_same(
         run.ds.source if run.planned else None,
         "the plan of --deepspeed_config auto",
         "write one by dsyolo plan",
     )
-    crew = dist.ReadingCrew(world, watch.at)
+    crew = ReadingCrew(world, watch.at, request.asked)
     scans = scan_splits(run, crew)
     crew.close()
     checkpoint = dist.decided_by_first(world, lambda: choose_checkpoint(run))
     network, taken = build_network(run, checkpoint)
     data = build_data(run, scans, network)
     parts = build_engine(run, network, data.stream)
-    engine, ema, checkpoints = parts.engine, parts.ema, parts.checkpoints
     if world.is_first and taken:
         print(taken)
-    progress = start(run, data.stream, checkpoints, checkpoint)
+    request.heed(wait=True)
+    progress = start(run, data.stream, parts.checkpoints, checkpoint)
     tracker, record = dist.together(lambda: build_record(run, data, progress, parts))
+    training = Training(run, data, parts, progress, tracker, record, watch, request)
+    try:
+        end = loop(training)
+    except Stopped:
+        end = stopped(training)
+    tracker.close()
+    if not end.status:
+        record.finish()
+    data.train.close()
+    data.val.close()
+    request.close()
+    watch.close()
+    dist.leave(world)
+    if end.said and world.is_first:
+        print(f"\n{end.said}", file=sys.stderr)
+    return end.status
+
+
+class Training(NamedTuple):
+    """All that the loop works with."""
+
+    run: Run
+    data: Data
+    parts: Parts
+    progress: Progress
+    tracker: Tracker
+    record: Record | NullRecord
+    watch: Watchdog
+    request: StopRequest
+
+
+class End(NamedTuple):
+    """Of a training: the exit status, and what there is to say."""
+
+    status: int = 0
+    said: str = ""
+
+
+def loop(training: Training) -> End:
+    """Trains to the end of the last epoch.
+
+    Raises:
+        Stopped: after a step or in a validation, with the weights of the last step in place.
+    """
+    run, data, parts, progress, tracker, record, watch, request = training
+    config, engine, ema, checkpoints = run.config, parts.engine, parts.ema, parts.checkpoints
     memory = build_memory(run, parts, tracker, record)
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
-    predict = watch.calls(engine.predict, "validating")
 
-    def finish(said: str = "", status: int = 0) -> int:
-        tracker.close()
-        data.train.close()
-        data.val.close()
-        request.close()
-        watch.close()
-        dist.leave(world)
-        if said and world.is_first:
-            print(f"\n{said}", file=sys.stderr)
-        return status
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        watch.at("validating")
+        request.heed()
+        return engine.predict(images)
 
     for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
         progress.epoch = epoch
@@ -255,12 +313,8 @@ def learn(run: Run, world: World, watch: Watchdog) -> int:
             tracker.step(progress.advance(stats), stats, lr, data.train.take_wait_s())
             if progress.skipped_in_a_row == config.max_skipped_steps:
                 record.skipped(data.names_of(progress.step - progress.skipped_in_a_row, progress.step))
-                return finish(diverged(progress, run), DIVERGED)
-            if request.agreed():
-                progress.tracking = tracker.state()
-                problem = checkpoints.save(progress)
-                said = problem or f"Stopped by SIGTERM after step {progress.step}, and saved."
-                return finish(f"{said} --resume auto goes on.", NOT_SAVED if problem else stop.STATUS)
+                return End(DIVERGED, diverged(progress, run))
+            request.heed()
             watch.at(f"loading step {progress.step + 1}")
         metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
         if (epoch + 1) % config.val_every == 0 or is_last:
@@ -277,15 +331,21 @@ def learn(run: Run, world: World, watch: Watchdog) -> int:
             problem = dist.problem_of_any(record.weights(state, is_best))
             problem = checkpoints.save(progress, is_best=is_best) or problem
             if problem and is_last:
-                return finish(f"{problem} Make room: --resume auto does the end again.", NOT_SAVED)
+                return End(NOT_SAVED, f"{problem} Make room: --resume auto does the end again.")
             if problem:
                 tracker.say(f"WARNING: {problem} The run goes on, and saves again later.")
         if is_last:
             break
+    return End()
 
-    tracker.close()
-    record.finish()
-    return finish()
+
+def stopped(training: Training) -> End:
+    """Saves, after a step or in the midst of the validation behind it, which comes again."""
+    progress = training.progress
+    progress.tracking = training.tracker.state()
+    problem = training.parts.checkpoints.save(progress)
+    said = problem or f"Stopped by SIGTERM after step {progress.step}, and saved."
+    return End(NOT_SAVED if problem else stop.STATUS, f"{said} --resume auto goes on.")
 
 
 def diverged(progress: Progress, run: Run) -> str:
@@ -340,4 +400,5 @@ def start(run: Run, stream: Stream, checkpoints: Checkpoints, path: Path | None)
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

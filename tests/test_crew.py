@@ -17,6 +17,8 @@ from dsyolo.data.scan import scan
 from dsyolo.data.scanned import ARRAYS, Scan
 from dsyolo.errors import UserError
 from dsyolo.parallel import dist
+from dsyolo.parallel.reading import ReadingCrew
+from dsyolo.parallel.stop import Stopped
 
 NUM_FILES = 5 * crew_module.CHUNK + 7  # more chunks than ranks, and one that is not full
 TIMEOUT_S = 4.0  # of a meeting, in the test of a slow disk
@@ -62,7 +64,8 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
     check = scan_module.check_image
     # every rank stands for a machine of its own, with a cache of its own
     world = dist.join()._replace(local_rank=0, local_size=1)
-    crew = dist.ReadingCrew(world, said.append, timedelta(seconds=timeout_s) if timeout_s else None)
+    timeout = timedelta(seconds=timeout_s) if timeout_s else None
+    crew = ReadingCrew(world, said.append, lambda: False, timeout)
 
     def counted(path):
         reads.append(path)
@@ -146,3 +149,34 @@ def test_ranks_that_see_other_files_are_told_on_all_of_them(tmp_path, listing, w
                 f": rank 0 finds {NUM_FILES + 1:,} images and rank 1 {NUM_FILES - 4:,}. Every machine" in text
             )
             assert "same paths" in text
+
+
+def stopped_in_a_scan(source: Path, cache_dir: Path) -> tuple[bool, int]:
+    """Rank 1 is asked to stop while it reads; whether this rank stops too, and how many images it read."""
+    asked, reads = [], []
+    check = scan_module.check_image
+    world = dist.join()._replace(local_rank=0, local_size=1)
+    crew = ReadingCrew(world, lambda _: None, lambda: bool(asked), timedelta(seconds=60))
+
+    def slow(path):
+        reads.append(path)
+        if world.rank == 1 and len(reads) == 3:
+            asked.append(True)
+        time.sleep(0.1)
+        return check(path)
+
+    scan_module.check_image = slow
+    try:
+        scan([source], NUM_CLASSES, cache_dir / f"of{world.rank}", workers=2, progress=False, crew=crew)
+    except Stopped:
+        return True, len(reads)
+    finally:
+        scan_module.check_image = check
+    return False, len(reads)
+
+
+def test_a_scan_stops_on_all_ranks_soon_after_one_was_asked_to(tmp_path, listing):
+    for has_stopped, num_read in run_ranks(2, stopped_in_a_scan, listing, tmp_path):
+        assert has_stopped
+        assert num_read < 100  # in the two seconds until they meet
+    assert not list(tmp_path.rglob("scan-*"))

@@ -22,6 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # the ground layer's modules from those named before them.
 GROUND = (
     "errors",
+    "streams",
     "environment",
     "untrusted",
     "problems",

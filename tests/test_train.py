@@ -215,8 +215,7 @@ def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupt)
-    monkeypatch.setattr(train, "read", lambda *_: None)
+    monkeypatch.setattr(train, "read", interrupt)
     assert train.main([]) == 130
     assert (
         capsys.readouterr().err.strip()

@@ -7,7 +7,6 @@ import pickle
 import socket
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -213,41 +212,6 @@ def device_of_rank() -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
-
-
-class ReadingCrew:
-    """All ranks as they read a data set together (data/crew.py): over the host's network, not the accelerator's.
-
-    Args:
-        at: told where this rank is whenever it makes progress.
-        timeout: of a meeting; None: gloo's own. Ranks that read meet every second or two, whatever they wait for.
-    """
-
-    meets_every_s = 2.0
-
-    def __init__(self, world: World, at: Callable[[str], None], timeout: timedelta | None = None) -> None:
-        self.rank, self.size, self.at = world.rank, world.size, at
-        self.keeps_cache = world.local_rank == 0
-        self._group = torch_dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
-
-    def exchange(self, item: Any) -> list[Any]:
-        """Every rank's item, in their order. Items are our own, never a file's."""
-        items = [item] * self.size
-        if self._group:
-            torch_dist.all_gather_object(items, item, group=self._group)
-        return items
-
-    def given_by(self, rank: int, item: Any) -> Any:
-        """That rank's item, on all ranks."""
-        items = [item]
-        if self._group:
-            torch_dist.broadcast_object_list(items, rank, group=self._group)
-        return items[0]
-
-    def close(self) -> None:
-        """Ends the connections."""
-        if self._group:
-            torch_dist.destroy_process_group(self._group)
 
 
 def share_of(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
