@@ -181,8 +181,9 @@ def check_folder(run: RunConfig, goes_on: bool) -> None:
 
 
 def join(run: Run) -> StopRequest:
-    """Waits for all ranks."""
-    return StopRequest(dist.join(run.config.meet_timeout_s))
+    """Waits for all ranks, and hears from then on what only all of them together can do."""
+    dist.join(run.config.meet_timeout_s)
+    return StopRequest(run.world)
 
 
 def train(run: Run, request: StopRequest) -> int:
