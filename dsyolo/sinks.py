@@ -49,17 +49,23 @@ class MetricsFile:
             self._warned = True
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows; a line that a kill cut short is left out."""
-        rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        """All rows; a line that a kill cut short, or that somebody else wrote, is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(errors="replace").splitlines()
+        return [row for row in map(_row, lines) if row is not None]
 
     def close(self) -> None:
         self._file.close()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # the latter of brackets by the thousands
+        return None
+    places = [row.get("step"), row.get("epoch")] if isinstance(row, dict) and "kind" in row else [None]
+    return row if all(isinstance(place, int) for place in places) else None
 
 
 def _line(row: Mapping[str, Any]) -> str:

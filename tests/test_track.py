@@ -22,6 +22,7 @@ import torch
 from dsyolo import track
 from dsyolo.batch import Detections, StepStats, Truth
 from dsyolo.metrics import Metrics, evaluate
+from dsyolo.sinks import MetricsFile
 from dsyolo.track import NullTracker, RunTracker, Tracker
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 64
@@ -392,3 +393,16 @@ def test_the_real_wandb_works_offline(tmp_path: Path):
     written = b"".join(path.read_bytes() for path in runs)
     for name in (b"epoch/box", b"val/map50"):
         assert name in written, {path: path.stat().st_size for path in runs}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, '{"kind": "step"}', "[]", "7", '{"kind": "step", "step": "x", "epoch": 0}', "\udcff"],
+)
+def test_lines_that_no_run_wrote_are_left_out_of_metrics(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    own = {"kind": "step", "step": 1, "epoch": 0, "box": 0.5}
+    path.write_text(f"{json.dumps(own)}\n{line}\n", errors="surrogateescape")
+    rows = MetricsFile(path, step=5, epoch=1)
+    rows.close()
+    assert rows.read() == [own]
