@@ -27,12 +27,14 @@ from dsyolo.model.yolov5 import YOLOv5, build_yolov5, level_strides
 from dsyolo.optim import Schedule
 from dsyolo.parallel import dist
 from dsyolo.parallel.buffers import named_buffers
-from dsyolo.parallel.checkpoint import Checkpoints, Progress, read_buffers
+from dsyolo.parallel.checkpoint import Checkpoints
+from dsyolo.parallel.checkpoint_reader import read_buffers
 from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.folder import Folders, move_to_folders
 from dsyolo.parallel.memory import Measured, MemoryWatch, NoWatch, peak_memory_gib
+from dsyolo.parallel.progress import Progress
 from dsyolo.parallel.shards import Shards
 from dsyolo.parallel.spread import spread
 from dsyolo.parallel.syncbn import synchronise_batchnorm

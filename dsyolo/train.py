@@ -35,18 +35,14 @@ from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist, stop
-from dsyolo.parallel.checkpoint import (
-    Checkpoints,
-    Progress,
-    all_checkpoints,
-    check_shared,
-    newest_whole,
-    read_manifest,
-    saved_progress,
-)
+from dsyolo.parallel.checkpoint import Checkpoints
+from dsyolo.parallel.choosing import newest_whole
 from dsyolo.parallel.dist import World
+from dsyolo.parallel.manifest import all_checkpoints, read_manifest, saved_progress
+from dsyolo.parallel.progress import Progress
 from dsyolo.parallel.reading import ReadingCrew
 from dsyolo.parallel.restart import is_out_of_memory
+from dsyolo.parallel.shared_folder import check_shared
 from dsyolo.parallel.stop import Stopped, StopRequest
 from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.plan.auto import Filled, fill
@@ -235,7 +231,7 @@ def learn(run: Run, watch: Watchdog, request: StopRequest) -> int:
     crew = ReadingCrew(world, watch.at, request.asked)
     scans = scan_splits(run, crew)
     crew.close()
-    checkpoint = dist.decided_by_first(world, lambda: choose_checkpoint(run))
+    checkpoint = choose_checkpoint(run)
     network, taken = build_network(run, checkpoint)
     data = build_data(run, scans, network)
     parts = build_engine(run, network, data.stream)
@@ -363,7 +359,7 @@ def choose_checkpoint(run: Run) -> Path | None:
         UserError: the newest checkpoint is damaged; with `--resume auto`, all are.
     """
     folder = run.folder / "checkpoints"
-    return newest_whole(folder, set_aside=run.config.resume == "auto") if run.goes_on else None
+    return newest_whole(folder, run.world, set_aside=run.config.resume == "auto") if run.goes_on else None
 
 
 def start(run: Run, stream: Stream, checkpoints: Checkpoints, path: Path | None) -> Progress:
@@ -396,7 +392,7 @@ def start(run: Run, stream: Stream, checkpoints: Checkpoints, path: Path | None)
     ]
     if changed:
         raise UserError(f"{path} cannot be resumed from", changed)
-    return checkpoints.load(path, verify=False)
+    return checkpoints.load(path, verified=True)
 
 
 if __name__ == "__main__":

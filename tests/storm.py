@@ -31,7 +31,7 @@ from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_pla
 from safetensors.torch import load_file
 
 from dsyolo.parallel import stop, watchdog
-from dsyolo.parallel.checkpoint import all_checkpoints, read_manifest
+from dsyolo.parallel.manifest import all_checkpoints, read_manifest
 from dsyolo.train import NOT_SAVED
 
 EPOCHS, STEPS_OF_EPOCH = 80, 3

@@ -11,7 +11,11 @@ import pytest
 import training
 from ranks import run_ranks
 
-from dsyolo.parallel.checkpoint import Progress, all_checkpoints, newest_whole, read_manifest
+from dsyolo.errors import UserError
+from dsyolo.parallel import manifest
+from dsyolo.parallel.choosing import newest_whole
+from dsyolo.parallel.manifest import Manifest, all_checkpoints, read_manifest
+from dsyolo.parallel.progress import Progress
 
 DISK_BYTES = 36 << 20  # a checkpoint of yolov5n with momentum and average takes 21 MiB
 
@@ -37,7 +41,7 @@ def save_some(folder: str) -> dict[str, Any]:
     checkpoints.save(progress(4).model_copy(update={"epoch": 1}))
     found["again"] = names(place)
     found["untouched"] = read_manifest(place / "step_00000004") == before
-    found["newest"] = newest_whole(place, set_aside=False).name
+    found["newest"] = newest_whole(place, checkpoints._world, set_aside=False).name
     checkpoints.save(progress(5), is_best=True)
     found["another best"] = names(place)
     checkpoints.keep = 1
@@ -96,3 +100,72 @@ def test_a_full_disk_is_told_on_all_ranks_and_the_last_checkpoint_kept(small_dis
     assert problem.startswith("The checkpoint of step 2 could not be written: rank ")
     assert "No space left on device" in problem
     assert problem.endswith("Of those before, step_00000001 is kept.")
+
+
+# ---- choosing
+
+
+def write_checkpoint(folder: Path, step: int, names: tuple[str, ...] = ("a", "b", "c", "d")) -> Path:
+    """As ranks would save it, with a file of each name."""
+    path = folder / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    files = {f"{name}.safetensors": name.encode() * 1000 for name in names}
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    said = Manifest(
+        format=1,
+        progress=progress(step),
+        optimizer_scalars={},
+        ema_updates=0,
+        files={name: manifest.sha256_of(path / name) for name in files},
+        tensors={},
+    )
+    (path / "progress.json").write_text(said.model_dump_json())
+    return path
+
+
+def choose(folder: Path, set_aside: bool) -> tuple[str, list[str]]:
+    """The name of the checkpoint that this rank takes, or why none, and the files that it read for that."""
+    from dsyolo.parallel import dist
+
+    world, read, plain = dist.join(), [], manifest.sha256_of
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return plain(path)
+
+    manifest.sha256_of = noted
+    try:
+        return newest_whole(folder, world, set_aside=set_aside).name, read
+    except UserError as error:
+        return str(error), read
+    finally:
+        manifest.sha256_of = plain
+
+
+def test_ranks_share_out_what_is_verified_and_take_the_same(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    write_checkpoint(tmp_path, 2)
+    ranks = run_ranks(2, choose, tmp_path, True)
+    assert [name for name, _ in ranks] == ["step_00000002"] * 2
+    assert [len(read) for _, read in ranks] == [2, 2]
+    assert sorted(ranks[0][1] + ranks[1][1]) == [f"{name}.safetensors" for name in "abcd"]
+
+
+@pytest.mark.parametrize("set_aside", [False, True])
+def test_what_one_rank_finds_damaged_all_refuse_or_set_aside(tmp_path, set_aside):
+    write_checkpoint(tmp_path, 1)
+    newest = write_checkpoint(tmp_path, 2)
+    (newest / "b.safetensors").write_bytes(b"b" * 999 + b"c")  # in the share of rank 1
+    (newest / "c.safetensors").unlink()
+    (first, read), (second, of_second) = run_ranks(2, choose, tmp_path, set_aside)
+    assert first == second
+    assert "b.safetensors" in of_second
+    assert "b.safetensors" not in read
+    if set_aside:
+        assert first == "step_00000001"
+        assert names(tmp_path) == ["damaged_step_00000002", "step_00000001"]
+    else:
+        assert "b.safetensors: its checksum is not the one that was saved" in first
+        assert "c.safetensors: its checksum is not the one that was saved" in first
+        assert names(tmp_path) == ["step_00000001", "step_00000002"]

@@ -77,7 +77,7 @@ def train_on(folder: str, device: dict, files: str) -> dict[object, dict[str, ob
 
 
 def progress(step: int):
-    from dsyolo.parallel.checkpoint import Progress
+    from dsyolo.parallel.progress import Progress
 
     return Progress(total_steps=20, epochs=1, num_images=8, global_batch=8, seed=0, step=step)
 
@@ -130,7 +130,7 @@ def test_the_memory_is_that_of_files_without_a_name(on_host, in_files, case, ran
 
 
 def resume(folder: str, device: dict, files: str) -> dict[object, object]:
-    from dsyolo.parallel.checkpoint import all_checkpoints
+    from dsyolo.parallel.manifest import all_checkpoints
 
     results = {}
     for case in CASES[:4]:

@@ -76,8 +76,9 @@ def test_where_nothing_moves_nothing_is_kept():
 def fp16_autocast(folder: str) -> dict[str, object]:
     """Real training in fp16 autocast. torch has it on a CPU, slowly: dsyolo's check is passed by."""
     from dsyolo import ds_config
-    from dsyolo.parallel.checkpoint import Progress, all_checkpoints
     from dsyolo.parallel.dist import barrier
+    from dsyolo.parallel.manifest import all_checkpoints
+    from dsyolo.parallel.progress import Progress
 
     ds_config.precision = lambda *_: "autocast_fp16"
     json_block = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
@@ -164,7 +165,8 @@ def test_fp16_trains_skips_and_resumes(tmp_path, stage):
 
 
 def fp16_enabled(folder: str, stage: int) -> dict[str, object]:
-    from dsyolo.parallel.checkpoint import Progress, all_checkpoints
+    from dsyolo.parallel.manifest import all_checkpoints
+    from dsyolo.parallel.progress import Progress
 
     block = {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
     engine, _, _, checkpoints = training.build(stage, Path(folder), accelerator="cuda", **block)

@@ -62,7 +62,7 @@ Pair = tuple[str, str, str]
 
 
 def save_all(ranks: int, folder: str, pairs: list[Pair]) -> None:
-    from dsyolo.parallel.checkpoint import Progress
+    from dsyolo.parallel.progress import Progress
 
     for name, optimizer in sorted({(saved, optimizer) for saved, _, optimizer in pairs}):
         strategy = STRATEGIES[name]
@@ -81,7 +81,7 @@ def save_all(ranks: int, folder: str, pairs: list[Pair]) -> None:
 
 
 def resume_all(ranks: int, folder: str, pairs: list[Pair]) -> dict[Pair, dict[str, Any]]:
-    from dsyolo.parallel.checkpoint import all_checkpoints
+    from dsyolo.parallel.manifest import all_checkpoints
 
     found = {}
     for saved, name, optimizer in pairs:

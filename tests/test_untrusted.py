@@ -28,8 +28,10 @@ from dsyolo.data.scan_cache import load_cache
 from dsyolo.ds_config import check
 from dsyolo.errors import UserError
 from dsyolo.model.weights import read_weights
-from dsyolo.parallel import checkpoint
-from dsyolo.parallel.checkpoint import Manifest, Progress, read_buffers, read_manifest
+from dsyolo.parallel import manifest as manifests
+from dsyolo.parallel.checkpoint_reader import read_buffers
+from dsyolo.parallel.manifest import Manifest, read_manifest
+from dsyolo.parallel.progress import Progress
 
 
 def refused(call: Callable[[], object]) -> str:
@@ -155,11 +157,11 @@ def saved(tmp_path) -> Path:
     save_file({"buffers/network": torch.ones(3)}, folder / name)
     progress = Progress(total_steps=9, epochs=3, num_images=24, global_batch=8, seed=0, step=3)
     manifest = Manifest(
-        format=checkpoint.FORMAT,
+        format=manifests.FORMAT,
         progress=progress,
         optimizer_scalars={},
         ema_updates=3,
-        files={name: checkpoint._sha256(folder / name)},
+        files={name: manifests.sha256_of(folder / name)},
         tensors={"buffers/network": name},
     )
     (folder / "progress.json").write_text(manifest.model_dump_json())
@@ -228,7 +230,7 @@ def test_a_checkpoint_whose_parts_do_not_agree_is_refused(saved):
         "[" * 200_000,
         '{"format": 1e999}',
         '{"format": ' + "9" * 5000 + "}",
-        " " * (checkpoint.MOST_MANIFEST_BYTES + 1),
+        " " * (manifests.MOST_MANIFEST_BYTES + 1),
         "\x80\x04",
     ],
     ids=["deep", "infinite", "digits", "large", "pickle"],
@@ -451,7 +453,7 @@ def load_tampered(folder: Path) -> list[tuple[str, bool]]:
         file.unlink()  # mapped by who read it
         save_file({**whole, key: tensor.clone()}, file)
         parts = json.loads(manifest)
-        parts["files"][file.name] = checkpoint._sha256(file)
+        parts["files"][file.name] = manifests.sha256_of(file)
         parts["tensors"][key] = file.name
         (path / "progress.json").write_text(json.dumps(parts))
         try:

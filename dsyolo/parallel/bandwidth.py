@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.parallel.shared_folder import appears
+
 LIFE_S = 50  # then it ends by itself, for nobody may be left who could end it
 WAIT_S = 20  # for the other ranks; some import torch from a slow disk
 CONNECT_S = 3
@@ -79,7 +81,7 @@ def _look_for_token(request: dict[str, Any], found: dict[str, Any]) -> bool:
             token.touch()
             stack.callback(token.unlink)
         _barrier(request, found["store"], "token made")
-        found["sees_token"] = token.name in os.listdir(folder)  # a listing asks the server again
+        found["sees_token"] = appears(token)
         _barrier(request, found["store"], "token seen")
     return True
 

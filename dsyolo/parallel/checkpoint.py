@@ -8,95 +8,28 @@ a validation that was interrupted, is `step_<n>.1`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
-import re
 import shutil
-import socket
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dsyolo.batch import StepStats
 from dsyolo.errors import UserError
-from dsyolo.model.weights import is_finite
-from dsyolo.parallel.dist import World, barrier, decided_by_first, problem_of_any, share_of, together
+from dsyolo.parallel.checkpoint_reader import Reader
+from dsyolo.parallel.choosing import verify
+from dsyolo.parallel.dist import World, barrier, problem_of_any, share_of
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.folder import FIRST_STATE
+from dsyolo.parallel.manifest import FORMAT, Manifest, all_checkpoints, headline_of, read_manifest, sha256_of
+from dsyolo.parallel.progress import Progress
 from dsyolo.parallel.shards import Shards
-from dsyolo.untrusted import read_bytes, shortened
-
-FORMAT = 1
-SIGN_S = 10.0  # network file systems show a new file after some seconds
-_STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
-MOST_MANIFEST_BYTES = 16 << 20  # the largest network's, saved by a thousand ranks, has half a MiB
-_FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
-
-
-class Progress(BaseModel):
-    """How far a run is. Its attributes change; the trackers read them."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    total_steps: int
-    epochs: int
-    num_images: int  # of the training split
-    global_batch: int
-    seed: int
-    step: int = 0  # optimizer steps done
-    epoch: int = 0  # 0-based, the one that is being trained
-    images_seen: int = 0  # position in the stream of samples
-    best_fitness: float = -1.0
-    best_epoch: int = -1
-    stopped_early: bool = False
-    skipped_in_a_row: int = 0  # steps, up to now
-    tracking: dict[str, Any] = {}  # what the tracker wants back
-    settings: dict[str, Any] = {}  # what must be the same when the run goes on, by the name that users know
-
-    def advance(self, stats: StepStats) -> Progress:
-        """One more optimizer step."""
-        self.step += 1
-        self.images_seen += stats.num_images
-        self.skipped_in_a_row = 0 if stats.was_applied else self.skipped_in_a_row + 1
-        return self
-
-    def judge(self, fitness: float, patience: int) -> bool:
-        """Notes an epoch's fitness and tells whether it is the best; sets `stopped_early` after `patience` epochs without."""
-        is_best = fitness > self.best_fitness
-        if is_best:
-            self.best_fitness, self.best_epoch = fitness, self.epoch
-        self.stopped_early = patience > 0 and self.epoch - self.best_epoch >= patience
-        return is_best
-
-
-class Manifest(BaseModel):
-    """The content of progress.json."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: int
-    progress: Progress
-    optimizer_scalars: dict[str, float]
-    ema_updates: int
-    loss_scale: dict[str, float] = {}  # of fp16; see LossScale.state
-    is_best: bool = False  # of the epochs validated so far
-    files: dict[str, str]  # file name -> sha256
-    tensors: dict[str, str]  # tensor name -> file name
-
-    @property
-    def optimizer_states(self) -> set[str]:
-        """Names of what the optimizer keeps of each weight."""
-        return {name.split("/")[1] for name in self.tensors if name.startswith("optimizer/")}
+from dsyolo.untrusted import shortened
 
 
 class Checkpoints:
@@ -153,19 +86,19 @@ class Checkpoints:
         file.chmod(part.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
         _to_disk(file)
         # Beside its tensors each rank leaves what the manifest says of them; the first one puts it together.
-        (part / f"{file.stem}.json").write_text(json.dumps({"sha256": _sha256(file), "names": sorted(own)}))
+        (part / f"{file.stem}.json").write_text(json.dumps({"sha256": sha256_of(file), "names": sorted(own)}))
 
-    def load(self, path: Path, *, verify: bool = True) -> Progress:
+    def load(self, path: Path, *, verified: bool = False) -> Progress:
         """Brings engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
 
         Args:
-            verify: compare checksums; False where `newest_whole` has done it, once for all ranks.
+            verified: `newest_whole` has compared its checksums.
 
         Raises:
             UserError: a file is missing, damaged, or of another network. Nothing is changed then.
         """
-        manifest = read_manifest(path, verify=verify)
-        reader = _Reader(path, manifest)
+        manifest = read_manifest(path, verify=False) if verified else verify(path, self._world)
+        reader = Reader(path, manifest)
         self._check_tensors(reader, manifest)
         shards = self._shards
         shards.scatter(shards.masters(), lambda name: reader.tensor(f"param/{name}"))
@@ -184,16 +117,14 @@ class Checkpoints:
         barrier()
         return manifest.progress
 
-    def _check_tensors(self, reader: _Reader, manifest: Manifest) -> None:
+    def _check_tensors(self, reader: Reader, manifest: Manifest) -> None:
         """All that `load` will take, before it changes anything: names, shapes, types and finite values."""
         averaged = bool(self._ema.tensors)
         states = manifest.optimizer_states
         optimizer = type(self._shards.optimizer).__name__
         if strange := states - set(FIRST_STATE[optimizer][0]):
             rule = f"{optimizer} has no such state"
-            raise UserError(
-                f"{reader.path} cannot be resumed from", [f"optimizer/{shortened(min(strange))}: {rule}."]
-            )
+            raise UserError(headline_of(reader.path), [f"optimizer/{shortened(min(strange))}: {rule}."])
         kinds = ["param", *(f"optimizer/{state}" for state in sorted(states)), *(["ema"] if averaged else [])]
         shapes = {f"{kind}/{name}": tuple(one) for kind in kinds for name, one in self._shards.shapes.items()}
         buffers = self._engine.buffers
@@ -209,7 +140,7 @@ class Checkpoints:
         ]
         if problems:
             more = [f"and {len(problems) - 1} more tensors"] if len(problems) > 1 else []
-            raise UserError(f"{reader.path} cannot be resumed from", problems[:1] + more)
+            raise UserError(headline_of(reader.path), problems[:1] + more)
 
     def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank writes. All ranks run through the same gathers in the same order."""
@@ -272,169 +203,6 @@ class Checkpoints:
                 shutil.rmtree(gone, ignore_errors=True)
 
 
-def check_shared(folder: Path, world: World) -> None:
-    """That all hosts see the same `folder`, into which every rank writes its share of a checkpoint. All ranks call it.
-
-    Raises:
-        UserError: on all ranks; a host has another folder of that name.
-    """
-    if world.local_size == world.size:
-        return
-
-    def leave_a_sign() -> Path:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=".seen-", dir=folder))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be used", [f"{error.strerror}. Name another."]) from None
-
-    def look() -> None:
-        end = time.monotonic() + SIGN_S
-        while not sign.is_dir():
-            if time.monotonic() > end:
-                rule = f"{socket.gethostname()} does not see there what rank 0 writes"
-                remedy = "Put --project on storage that all hosts share"
-                raise UserError(f"{folder} is not one folder for all hosts", [f"{rule}. {remedy}."])
-            if folder.is_dir():
-                os.listdir(folder)  # has a network file system ask its server
-            time.sleep(0.1)
-
-    sign = decided_by_first(world, leave_a_sign)
-    try:
-        together(look)
-    finally:
-        if world.is_first:
-            shutil.rmtree(sign, ignore_errors=True)
-
-
-class _Reader:
-    """Tensors of a checkpoint by name, from files that stay open."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self._where = manifest.tensors
-        try:
-            self._files = {name: safe_open(path / name, framework="pt") for name in manifest.files}
-            names = {name: set(file.keys()) for name, file in self._files.items()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be resumed from", [f"a file is damaged ({error})."]) from None
-        if lost := [name for name, file in self._where.items() if name not in names[file]]:
-            rule = f"{lost[0]}: progress.json says it is in {self._where[lost[0]]}, and it is not"
-            raise UserError(f"{path} cannot be resumed from", [f"{rule}. Take another copy."])
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """None where there is no such tensor."""
-        if name not in self._where:
-            return None
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._files[self._where[name]].get_tensor(name)
-
-    def fault(self, name: str) -> str | None:
-        """Why a tensor's values cannot be used. Reads them."""
-        kind = self._files[self._where[name]].get_slice(name).get_dtype()
-        if kind != "F32":
-            return f"it is of type {kind}, and a checkpoint's tensors are F32"
-        return None if is_finite(self.tensor(name)) else "NaN or infinity in it"
-
-
-def read_buffers(path: Path) -> torch.Tensor:
-    """The network's float buffers, flat, in the order of `named_buffers`. Checksums are left to `Checkpoints.load`.
-
-    Raises:
-        UserError: a file is missing or cannot be read.
-    """
-    reader = _Reader(path, read_manifest(path, verify=False))
-    fault = "missing" if reader.shape("buffers/network") is None else reader.fault("buffers/network")
-    if fault:
-        raise UserError(f"{path} cannot be resumed from", [f"buffers/network: {fault}."])
-    return reader.tensor("buffers/network")
-
-
-def all_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
-    found = [
-        (int(m[1]), int(m[2] or 0), path)
-        for path in folder.glob("step_*")
-        if (m := _STEP_FOLDER.match(path.name))
-    ]
-    return [path for *_, path in sorted(found)]
-
-
-def saved_progress(folder: Path) -> Progress | None:
-    """That of the newest checkpoint in `folder` whose progress can be read; nothing else of it is looked at."""
-    for path in reversed(all_checkpoints(folder)):
-        try:
-            return read_manifest(path, verify=False).progress
-        except UserError:
-            continue  # told when the checkpoint is chosen
-    return None
-
-
-def newest_whole(folder: Path, *, set_aside: bool) -> Path:
-    """The newest checkpoint in `folder`, with its checksums compared.
-
-    Args:
-        set_aside: a damaged one is renamed, for a human to look at, and the one before it is taken, if there is one.
-
-    Raises:
-        UserError: it is damaged; with `set_aside` all of them are.
-    """
-    paths = all_checkpoints(folder)
-    for path in reversed(paths):
-        try:
-            read_manifest(path)
-            return path
-        except UserError as error:
-            if not set_aside or path == paths[0]:
-                raise
-            aside = path.with_name(f"damaged_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
-            print(f"{error}\nIt is {aside} now; the one before it is taken.")
-    raise UserError(f"{folder} cannot be resumed from", ["it has no checkpoint. Start without --resume."])
-
-
-def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
-    """Reads progress.json and, to `verify`, every file's checksum.
-
-    Raises:
-        UserError: something is missing or damaged.
-    """
-    headline = f"{path} cannot be resumed from"
-    try:
-        manifest = Manifest.model_validate_json(read_bytes(path / "progress.json", MOST_MANIFEST_BYTES))
-    except (OSError, ValueError) as error:  # pydantic's is a ValueError, too long to print
-        what = error.strerror if isinstance(error, OSError) else "it is damaged"
-        remedy = "Remove this folder to use the one before it."
-        raise UserError(headline, [f"progress.json cannot be read ({what}). {remedy}"]) from None
-    if manifest.format != FORMAT:
-        raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
-    progress, scale = manifest.progress, manifest.loss_scale
-    counts = ((progress.step, progress.total_steps), (progress.epoch, progress.epochs))
-    numbers = [*manifest.optimizer_scalars.values(), *scale.values()]
-    sound = all(0 <= now <= last for now, last in counts) and all(map(math.isfinite, numbers))
-    if not sound or (scale and not {"scale", "good_steps"} <= scale.keys()):
-        raise UserError(headline, ["progress.json has numbers that no run has. Take another copy."])
-    for name in {*manifest.files, *manifest.tensors.values()}:
-        if not _FILE.fullmatch(name) or name not in manifest.files or (path / name).is_symlink():
-            rule = "progress.json may name only safetensors files in its own folder, and no links"
-            raise UserError(
-                headline, [f"{shortened(name)}: {rule}. Take no checkpoint from whoever made this one."]
-            )
-    if not verify:
-        return manifest
-    damaged = [
-        f"{name}: its checksum is not the one that was saved. Remove this folder to use the checkpoint before it."
-        for name, checksum in manifest.files.items()
-        if not (path / name).is_file() or _sha256(path / name) != checksum
-    ]
-    if damaged:
-        raise UserError(headline, damaged)
-    return manifest
-
-
 def _is_best(path: Path) -> bool:
     try:
         return read_manifest(path, verify=False).is_best
@@ -453,19 +221,3 @@ def _to_disk(path: Path) -> None:
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
