@@ -116,15 +116,19 @@ def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     met = sum(_met(group, size, load.replica) for group, size in zip(load.groups, shares, strict=True))
     if ds.zero_stage == 1:
         gradients = max(weight, summed) * load.num_elements
+    elif summed == weight:
+        # The micro-batch's, and the sum so far.
+        gradients = weight * (_waiting(load, zero, shares) + (met if ds.accumulation > 1 else 0))
     else:
-        copies = 2 if ds.accumulation > 1 else 1  # the sum so far, and the micro-batch's
-        gradients = copies * weight * met if summed == weight else summed * share
+        gradients = summed * share + weight * _waiting(load, zero)
     device = Terms(weight * share * load.replicas, gradients, own, 4 * share, buckets)
     if not ds.offload_optimizer:
         return Account(device)
     # The optimizer gets its gradients in fp32, and its weights come back through a copy.
     largest = weight * max(map(max, load.groups))
-    waiting = weight * met if ds.zero_stage == 2 and ds.accumulation > 1 else 0
+    waiting = 0
+    if ds.zero_stage == 2:
+        waiting = summed * share if summed != weight else weight * met if ds.accumulation > 1 else 0
     host = Terms(0, 4 * share + waiting, own, 4 * share, largest + weight * share)
     stays = gradients if ds.zero_stage == 1 else 0
     return Account(device._replace(gradients=stays, optimizer=0, ema=0, buckets=buckets + largest), host)
@@ -135,15 +139,22 @@ def _all_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     weight, summed = _weight_bytes(ds), _gradient_bytes(ds)
     numels = [numel for group in load.groups for numel in group]
     share = sum(math.ceil(numel / load.replicas) for numel in numels)
-    threshold = zero["stage3_param_persistence_threshold"]
-    whole = sum(numel for numel in numels if numel <= threshold)  # and are never freed
-    gathered = min(load.num_elements, int(zero["stage3_max_live_parameters"]))
+    whole = 0  # that are never freed
+    for numel in numels:
+        if numel <= zero["stage3_param_persistence_threshold"]:
+            fits = whole + numel <= zero.get("stage3_model_persistence_threshold", math.inf)
+            whole += numel if fits else 0
+    gathered = min(load.num_elements, max(int(zero["stage3_max_live_parameters"]), max(numels)))
+    # What arrives is one flat tensor, from which each weight is copied: no look at what is held sees it.
+    arriving = min(load.num_elements, int(zero.get("stage3_prefetch_bucket_size", 0)))
+    if load.replicas == 1:  # its share is the whole, and is used as it is
+        gathered, arriving = gathered if ds.offload_param else 0, 0
     device = Terms(
         weight * (share + whole),
-        summed * share,
+        summed * share + weight * _waiting(load, zero),
         4 * share * (1 + _num_states(ds)),
         4 * share,
-        _bucket_bytes(zero, weight) + weight * gathered,
+        _bucket_bytes(zero, weight) + weight * (gathered + arriving),
     )
     host = Terms()
     if ds.offload_optimizer:
@@ -179,11 +190,40 @@ def _bucket_bytes(zero: dict[str, Any], weight_bytes: int) -> int:
     return int(zero["reduce_bucket_size"]) * weight_bytes * (2 if zero.get("overlap_comm") else 1)
 
 
+def _waiting(load: Load, zero: dict[str, Any], shares: Sequence[int] | None = None) -> int:
+    """The most elements of a micro-batch's gradients that lie whole at once, outside of buckets.
+
+    Without `contiguous_gradients` a bucket is the list of the gradients themselves, until it is sent.
+
+    Args:
+        shares: of ZeRO 2, of each group: gradients that reach into this rank's stay.
+    """
+    most = 0
+    is_list = not zero.get("contiguous_gradients", True)
+    for i, group in enumerate(load.groups):
+        stays, listed, largest, stop = 0, 0, 0, sum(group)
+        foreign = 0
+        for numel in reversed(group):  # as backward makes them
+            start = stop - numel
+            is_own = shares is not None and _reaches(start, stop, shares[i], load.replica)
+            if listed + numel > zero["reduce_bucket_size"]:
+                listed = foreign = 0
+            listed += numel
+            stays += numel if is_own else 0
+            foreign += 0 if is_own or not is_list else numel
+            largest, stop = max(largest, stays + foreign), start
+        most += largest
+    return most
+
+
+def _reaches(start: int, stop: int, share: int, replica: int) -> bool:
+    return start < share * (replica + 1) and stop > share * replica
+
+
 def _met(group: Sequence[int], share: int, replica: int) -> int:
     """Elements of the parameters of a flattened group that reach into a rank's share of it."""
-    start, stop = share * replica, share * (replica + 1)
     bounds = pairwise(accumulate(group, initial=0))
-    return sum(last - first for first, last in bounds if first < stop and last > start)
+    return sum(stop - start for start, stop in bounds if _reaches(start, stop, share, replica))
 
 
 def verdict(load: Load, ds: DsConfig, zero: dict[str, Any], alone: Load) -> str:

