@@ -9,8 +9,10 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
+
+import pytest
 
 
 def run_ranks(
@@ -85,6 +87,18 @@ def _rank(
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def asked(request: Any, parameter: str) -> list[Any]:
+    """Values of a parameter for which tests of the asking module run this time, so that a fixture makes no others."""
+    items = [item for item in request.session.items if item.module is request.module]
+    values = [item.callspec.params.get(parameter) for item in items if hasattr(item, "callspec")]
+    return list(dict.fromkeys(value for value in values if value is not None))
+
+
+def long_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: all `values`, and those that are not `quick` for `make soak` alone."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.soak) for value in values]
 
 
 def free_port() -> int:

@@ -178,6 +178,7 @@ def test_torchrun_on_two_hosts_is_the_training_of_one_host(place, cluster, zero2
     assert_same(place, "torchrun", zero2)
 
 
+@pytest.mark.soak
 def test_four_hosts_train_as_one(place, zero2):
     with Cluster(4, carried={"XDG_CACHE_HOME": str(place / "cache")}) as four:
         words = arguments(place, "four", epochs=1)

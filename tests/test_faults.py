@@ -108,7 +108,11 @@ def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undi
 
 @pytest.mark.parametrize(
     ("rank", "sent"),
-    [(1, signal.SIGKILL), pytest.param(0, signal.SIGKILL, marks=pytest.mark.soak), (1, signal.SIGSTOP)],
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.soak),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.soak),
+    ],
 )
 def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed, rank, sent):
     name = f"lost{rank}{sent.name}"

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import training
-from ranks import run_ranks
+from ranks import asked, long_but, run_ranks
 
 from dsyolo.errors import UserError
 
 STEPS = 3
 CASES = [(1, "SGD", False), (2, "AdamW", False), (3, "SGD", True), (3, "AdamW", True), (3, "SGD", None)]
+QUICK = [(2, "AdamW", False), (3, "SGD", True)]
 
 
 def zero_block(stage: int, parameters: bool | None, device: dict) -> dict:
@@ -39,9 +40,9 @@ def lies_in(tensor: torch.Tensor, spans: list[range]) -> bool:
     return any(tensor.data_ptr() in span for span in spans)
 
 
-def train_on(folder: str, device: dict, files: str) -> dict[object, dict[str, object]]:
+def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[object, dict[str, object]]:
     results = {}
-    for case in CASES:
+    for case in cases:
         stage, optimizer, parameters = case
         place = Path(folder, f"{stage}-{optimizer}-{parameters}")
         engine, shards, ema, checkpoints = training.build(
@@ -88,20 +89,27 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_host(folder):
-    return run_ranks(2, train_on, str(folder / "host"), {"device": "cpu"}, str(folder))
-
-
-@pytest.fixture(scope="module")
-def in_files(folder):
-    files = folder / "nvme"
-    files.mkdir()
+def on_host(request, folder):
     return run_ranks(
-        2, train_on, str(folder / "files"), {"device": "nvme", "nvme_path": str(files)}, str(files)
+        2, train_on, str(folder / "host"), {"device": "cpu"}, str(folder), asked(request, "case")
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.fixture(scope="module")
+def in_files(request, folder):
+    files = folder / "nvme"
+    files.mkdir()
+    return run_ranks(
+        2,
+        train_on,
+        str(folder / "files"),
+        {"device": "nvme", "nvme_path": str(files)},
+        str(files),
+        asked(request, "case"),
+    )
+
+
+@pytest.mark.parametrize("case", long_but(QUICK, CASES), ids=str)
 def test_bit_for_bit_the_training_of_offload_to_the_host(on_host, in_files, case):
     expected, got = on_host[0][case], in_files[0][case]
     assert got["losses"] == expected["losses"]
@@ -112,7 +120,7 @@ def test_bit_for_bit_the_training_of_offload_to_the_host(on_host, in_files, case
         assert all(torch.equal(got["states"][key][name], value) for name, value in tensors.items()), key
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", long_but(QUICK, CASES), ids=str)
 @pytest.mark.parametrize("rank", range(2))
 def test_the_memory_is_that_of_files_without_a_name(on_host, in_files, case, rank):
     got, host = in_files[rank][case], on_host[rank][case]
@@ -129,11 +137,11 @@ def test_the_memory_is_that_of_files_without_a_name(on_host, in_files, case, ran
         assert not any(host["partitions"])
 
 
-def resume(folder: str, device: dict, files: str) -> dict[object, object]:
+def resume(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[object, object]:
     from dsyolo.parallel.manifest import all_checkpoints
 
     results = {}
-    for case in CASES[:4]:
+    for case in cases:
         stage, optimizer, parameters = case
         place = Path(folder, f"{stage}-{optimizer}-{parameters}")
         engine, shards, ema, checkpoints = training.build(
@@ -156,9 +164,10 @@ def test_a_run_resumes_into_files_from_a_checkpoint_of_another_offload(on_host, 
     files = folder / "again"
     files.mkdir()
     device = {"device": "nvme", "nvme_path": str(files)}
-    for case, (losses, weights, in_file) in run_ranks(2, resume, str(folder / "host"), device, str(files))[
-        0
-    ].items():
+    cases = [case for case in on_host[0] if case[2] is not None]
+    found = run_ranks(2, resume, str(folder / "host"), device, str(files), cases)[0]
+    assert list(found) == cases
+    for case, (losses, weights, in_file) in found.items():
         assert losses == on_host[0][case]["losses"][-1:]
         assert all(torch.equal(weights[name], value) for name, value in on_host[0][case]["weights"].items())
         assert in_file

@@ -65,7 +65,8 @@ def on(ranks: int, place: Path, name: str, port: int, **options: object) -> list
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit of memory can be set")
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
     half, whole = config(place, 8 // ranks), config(place, 16 // ranks)
     status, said, most = run(place, on(ranks, place, f"half{ranks}", 29781, deepspeed_config=half))

@@ -93,7 +93,7 @@ def live_batchnorm(folder: str, stage: int) -> tuple[torch.Tensor, dict[str, tor
     return before, {name: b.clone() for name, b in engine.buffers.named(engine.buffers.flat).items()}
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (4, 0)])
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), pytest.param(4, 0, marks=pytest.mark.soak)])
 def test_statistics_of_batchnorm_move_as_on_one_rank(tmp_path, ranks, stage):
     """Each rank sees a part of the micro-batches, and all come to what one comes to that sees them in turn."""
     found = run_ranks(ranks, live_batchnorm, str(tmp_path), stage)

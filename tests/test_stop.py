@@ -147,6 +147,7 @@ sys.exit(train.main())
 """
 
 
+@pytest.mark.soak
 def test_a_validation_that_is_stopped_leaves_the_trained_weights_and_comes_again(place):
     options = {"epochs": 1, "val_batch_size": 1}
     whole = subprocess.run(

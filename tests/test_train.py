@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ranks import long_but
 from runs import CONFIG, alone, environment, launch, losses, make_place, rows
 from safetensors.torch import load_file, save_file
 
@@ -105,6 +106,7 @@ def test_one_rank_trains_the_same_and_validates_the_same(place, two_ranks, one_r
     np.testing.assert_allclose(first[:4], second[:4], rtol=1e-3)
 
 
+@pytest.mark.soak
 def test_recomputed_activations_change_nothing_but_memory(place, one_rank):
     assert re.search(r"activations: 0\.0\d GiB a micro-batch\n", one_rank.stdout)
     block = {"recompute": "blocks", "cpu_checkpointing": True}
@@ -275,7 +277,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", long_but(["another clipping"], CHANGES))
 def test_a_run_does_not_go_on_with_another_recipe_in_the_json(place, two_ranks, change):
     json_of_change, message = CHANGES[change]
     (place / "changed.json").write_text(json.dumps({**CONFIG, **json_of_change}))
