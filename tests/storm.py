@@ -365,8 +365,11 @@ def spoil(site: Site, name: str, rng: random.Random) -> Outcome:
 
 
 def last_word(said: str, wanted: str) -> str:
-    """The line of what was said that tells of the fault."""
-    lines = [line.strip() for line in said.splitlines() if wanted and wanted in line]
+    """The line of what was said that tells of the fault; of a rank that is lost before all have met, in other words."""
+    words = (
+        ["is lost", "did not come", "found no rank 0"] if wanted == "is lost" else [wanted] if wanted else []
+    )
+    lines = [line.strip() for line in said.splitlines() if any(word in line for word in words)]
     return lines[-1][:120] if lines else ""
 
 
