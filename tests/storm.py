@@ -30,9 +30,9 @@ from cluster import Cluster, all_pids, parent_of, variable_of, why_not
 from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_place, rows
 from safetensors.torch import load_file
 
+from dsyolo.loop import NOT_SAVED
 from dsyolo.parallel import stop, watchdog
 from dsyolo.parallel.manifest import all_checkpoints, read_manifest
-from dsyolo.train import NOT_SAVED
 
 EPOCHS, STEPS_OF_EPOCH = 80, 3
 OPTIONS = {"epochs": EPOCHS, "imgsz": 96, "workers": 1, "val_every": 2, "patience": 0, "meet_timeout_s": 40}
