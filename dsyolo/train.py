@@ -9,19 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from dsyolo import config as run_config
 from dsyolo import ds_config
 from dsyolo.build import (
-    Data,
-    Parts,
     Run,
     build_data,
     build_engine,
-    build_memory,
     build_network,
     build_record,
     plan_activations,
@@ -32,6 +29,7 @@ from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
 from dsyolo.environment import read_environment
 from dsyolo.errors import UserError
+from dsyolo.loop import Training, loop, stopped
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist, stop
@@ -48,14 +46,10 @@ from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.plan.auto import Filled, fill
 from dsyolo.plan.machine import hardware_here
 from dsyolo.problems import cannot_hold_files
-from dsyolo.record import NullRecord, Record
 from dsyolo.streams import outlive_readers
-from dsyolo.track import Tracker
-from dsyolo.validate import Finder, validate
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
 GRACE_S = 10
-DIVERGED, NOT_SAVED = 65, 74  # exit statuses: EX_DATAERR and EX_IOERR of sysexits.h
 SAME = ("epochs", "num_images", "global_batch", "seed")  # of Progress, when a run goes on
 
 
@@ -256,100 +250,6 @@ def learn(run: Run, watch: Watchdog, request: StopRequest) -> int:
     if end.said and world.is_first:
         print(f"\n{end.said}", file=sys.stderr)
     return end.status
-
-
-class Training(NamedTuple):
-    """All that the loop works with."""
-
-    run: Run
-    data: Data
-    parts: Parts
-    progress: Progress
-    tracker: Tracker
-    record: Record | NullRecord
-    watch: Watchdog
-    request: StopRequest
-
-
-class End(NamedTuple):
-    """Of a training: the exit status, and what there is to say."""
-
-    status: int = 0
-    said: str = ""
-
-
-def loop(training: Training) -> End:
-    """Trains to the end of the last epoch.
-
-    Raises:
-        Stopped: after a step or in a validation, with the weights of the last step in place.
-    """
-    run, data, parts, progress, tracker, record, watch, request = training
-    config, engine, ema, checkpoints = run.config, parts.engine, parts.ema, parts.checkpoints
-    memory = build_memory(run, parts, tracker, record)
-    finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
-
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        watch.at("validating")
-        request.heed()
-        return engine.predict(images)
-
-    for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
-        progress.epoch = epoch
-        if data.stream.first_step(epoch) == data.stream.first_step(epoch + 1) and epoch + 1 < config.epochs:
-            continue  # of a data set smaller than a batch: an earlier step has trained its images
-        tracker.begin(progress)
-        memory.begin_epoch()
-        for batches in data.train.steps(epoch, start=progress.step):
-            watch.at(f"training step {progress.step + 1}")
-            with memory.step():
-                stats, lr = engine.train_step(batches, progress.step)
-            if stats.was_applied:
-                ema.update()
-            tracker.step(progress.advance(stats), stats, lr, data.train.take_wait_s())
-            if progress.skipped_in_a_row == config.max_skipped_steps:
-                record.skipped(data.names_of(progress.step - progress.skipped_in_a_row, progress.step))
-                return End(DIVERGED, diverged(progress, run))
-            request.heed()
-            watch.at(f"loading step {progress.step + 1}")
-        metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
-        if (epoch + 1) % config.val_every == 0 or is_last:
-            with ema.swapped():
-                metrics, found = validate(predict, data.val, finder, run.data.names, engine.all_gather)
-            is_best = progress.judge(metrics.fitness, config.patience)
-            record.validated(metrics, found, is_best)
-        tracker.epoch(progress, metrics)
-        is_last = is_last or progress.stopped_early
-        progress.epoch, progress.tracking = epoch + 1, tracker.state()
-        if is_best or is_last or (epoch + 1) % config.save_every == 0:
-            watch.at("saving")
-            state = ema.state_dict(keep=record.keeps_weights)
-            problem = dist.problem_of_any(record.weights(state, is_best))
-            problem = checkpoints.save(progress, is_best=is_best) or problem
-            if problem and is_last:
-                return End(NOT_SAVED, f"{problem} Make room: --resume auto does the end again.")
-            if problem:
-                tracker.say(f"WARNING: {problem} The run goes on, and saves again later.")
-        if is_last:
-            break
-    return End()
-
-
-def stopped(training: Training) -> End:
-    """Saves, after a step or in the midst of the validation behind it, which comes again."""
-    progress = training.progress
-    progress.tracking = training.tracker.state()
-    problem = training.parts.checkpoints.save(progress)
-    said = problem or f"Stopped by SIGTERM after step {progress.step}, and saved."
-    return End(NOT_SAVED if problem else stop.STATUS, f"{said} --resume auto goes on.")
-
-
-def diverged(progress: Progress, run: Run) -> str:
-    """What there is to say where too many steps in a row had to be skipped."""
-    what = f"loss or gradients of the last {progress.skipped_in_a_row} steps were not finite, so none changed the weights"
-    where = f"The images of these steps are named in {run.folder / 'skipped_steps.json'}"
-    remedy = "Lower optimizer.params.lr, or look at their labels; --max_skipped_steps allows more"
-    return f"The training stops at step {progress.step}: {what}. {where}. {remedy}."
 
 
 def choose_checkpoint(run: Run) -> Path | None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All GPUs of this machine; on a CPU, RANKS gloo ranks that share its cores. Arguments go to train.py:
 #   RANKS=2 launch/one_machine.sh --data data.yaml --model yolov5s --epochs 100 --name mine
-# The same line goes on with a run that stopped. To stop it and lose nothing, send SIGTERM to a rank; to `deepspeed`
-# it is of no use, since that ends at once and leaves its ranks running. (launch/ranks.py passes it on.)
+# The same line goes on with a run that stopped. To stop it and lose nothing, send SIGTERM to it or to a rank. `deepspeed`
+# ends at once by it, its ranks when they have saved, some seconds later. (launch/ranks.py waits for them.)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")

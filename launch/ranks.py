@@ -4,7 +4,7 @@
     python launch/ranks.py --ranks 8 --nodes 2 --node 0 --master_addr node0 dsyolo/train.py --data data.yaml --resume auto
 
 Run it on every machine, each with its own --node. torchrun and deepspeed end with status 1 whatever the ranks' own was,
-and `deepspeed` on one machine ends by SIGTERM without a word to its ranks; so under them nobody learns that a run was
+and `deepspeed` on one machine ends by SIGTERM at once, while its ranks save; so under them nobody learns that a run was
 stopped and saved (75). Only python's own library is used: the first process of a container can be this.
 """
 

@@ -30,9 +30,9 @@ from cluster import Cluster, all_pids, parent_of, variable_of, why_not
 from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_place, rows
 from safetensors.torch import load_file
 
+from dsyolo.loop import NOT_SAVED
 from dsyolo.parallel import stop, watchdog
 from dsyolo.parallel.manifest import all_checkpoints, read_manifest
-from dsyolo.train import NOT_SAVED
 
 EPOCHS, STEPS_OF_EPOCH = 80, 3
 OPTIONS = {"epochs": EPOCHS, "imgsz": 96, "workers": 1, "val_every": 2, "patience": 0, "meet_timeout_s": 40}
@@ -276,7 +276,8 @@ ANY = ("loading", "step", "validation", "saving")
 RUNNING = {
     "SIGKILL of a rank": Fault(send(signal.SIGKILL), ANY, (), "is lost"),
     "SIGTERM to a rank": Fault(send(signal.SIGTERM), ANY, (stop.STATUS,), "Stopped by SIGTERM"),
-    "SIGSTOP of a rank": Fault(send(signal.SIGSTOP), ANY, (watchdog.STATUS,), "is lost"),
+    # The stopped one is killed in the end: the launcher tells the status of the rank that it sees first.
+    "SIGSTOP of a rank": Fault(send(signal.SIGSTOP), ANY, (watchdog.STATUS, 256 - signal.SIGKILL), "is lost"),
     "SIGTERM to deepspeed": Fault(end_the_launcher, ANY[1:], (-signal.SIGTERM,), "Stopped by SIGTERM"),
     "ip link set down": Fault(pull_the_cable, ANY[1:], (), "is lost", "hosts"),
     "full disk": Fault(fill_the_disk, ("step",), (stop.STATUS, NOT_SAVED), "could not be written", "machine"),
@@ -365,8 +366,11 @@ def spoil(site: Site, name: str, rng: random.Random) -> Outcome:
 
 
 def last_word(said: str, wanted: str) -> str:
-    """The line of what was said that tells of the fault."""
-    lines = [line.strip() for line in said.splitlines() if wanted and wanted in line]
+    """The line of what was said that tells of the fault; of a rank that is lost before all have met, in other words."""
+    words = (
+        ["is lost", "did not come", "found no rank 0"] if wanted == "is lost" else [wanted] if wanted else []
+    )
+    lines = [line.strip() for line in said.splitlines() if any(word in line for word in words)]
     return lines[-1][:120] if lines else ""
 
 

@@ -211,3 +211,22 @@ def test_a_folder_that_hosts_do_not_share_is_told_before_anything_is_read(place,
     assert "node1 does not see there what rank 0 writes. Put --project on storage" in said
     assert "Traceback" not in said
     assert list((project / "apart").iterdir()) == []
+
+
+def test_sigterm_to_deepspeed_saves_on_all_hosts(place, cluster):
+    """It ends pdsh, and with it whoever reads what ranks print, before they hear of it."""
+    words = [*arguments(place, "stopped", epochs=200), "--resume", "auto"]
+    process = started(cluster, [*cluster.deepspeed(), "--master_port", "29763", str(TRAIN), *words], place)
+    metrics, end = place / "runs/stopped/metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and '"kind": "epoch", "step": 3,' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.stdout.close()  # so that even pdsh's own last words are lost
+    process.terminate()
+    while cluster.ranks() or process.poll() is None:
+        assert time.monotonic() < end + 60
+        time.sleep(0.1)
+    newest = max((place / "runs/stopped/checkpoints").glob("step_*"))
+    saved = json.loads((newest / "progress.json").read_text())["progress"]["step"]
+    assert [row[0] for row in losses(place, "stopped")] == list(range(1, saved + 1))

@@ -41,6 +41,7 @@ LAYERS = (
     ("parallel",),
     ("validate", "track", "record"),
     ("build", "doctor", "plan"),
+    ("loop",),
     ("train", "cli"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
