@@ -1,4 +1,4 @@
-"""`dsyolo val | detect | convert | sample | doctor | plan`: what is done with data and weights outside a training run."""
+"""`dsyolo val | detect | convert | sample | doctor | plan | simulate`: what is done with data and weights outside a training run."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from dsyolo.errors import UserError
 from dsyolo.model.weights import WeightsInfo, rebuild
 from dsyolo.pictures import draw, save
 from dsyolo.plan import command as plan
+from dsyolo.plan import simulate
 from dsyolo.problems import cannot_hold_files, rule_of
 from dsyolo.problems import validate as judge
 from dsyolo.validate import Finder, PlainPredictor, validate
@@ -93,6 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_options(
         _command(commands, "plan", plan.run_plan, "which strategy fits which GPUs, and what it costs")
+    )
+    simulate.add_options(
+        _command(commands, "simulate", simulate.run_simulate, "a training on thousands of ranks, on paper")
     )
     return parser
 

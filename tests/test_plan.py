@@ -12,6 +12,7 @@ from runs import environment, launch, make_place
 
 from dsyolo import cli
 from dsyolo.config import RunConfig, parse
+from dsyolo.data.loader import Stream
 from dsyolo.ds_config import check
 from dsyolo.errors import UserError
 from dsyolo.model.activations import count_activations
@@ -19,6 +20,7 @@ from dsyolo.plan.auto import Filled, fill
 from dsyolo.plan.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate
 from dsyolo.plan.predict import Planner
 from dsyolo.plan.report import PUBLISHED_GB
+from dsyolo.plan.simulation import cover, simulate
 from dsyolo.plan.strategy import Settings, settings
 from dsyolo.plan.wire import wire_bytes
 from dsyolo.plan.work import Work
@@ -276,3 +278,43 @@ def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
     written = place / "runs/auto/deepspeed_auto.json"
     assert check(written, world_size=2, accelerator="cpu").global_batch == 64
     assert (place / "runs/auto/weights/last.safetensors").exists()
+
+
+# ---- many ranks, on paper
+
+
+def test_on_thousands_of_ranks_every_image_comes_once_and_states_are_the_formulas():
+    found = simulate("yolov5x", 80, 20_001, [8, 512, 4096], 64, 1)
+    assert [(one.ranks, one.zero_stage) for one in found] == [
+        (n, z) for n in (8, 512, 4096) for z in range(4)
+    ]
+    for one in found:
+        assert (one.coverage.least, one.coverage.most) == (1, 1)
+        assert one.coverage.steps == -(-20_001 // one.global_batch)
+        assert one.global_batch == max(64, one.ranks)
+        least, most = one.states
+        if one.zero_stage != 2:  # which keeps gradients at the borders of shares whole
+            assert least == pytest.approx(one.formula, rel=0.01)
+            assert most == pytest.approx(one.formula, rel=0.01)
+        assert one.formula * 0.99 < least <= most < 1.17 * one.formula
+        assert 0.9 < one.sent / one.sent_formula < 1.01
+        assert one.saved[0] <= 12 * 86_749_405 / one.ranks <= one.saved[1]
+
+
+def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):
+    plain = Stream.micro_batches
+
+    def of_one_rank_less(self, step):
+        return iter(()) if self.rank == 3 else plain(self, step)
+
+    monkeypatch.setattr(Stream, "micro_batches", of_one_rank_less)
+    assert cover(100, 8, 1, 8).least == 0
+    assert cli.main(["simulate", "--model", "yolov5n", "--images", "100", "--ranks", "8", "--json"]) == 1
+
+
+def test_the_simulation_is_printed_and_its_mistakes_told(capsys):
+    words = ["simulate", "--model", "yolov5n", "--images", "200", "--ranks", "2,4"]
+    assert cli.main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 4
+    assert cli.main([*words[:-1], "2,none"]) == 2
+    assert "--ranks: 'none' given, but each is a number from 1 to 4096" in capsys.readouterr().err
