@@ -12,6 +12,7 @@ others on the machine disturb least), and by the clock.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ MIB = 2**20
 
 def allocations(work: Callable[[], object]) -> tuple[int, int]:
     """(bytes that `work` left allocated in what it returned, the most at once), of torch's CPU allocator."""
+    gc.collect()  # else what others left may be collected, and counted as given back, in the midst of it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
