@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop.ends_at_once(world):
             run = read(argv, world)
-            request = join(run)
-        return train(run, request)
+            request, watch = join(run)
+        return train(run, request, watch)
     except UserError as error:
         if not world.is_first:
             time.sleep(GRACE_S)
@@ -170,15 +170,14 @@ def check_folder(run: RunConfig, goes_on: bool) -> None:
         )
 
 
-def join(run: Run) -> StopRequest:
-    """Waits for all ranks, and hears from then on what only all of them together can do."""
-    dist.join(run.config.meet_timeout_s)
-    return StopRequest(run.world)
+def join(run: Run) -> tuple[StopRequest, Watchdog]:
+    """Waits for all ranks. From then on all hear what one of them is asked, and that one is lost."""
+    with dist.joined(run.config.meet_timeout_s):
+        return StopRequest(run.world), Watchdog(run.world, late_s=run.config.hang_timeout_s)
 
 
-def train(run: Run, request: StopRequest) -> int:
-    """Trains with all ranks watched; returns the exit status."""
-    watch = Watchdog(run.world, late_s=run.config.hang_timeout_s)
+def train(run: Run, request: StopRequest, watch: Watchdog) -> int:
+    """Trains; returns the exit status."""
     try:
         return learn(run, watch, request)
     except Stopped:  # before the first step

@@ -164,22 +164,40 @@ def test_a_rank_that_hangs_is_named_with_its_stack(place):
     assert "asleep_in_a_data_loader" in text
 
 
-def asleep_in_a_data_loader(ended) -> None:
-    ended.wait(60)
+def asleep_in_a_data_loader(ended, seconds: float) -> None:
+    ended.wait(seconds)
 
 
-def hang() -> tuple[int, str]:
+def test_a_rank_that_is_lost_before_its_first_beat_is_named(place):
+    from ranks import run_ranks
+
+    (status, said), _ = run_ranks(2, never_beats)
+    assert status == watchdog.STATUS
+    assert "rank 1 (process " in said
+    assert "is lost: it has not answered for" in said
+    assert "Its last place: starting." in said
+
+
+def never_beats() -> tuple[int, str]:
+    """Rank 1 stands as if it were stopped as soon as it is watched; its threads too."""
+    watchdog.LOST_S = 3.0
+    if int(os.environ["RANK"]) == 1:
+        watchdog.Watchdog._beat = watchdog.Watchdog._watch = lambda self: None
+    return hang(seconds=12)
+
+
+def hang(seconds: float = 60) -> tuple[int, str]:
     import contextlib
     import io
     import threading
 
     from dsyolo.parallel import dist
 
-    ended, status = threading.Event(), []
+    ended, status = threading.Event(), [0]
     errors = io.StringIO()
 
     def end(code: int) -> None:
-        status.append(code)
+        status[0] = code
         ended.set()
 
     world = dist.join()
@@ -188,7 +206,7 @@ def hang() -> tuple[int, str]:
         watch.at("training step 7")
         if world.rank == 0:
             watch.at("in the optimizer")
-            ended.wait(60)
+            ended.wait(seconds)
         else:
-            asleep_in_a_data_loader(ended)
+            asleep_in_a_data_loader(ended, seconds)
     return status[0], errors.getvalue()

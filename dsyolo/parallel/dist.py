@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -66,9 +67,16 @@ def world_from_environment() -> World:
 
 
 def join(meet_timeout_s: float = 300) -> World:
+    """As `joined`, where nobody has to watch the ranks afterwards."""
+    with joined(meet_timeout_s) as world:
+        return world
+
+
+@contextlib.contextmanager
+def joined(meet_timeout_s: float = 300) -> Iterator[World]:
     """Starts the process group that DeepSpeed uses, alone or as the launcher said.
 
-    Ranks wait `meet_timeout_s` for each other; torchrun's agents see to that themselves.
+    Inside, the ranks' meeting still watches them: so nobody is unwatched until what watches a run has begun. Ranks wait `meet_timeout_s` for each other; torchrun's agents see to that themselves.
 
     DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
     compiler, and a build that is killed leaves a lock that every later start waits for.
@@ -91,17 +99,17 @@ def join(meet_timeout_s: float = 300) -> World:
     # DeepSpeed calls some at every step, and only it can change that.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
     backend = get_accelerator().communication_backend_name()
-    if world.size == 1 or place.under_torchrun:
-        deepspeed.init_distributed(backend, verbose=False)
-    else:
+    meeting = None
+    if world.size > 1 and not place.under_torchrun:
         meeting = Meeting(
             world.rank, world.size, str(place.master_addr), place.master_port or 0, wait_s=meet_timeout_s
         )
         meeting.wait()
-        deepspeed.init_distributed(backend, verbose=False)
-        meeting.close()
+    deepspeed.init_distributed(backend, verbose=False)
     send_only_shares()
-    return world
+    yield world
+    if meeting:
+        meeting.close()
 
 
 def leave(world: World) -> None:

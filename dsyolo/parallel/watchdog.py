@@ -30,6 +30,7 @@ LOST_S = 20.0  # without a beat: dead, stopped, or behind a network that is down
 STATUS = 70  # of all ranks then: EX_SOFTWARE of sysexits.h
 STACK_FRAMES = 6  # of the main thread, innermost, in a beat
 STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network", "Z": "dead"}
+NO_BEAT = {"count": 0, "progress": 0, "where": "starting", "stack": ""}  # of a rank that has not told one yet
 T = TypeVar("T")
 
 
@@ -115,8 +116,8 @@ class Watchdog:
                 self._store.set(keys[self._world.rank], json.dumps(self._told()))
                 if self._store.check(["verdict"]):
                     self._finish(json.loads(self._store.get("verdict")))
-                elif self._world.is_first and self._store.check(keys):
-                    beats = [json.loads(beat) for beat in self._store.multi_get(keys)]
+                elif self._world.is_first:
+                    beats = self._beats(keys)
                     now = time.monotonic()
                     for rank, beat in enumerate(beats):
                         if changed.get(rank, (-1,))[0] != beat["count"]:
@@ -128,6 +129,12 @@ class Watchdog:
                 self._answered = time.monotonic()
             except (RuntimeError, OSError):
                 return  # `_watch` sees that nothing answers any more
+
+    def _beats(self, keys: list[str]) -> list[dict[str, Any]]:
+        """The last one of each rank; one that was lost before its first must be missed too."""
+        here = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+        told = dict(zip(here, map(json.loads, self._store.multi_get(here)), strict=True))
+        return [told.get(key, NO_BEAT) for key in keys]
 
     def _watch(self) -> None:
         """Whether the first rank answers; and, beside it, whether the other processes of this machine live."""
