@@ -29,6 +29,7 @@ from dsyolo.assign import Assigner
 from dsyolo.batch import Batch
 from dsyolo.ds_config import check
 from dsyolo.loss import DetectionLoss
+from dsyolo.model.costs import parameters_in_order
 from dsyolo.model.yolov5 import VARIANTS, build_yolov5
 from dsyolo.optim import Schedule
 from dsyolo.parallel import dist
@@ -36,14 +37,34 @@ from dsyolo.parallel.ema import Ema
 from dsyolo.parallel.spread import spread
 from dsyolo.parallel.stop import StopRequest
 from dsyolo.parallel.watchdog import Watchdog
+from dsyolo.wire import step_bytes
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
 SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)
 LINE = "traffic of rank"
 
 
+def source_of(stage: int, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of the steps."""
+    return {
+        "train_micro_batch_size_per_gpu": IMAGES,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
+    }
+
+
+def predicted(stage: int, model: str, ranks: int, accumulation: int = 1) -> int:
+    """Bytes that a rank sends in a step as dsyolo predicts them, and receives (dsyolo/wire.py)."""
+    network = build_yolov5(model, NUM_CLASSES)
+    ds = check(source_of(stage, accumulation), world_size=ranks, accelerator="cpu")
+    zero = ds.deepspeed_json(sum(p.numel() for p in network.parameters()), cpu=True)["zero_optimization"]
+    moving = sum(b.numel() for name, b in network.named_buffers() if "running" in name)
+    return step_bytes(parameters_in_order(network), ds, zero, num_statistics=moving).total
+
+
 def formula(stage: int, gradient_bytes: int, ranks: int, accumulation: int = 1) -> float:
-    """Bytes that a rank sends in a step, and receives."""
+    """Of the ZeRO paper: bytes that a rank sends in a step, and receives."""
     times = {0: 2, 1: 2, 2: 1 + accumulation, 3: 3 * accumulation}[stage]
     return times * (ranks - 1) / ranks * gradient_bytes
 
@@ -59,13 +80,7 @@ def one_batch(network: torch.nn.Module) -> Batch:
 
 def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
     """Of this host in `args.steps` steps, on a rank of it."""
-    source = {
-        "train_micro_batch_size_per_gpu": IMAGES,
-        "gradient_accumulation_steps": args.accumulation,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
-    }
-    ds = check(source, world_size=world.size, accelerator="cpu")
+    ds = check(source_of(stage, args.accumulation), world_size=world.size, accelerator="cpu")
     network = build_yolov5(args.model, NUM_CLASSES)
     batch = one_batch(network)
     loss = DetectionLoss(network.anchors, NUM_CLASSES, SIZE_PX)
@@ -148,13 +163,16 @@ def main() -> None:
         f"{args.model}, {args.hosts} hosts of one rank, {args.accumulation} micro-batches, "
         f"{size / 1e6:.2f} MB of gradients; MB per step and host\n"
     )
-    print("| | formula | sent, least and most | received, least and most | off |\n|---|---|---|---|---|")
+    print(
+        "| | formula | predicted | sent, least and most | received, least and most | off |\n|---|---|---|---|---|---|"
+    )
     for stage, hosts in found.items():
         expected = formula(stage, size, args.hosts, args.accumulation)
         sent, received = ([number / args.steps for number in way] for way in zip(*hosts, strict=True))
-        off = max((number / expected - 1 for number in (*sent, *received)), key=abs)
+        foreseen = predicted(stage, args.model, args.hosts, args.accumulation)
+        off = max((number / foreseen - 1 for number in (*sent, *received)), key=abs)
         ways = " | ".join(f"{min(way) / 1e6:.2f} to {max(way) / 1e6:.2f}" for way in (sent, received))
-        print(f"| ZeRO {stage} | {expected / 1e6:.2f} | {ways} | {off:+.1%} |")
+        print(f"| ZeRO {stage} | {expected / 1e6:.2f} | {foreseen / 1e6:.2f} | {ways} | {off:+.1%} |")
     return None
 
 

@@ -105,7 +105,7 @@ def _nothing_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
 
 def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     """ZeRO 1 and 2."""
-    weight, summed = _weight_bytes(ds), _gradient_bytes(ds)
+    weight, summed = weight_bytes(ds), gradient_bytes(ds)
     step = ALIGNMENT * load.replicas
     shares = [math.ceil(sum(group) / step) * ALIGNMENT for group in load.groups]
     share = sum(shares)
@@ -136,7 +136,7 @@ def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
 
 def _all_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     """ZeRO 3."""
-    weight, summed = _weight_bytes(ds), _gradient_bytes(ds)
+    weight, summed = weight_bytes(ds), gradient_bytes(ds)
     numels = [numel for group in load.groups for numel in group]
     share = sum(math.ceil(numel / load.replicas) for numel in numels)
     whole = 0  # that are never freed
@@ -170,14 +170,15 @@ def _num_states(ds: DsConfig) -> int:
     return STATES[ds.optimizer] if ds.optimizer_params.get("momentum", 1) else 0
 
 
-def _weight_bytes(ds: DsConfig) -> int:
+def weight_bytes(ds: DsConfig) -> int:
+    """Of an element of what the network computes with."""
     return 2 if ds.precision in ("bf16", "fp16") else 4
 
 
-def _gradient_bytes(ds: DsConfig) -> int:
+def gradient_bytes(ds: DsConfig) -> int:
     """Of an element of what micro-batches are summed in."""
     given = ds.source.get("data_types", {}).get("grad_accum_dtype")
-    return {"fp32": 4, "bf16": 2, "fp16": 2}.get(given, _weight_bytes(ds))
+    return {"fp32": 4, "bf16": 2, "fp16": 2}.get(given, weight_bytes(ds))
 
 
 def _num_kinds_sent(ds: DsConfig) -> int:

@@ -23,7 +23,7 @@ from dsyolo.model.activations import ActivationPlan, choose, count_activations
 from dsyolo.model.blocks import freeze_batchnorm
 from dsyolo.model.weights import WeightsInfo, describe, load_into
 from dsyolo.model.yolov5 import YOLOv5, build_yolov5, level_strides
-from dsyolo.optim import Schedule
+from dsyolo.optim import Schedule, lr_factor
 from dsyolo.parallel import dist
 from dsyolo.parallel.buffers import named_buffers
 from dsyolo.parallel.checkpoint import Checkpoints, Progress, read_buffers
@@ -288,7 +288,7 @@ def build_schedule(run: Run, stream: Stream) -> Schedule:
     return Schedule(
         total_steps=stream.first_step(run.config.epochs),
         warmup_steps=round(warmup_images / stream.global_batch),
-        lr=params["lr"],
+        lr=params["lr"] * lr_factor(recipe.lr_scaling, stream.global_batch),
         lrf=recipe.lrf,
         shape=recipe.schedule,
         momentum=params.get("momentum", 0.0),

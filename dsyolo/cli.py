@@ -1,4 +1,4 @@
-"""`dsyolo val | detect | convert | sample | doctor`: what is done with data and weights outside a training run."""
+"""`dsyolo val | detect | convert | sample | doctor | plan | simulate`: what is done with data and weights outside a training run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ from dsyolo.doctor.command import add_options, run_doctor
 from dsyolo.errors import UserError
 from dsyolo.model.weights import WeightsInfo, rebuild
 from dsyolo.pictures import draw, save
+from dsyolo.plan.command import add_options as add_plan_options
+from dsyolo.plan.command import run_plan
+from dsyolo.plan.simulate import add_options as add_simulate_options
+from dsyolo.plan.simulate import run_simulate
 from dsyolo.problems import cannot_hold_files, rule_of
 from dsyolo.problems import validate as judge
 from dsyolo.validate import Finder, PlainPredictor, validate
@@ -88,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
     add_options(_command(commands, "doctor", run_doctor, "look whether a run can start on its hosts"))
+    add_plan_options(
+        _command(commands, "plan", run_plan, "predict memory and time of every strategy, and recommend one")
+    )
+    add_simulate_options(
+        _command(commands, "simulate", run_simulate, "count on paper what thousands of ranks hold and send")
+    )
     return parser
 
 

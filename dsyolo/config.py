@@ -73,6 +73,9 @@ class Recipe(BaseModel):
     schedule: Literal["linear", "cosine"] = _recipe(
         "linear", "shape of the fall of the lr", "recipe: schedule"
     )
+    lr_scaling: Literal["none", "linear", "sqrt"] = _recipe(
+        "none", "the JSON's lr is for 64 images a step: times batch / 64, or its root", "recipe: schedule"
+    )
     warmup_epochs: float = _recipe(3.0, "length of the warm-up in epochs", "recipe: schedule", ge=0)
     # At least 100 iterations of 16 images; counted in images, it does not depend on the batch.
     warmup_min_images: int = _recipe(1600, "least length of the warm-up in images", "recipe: schedule", ge=0)

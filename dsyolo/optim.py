@@ -36,6 +36,16 @@ def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object])
     return getattr(torch.optim, name)(groups, lr=0.0, weight_decay=0.0, **settings)
 
 
+def lr_factor(scaling: str, global_batch: int) -> float:
+    """What the learning rate of 64 images is multiplied by for a larger (or smaller) batch.
+
+    linear: Goyal et al. 2017 (arXiv:1706.02677), who went to 8,192 images with a gradual warm-up, as the schedule
+    has; sqrt: Krizhevsky 2014 (arXiv:1404.5997), which keeps the variance of a step, for Adam's kinds.
+    """
+    ratio = global_batch / NOMINAL_BATCH
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[scaling]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate, momentum and weight decay at every optimizer step: a pure function of the step.

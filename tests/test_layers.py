@@ -37,9 +37,9 @@ GROUND = (
 LAYERS = (
     GROUND,
     ("model", "data", "assign", "loss", "optim", "metrics", "pictures", "painter", "sinks", "account"),
-    ("parallel",),
+    ("parallel", "wire"),
     ("validate", "track", "record"),
-    ("build", "doctor"),
+    ("build", "doctor", "plan"),
     ("train", "cli"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}

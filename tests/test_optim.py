@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dsyolo.model.yolov5 import build_yolov5
-from dsyolo.optim import GROUPS, Schedule, build_optimizer, parameter_groups
+from dsyolo.optim import GROUPS, Schedule, build_optimizer, lr_factor, parameter_groups
 
 LINEAR = Schedule(
     total_steps=100,
@@ -175,3 +175,9 @@ def test_a_step_depends_on_nothing_before_it(network):
         assert [group[key] for key in ("lr", "momentum", "weight_decay")] == [
             expected[key] for key in ("lr", "momentum", "weight_decay")
         ]
+
+
+def test_the_rate_grows_with_the_batch_as_it_is_told():
+    assert [lr_factor("none", n) for n in (32, 64, 4096)] == [1, 1, 1]
+    assert [lr_factor("linear", n) for n in (32, 64, 4096)] == [0.5, 1, 64]
+    assert [lr_factor("sqrt", n) for n in (16, 64, 4096)] == [0.5, 1, 8]

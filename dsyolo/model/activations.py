@@ -19,6 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from dsyolo.errors import UserError
 from dsyolo.model.network import Network
 
+# A number of images to count with: what it divides grows with the batch, and the rest does not, since no number of
+# channels, classes or anchors is a multiple of this prime. So one count tells the bytes of every batch.
+PRIME = 131
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,6 +44,12 @@ class Activations(NamedTuple):
     sizes: Mapping[int, int]  # bytes of each storage
     nodes: tuple[NodeBytes, ...]
     blocks: frozenset[str]  # the nodes that can be recomputed: `Network.blocks`
+
+    def of_batch(self, num_images: int) -> Activations:
+        """Counted for `PRIME` images, those of another number."""
+        return self._replace(
+            sizes={k: n // PRIME * num_images if n % PRIME == 0 else n for k, n in self.sizes.items()}
+        )
 
     def bytes_of(self, storages: Iterable[int]) -> int:
         """Their sizes, each once."""
@@ -189,7 +198,7 @@ def count_activations(
     """
     mode = FakeTensorMode()
     with mode:
-        fake = _fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).train()
+        fake = fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).train()
         images = torch.empty(images_shape, dtype=torch.uint8)
         autocast = precision.startswith("autocast")
         dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
@@ -233,7 +242,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     yield from (value,) if isinstance(value, torch.Tensor) else value
 
 
-def _fake_copy(network: Network, weights_dtype: torch.dtype) -> Network:
+def fake_copy(network: Network, weights_dtype: torch.dtype) -> Network:
     """`network` with fake tensors in the places of its own, which are not copied. Nothing is recomputed in it."""
     fakes: dict[int, Any] = {}
     for tensor in chain(network.parameters(), network.buffers()):

@@ -28,7 +28,7 @@ class NodeCost(NamedTuple):
 
 def node_costs(network: Network, images_shape: Sequence[int]) -> list[NodeCost]:
     """Costs of all nodes, in order, for images of the shape (B, 3, H, W). Nothing is computed."""
-    ghost = copy.deepcopy(network).to("meta")
+    ghost = _ghost(network)
     carry: tuple = (torch.empty(images_shape, device="meta"),)
     costs = []
     with torch.no_grad():
@@ -40,6 +40,29 @@ def node_costs(network: Network, images_shape: Sequence[int]) -> list[NodeCost]:
             shapes = tuple(tuple(t.shape) for t in tree_leaves(carry))
             costs.append(NodeCost(name, num_parameters, counter.get_total_flops(), traffic.elements, shapes))
     return costs
+
+
+def _ghost(network: Network) -> Network:
+    """It without memory: itself where it has none."""
+    if all(p.is_meta for p in network.parameters()):
+        return network
+    return copy.deepcopy(network).to("meta")
+
+
+def parameters_in_order(network: Network) -> list[tuple[int, ...]]:
+    """Elements of the parameters of each module that has any, in the order in which a forward pass calls them."""
+    ghost = _ghost(network)
+    called: list[tuple[int, ...]] = []
+    hooks = []
+    for module in ghost.modules():
+        sizes = tuple(p.numel() for p in module.parameters(recurse=False))
+        if sizes:
+            hooks.append(module.register_forward_pre_hook(lambda *_, sizes=sizes: called.append(sizes)))
+    with torch.no_grad():
+        ghost(torch.empty((2, 3, 128, 128), device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return called
 
 
 class _Traffic(TorchDispatchMode):

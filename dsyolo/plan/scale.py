@@ -1,0 +1,155 @@
+"""A training on many ranks, on paper: the stream of samples, shares of memory, traffic and checkpoints of every rank.
+
+Each figure comes out of the code that trains: `Stream`, `DsConfig`, `predict`, `step_bytes`, `share_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dsyolo.account import Account, Load, predict
+from dsyolo.data.loader import Stream
+from dsyolo.ds_config import DsConfig, check
+from dsyolo.model.costs import parameters_in_order
+from dsyolo.model.yolov5 import YOLOv5, build_yolov5
+from dsyolo.optim import parameter_groups
+from dsyolo.parallel.dist import share_of
+from dsyolo.wire import step_bytes
+
+KINDS_SAVED = 3  # fp32 weights, momentum and EMA of every parameter
+
+
+class Coverage(NamedTuple):
+    """What the ranks' samplers give in the steps that touch the first epoch."""
+
+    steps: int
+    least: int  # times that an image of the epoch came
+    most: int
+
+
+class Scale(NamedTuple):
+    """A ZeRO stage on a number of ranks."""
+
+    ranks: int
+    zero_stage: int
+    global_batch: int
+    coverage: Coverage
+    states: tuple[
+        int, int
+    ]  # bytes of parameters, gradients, optimizer and EMA: of the least and most loaded rank
+    formula: float  # the ZeRO paper's, with the average and with what DeepSpeed keeps whole
+    buckets: int
+    sent: int  # bytes of a step
+    sent_formula: float
+    saved: tuple[int, int]  # bytes of a checkpoint that the least and the most loaded rank write
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat, in bytes."""
+        return {**self._asdict(), "coverage": self.coverage._asdict()}
+
+
+def simulate(
+    model: str, num_classes: int, num_images: int, ranks: Sequence[int], global_batch: int, micro_batch: int
+) -> list[Scale]:
+    """Of every number of ranks, ZeRO 0 to 3 in fp32 weights.
+
+    Args:
+        global_batch: grown to a micro-batch for each rank where it is less.
+    """
+    with torch.device("meta"):
+        network = build_yolov5(model, num_classes)
+    found = []
+    for num in ranks:
+        batch = max(1, global_batch // (num * micro_batch)) * num * micro_batch
+        coverage = cover(num_images, batch, micro_batch, num)
+        saved = _saved(network, num)
+        found += [_scale(network, stage, num, batch, micro_batch, coverage, saved) for stage in range(4)]
+    return found
+
+
+def cover(num_images: int, global_batch: int, micro_batch: int, ranks: int) -> Coverage:
+    """Asks the sampler of every rank what it gives, and counts how often each image of epoch 0 comes."""
+    counts = np.zeros(num_images, np.int64)
+    steps = Stream(num_images, 0, global_batch, micro_batch, 0, ranks).first_step(1)
+    for rank in range(ranks):
+        stream = Stream(num_images, 0, global_batch, micro_batch, rank, ranks)
+        drawn = [
+            index
+            for step in range(steps)
+            for group in stream.micro_batches(step)
+            for epoch, index in group
+            if epoch == 0
+        ]
+        np.add.at(counts, drawn, 1)
+    return Coverage(steps, int(counts.min()), int(counts.max()))
+
+
+def _scale(
+    network: YOLOv5,
+    stage: int,
+    ranks: int,
+    batch: int,
+    micro_batch: int,
+    coverage: Coverage,
+    saved: tuple[int, int],
+) -> Scale:
+    source = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "zero_optimization": {"stage": stage},
+    }
+    ds = check(source, world_size=ranks, accelerator="cuda")
+    modules = tuple(parameters_in_order(network))
+    elements = sum(map(sum, modules))
+    zero = ds.deepspeed_json(elements, cpu=False)["zero_optimization"]
+    accounts = _accounts(network, ds, zero)
+    states = [account.together.states for account in accounts]
+    statistics = sum(b.numel() for name, b in network.named_buffers() if "running" in name)
+    wire = step_bytes(modules, ds, zero, num_statistics=statistics)
+    ring = (ranks - 1) / ranks * 4 * elements
+    times = {2: 1 + ds.accumulation, 3: 3 * ds.accumulation}.get(stage, 2)
+    return Scale(
+        ranks,
+        stage,
+        batch,
+        coverage,
+        (min(states), max(states)),
+        _formula(stage, elements, ranks, accounts[0], zero, modules),
+        accounts[0].device.buckets,
+        wire.total,
+        times * ring,
+        saved,
+    )
+
+
+def _accounts(network: YOLOv5, ds: DsConfig, zero: dict[str, Any]) -> list[Account]:
+    """Of every rank under ZeRO 2, whose gradients differ; elsewhere of one."""
+    groups = tuple(tuple(p.numel() for p in group) for group in parameter_groups(network).values() if group)
+    num = ds.data_parallel_size
+    replicas = range(0, num, max(1, num // 64)) if ds.zero_stage == 2 else (0, num - 1)
+    return [predict(Load(groups, 0, 0, 0, replica, num, True), ds, zero) for replica in replicas]
+
+
+def _formula(
+    stage: int, elements: int, ranks: int, account: Account, zero: dict[str, Any], modules: Sequence[Any]
+) -> float:
+    """Bytes of states: SGD with momentum, fp32, the average shared; of ZeRO 3 with the vectors that stay whole."""
+    whole = {0: 12, 1: 8, 2: 4, 3: 0}[stage] * elements
+    shared = {0: 4, 1: 12, 2: 16, 3: 20}[stage] * elements / ranks
+    if stage == 3:
+        threshold = zero["stage3_param_persistence_threshold"]
+        whole = 4 * sum(numel for module in modules for numel in module if numel <= threshold)
+    return whole + shared
+
+
+def _saved(network: YOLOv5, ranks: int) -> tuple[int, int]:
+    """Bytes of a checkpoint's tensors by the rank that writes them: whole names go to the rank with the least."""
+    sizes = [(name, p.numel()) for name, p in network.named_parameters()]
+    loads = dict.fromkeys(range(ranks), 0)
+    for name, rank in share_of(sizes, ranks).items():
+        loads[rank] += 4 * KINDS_SAVED * dict(sizes)[name]
+    return min(loads.values()), max(loads.values())

@@ -1,0 +1,73 @@
+"""The command `dsyolo simulate`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from dsyolo.config import MODELS
+from dsyolo.errors import UserError
+from dsyolo.plan.scale import Scale, simulate
+
+COCO_IMAGES = 118287  # of COCO's train2017
+MOST_RANKS = 4096
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, on how many ranks."""
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="yolov5x", metavar="NAME", help="variant (default: yolov5x)")
+    add("--num-classes", "--num_classes", type=int, default=80, metavar="N", help="classes (default: 80)")
+    add("--images", type=int, default=COCO_IMAGES, metavar="N", help="of the data set (default: COCO's)")
+    add("--ranks", default="8,64,512,4096", metavar="N,N", help="numbers of ranks (default: 8,64,512,4096)")
+    text = "images a step, or a micro-batch for each rank where that is more (default: 64)"
+    add("--global-batch", "--global_batch", type=int, default=64, metavar="N", help=text)
+    add(
+        "--micro-batch",
+        "--micro_batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images of a rank (default: 1)",
+    )
+    add("--json", action="store_true", help="the same as JSON, in bytes")
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """Prints a line for each number of ranks and ZeRO stage; returns 1 where an image does not come exactly once.
+
+    Raises:
+        UserError: a mistake in the command line.
+    """
+    problems: list[str] = []
+    ranks = []
+    for text in args.ranks.split(","):
+        if text.strip().isdigit() and 1 <= int(text) <= MOST_RANKS:
+            ranks.append(int(text))
+        else:
+            problems.append(f"--ranks: {text!r} given, but each is a number from 1 to {MOST_RANKS}.")
+    for option in ("num_classes", "images", "global_batch", "micro_batch"):
+        if not 1 <= getattr(args, option) <= 10**7:
+            problems.append(f"--{option}: {getattr(args, option)} given, but it must be 1 to 10,000,000.")
+    if problems:
+        raise UserError("The command line cannot be used", problems)
+    found = simulate(args.model, args.num_classes, args.images, ranks, args.global_batch, args.micro_batch)
+    print(json.dumps([one.to_json() for one in found], indent=1) if args.json else _table(found))
+    return 0 if all(one.coverage[1:] == (1, 1) for one in found) else 1
+
+
+def _table(found: list[Scale]) -> str:
+    lines = [
+        "ranks  ZeRO  batch  steps  each image  states MiB, least to most    formula  buckets MiB  MB sent  formula  "
+        "checkpoint MB of a rank"
+    ]
+    for one in found:
+        times = "once" if one.coverage[1:] == (1, 1) else f"{one.coverage.least} to {one.coverage.most}"
+        states = " to ".join(f"{size / 2**20:.1f}" for size in one.states)
+        saved = " to ".join(f"{size / 1e6:.1f}" for size in one.saved)
+        lines.append(
+            f"{one.ranks:5d}  {one.zero_stage:4d}  {one.global_batch:5d}  {one.coverage.steps:5d}  {times:10}  "
+            f"{states:24}  {one.formula / 2**20:9.1f}  {one.buckets / 2**20:11.1f}  {one.sent / 1e6:7.1f}  "
+            f"{one.sent_formula / 1e6:7.1f}  {saved}"
+        )
+    return "\n".join(lines)
