@@ -1,4 +1,4 @@
-"""`dsyolo val | detect | convert | sample | doctor | plan`: what is done with data and weights outside a training run."""
+"""`dsyolo val | detect | convert | sample | doctor | plan | scale`: what is done with data and weights outside a training run."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from dsyolo.pictures import draw, save
 from dsyolo.plan import command as plan
 from dsyolo.problems import cannot_hold_files, rule_of
 from dsyolo.problems import validate as judge
+from dsyolo.scale import command as scale
 from dsyolo.validate import Finder, PlainPredictor, validate
 
 MANY_IMAGES = 20  # so many and more are told in one line
@@ -93,6 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_options(
         _command(commands, "plan", plan.run_plan, "which strategy fits which GPUs, and what it costs")
+    )
+    scale.add_options(
+        _command(commands, "scale", scale.run_scale, "train at several sizes, and report how it scales")
     )
     return parser
 
