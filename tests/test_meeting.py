@@ -24,6 +24,8 @@ print("here", flush=True)
 meet.wait()
 print("all", flush=True)
 meet.close()
+if rank == "0":
+    sys.stdin.readline()  # the store goes with this process: in a run torch's own keeps it
 """
 
 
@@ -33,7 +35,7 @@ class Attending:
     def __init__(self, rank: int, size: int, port: int, wait_s: float = 60) -> None:
         words = [sys.executable, "-c", ATTEND, *map(str, (rank, size, port, wait_s))]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True)
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def come(self) -> None:
         assert self.process.stdout.readline() == "here\n", self.process.communicate()[1]
@@ -87,7 +89,7 @@ def test_no_first_rank_is_told():
 def test_all_come_and_go_on():
     port = free_port()
     ranks = [Attending(rank, 3, port) for rank in range(3)]
-    for rank in ranks:
+    for rank in reversed(ranks):  # the first one last: its input is closed then, and it ends
         status, said = rank.end()
         assert (status, said) == (0, "")
 
