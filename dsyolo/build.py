@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsyolo.account import Load, predict, table, verdict
+from dsyolo.account import Load
 from dsyolo.assign import Assigner
 from dsyolo.config import RunConfig
 from dsyolo.data.augment import Augmentation
@@ -33,7 +33,7 @@ from dsyolo.parallel.dist import World
 from dsyolo.parallel.ema import Ema, NoEma
 from dsyolo.parallel.engine import Engine
 from dsyolo.parallel.folder import Folders, move_to_folders
-from dsyolo.parallel.memory import Measured, MemoryWatch, NoWatch, peak_memory_gib
+from dsyolo.parallel.memory import peak_memory_gib
 from dsyolo.parallel.progress import Progress
 from dsyolo.parallel.shards import Shards
 from dsyolo.parallel.spread import spread
@@ -237,52 +237,6 @@ def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
     on_host = plan.host_bytes(nodes, in_flight)
     load = Load(groups, *kept, place.replica, place.replicas, config.ema, on_host)
     return Parts(engine, shards, ema, checkpoints, info, load)
-
-
-def build_memory(
-    run: Run, parts: Parts, tracker: Tracker, record: Record | NullRecord
-) -> MemoryWatch | NoWatch:
-    """Tells what memory each rank is expected to need, and gives what measures it."""
-    ds, zero = run.ds, parts.engine.deepspeed_json["zero_optimization"]
-    loads: list[Load] = parts.engine.all_gather(parts.load)
-    predicted = [predict(load, ds, zero) for load in loads]
-    shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
-    titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
-    if run.world.is_first:
-        largest = max(shown, key=lambda rank: predicted[rank].together.total)
-        print(table((f"{title}, predicted", predicted[rank].together) for rank, title in titles.items()))
-        counted, stages = run.activations.counted, loads[:: ds.data_parallel_size]
-        plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
-        groups = tuple(sizes for load in stages for sizes in load.groups)
-        alone = Load(groups, plain, plain, least, 0, run.world.size, run.config.ema)
-        print(verdict(loads[largest], ds, zero, alone))
-
-    def tell(measured: list[Measured]) -> None:
-        rows = []
-        for rank, title in titles.items():
-            rows.append((f"{title}, predicted", predicted[rank].together))
-            rows.append((f"{title}, measured", measured[rank].account.together))
-        peaks = [one.peak for one in measured if one.peak is not None]
-        most = (
-            f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
-        )
-        tracker.say(f"{table(rows)}\n{most}")
-        record.memory(
-            [
-                {
-                    "rank": rank,
-                    "predicted": wanted.to_json(),
-                    "measured": found.account.to_json(),
-                    "peak": found.peak,
-                }
-                for rank, (wanted, found) in enumerate(zip(predicted, measured, strict=True))
-            ]
-        )
-
-    if run.config.memory_account == "off":
-        return NoWatch()
-    again = run.config.memory_account == "epochs"
-    return MemoryWatch(parts.engine, parts.shards, parts.ema, tell, again=again)
 
 
 def build_schedule(run: Run, stream: Stream) -> Schedule:

@@ -163,6 +163,11 @@ class RunConfig(BaseModel):
     memory_account: Literal["start", "epochs", "off"] = _knob(
         "start", "when the memory of a step is measured, term by term", "machine"
     )
+    time_account: Literal["epochs", "steps", "off"] = _knob(
+        "epochs",
+        "where the time goes, told after every epoch; steps: each one's in steps.json too",
+        "machine",
+    )
     cache: Literal["none", "ram"] = _knob("none", "where decoded images are kept", "machine")
 
     ema: bool = _knob(True, "average the weights", "training", learned=True)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from dsyolo.build import Data, Parts, Run, build_memory
+from dsyolo.accounts import build_memory, build_time_account
+from dsyolo.build import Data, Parts, Run
 from dsyolo.parallel import dist, stop
 from dsyolo.parallel.progress import Progress
 from dsyolo.parallel.stop import StopRequest
@@ -46,7 +47,8 @@ def loop(training: Training) -> End:
     """
     run, data, parts, progress, tracker, record, watch, request = training
     config, engine, ema, checkpoints = run.config, parts.engine, parts.ema, parts.checkpoints
-    memory = build_memory(run, parts, tracker, record)
+    times = build_time_account(run, data, parts)
+    memory = build_memory(run, parts, tracker, record, times)
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
 
     def predict(images: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,7 @@ def loop(training: Training) -> End:
             continue  # of a data set smaller than a batch: an earlier step has trained its images
         tracker.begin(progress)
         memory.begin_epoch()
-        for batches in data.train.steps(epoch, start=progress.step):
+        for batches in times.steps(data.train.steps(epoch, progress.step), progress.step):
             watch.at(f"training step {progress.step + 1}")
             with memory.step():
                 stats, lr = engine.train_step(batches, progress.step)
@@ -74,24 +76,26 @@ def loop(training: Training) -> End:
             watch.at(f"loading step {progress.step + 1}")
         metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
         if (epoch + 1) % config.val_every == 0 or is_last:
-            with ema.swapped():
+            with times.outside("validation"), ema.swapped():
                 metrics, found = validate(predict, data.val, finder, run.data.names, engine.all_gather)
             is_best = progress.judge(metrics.fitness, config.patience)
             record.validated(metrics, found, is_best)
-        tracker.epoch(progress, metrics)
+        tracker.epoch(progress, metrics, times.epoch())
         is_last = is_last or progress.stopped_early
         progress.epoch, progress.tracking = epoch + 1, tracker.state()
         if is_best or is_last or (epoch + 1) % config.save_every == 0:
             watch.at("saving")
-            state = ema.state_dict(keep=record.keeps_weights)
-            problem = dist.problem_of_any(record.weights(state, is_best))
-            problem = checkpoints.save(progress, is_best=is_best) or problem
+            with times.outside("checkpoint"):
+                state = ema.state_dict(keep=record.keeps_weights)
+                problem = dist.problem_of_any(record.weights(state, is_best))
+                problem = checkpoints.save(progress, is_best=is_best) or problem
             if problem and is_last:
                 return End(NOT_SAVED, f"{problem} Make room: --resume auto does the end again.")
             if problem:
                 tracker.say(f"WARNING: {problem} The run goes on, and saves again later.")
         if is_last:
             break
+    times.finish()
     return End()
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dsyolo.batch import StepStats
 from dsyolo.metrics import Metrics
+from dsyolo.pace import describe as describe_pace
 from dsyolo.painter import Painter
 from dsyolo.parallel.memory import process_memory_gib
 from dsyolo.pictures import save_curves
@@ -58,8 +59,10 @@ class Tracker(Protocol):
     def step(self, progress: ProgressLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
         """After each optimizer step; `data_wait_s` is how long it waited for its batches."""
 
-    def epoch(self, progress: ProgressLike, metrics: Metrics | None) -> None:
-        """After each epoch and its validation; `metrics` is None where there was none."""
+    def epoch(
+        self, progress: ProgressLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
+    ) -> None:
+        """After each epoch and its validation; `metrics` is None where there was none. `pace`: where its time went."""
 
     def say(self, text: str) -> None:
         """Lines for whoever watches."""
@@ -81,7 +84,9 @@ class NullTracker:
 
     def step(self, progress: ProgressLike, stats: StepStats, lr: float, data_wait_s: float) -> None: ...
 
-    def epoch(self, progress: ProgressLike, metrics: Metrics | None) -> None: ...
+    def epoch(
+        self, progress: ProgressLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
+    ) -> None: ...
 
     def say(self, text: str) -> None: ...
 
@@ -189,18 +194,21 @@ class RunTracker:
         self._bar.set_description(f"epoch {progress.epoch + 1}/{progress.epochs}", refresh=False)
         self._bar.set_postfix_str(_describe(row), refresh=False)
 
-    def epoch(self, progress: ProgressLike, metrics: Metrics | None) -> None:
+    def epoch(
+        self, progress: ProgressLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
+    ) -> None:
         now = time.perf_counter()
         row = _losses((self._loss_sum / self._num_summed).tolist()) if self._num_summed else {}
         row |= {"lr": self._lr, **self._in_epoch.rates(), "memory_gib": self.memory_gib()}
-        row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last}
+        row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last, **(pace or {})}
         if metrics is not None:
             figures = metrics.to_json()
             row |= {name: figures[name] for name in FIGURES}
         self._tell("epoch", progress, row)
         width = len(str(progress.epochs))
         line = f"epoch {progress.epoch + 1:>{width}}/{progress.epochs}  {_describe(row)}"
-        self.say(line)
+        account = describe_pace(row)
+        self.say(f"{line}\n{' ' * (7 + 2 * width)}  {account}" if account else line)
         self._loss_sum, self._num_summed = None, 0
         if now >= self._next_plot:
             self.painter.draw("results.png", self._plot)
@@ -295,7 +303,8 @@ def _describe(row: Mapping[str, float]) -> str:
     parts = [f"{name} {row[name]:.4f}" for name in LOSSES if name in row]
     if "map50" in row:
         parts.append(f"mAP50 {row['map50']:.4f}  mAP50-95 {row['map50_95']:.4f}")
-    parts.append(f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait_share']:.0%}")
+    if not describe_pace(row):  # which tells it with more
+        parts.append(f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait_share']:.0%}")
     parts.append(f"{row['memory_gib']:.2f} GiB")
     if "skipped_steps" in row:
         parts.append(f"{row['skipped_steps']} steps skipped")

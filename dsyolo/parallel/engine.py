@@ -14,6 +14,7 @@ from dsyolo.optim import Schedule
 from dsyolo.parallel.buffers import Buffers
 from dsyolo.parallel.dist import World, all_gather_objects, all_reduce_sum, broadcast
 from dsyolo.parallel.loss_scale import LossScale
+from dsyolo.parallel.phases import BACKWARD, COPY, FORWARD, OPTIMIZER, NoPhases, Phases
 
 _LOSS_EVENT = "Train/Samples/train_loss"
 
@@ -63,6 +64,7 @@ class Engine:
         self.network = network.to(self.device)
         self.deepspeed = self._initialize(optimizer)
         self._norm: torch.Tensor | None = None
+        self._phases: Phases | NoPhases = NoPhases()
         if self.deepspeed.zero_optimization_stage() == 0:
             # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
             self.deepspeed.clip_fp32_gradients = self._clip_gradients
@@ -99,15 +101,25 @@ class Engine:
         losses = torch.zeros(3, device=self.device)
         for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
             losses += self._add_gradients(batch.images, targets)
-            self.deepspeed.step()
+            with self._phases.phase(OPTIMIZER):
+                self.deepspeed.step()
         return self._stats(losses, len(batches[0].images), buffers_before), lr
 
     def _add_gradients(self, images: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Of a micro-batch, to those that are there. The maps are freed with the graph, before the next one's are made."""
-        maps = self.deepspeed(self.to_device_images(images))
-        total, parts = self.loss(maps, targets)
-        self.deepspeed.backward(total * self._undo_averaging())
+        phase = self._phases.phase
+        with phase(COPY):
+            images = self.to_device_images(images)
+        with phase(FORWARD):
+            maps = self.deepspeed(images)
+            total, parts = self.loss(maps, targets)
+        with phase(BACKWARD):
+            self.deepspeed.backward(total * self._undo_averaging())
         return parts
+
+    def tell(self, phases: Phases) -> None:
+        """From now on `phases` hears what a step does."""
+        self._phases = phases
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -194,11 +206,12 @@ class Engine:
     def _counted_targets(self, batches: Sequence[Batch]) -> list[Targets]:
         """The targets on the device, with matches per level and images of the global batch as their counts."""
         own = [torch.cat((b.targets.num_matches, b.targets.num_images[None])) for b in batches]
-        counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.replicas)
-        return [
-            Targets(*(self._to_device(t) for t in batch.targets[:-2]), counts[:-1], counts[-1])
-            for batch in batches
-        ]
+        with self._phases.phase(COPY):
+            counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.replicas)
+            return [
+                Targets(*(self._to_device(t) for t in batch.targets[:-2]), counts[:-1], counts[-1])
+                for batch in batches
+            ]
 
     def _lr_only(self, events: Sequence[tuple[str, Any, int]]) -> None:
         """DeepSpeed's events for its monitors. Its loss is per step and not per image, and there in a pipeline only."""

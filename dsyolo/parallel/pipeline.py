@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from dsyolo.batch import Batch, StepStats, Targets
 from dsyolo.parallel.buffers import Buffers, named_buffers
 from dsyolo.parallel.dist import Place, all_reduce_sum
 from dsyolo.parallel.engine import Engine
+from dsyolo.parallel.phases import BACKWARD, COPY, FORWARD, OPTIMIZER, Phases
 from dsyolo.parallel.shards import Shards
 
 
@@ -59,7 +60,8 @@ class PipelineEngine(Engine):
         images: list[torch.Tensor | None] = [None] * self.accumulation
         labels: list[Targets | None] = [None] * self.accumulation
         if self.place.is_first:
-            images = [self.to_device_images(batch.images) for batch in batches]
+            with self._phases.phase(COPY):
+                images = [self.to_device_images(batch.images) for batch in batches]
         if self.place.is_last:
             labels = self._counted_targets(batches)
         self.deepspeed.train_batch(iter(zip(images, labels, strict=True)))
@@ -72,6 +74,23 @@ class PipelineEngine(Engine):
         assert self._shown is not None
         with self._compute():
             return self._shown.decode(self._shown(self.to_device_images(images)))
+
+    def tell(self, phases: Phases) -> None:
+        """As `Engine.tell`. Waiting for a neighbour cannot be told from what it sends: both are communication."""
+        from deepspeed.runtime.pipe import schedule
+
+        super().tell(phases)
+        of = {
+            schedule.LoadMicroBatch: COPY,
+            schedule.ForwardPass: FORWARD,
+            schedule.BackwardPass: BACKWARD,
+            schedule.OptimizerStep: OPTIMIZER,
+        }
+        plain = type(self.deepspeed)._INSTRUCTION_MAP
+        self.deepspeed._INSTRUCTION_MAP = {
+            kind: _within(phases, of[kind], instruction) if kind in of else instruction
+            for kind, instruction in plain.items()
+        }
 
     @contextmanager
     def with_whole(self) -> Iterator[nn.Module]:
@@ -143,6 +162,14 @@ class PipelineEngine(Engine):
         if self.deepspeed.torch_autocast_enabled():
             return torch.autocast(self.device.type, dtype=self.deepspeed.torch_autocast_dtype())
         return contextlib.nullcontext()
+
+
+def _within(phases: Phases, name: str, instruction: Callable[..., None]) -> Callable[..., None]:
+    def told(*args: Any, **settings: Any) -> None:
+        with phases.phase(name):
+            instruction(*args, **settings)
+
+    return told
 
 
 def _stay(tensor: torch.Tensor, op: Any) -> None:

@@ -1,0 +1,134 @@
+"""What a run tells of its memory and of its time: the two accounts, built once for the loop."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import psutil
+import torch
+
+from dsyolo.account import Load, predict, table, verdict
+from dsyolo.build import Data, Parts, Run
+from dsyolo.model.costs import node_costs
+from dsyolo.model.yolov5 import build_yolov5
+from dsyolo.nvml import Gpu, load_nvml
+from dsyolo.pace import Details, NoTimeAccount, TimeAccount, Work
+from dsyolo.parallel import dist
+from dsyolo.parallel.collectives import Collectives
+from dsyolo.parallel.memory import Measured, MemoryWatch, NoWatch
+from dsyolo.parallel.phases import Phases, clock_of_device
+from dsyolo.plan.peak import Peak, peak_of_cpu, peak_of_gpu
+from dsyolo.record import NullRecord, Record
+from dsyolo.track import Tracker
+from dsyolo.usage import Usage
+
+PASSES = 3  # forward, and backward with twice its work: what counts of a step's operations
+
+
+def build_memory(
+    run: Run, parts: Parts, tracker: Tracker, record: Record | NullRecord, times: TimeAccount | NoTimeAccount
+) -> MemoryWatch | NoWatch:
+    """Tells what memory each rank is expected to need, and gives what measures it."""
+    ds, zero = run.ds, parts.engine.deepspeed_json["zero_optimization"]
+    loads: list[Load] = parts.engine.all_gather(parts.load)
+    predicted = [predict(load, ds, zero) for load in loads]
+    shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
+    titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
+    if run.world.is_first:
+        largest = max(shown, key=lambda rank: predicted[rank].together.total)
+        print(table((f"{title}, predicted", predicted[rank].together) for rank, title in titles.items()))
+        counted, stages = run.activations.counted, loads[:: ds.data_parallel_size]
+        plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
+        groups = tuple(sizes for load in stages for sizes in load.groups)
+        alone = Load(groups, plain, plain, least, 0, run.world.size, run.config.ema)
+        print(verdict(loads[largest], ds, zero, alone))
+
+    def tell(measured: list[Measured]) -> None:
+        rows = []
+        for rank, title in titles.items():
+            rows.append((f"{title}, predicted", predicted[rank].together))
+            rows.append((f"{title}, measured", measured[rank].account.together))
+        peaks = [one.peak for one in measured if one.peak is not None]
+        most = (
+            f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
+        )
+        tracker.say(f"{table(rows)}\n{most}")
+        times.memory(measured)
+        record.memory(
+            [
+                {
+                    "rank": rank,
+                    "predicted": wanted.to_json(),
+                    "measured": found.account.to_json(),
+                    "peak": found.peak,
+                }
+                for rank, (wanted, found) in enumerate(zip(predicted, measured, strict=True))
+            ]
+        )
+
+    if run.config.memory_account == "off":
+        return NoWatch()
+    again = run.config.memory_account == "epochs"
+    return MemoryWatch(parts.engine, parts.shards, parts.ema, tell, again=again)
+
+
+def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTimeAccount:
+    """Tells where the time of steps goes. On an accelerator only logged steps are measured, so that events cost nothing."""
+    config, ds, world = run.config, run.ds, run.world
+    if config.time_account == "off":
+        return NoTimeAccount()
+    in_detail = config.time_account == "steps"
+    on_cpu = parts.engine.device.type == "cpu"
+    phases = Phases(clock_of_device(), 1 if on_cpu or in_detail else config.log_every)
+    parts.engine.tell(phases)
+    with torch.device("meta"):
+        network = build_yolov5(config.model, run.data.num_classes)
+    flops = sum(cost.flops for cost in node_costs(network, (1, 3, config.imgsz, config.imgsz)))
+    peak = _peak(run, on_cpu)
+
+    def flops_of_step(step: int) -> float:
+        area = (data.train.size_px(step - 1) / config.imgsz) ** 2  # of multi-scale
+        return PASSES * flops * ds.global_batch * area
+
+    details = None
+    if in_detail:
+        about: dict[str, Any] = {
+            "rank": world.rank,
+            "host": socket.gethostname(),
+            "started_at": psutil.Process().create_time(),
+            "images_per_step": ds.global_batch,
+            "num_images": data.stream.num_images,
+            "threads": torch.get_num_threads(),
+            "cores": len(psutil.Process().cpu_affinity())
+            if hasattr(psutil.Process, "cpu_affinity")
+            else psutil.cpu_count(),
+            "workers": dist.num_workers(world, config.workers),
+            "device": "CPU" if on_cpu else torch.cuda.get_device_name(parts.engine.device),
+            "peak_flops_per_s": peak.flops_per_s,
+            "peak_source": peak.source,
+            "flops_per_image": PASSES * flops,
+        }
+        usage = Usage(of_machine=world.local_rank == 0, **({} if on_cpu else {"gpu": _gpu(parts)}))
+        details = Details(run.folder / "steps.json" if world.is_first else None, about, usage)
+    work = Work(flops_of_step, peak.flops_per_s)
+    return TimeAccount(phases, Collectives(phases), work, parts.engine.all_gather, details)
+
+
+def _peak(run: Run, on_cpu: bool) -> Peak:
+    precision = run.ds.precision
+    found = peak_of_cpu(precision) if on_cpu else None
+    if found is None and torch.cuda.is_available():
+        found = peak_of_gpu(torch.cuda.get_device_name(run.world.local_rank), precision)
+    found = found or Peak(0.0, "not known")
+    if run.world.is_first:
+        print(f"peak of a rank: {found.source}")
+    return found
+
+
+def _gpu(parts: Parts) -> Any:
+    library = load_nvml()
+    if library is None or not torch.cuda.is_available():
+        return lambda: None
+    uuid = torch.cuda.get_device_properties(parts.engine.device).uuid
+    return Gpu(library, f"GPU-{uuid}").use

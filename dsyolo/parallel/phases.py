@@ -1,0 +1,195 @@
+"""Where the time of a step goes: to waiting for data, copying, forward, backward, communication, the optimizer.
+
+Nothing here waits for a device. On a CPU a phase ends when its work has; on an accelerator its ends are events that the
+device passes as it works, read once it has passed them. So what the host does meanwhile is nowhere counted twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
+
+DATA, COPY, FORWARD, BACKWARD = "data", "copy", "forward", "backward"
+COMMUNICATION, OPTIMIZER, OTHER = "communication", "optimizer", "other"
+PHASES = (DATA, COPY, FORWARD, BACKWARD, COMMUNICATION, OPTIMIZER, OTHER)
+
+
+class StepTimes(NamedTuple):
+    """Of one optimizer step of a rank, from the end of the one before."""
+
+    step: int  # 1-based
+    seconds: dict[str, float]  # by phase; their sum is the step's
+
+    @property
+    def whole_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Clock(Protocol):
+    """Gives stamps, and tells the seconds between two."""
+
+    def now(self) -> Any:
+        """A stamp; None: this moment has none."""
+
+    def between(self, first: Any, second: Any) -> float:
+        """Seconds; only of stamps that have passed."""
+
+    def has_passed(self, stamp: Any) -> bool:
+        """Whether `between` can tell it without waiting."""
+
+    def wait(self, stamp: Any) -> None:
+        """Until it has passed."""
+
+
+class HostClock:
+    """Where computing is done by this process's own threads."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def between(self, first: float, second: float) -> float:
+        return second - first
+
+    def has_passed(self, stamp: float) -> bool:
+        return True
+
+    def wait(self, stamp: float) -> None: ...
+
+
+class DeviceClock:
+    """By events on the stream that computes. What runs on another one, beside it, gets no stamps.
+
+    Args:
+        accelerator: DeepSpeed's.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._stream = accelerator.current_stream()
+
+    def now(self) -> Any:
+        if self._accelerator.current_stream() != self._stream:
+            return None
+        event = self._accelerator.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, first: Any, second: Any) -> float:
+        return first.elapsed_time(second) / 1000
+
+    def has_passed(self, stamp: Any) -> bool:
+        return stamp.query()
+
+    def wait(self, stamp: Any) -> None:
+        stamp.synchronize()
+
+
+class NoPhases:
+    """Measures nothing."""
+
+    inside = False
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Around a part of a step."""
+        return nullcontext()
+
+    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
+        """As they are."""
+        return steps
+
+
+class Phases:
+    """Divides the time of steps among phases. One inside another takes its time from it.
+
+    Args:
+        every: measure each so many-th step.
+    """
+
+    def __init__(self, clock: Clock, every: int = 1) -> None:
+        self._clock, self._every = clock, every
+        self._marks: list[tuple[str, Any]] = []  # what begins when
+        self._open = [OTHER]  # phases that are not over
+        self._waiting: list[
+            tuple[int, list[tuple[str, Any]]]
+        ] = []  # steps that the device has not finished, perhaps
+        self._done: list[StepTimes] = []
+        self._measures = False
+        self.inside = False  # a step
+
+    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
+        """Gives what `steps` gives. A step is over when the next one is asked for.
+
+        Args:
+            start: steps that are done.
+        """
+        step, steps = start, iter(steps)
+        self._measures = False
+        self._begin(step + 1)
+        while True:
+            with self.phase(DATA):
+                batches = next(steps, None)
+            if batches is None:
+                return
+            step += 1
+            self.inside = True
+            yield batches
+            self.inside = False
+            self._end(step)
+            self._begin(step + 1)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around a part of a step."""
+        self._open.append(name)
+        self._mark(name)
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self._mark(self._open[-1])
+
+    def take(self) -> list[StepTimes]:
+        """The steps that were measured since this was last asked; waits for the device to be done with them."""
+        if self._waiting:
+            self._clock.wait(self._waiting[-1][1][-1][1])
+        self._read()
+        taken, self._done = self._done, []
+        return taken
+
+    def _mark(self, name: str) -> None:
+        if self._measures and (stamp := self._clock.now()) is not None:
+            self._marks.append((name, stamp))
+
+    def _begin(self, step: int) -> None:
+        last = self._marks[-1:] if self._measures else []
+        self._measures = step % self._every == 0
+        self._marks = last if last and self._measures else []
+        if not last:
+            self._mark(OTHER)
+
+    def _end(self, step: int) -> None:
+        self._mark(OTHER)
+        if self._measures:
+            self._waiting.append((step, self._marks))
+            self._read()
+
+    def _read(self) -> None:
+        while self._waiting and self._clock.has_passed(self._waiting[0][1][-1][1]):
+            step, marks = self._waiting.pop(0)
+            seconds = dict.fromkeys(PHASES, 0.0)
+            for (name, first), (_, second) in pairwise(marks):
+                seconds[name] += self._clock.between(first, second)
+            self._done.append(StepTimes(step, seconds))
+
+
+def clock_of_device() -> Clock:
+    """The one that this rank's computing goes by."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    return HostClock() if accelerator.device_name() == "cpu" else DeviceClock(accelerator)
