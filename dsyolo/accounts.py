@@ -103,6 +103,7 @@ def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTi
             "cores": len(psutil.Process().cpu_affinity())
             if hasattr(psutil.Process, "cpu_affinity")
             else psutil.cpu_count(),
+            "machine_cores": psutil.cpu_count(),
             "workers": dist.num_workers(world, config.workers),
             "device": "CPU" if on_cpu else torch.cuda.get_device_name(parts.engine.device),
             "peak_flops_per_s": peak.flops_per_s,

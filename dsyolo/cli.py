@@ -1,4 +1,4 @@
-"""`dsyolo val | detect | convert | sample | doctor | plan | simulate`: what is done with data and weights outside a training run."""
+"""`dsyolo val | detect | convert | sample | doctor | plan | simulate | scale`: what is done with data and weights outside a run."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from dsyolo.plan import command as plan
 from dsyolo.plan import simulate
 from dsyolo.problems import cannot_hold_files, rule_of
 from dsyolo.problems import validate as judge
+from dsyolo.scale import command as scale
 from dsyolo.validate import Finder, PlainPredictor, validate
 
 MANY_IMAGES = 20  # so many and more are told in one line
@@ -97,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     simulate.add_options(
         _command(commands, "simulate", simulate.run_simulate, "a training on thousands of ranks, on paper")
+    )
+    scale.add_options(
+        _command(commands, "scale", scale.run_scale, "train at several sizes, and report how it scales")
     )
     return parser
 

@@ -55,7 +55,7 @@ LAYERS = (
     ("validate", "pace", "record"),
     ("track",),
     ("build", "doctor", "plan"),
-    ("accounts",),
+    ("accounts", "scale"),
     ("loop",),
     ("train", "cli"),
 )

@@ -1,0 +1,162 @@
+"""Runs the trainings: through the launcher, as a user would, in rounds, one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+import dsyolo
+from dsyolo.data.formats import DataSpec, list_images
+from dsyolo.doctor.hosts import Host
+from dsyolo.environment import all_variables
+from dsyolo.scale.cases import Case
+
+TRAIN = Path(dsyolo.__file__).parent / "train.py"
+GRACE_S = 40  # that a run has to end after it was asked to
+MOST_REASON = 300  # characters
+
+
+class Plan(NamedTuple):
+    """What all trainings share.
+
+    Attributes:
+        options: of train.py.
+        warmup, steps: optimizer steps that are dropped, and that count.
+        cores_per_rank: of this machine, which a run is held to, workers included; None: it may use all.
+    """
+
+    folder: Path
+    options: Sequence[str]
+    warmup: int
+    steps: int
+    hostfile: Path | None
+    hosts: Sequence[Host]
+    port: int
+    timeout_s: float
+    cores_per_rank: int | None
+
+
+class Outcome(NamedTuple):
+    """Of one training: what it left in steps.json, or why it failed."""
+
+    found: dict[str, Any] | None
+    wall_s: float
+    why_not: str = ""
+
+
+def epochs_and_images(case: Case, steps: int, available: int) -> tuple[int, int]:
+    """(epochs, images of each) so that there are `steps` steps at least, and not many more."""
+    needed = case.global_batch * steps
+    images = min(available, needed)
+    return -(-needed // images), images
+
+
+def write_data(data: DataSpec, folder: Path, num_train: int, num_val: int) -> Path:
+    """A data.yaml of the first images of both splits; they stay where they are."""
+    assert data.train
+    assert data.val
+    folder.mkdir(parents=True, exist_ok=True)
+    lists = {}
+    for split, sources, count in (("train", data.train, num_train), ("val", data.val, num_val)):
+        path = folder / f"{split}_{count}.txt"
+        path.write_text("".join(f"{image.resolve()}\n" for image in list_images(sources)[:count]))
+        lists[split] = str(path.resolve())
+    path = folder / f"data_{num_train}.yaml"
+    path.write_text(yaml.safe_dump({**lists, "names": list(data.names)}))
+    return path
+
+
+def run(plan: Plan, case: Case, turn: int, number: int, epochs: int, data: Path, config: Path) -> Outcome:
+    """One training of a case. Its output goes to a file beside its folder.
+
+    Args:
+        turn: the round, from 0 on.
+        number: of runs before it: each gets a port of its own.
+    """
+    name = f"{case.name}_round{turn + 1}"
+    folder = plan.folder / name
+    words = [str(TRAIN), "--deepspeed_config", str(config), "--data", str(data)]
+    words += ["--epochs", str(epochs), "--val_every", str(epochs), "--save_every", str(epochs)]
+    words += ["--project", str(plan.folder), "--name", name, "--time_account", "steps", *plan.options]
+    command = [*_launcher(plan, case.ranks, number), *words]
+    begin = time.monotonic()
+    log = plan.folder / f"{name}.log"
+    with log.open("wb") as output:
+        status = _wait(plan, case, command, output)
+    wall_s = time.monotonic() - begin
+    file = folder / "steps.json"
+    if status or not file.exists():
+        return Outcome(None, wall_s, f"{_reason(status, log)} See {log}")
+    return Outcome(json.loads(file.read_text()), wall_s)
+
+
+def _launcher(plan: Plan, ranks: int, number: int) -> list[str]:
+    if ranks == 1 and not plan.hostfile:
+        return [sys.executable]
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--master_port",
+        str(plan.port + number % 50),
+    ]
+    if not plan.hostfile:
+        return [*launcher, "--num_gpus", str(ranks)]
+    return [*launcher, "--hostfile", str(plan.hostfile), "--include", include(plan.hosts, ranks)]
+
+
+def include(hosts: Sequence[Host], ranks: int) -> str:
+    """The first `ranks` slots of the hosts, host by host, as the launcher's --include takes them."""
+    parts = []
+    for host in hosts:
+        taken = min(ranks, host.slots)
+        if taken:
+            parts.append(f"{host.name}:{','.join(map(str, range(taken)))}")
+        ranks -= taken
+    assert ranks == 0
+    return "@".join(parts)
+
+
+def _wait(plan: Plan, case: Case, command: Sequence[str], output: Any) -> int | None:
+    """The exit status; None where it took too long. However this ends, the run has ended then."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
+    process = subprocess.Popen(
+        command,
+        env={**all_variables(), "PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    if plan.cores_per_rank:
+        # Processes that it starts inherit it, and it has started none yet.
+        os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])
+    try:
+        return process.wait(plan.timeout_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _reason(status: int | None, log: Path) -> str:
+    """What the run said last of why it ended."""
+    what = "took too long." if status is None else f"ended with status {status}:"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    telling = [line for line in lines if re.search(r"Error|error:|cannot|memory|given, but|Stopped", line)]
+    said = " ".join((telling or list(filter(None, lines)))[-2:])
+    return f"{what} {said}"[:MOST_REASON]
