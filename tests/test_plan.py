@@ -17,7 +17,7 @@ from dsyolo.ds_config import check
 from dsyolo.errors import UserError
 from dsyolo.model.activations import count_activations
 from dsyolo.plan.auto import Filled, fill
-from dsyolo.plan.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate
+from dsyolo.plan.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
 from dsyolo.plan.predict import Planner
 from dsyolo.plan.report import PUBLISHED_GB
 from dsyolo.plan.simulation import cover, simulate
@@ -318,3 +318,25 @@ def test_the_simulation_is_printed_and_its_mistakes_told(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 4
     assert cli.main([*words[:-1], "2,none"]) == 2
     assert "--ranks: 'none' given, but each is a number from 1 to 4096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "wanted"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79, "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", 39, "A100-40"),
+        ("NVIDIA A10", 23, "A10"),
+        ("NVIDIA A10G", 22, "A10"),
+        ("NVIDIA L40S", 45, "L40S"),
+        ("NVIDIA L4", 23, "L4"),
+        ("NVIDIA GeForce RTX 4090", 24, "RTX4090"),
+        ("NVIDIA H100 80GB HBM3", 80, "H100"),
+        ("Tesla V100-SXM2-32GB", 32, "V100"),
+        ("Tesla T4", 15, "T4"),
+        ("NVIDIA T400", 4, None),
+        ("AMD Instinct MI300X", 192, None),
+    ],
+)
+def test_devices_are_known_by_the_names_that_drivers_give(name, memory_gib, wanted):
+    found = device_named(name, memory_gib * GIB)
+    assert (found.name if found else None) == wanted

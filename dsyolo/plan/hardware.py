@@ -113,6 +113,25 @@ def typical_device(memory_bytes: int) -> Device:
     return fitting[0] if fitting else DEVICES["H200"]
 
 
+def device_named(name: str, memory_bytes: float | None = None) -> Device | None:
+    """The device of a name as drivers tell it, such as "NVIDIA A100-SXM4-80GB"; None: it is not in the table.
+
+    Args:
+        memory_bytes: tells variants apart; None: the first of them.
+    """
+    words = name.upper().replace("RTX ", "RTX")
+    families = {key: key.split("-")[0] for key in DEVICES}
+    # No letter or digit before it, and no digit behind: an A100 is no A10, an L40S no L4.
+    known = [
+        DEVICES[key]
+        for key, family in families.items()
+        if re.search(rf"(?<![A-Z0-9]){family}(?![0-9])", words)
+    ]
+    if memory_bytes is None:
+        return known[0] if known else None
+    return min(known, key=lambda device: abs(device.memory_gib * GIB - memory_bytes), default=None)
+
+
 def read_bytes(text: str) -> int:
     """24GiB, 24GB, 512MiB: bytes.
 

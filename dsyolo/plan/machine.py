@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from dsyolo.parallel.dist import World, memory_of_device
-from dsyolo.plan.hardware import DEVICES, GIB, Device, Hardware, typical_device
+from dsyolo.plan.hardware import GIB, Device, Hardware, device_named, typical_device
 
 CPU_SHARE = 0.8  # of a machine's memory that training may take
 # Of one thread of an AMD EPYC, measured: 28 GFLOP/s in a network, twice as much in bf16 where it has instructions for it.
@@ -26,9 +26,7 @@ def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) 
         return Hardware(device, nodes, world.local_size, memory, None, network_bytes_s, accelerator)
     memory = memory_of_device(world.local_rank)
     name = torch.cuda.get_device_name(world.local_rank) if torch.cuda.is_available() else ""
-    words = name.replace("GeForce ", "").replace(" ", "")
-    known = [device for key, device in DEVICES.items() if key.split("-")[0] in words]
-    device = min(known, key=lambda d: abs(d.memory_gib * GIB - memory)) if known else typical_device(memory)
+    device = device_named(name, memory) or typical_device(memory)
     return Hardware(device, nodes, world.local_size, memory, host_bytes(), network_bytes_s, accelerator)
 
 

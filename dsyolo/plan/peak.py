@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsyolo.plan.hardware import DEVICES
+from dsyolo.plan.hardware import device_named
 
 SIDE, TRIES = 1024, 5  # of a product of square matrices: 2 SIDE^3 operations, some 20 ms of a core
 
@@ -21,13 +21,12 @@ class Peak(NamedTuple):
 
 def peak_of_gpu(name: str, precision: str) -> Peak | None:
     """By its data sheet, dense; None for a GPU that is not in the table."""
-    words = name.replace("GeForce ", "").replace(" ", "")
-    known = [device for key, device in DEVICES.items() if key.split("-")[0] in words]
-    if not known:
+    device = device_named(name)
+    if device is None:
         return None
     # Convolutions in fp32 may use TF32 or not: torch's default lets cuDNN, so the figure for fp32 is a low one.
-    tflops = known[0].tflops_fp32 if precision == "fp32" else known[0].tflops_half
-    return Peak(tflops * 1e12, f"data sheet of {known[0].name}: {tflops:g} TFLOP/s")
+    tflops = device.tflops_fp32 if precision == "fp32" else device.tflops_half
+    return Peak(tflops * 1e12, f"data sheet of {device.name}: {tflops:g} TFLOP/s")
 
 
 def peak_of_cpu(precision: str) -> Peak:
