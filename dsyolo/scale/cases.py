@@ -90,7 +90,9 @@ def read_strategy(
         micro_batch, accumulation: in the place of the JSON's.
         problems: gets a line where it cannot be used.
     """
-    source = read_json(str(path), problems)
+    faults: list[str] = []
+    source = read_json(str(path), faults)
+    problems += [f"{path}: {fault}" for fault in faults]
     if source is None:
         return None
     pipeline = source.get("pipeline")

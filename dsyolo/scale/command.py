@@ -164,7 +164,7 @@ def _hosts(args: argparse.Namespace, ranks: Sequence[int], problems: list[str]) 
     if not args.hostfile:
         return []
     hosts, findings = read_hostfile(args.hostfile)
-    problems += [f"--hostfile: {one.text}. {one.remedy}" for one in findings if one.status == FAIL]
+    problems += [f"--hostfile: {one.found}. {one.remedy}" for one in findings if one.verdict == FAIL]
     slots = sum(host.slots for host in hosts)
     if hosts and ranks and max(ranks) > slots:
         problems.append(

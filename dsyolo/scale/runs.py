@@ -21,7 +21,6 @@ from dsyolo.doctor.hosts import Host
 from dsyolo.environment import all_variables
 from dsyolo.scale.cases import Case
 
-TRAIN = Path(dsyolo.__file__).parent / "train.py"
 GRACE_S = 40  # that a run has to end after it was asked to
 MOST_REASON = 300  # characters
 
@@ -85,7 +84,13 @@ def run(plan: Plan, case: Case, turn: int, number: int, epochs: int, data: Path,
     """
     name = f"{case.name}_round{turn + 1}"
     folder = plan.folder / name
-    words = [str(TRAIN), "--deepspeed_config", str(config), "--data", str(data)]
+    words = [
+        str(Path(dsyolo.__file__).with_name("train.py")),
+        "--deepspeed_config",
+        str(config),
+        "--data",
+        str(data),
+    ]
     words += ["--epochs", str(epochs), "--val_every", str(epochs), "--save_every", str(epochs)]
     words += ["--project", str(plan.folder), "--name", name, "--time_account", "steps", *plan.options]
     command = [*_launcher(plan, case.ranks, number), *words]

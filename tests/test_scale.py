@@ -1,0 +1,385 @@
+"""`dsyolo scale`: which trainings are run, what their times come to, the fit, the report, and mistakes in the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster import Cluster, why_not
+from runs import ROOT, environment, make_place
+
+from dsyolo import cli
+from dsyolo.doctor.hosts import Host
+from dsyolo.errors import UserError
+from dsyolo.parallel.phases import PHASES
+from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
+from dsyolo.scale.fit import SIZES, efficiency, fit, solve, step_seconds
+from dsyolo.scale.page import page
+from dsyolo.scale.report import build, to_json, to_markdown
+from dsyolo.scale.results import put_together
+from dsyolo.scale.runs import epochs_and_images, include
+
+RANKS = np.array([1.0, 2.0, 4.0, 8.0])
+
+
+def read(tmp_path: Path, text: dict, **sizes: int | None) -> tuple[Strategy | None, list[str]]:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(text))
+    problems: list[str] = []
+    wanted_sizes = {"smallest": 1, "micro_batch": None, "accumulation": None, **sizes}
+    return read_strategy(path, problems=problems, **wanted_sizes), problems
+
+
+# ---- which trainings
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes", "expected"),
+    [
+        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}, {}, (16, 4, 64)),
+        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}, {"smallest": 2}, (16, 2, 64)),
+        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}, {}, (4, 2, 8)),
+        ({"train_batch_size": 64}, {"micro_batch": 8, "accumulation": 1}, (8, 1, 8)),
+        ({"train_batch_size": 16, "pipeline": {"stages": 2}}, {"smallest": 2}, (16, 1, 16)),
+    ],
+)
+def test_sizes_are_those_of_the_smallest_world(tmp_path, source, sizes, expected):
+    found, problems = read(tmp_path, source, **sizes)
+    assert not problems
+    assert (found.micro_batch, found.accumulation, found.global_batch) == expected
+
+
+def test_sizes_that_cannot_be_used_are_told(tmp_path):
+    assert "Give numbers" in read(tmp_path, {"train_batch_size": "auto"})[1][0]
+    assert "whole numbers" in read(tmp_path, {"train_batch_size": "many"})[1][0]
+
+
+def test_weak_scaling_keeps_a_ranks_images_and_strong_scaling_a_steps():
+    one = Strategy("s", {}, 1, 8, 2, 16)
+    assert [one.on(n, WEAK) for n in (1, 2, 4)] == [(8, 2)] * 3
+    assert [one.on(n, STRONG) for n in (1, 2, 4, 16)] == [(8, 2), (8, 1), (4, 1), (1, 1)]
+    assert one._replace(global_batch=24, micro_batch=7).on(2, STRONG) == (6, 2)
+    with pytest.raises(UserError, match="cannot be divided"):
+        one.on(3, STRONG)
+
+
+def test_every_row_has_a_training_that_is_accepted_or_says_why_not():
+    plain = Strategy("zero1", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
+    piped = Strategy("pipe", {"zero_optimization": {"stage": 1}, "pipeline": {"stages": 2}}, 2, 4, 1, 4)
+    rows = list(wanted([plain, piped], [WEAK, STRONG], [1, 2, 4], "yolov5n", "cpu"))
+    assert [(row.strategy, row.scaling, row.ranks) for row in rows] == [
+        (s, scaling, n) for scaling in (WEAK, STRONG) for s in ("zero1", "pipe") for n in (1, 2, 4)
+    ]
+    assert [row.ranks for row in rows if row.case is None] == [1, 1]
+    assert "2 stages" in rows[3].why_not
+    assert rows[0].case == rows[6].case  # run once
+    case = rows[2].case
+    assert deepspeed_json(plain, case)["train_batch_size"] == case.global_batch == 16
+
+
+def test_runs_are_long_enough_and_hardly_longer():
+    case = Case("s", 2, 1, 4, 2)
+    assert epochs_and_images(case, 10, 1000) == (1, 160)
+    epochs, images = epochs_and_images(case, 100, 300)
+    assert images == 300
+    assert 1600 <= epochs * images < 1600 + 300
+
+
+def test_ranks_fill_the_first_hosts():
+    hosts = [Host("a", 4), Host("b", 4), Host("c", 4)]
+    assert include(hosts, 2) == "a:0,1"
+    assert include(hosts, 6) == "a:0,1,2,3@b:0,1"
+
+
+# ---- the fit
+
+
+@pytest.mark.parametrize(
+    ("scaling", "true"),
+    [
+        (WEAK, {"a": 0.5, "b": 0.1, "d": 0.02}),
+        (WEAK, {"a": 0.5, "b": 0.0, "d": 0.0}),
+        (STRONG, {"s": 0.05, "p": 2.0, "d": 0.01}),
+        (STRONG, {"s": 0.0, "p": 2.0, "d": 0.0}),
+    ],
+)
+def test_the_fit_finds_what_made_the_times(scaling, true):
+    seconds = step_seconds(scaling, true, RANKS)
+    assert solve(scaling, list(true), RANKS, seconds) == pytest.approx(true, abs=1e-9)
+    found = fit(scaling, {int(n): [[s] * 5] * 2 for n, s in zip(RANKS, seconds, strict=True)})
+    assert [one.ranks for one in found.predictions] == list(SIZES)
+    expected = efficiency(scaling, true, np.array(SIZES, float), 1)
+    np.testing.assert_allclose([one.efficiency for one in found.predictions], expected, rtol=1e-6)
+    assert found.coefficients == pytest.approx(true, abs=1e-9)
+
+
+def test_amdahls_law_is_what_strong_scaling_without_communication_comes_to():
+    share = 0.1  # serial
+    values = {"s": share, "p": 1 - share, "d": 0.0}
+    expected = [1 / (n * (share + (1 - share) / n)) for n in (2, 4, 1024)]
+    np.testing.assert_allclose(efficiency(STRONG, values, np.array([2.0, 4.0, 1024.0]), 1), expected)
+
+
+def test_noise_widens_the_band_and_the_band_holds_the_truth():
+    true = {"a": 0.5, "b": 0.1, "d": 0.02}
+    rng = np.random.default_rng(1)
+    seconds = step_seconds(WEAK, true, RANKS)
+
+    def widths(noise: float) -> np.ndarray:
+        rounds = {
+            int(n): (s * (1 + noise * rng.standard_normal((3, 20)))).tolist()
+            for n, s in zip(RANKS, seconds, strict=True)
+        }
+        found = fit(WEAK, rounds).predictions
+        assert all(one.low <= one.efficiency <= one.high for one in found)
+        for one, expected in zip(found, efficiency(WEAK, true, np.array(SIZES, float), 1), strict=True):
+            assert one.low - 0.02 <= expected <= one.high + 0.02
+        return np.array([one.high - one.low for one in found])
+
+    assert (widths(0.05) > 2 * widths(0.005)).all()
+
+
+def test_two_sizes_leave_open_how_it_goes_on_and_one_says_nothing():
+    found = fit(WEAK, {1: [[1.0] * 5], 2: [[1.1] * 5]})
+    last = found.predictions[-1]
+    # all growth as a ring's bytes, or all of it as log2 n
+    assert last.high == pytest.approx(1 / (1 + 0.2 * 1023 / 1024))
+    assert last.low == pytest.approx(1 / (1 + 0.1 * 10))
+    assert "measure a third size" in found.says
+    assert fit(WEAK, {4: [[1.0]]}).predictions == []
+
+
+# ---- what runs come to
+
+
+def steps_json(seconds: float, ranks: int, waits: float = 0.0, steps: int = 6) -> dict:
+    """As a run leaves it: forward takes `seconds`, waiting for others `waits`; the first step takes ten times as long."""
+    about = {
+        "rank": 0,
+        "host": "h",
+        "started_at": 100.0,
+        "first_step_at": 104.0,
+        "images_per_step": 4 * ranks,
+        "num_images": 40,
+        "threads": 1,
+        "cores": 2,
+        "workers": 1,
+        "device": "CPU",
+        "peak_flops_per_s": 1e9,
+        "peak_source": "a test",
+        "flops_per_image": 1e7,
+        "outside": {"validation": [2.0], "checkpoint": [0.5]},
+        "comms_logger": {},
+        "memory": {"peak_gib": 1.0, "peak_activations_gib": 0.5},
+    }
+    rows, at, cpu = [], 1000.0, 0.0
+    for step in range(1, steps + 1):
+        factor = 10 if step == 1 else 1
+        split = dict.fromkeys(PHASES, 0.0) | {"forward": factor * seconds, "communication": waits}
+        at, cpu = at + sum(split.values()), cpu + seconds
+        seen = {"at": at, "cpu_s": cpu, "collectives": 3 * step, "collective_bytes": 1_000_000 * step}
+        seen |= {"machine_cpu_s": cpu * ranks, "sent": 2_000_000 * step, "received": 0, "inside": 0}
+        rows.append({"step": step, "seconds": split, "seen": seen | {"memory_bytes": 2**31}})
+    others = [
+        {
+            **row,
+            "seen": {
+                k: v
+                for k, v in row["seen"].items()
+                if k in ("at", "cpu_s", "collectives", "collective_bytes")
+            },
+        }
+        for row in rows
+    ]
+    return {
+        "ranks": [
+            {**about, "rank": rank, "steps": rows if rank == 0 else others, "machine_cores": 2}
+            for rank in range(ranks)
+        ]
+    }
+
+
+def test_times_are_medians_after_the_warm_up():
+    found = put_together([steps_json(0.2, 2, 0.05), steps_json(0.2, 2, 0.05)], [9.0, 11.0], warmup=1)
+    assert found.step_s == pytest.approx(0.25)
+    assert [len(one) for one in found.rounds] == [5, 5]
+    assert found.images_per_s == pytest.approx(8 / 0.25)
+    assert found.split["forward"] == pytest.approx(0.2)
+    assert sum(found.split.values()) == pytest.approx(found.step_s)
+    assert (found.startup_s, found.validation_s, found.checkpoint_s, found.wall_s) == (4, 2, 0.5, 10)
+    assert (found.collectives, found.collective_mb, found.use.sent_mb) == pytest.approx((3, 1, 2))
+    assert found.use.cpu_own == pytest.approx(2 * 0.2 / 0.25 / 2)
+    assert found.use.process_gib == 1
+    assert found.use.machine_gib == 2
+    assert found.utilisation == pytest.approx(1e7 * 8 / 0.25 / 2e9)
+    with pytest.raises(ValueError, match="no step"):
+        put_together([steps_json(0.2, 1, steps=3)], [1.0], warmup=3)
+
+
+@pytest.fixture(scope="module")
+def report():
+    plain = Strategy("zero<1>", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
+    rows = list(wanted([plain], [WEAK], [1, 2, 4], "yolov5n", "cpu"))
+    measured = {
+        row.case: put_together([steps_json(0.2, row.ranks, waits)], [9.0], 1)
+        for row, waits in zip(rows[:2], (0.0, 0.05), strict=True)
+    }
+    return build(rows, measured, {rows[2].case: "memory ran out"}, {"model": "yolov5n"}, ["a note"])
+
+
+def test_the_report_tells_speedup_efficiency_and_bottleneck(report):
+    (group,) = to_json(report)["groups"]
+    first, second, third = group["rows"]
+    assert (first["speedup"], first["efficiency"]) == (1, 1)
+    assert second["speedup"] == pytest.approx(2 * 0.2 / 0.25)
+    assert second["efficiency"] == pytest.approx(0.8)
+    assert second["against"] == {"strategy": "zero<1>", "ranks": 1}
+    assert "Communication" in second["bottleneck"]
+    assert "50 ms in communication" in second["bottleneck"]
+    assert third == {"ranks": 4, "why_not": "memory ran out"}
+    assert len(group["fit"]["predictions"]) == len(SIZES)
+
+
+def test_the_markdown_has_even_tables(report):
+    text = to_markdown(report)
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 4
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1
+    assert "did not run: memory ran out" in text
+
+
+class Checker(HTMLParser):
+    """Fails for elements that are not closed, and collects the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.words = ""
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.links += [
+            value for key, value in attributes if key in ("src", "href") and not value.startswith("#")
+        ]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_page_is_whole_and_needs_nothing_beside_it(report):
+    checker = Checker()
+    checker.feed(page(report))
+    checker.close()
+    assert checker.open == []
+    assert checker.seen.count("svg") == 3
+    assert checker.links == []
+    assert "script" not in checker.seen
+    assert "zero<1>: weak scaling" in checker.words  # escaped
+    assert page(report) == page(report)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ranks", "0,2"], "--ranks: '0,2' given"),
+        (["--ranks", "two"], "--ranks: 'two' given"),
+        (["--ranks", "1", "--imgsz", "100"], "multiples of 32"),
+        (["--ranks", "1", "--strategies", "nothing"], "nothing.json"),
+        (["--ranks", "1", "--steps", "0"], "--steps: 0 given"),
+        (["--ranks", "1", "--hostfile", "missing"], "--hostfile"),
+        (["--ranks", "64", "--cores", "2"], "there are"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    assert cli.main(["scale", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "scale").exists()
+
+
+def scale(place: Path, *words: str) -> list[str]:
+    options = ["--imgsz", "64", "--micro_batch", "2", "--accumulation", "1", "--steps", "3", "--warmup", "1"]
+    options += [
+        "--rounds",
+        "1",
+        "--workers",
+        "1",
+        "--data",
+        str(place / "sample/data.yaml"),
+        "--out",
+        "report",
+    ]
+    return [sys.executable, "-m", "dsyolo.cli", "scale", *options, *words]
+
+
+def test_trainings_are_run_and_reported(tmp_path):
+    place = make_place(tmp_path)
+    (place / "pipe.json").write_text(json.dumps({"train_batch_size": 2, "pipeline": {"stages": 2}}))
+    words = ["--ranks", "1,2", "--strategies", "ds.json,pipe.json", "--master_port", "29960"]
+    done = subprocess.run(
+        scale(place, *words), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, piped = json.loads((place / "report/scale.json").read_text())["groups"]
+    assert [row["ranks"] for row in plain["rows"]] == [1, 2]
+    for row in plain["rows"]:
+        assert sum(row["split_s"].values()) == pytest.approx(row["step_s"])
+        assert row["global_batch"] == 2 * row["ranks"]
+        assert len(row["rounds_s"][0]) >= 3
+        assert row["validation_s"] > 0
+        assert row["use"]["inside_mb"] >= 0
+    assert plain["rows"][1]["split_s"]["communication"] > 0
+    assert plain["rows"][1]["collective_mb_a_step"] > 5  # gradients of 1.8 million weights
+    assert "all_reduce" in plain["rows"][1]["comms_logger"]
+    assert "stages" in piped["rows"][0]["why_not"]
+    assert piped["rows"][1]["against"] == {"strategy": "ds", "ranks": 1}
+    assert {"scale.md", "scale.html", "scale.json"} <= {path.name for path in (place / "report").iterdir()}
+
+
+def test_a_size_that_fails_says_why_and_the_others_are_reported(tmp_path):
+    place = make_place(tmp_path)
+    command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--", "--val_every", "0")
+    done = subprocess.run(
+        command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "did not run" in done.stdout
+    assert "val_every" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_trainings_run_over_hosts(tmp_path):
+    place = make_place(tmp_path)
+    with Cluster(2, carried={"XDG_CACHE_HOME": str(place / "cache")}) as cluster:
+        words = ["--ranks", "1,2", "--strategies", "ds.json", "--hostfile", str(cluster.hostfile())]
+        said = cluster.popen(
+            scale(place, *words), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ).communicate(timeout=300)[0]
+    (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
+    assert all("why_not" not in row for row in group["rows"]), said
+    # 1.8 million fp32 gradients twice (N - 1) / N
+    assert group["rows"][1]["use"]["sent_mb"] == pytest.approx(7.2, rel=0.3)
