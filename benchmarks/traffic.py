@@ -36,6 +36,7 @@ from dsyolo.parallel.ema import Ema
 from dsyolo.parallel.spread import spread
 from dsyolo.parallel.stop import StopRequest
 from dsyolo.parallel.watchdog import Watchdog
+from dsyolo.plan.wire import wire_bytes
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
 SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)
@@ -46,6 +47,19 @@ def formula(stage: int, gradient_bytes: int, ranks: int, accumulation: int = 1) 
     """Bytes that a rank sends in a step, and receives."""
     times = {0: 2, 1: 2, 2: 1 + accumulation, 3: 3 * accumulation}[stage]
     return times * (ranks - 1) / ranks * gradient_bytes
+
+
+def planned(stage: int, args: argparse.Namespace) -> float:
+    """The same, as `dsyolo plan` has it."""
+    numels = [p.numel() for p in build_yolov5(args.model, NUM_CLASSES).parameters()]
+    ds = check({"zero_optimization": {"stage": stage}}, world_size=args.hosts, accelerator="cpu")
+    zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
+    live, whole = (
+        int(zero.get(key, 0)) for key in ("stage3_max_live_parameters", "stage3_param_persistence_threshold")
+    )
+    return wire_bytes(
+        stage, numels, args.hosts, args.accumulation, live_elements=live, persistent_below=whole
+    )
 
 
 def one_batch(network: torch.nn.Module) -> Batch:
@@ -148,13 +162,18 @@ def main() -> None:
         f"{args.model}, {args.hosts} hosts of one rank, {args.accumulation} micro-batches, "
         f"{size / 1e6:.2f} MB of gradients; MB per step and host\n"
     )
-    print("| | formula | sent, least and most | received, least and most | off |\n|---|---|---|---|---|")
+    print(
+        "| | formula | planned | sent, least and most | received, least and most | off the formula | off the plan |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for stage, hosts in found.items():
+        wanted = planned(stage, args)
         expected = formula(stage, size, args.hosts, args.accumulation)
         sent, received = ([number / args.steps for number in way] for way in zip(*hosts, strict=True))
-        off = max((number / expected - 1 for number in (*sent, *received)), key=abs)
+        off = [max((number / of - 1 for number in (*sent, *received)), key=abs) for of in (expected, wanted)]
         ways = " | ".join(f"{min(way) / 1e6:.2f} to {max(way) / 1e6:.2f}" for way in (sent, received))
-        print(f"| ZeRO {stage} | {expected / 1e6:.2f} | {ways} | {off:+.1%} |")
+        offs = " | ".join(f"{one:+.1%}" for one in off)
+        print(f"| ZeRO {stage} | {expected / 1e6:.2f} | {wanted / 1e6:.2f} | {ways} | {offs} |")
     return None
 
 

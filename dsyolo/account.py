@@ -260,6 +260,29 @@ def verdict(load: Load, ds: DsConfig, zero: dict[str, Any], alone: Load) -> str:
     return f"memory: {amount(account.together.total)} {unit} on {whose}, {amount(base)} without all this: {', '.join(says)}"
 
 
+def shortage(accounts: Sequence[Account], device_bytes: int | None, host_bytes: int) -> str:
+    """A warning where less memory is there than the ranks of a machine are expected to need; empty where there is enough.
+
+    Args:
+        accounts: of those ranks.
+        device_bytes: memory of a rank's device; None: ranks compute on the host.
+    """
+    needs = [("the machine", sum(account.host.total for account in accounts), host_bytes)]
+    if device_bytes is None:
+        needs = [("the machine", sum(account.together.total for account in accounts), host_bytes)]
+    else:
+        needs.append(("a rank's device", max(account.device.total for account in accounts), device_bytes))
+    short = [
+        f"{needed / 2**30:.2f} GiB of {where}, which has {there / 2**30:.2f}"
+        for where, needed, there in needs
+        if needed > there
+    ]
+    if not short:
+        return ""
+    remedy = "dsyolo plan tells what fits, and --deepspeed_config auto takes it"
+    return f"WARNING: this run is expected to need {' and '.join(short)}. It may run out of memory. {remedy}."
+
+
 def table(rows: Iterable[tuple[str, Terms]]) -> str:
     """A line for each (title, terms), in MiB."""
     rows = list(rows)

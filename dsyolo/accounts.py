@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from dsyolo.account import Load, predict, table, verdict
+from dsyolo.account import Account, Load, predict, shortage, table, verdict
 from dsyolo.build import Data, Parts, Run
 from dsyolo.model.costs import node_costs
 from dsyolo.model.yolov5 import build_yolov5
@@ -18,6 +18,7 @@ from dsyolo.parallel import dist
 from dsyolo.parallel.collectives import Collectives
 from dsyolo.parallel.memory import Measured, MemoryWatch, NoWatch
 from dsyolo.parallel.phases import Phases, clock_of_device
+from dsyolo.plan.machine import host_bytes
 from dsyolo.plan.peak import Peak, peak_of_cpu, peak_of_gpu
 from dsyolo.record import NullRecord, Record
 from dsyolo.track import Tracker
@@ -43,6 +44,8 @@ def build_memory(
         groups = tuple(sizes for load in stages for sizes in load.groups)
         alone = Load(groups, plain, plain, least, 0, run.world.size, run.config.ema)
         print(verdict(loads[largest], ds, zero, alone))
+        if warning := _shortage(run, predicted[: run.world.local_size], parts.engine.device.type == "cpu"):
+            print(warning)
 
     def tell(measured: list[Measured]) -> None:
         rows = []
@@ -71,6 +74,13 @@ def build_memory(
         return NoWatch()
     again = run.config.memory_account == "epochs"
     return MemoryWatch(parts.engine, parts.shards, parts.ema, tell, again=again)
+
+
+def _shortage(run: Run, accounts: list[Account], on_cpu: bool) -> str:
+    if "nvme" in (run.ds.offload_optimizer, run.ds.offload_param):
+        accounts = [Account(account.device) for account in accounts]  # the page cache keeps what fits
+    device_bytes = None if on_cpu else dist.memory_of_device(run.world.local_rank)
+    return shortage(accounts, device_bytes, host_bytes())
 
 
 def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTimeAccount:

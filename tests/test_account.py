@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import training
 from ranks import run_ranks
+from runs import arguments, environment, make_place
 
-from dsyolo.account import Load, Terms, predict, table, verdict
+from dsyolo.account import Account, Load, Terms, predict, shortage, table, verdict
 from dsyolo.ds_config import DsConfig, check
 from dsyolo.optim import parameter_groups
 from dsyolo.parallel.memory import MemoryWatch
@@ -157,6 +160,33 @@ def test_the_verdict_names_what_is_saved():
     stage = Load(load.groups[:1], 3 * 2**29, 3 * 2**29, 2**28, 0, 1, True)
     piped = verdict(stage, ds, {}, load)
     assert " GiB on the rank that needs most, 1.03 without all this: the pipeline adds 0.5" in piped
+
+
+def test_a_shortage_is_told_of_the_place_where_it_is():
+    gib = 2**30
+    account = Account(Terms(activations=3 * gib), Terms(optimizer=2 * gib))
+    assert shortage([account] * 2, 4 * gib, 5 * gib) == ""
+    assert "3.00 GiB of a rank's device, which has 2.00" in shortage([account] * 2, 2 * gib, 5 * gib)
+    assert "4.00 GiB of the machine, which has 3.00" in shortage([account] * 2, 4 * gib, 3 * gib)
+    assert "10.00 GiB of the machine, which has 9.00" in shortage([account] * 2, None, 9 * gib)
+    assert "auto" in shortage([account], None, 0)
+
+
+def test_a_run_that_will_not_fit_is_warned_of(tmp_path):
+    place = make_place(tmp_path)
+    small = "import dsyolo.accounts, sys; dsyolo.accounts.host_bytes = lambda: 10**6; import dsyolo.train"
+    command = [sys.executable, "-c", f"{small}; sys.exit(dsyolo.train.main())"]
+    done = subprocess.run(
+        [*command, *arguments(place, "large", epochs=1)],
+        env=environment(place),
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: this run is expected to need" in done.stdout
+    assert "dsyolo plan" in done.stdout
 
 
 def test_the_table_has_a_column_for_each_term_and_their_sum():

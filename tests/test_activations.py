@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import chain, combinations
+from itertools import combinations
 
 import pytest
 import torch
+from activations import kept
 from recompute import PRECISIONS, allocations, forward, images_of, step
 from torch import nn
 
@@ -16,12 +17,6 @@ from dsyolo.model.network import Network, Node
 from dsyolo.model.yolov5 import build_yolov5
 
 SOME = frozenset({"stem", "p3", "sppf", "out4"})
-
-
-def kept(counted: Activations, recomputed: frozenset[str]) -> int:
-    """Bytes alive after a forward pass: what each node keeps, and the maps."""
-    sets = [node.inputs if node.name in recomputed else node.saved for node in counted.nodes]
-    return counted.bytes_of(chain(*sets, counted.nodes[-1].outputs))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
