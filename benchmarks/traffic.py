@@ -54,12 +54,7 @@ def planned(stage: int, args: argparse.Namespace) -> float:
     numels = [p.numel() for p in build_yolov5(args.model, NUM_CLASSES).parameters()]
     ds = check({"zero_optimization": {"stage": stage}}, world_size=args.hosts, accelerator="cpu")
     zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
-    live, whole = (
-        int(zero.get(key, 0)) for key in ("stage3_max_live_parameters", "stage3_param_persistence_threshold")
-    )
-    return wire_bytes(
-        stage, numels, args.hosts, args.accumulation, live_elements=live, persistent_below=whole
-    )
+    return wire_bytes(zero, numels, args.hosts, args.accumulation)
 
 
 def one_batch(network: torch.nn.Module) -> Batch:

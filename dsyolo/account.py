@@ -98,9 +98,10 @@ def predict(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
 
 def _nothing_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     whole = 4 * load.num_elements
-    # All-reduced as one tensor, flattened from the gradients; the average is shared by the replicas.
+    # All-reduced as one tensor, flattened from the gradients; the average is shared by the replicas, each parameter whole.
     bucket = whole if load.replicas > 1 else 0
-    return Account(Terms(whole, whole, _num_states(ds) * whole, whole // load.replicas, bucket))
+    average = max(whole // load.replicas, 4 * max(map(max, load.groups)))
+    return Account(Terms(whole, whole, _num_states(ds) * whole, average, bucket))
 
 
 def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
@@ -143,7 +144,8 @@ def _all_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     for numel in numels:
         if numel <= zero["stage3_param_persistence_threshold"]:
             fits = whole + numel <= zero.get("stage3_model_persistence_threshold", math.inf)
-            whole += numel if fits else 0
+            # As it was gathered: with what fills up the last rank's part.
+            whole += math.ceil(numel / load.replicas) * load.replicas if fits else 0
     gathered = min(load.num_elements, max(int(zero["stage3_max_live_parameters"]), max(numels)))
     # What arrives is one flat tensor, from which each weight is copied: no look at what is held sees it.
     arriving = min(load.num_elements, int(zero.get("stage3_prefetch_bucket_size", 0)))

@@ -153,7 +153,11 @@ class Details:
             self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
 
     def _look(self, collectives: Collectives) -> dict[str, Any]:
-        counted = {"at": time.time(), "collectives": collectives.calls, "collective_bytes": collectives.bytes}
+        counted = {
+            "at": time.time(),
+            "collectives": collectives.calls,
+            "collective_bytes": collectives.sizes.total(),
+        }
         return counted | self._usage.look()
 
 

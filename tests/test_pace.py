@@ -134,6 +134,7 @@ def collectives() -> dict:
         if step == 1:
             log.start()
         deepspeed_comm.all_reduce(torch.ones(1000))
+        torch_dist.all_gather([torch.empty(10), torch.empty(10)], torch.ones(10))
         work = torch_dist.all_reduce(torch.ones(500), async_op=True)
         if torch_dist.get_rank() == 1:
             time.sleep(0.2)
@@ -146,7 +147,7 @@ def collectives() -> dict:
     return {
         "outside": outside,
         "calls": counted.calls,
-        "bytes": counted.bytes,
+        "sizes": dict(counted.sizes),
         "communication": sum(step.seconds[COMMUNICATION] for step in steps),
         "logged": logged,
         "is_put_back": torch_dist.all_reduce is before,
@@ -158,8 +159,8 @@ def test_collectives_are_counted_and_timed_with_the_waiting_in_them():
     first, second = run_ranks(2, collectives)
     for rank in (first, second):
         assert rank["outside"] == 0
-        assert rank["calls"] == 2 * 3
-        assert rank["bytes"] == 2 * (4000 + 2000)
+        assert rank["calls"] == 2 * 4
+        assert rank["sizes"] == {"all_reduce": 2 * (4000 + 2000), "all_gather": 2 * 80, "barrier": 0}
         assert rank["is_put_back"]
         assert rank["log_is_off"]
         assert rank["logged"]["all_reduce"] == {

@@ -74,14 +74,17 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
     """README, Between hosts: yolov5s on 2 and 4 hosts, ZeRO 0 to 3, in MB."""
     network = Work("yolov5s", 80, 64).network
     numels = [p.numel() for p in network.parameters()]
-    live, small = sum(numels) // 4, max(sum(numels) // 1000, 2048)
     measured = {2: (29.1, 29.1, 29.1, 40.8), 4: (43.6, 43.6, 43.6, 61.3)}
     for ranks, figures in measured.items():
         for stage, megabytes in enumerate(figures):
-            got = wire_bytes(stage, numels, ranks, 1, live_elements=live, persistent_below=small)
+            ds = check({"zero_optimization": {"stage": stage}}, world_size=ranks, accelerator="cpu")
+            zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
+            got = wire_bytes(zero, numels, ranks, 1)
             assert got / 1e6 == pytest.approx(megabytes, rel=0.015), (ranks, stage)
-    once, twice = (wire_bytes(2, [1000], 2, accumulation) for accumulation in (1, 2))
+    owners = {"stage": 2, "use_multi_rank_bucket_allreduce": False}
+    once, twice = (wire_bytes(owners, [1000], 2, accumulation) for accumulation in (1, 2))
     assert (once, twice) == (4000, 6000)
+    assert wire_bytes({"stage": 2}, [1000], 2, 1) == 6000
 
 
 def plan(capsys, *words: str) -> tuple[int, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,8 @@ class Collectives:
     """Counts the collectives of steps as communication, with the waiting for other ranks in it.
 
     Attributes:
-        bytes: of the tensors handed over, so far.
+        sizes: by function, bytes of the whole tensors that it has reduced, gathered or sent so far: of a gathered one
+            all ranks' parts together.
         calls: so far.
     """
 
@@ -42,11 +44,12 @@ class Collectives:
         from deepspeed.comm import comm as deepspeed_comm
 
         self._phases = phases
-        self.bytes = self.calls = 0
+        self.calls = 0
+        self.sizes: Counter[str] = Counter()
         self._plain = {name: getattr(torch_dist, name) for name in NAMES}
         self._backend = deepspeed_comm.cdb
         for name, plain in self._plain.items():
-            setattr(torch_dist, name, self._timed(plain))
+            setattr(torch_dist, name, self._timed(name, plain))
         for name, own in TAKEN.items():
             setattr(self._backend, name, getattr(torch_dist, own))
 
@@ -57,21 +60,26 @@ class Collectives:
         for name in TAKEN:
             vars(self._backend).pop(name, None)
 
-    def _timed(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         phases = self._phases
 
         @functools.wraps(plain)
         def timed(*args: Any, **settings: Any) -> Any:
             if not phases.inside:
                 return plain(*args, **settings)
-            tensor = args[0] if args else settings.get("tensor")
             self.calls += 1
-            self.bytes += tensor.nbytes if isinstance(tensor, torch.Tensor) else 0
+            self.sizes[name] += max(map(_bytes_of, (*args, *settings.values())), default=0)
             with phases.phase(COMMUNICATION):
                 work = plain(*args, **settings)
             return work if work is None or isinstance(work, int) else _Timed(work, phases)
 
         return timed
+
+
+def _bytes_of(argument: Any) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.nbytes
+    return sum(map(_bytes_of, argument)) if isinstance(argument, (list, tuple)) else 0
 
 
 class _Timed:

@@ -77,9 +77,6 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
     """Starts the process group that DeepSpeed uses, alone or as the launcher said.
 
     Inside, the ranks' meeting still watches them: so nobody is unwatched until what watches a run has begun. Ranks wait `meet_timeout_s` for each other; torchrun's agents see to that themselves.
-
-    DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
-    compiler, and a build that is killed leaves a lock that every later start waits for.
     """
     place = read_environment()
     world = _world(place)
@@ -90,7 +87,7 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory()
     get_accelerator().set_device(world.local_rank)
     if not pins_memory():
         # On a CPU determinism costs nothing: without it the gradient of indexing is summed in any order.
@@ -110,6 +107,15 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
     yield world
     if meeting:
         meeting.close()
+
+
+def leave_out_shared_memory() -> None:
+    """DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
+    compiler, and a build that is killed leaves a lock that every later start waits for.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave(world: World) -> None:

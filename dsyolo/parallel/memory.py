@@ -142,7 +142,7 @@ class MemoryWatch:
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
-        probe = _Probe(*self._parts)
+        probe = Probe(*self._parts)
         with probe.looking():
             yield
         self._tell(self._parts[0].all_gather(probe.result()))
@@ -159,8 +159,8 @@ class NoWatch:
         return nullcontext()
 
 
-class _Probe:
-    """Looks at what is held whenever a forward pass has ended or a gradient is there, in one step."""
+class Probe:
+    """Looks at what a rank holds whenever a forward pass has ended or a gradient is there, in one step."""
 
     def __init__(self, engine: Engine, shards: Shards, ema: Ema | NoEma) -> None:
         self._parts = engine, shards, ema
@@ -169,6 +169,7 @@ class _Probe:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
+        """Around the step."""
         engine, *_ = self._parts
         wrapper = engine.deepspeed.optimizer
         step = wrapper.step

@@ -223,14 +223,12 @@ class Planner:
                 numels = [p.numel() for p in self.work.network.parameters()]
             wires.append(
                 wire_bytes(
-                    settings.zero_stage,
+                    zero,
                     numels,
                     replicas,
                     accumulation,
                     gradient_bytes=gradient_bytes,
                     weight_bytes=weight_bytes,
-                    live_elements=int(zero.get("stage3_max_live_parameters", 0)),
-                    persistent_below=int(zero.get("stage3_param_persistence_threshold", 0)),
                 )
             )
         elements = max(sum(map(sum, stage.groups)) for stage in stages)

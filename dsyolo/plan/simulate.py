@@ -7,6 +7,7 @@ import json
 
 from dsyolo.config import MODELS
 from dsyolo.errors import UserError
+from dsyolo.plan.rehearsal import Rehearsed, case_of, rehearse
 from dsyolo.plan.simulation import Scale, simulate
 
 COCO_IMAGES = 118287  # of COCO's train2017
@@ -30,6 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images of a rank (default: 1)",
     )
+    text = (
+        "also take a step with the engine that trains, as one of so many ranks on torch's fake process group, and show "
+        "what it holds and sends (some seconds each; the network's memory is needed)"
+    )
+    add("--engine", action="store_true", help=text)
     add("--json", action="store_true", help="the same as JSON, in bytes")
 
 
@@ -52,8 +58,33 @@ def run_simulate(args: argparse.Namespace) -> int:
     if problems:
         raise UserError("The command line cannot be used", problems)
     found = simulate(args.model, args.num_classes, args.images, ranks, args.global_batch, args.micro_batch)
-    print(json.dumps([one.to_json() for one in found], indent=1) if args.json else _table(found))
+    rehearsed = (
+        rehearse([case_of(args.model, args.num_classes, one.zero_stage, one.ranks) for one in found])
+        if args.engine
+        else None
+    )
+    if args.json:
+        rows = [one.to_json() for one in found]
+        for row, one in zip(rows, rehearsed or (), strict=bool(rehearsed)):
+            row["engine"] = one._asdict()
+        print(json.dumps(rows, indent=1))
+    else:
+        print(_table(found))
+        if rehearsed:
+            print("\n" + _engine_table(found, rehearsed))
     return 0 if all(one.coverage[1:] == (1, 1) for one in found) else 1
+
+
+def _engine_table(found: list[Scale], rehearsed: list[Rehearsed]) -> str:
+    """What the engine held and sent, beside what was expected of it: one micro-batch a step."""
+    lines = ["ranks  ZeRO  of rank  states MiB  expected  buckets MiB  expected  MB sent  expected"]
+    for one, real in zip(found, rehearsed, strict=True):
+        lines.append(
+            f"{one.ranks:5d}  {one.zero_stage:4d}  {real.rank:7d}  {real.states / 2**20:10.1f}  "
+            f"{real.states_expected / 2**20:8.1f}  {real.buckets / 2**20:11.1f}  {real.buckets_expected / 2**20:8.1f}  "
+            f"{real.sent / 1e6:7.1f}  {real.sent_expected / 1e6:8.1f}"
+        )
+    return "\n".join(lines)
 
 
 def _table(found: list[Scale]) -> str:

@@ -108,14 +108,7 @@ def _scale(
     zero = ds.deepspeed_json(elements, cpu=False)["zero_optimization"]
     accounts = _accounts(network, ds, zero)
     states = [account.together.states for account in accounts]
-    sent = wire_bytes(
-        stage,
-        numels,
-        ranks,
-        ds.accumulation,
-        live_elements=int(zero.get("stage3_max_live_parameters", 0)),
-        persistent_below=int(zero.get("stage3_param_persistence_threshold", 0)),
-    )
+    sent = wire_bytes(zero, numels, ranks, ds.accumulation)
     ring = (ranks - 1) / ranks * 4 * elements
     times = {2: 1 + ds.accumulation, 3: 3 * ds.accumulation}.get(stage, 2)
     return Scale(

@@ -7,47 +7,52 @@ weights for the forward and again for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 CROSSES_BACK = 2  # an activation goes on, its gradient comes back
 
 
 def wire_bytes(
-    zero_stage: int,
+    zero: Mapping[str, Any],
     numels: Sequence[int],
     ranks: int,
     accumulation: int,
     *,
     gradient_bytes: int = 4,
     weight_bytes: int = 4,
-    live_elements: int = 0,
-    persistent_below: int = 0,
 ) -> float:
     """Of one rank, among `ranks` that hold the same parameters.
 
     Args:
+        zero: the block `zero_optimization` that DeepSpeed gets: `DsConfig.deepspeed_json`.
         numels: elements of each parameter, in the order of the forward pass.
         accumulation: micro-batches of a step. ZeRO 2 sends the gradients of each, ZeRO 3 the weights for each too.
-        live_elements: `stage3_max_live_parameters`: of the last layers so many stay whole from forward to backward.
-        persistent_below: `stage3_param_persistence_threshold`: smaller parameters are whole everywhere.
     """
+    stage = zero["stage"]
     elements = sum(numels)
     share = (ranks - 1) / ranks
-    if zero_stage < 2:
-        return share * elements * (gradient_bytes + (weight_bytes if zero_stage else gradient_bytes))
-    if zero_stage == 2:
-        return share * elements * (gradient_bytes * accumulation + weight_bytes)
-    gathered = [numel for numel in numels if numel > persistent_below]
-    kept = 0
-    for numel in reversed(gathered):
-        if kept + numel > live_elements:
-            break
-        kept += numel
-    whole_again = elements - sum(gathered)  # after the step, once
-    twice = 2 * sum(gathered) - kept
-    return share * (
-        accumulation * (weight_bytes * twice + gradient_bytes * elements) + weight_bytes * whole_again
-    )
+    if stage == 0:
+        return share * elements * 2 * gradient_bytes
+    if stage < 3:
+        # Summed for its owner alone, or on all ranks where shares are small: ds_config.py
+        gradients = gradient_bytes * (2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1)
+        return share * elements * (gradients * (accumulation if stage == 2 else 1) + weight_bytes)
+    filled = [math.ceil(numel / ranks) * ranks for numel in numels]  # ranks send parts of one size
+    is_gathered = [numel > int(zero.get("stage3_param_persistence_threshold", 0)) for numel in numels]
+    live = int(
+        zero.get("stage3_max_live_parameters", 0)
+    )  # of the last layers, whole from forward to backward
+    twice = kept = 0
+    for numel, size, gathered in zip(reversed(numels), reversed(filled), reversed(is_gathered), strict=True):
+        if gathered:
+            is_kept = kept + numel <= live
+            kept = kept + numel if is_kept else math.inf
+            twice += size if is_kept else 2 * size
+    whole_again = sum(size for size, gathered in zip(filled, is_gathered, strict=True) if not gathered)
+    each = weight_bytes * twice + gradient_bytes * sum(filled)
+    return share * (accumulation * each + weight_bytes * whole_again)  # small ones once, after the step
 
 
 def crossing_bytes(elements: int, images: int, each: int) -> int:
