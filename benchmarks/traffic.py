@@ -52,7 +52,11 @@ def formula(stage: int, gradient_bytes: int, ranks: int, accumulation: int = 1) 
 def planned(stage: int, args: argparse.Namespace) -> float:
     """The same, as `dsyolo plan` has it."""
     numels = [p.numel() for p in build_yolov5(args.model, NUM_CLASSES).parameters()]
-    ds = check({"zero_optimization": {"stage": stage}}, world_size=args.hosts, accelerator="cpu")
+    ds = check(
+        {"train_batch_size": args.hosts, "zero_optimization": {"stage": stage}},
+        world_size=args.hosts,
+        accelerator="cpu",
+    )
     zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
     return wire_bytes(zero, numels, args.hosts, args.accumulation)
 

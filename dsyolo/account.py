@@ -98,10 +98,9 @@ def predict(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
 
 def _nothing_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     whole = 4 * load.num_elements
-    # All-reduced as one tensor, flattened from the gradients; the average is shared by the replicas, each parameter whole.
+    # All-reduced as one tensor, flattened from the gradients; the average is shared by the replicas.
     bucket = whole if load.replicas > 1 else 0
-    average = max(whole // load.replicas, 4 * max(map(max, load.groups)))
-    return Account(Terms(whole, whole, _num_states(ds) * whole, average, bucket))
+    return Account(Terms(whole, whole, _num_states(ds) * whole, whole // load.replicas, bucket))
 
 
 def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from ranks import free_port
+from ranks import free_port, long_but
 from runs import environment, launch, make_place
 
 from dsyolo import cli
@@ -19,6 +19,7 @@ from dsyolo.model.activations import count_activations
 from dsyolo.plan.auto import Filled, fill
 from dsyolo.plan.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
 from dsyolo.plan.predict import Planner
+from dsyolo.plan.rehearsal import case_of, rehearse
 from dsyolo.plan.report import PUBLISHED_GB
 from dsyolo.plan.simulation import cover, simulate
 from dsyolo.plan.strategy import Settings, settings
@@ -77,7 +78,11 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
     measured = {2: (29.1, 29.1, 29.1, 40.8), 4: (43.6, 43.6, 43.6, 61.3)}
     for ranks, figures in measured.items():
         for stage, megabytes in enumerate(figures):
-            ds = check({"zero_optimization": {"stage": stage}}, world_size=ranks, accelerator="cpu")
+            ds = check(
+                {"train_batch_size": ranks, "zero_optimization": {"stage": stage}},
+                world_size=ranks,
+                accelerator="cpu",
+            )
             zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
             got = wire_bytes(zero, numels, ranks, 1)
             assert got / 1e6 == pytest.approx(megabytes, rel=0.015), (ranks, stage)
@@ -300,8 +305,21 @@ def test_on_thousands_of_ranks_every_image_comes_once_and_states_are_the_formula
             assert least == pytest.approx(one.formula, rel=0.01)
             assert most == pytest.approx(one.formula, rel=0.01)
         assert one.formula * 0.99 < least <= most < 1.17 * one.formula
-        assert 0.9 < one.sent / one.sent_formula < 1.01
+        is_small = (
+            one.zero_stage in (1, 2) and 86_749_405 // one.ranks < 2**18
+        )  # whole buckets are summed then
+        assert 0.9 < one.sent / one.sent_formula / (1.5 if is_small else 1) < 1.01
         assert one.saved[0] <= 12 * 86_749_405 / one.ranks <= one.saved[1]
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize("ranks", long_but([4096], [8, 100, 4096]))
+def test_the_engine_that_trains_holds_and_sends_what_is_expected_of_thousands_of_ranks(ranks, zero_stage):
+    (found,) = rehearse([case_of("yolov5n", 80, zero_stage, ranks)])
+    assert found.states == pytest.approx(found.states_expected, rel=0.01)
+    # beside weights and gradients also BatchNorm's statistics and counts of targets are sent
+    assert found.sent_expected < found.sent < 1.03 * found.sent_expected
+    assert found.buckets <= 1.01 * found.buckets_expected
 
 
 def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):

@@ -87,14 +87,12 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    leave_out_shared_memory()
+    settle_deepspeed()
     get_accelerator().set_device(world.local_rank)
     if not pins_memory():
         # On a CPU determinism costs nothing: without it the gradient of indexing is summed in any order.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    # DeepSpeed calls some at every step, and only it can change that.
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
     backend = get_accelerator().communication_backend_name()
     meeting = None
     if world.size > 1 and not place.under_torchrun:
@@ -109,13 +107,17 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
         meeting.close()
 
 
-def leave_out_shared_memory() -> None:
-    """DeepSpeed's shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no
-    compiler, and a build that is killed leaves a lock that every later start waits for.
+def settle_deepspeed() -> None:
+    """Leaves out what DeepSpeed would do at every start, or say at every step.
+
+    Its shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no compiler, and a
+    build that is killed leaves a lock that every later start waits for.
     """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls some at every step, and only it can change that.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
 
 
 def leave(world: World) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch.distributed as torch_dist
 
 from dsyolo.environment import read_environment, tell_torch
-from dsyolo.parallel.dist import World, leave_out_shared_memory
+from dsyolo.parallel.dist import World, settle_deepspeed
 
 
 def pretend(rank: int, ranks: int) -> World:
@@ -28,7 +28,7 @@ def pretend(rank: int, ranks: int) -> World:
         }
     )
     tell_torch(place)
-    leave_out_shared_memory()
+    settle_deepspeed()
     torch_dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     deepspeed.init_distributed("gloo", verbose=False)
     return World(rank, ranks, 0, 1)

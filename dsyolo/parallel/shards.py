@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dsyolo.parallel.dist import all_reduce_sum, share_of
+from dsyolo.parallel.dist import all_reduce_sum
 from dsyolo.parallel.engine import Engine
 
 GATHER_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time, while tensors are gathered
@@ -98,10 +98,18 @@ class Shards:
         """What this rank averages for the EMA: what it holds, or its share of that where all replicas hold the same."""
         if not self.replicated or self._engine.num_replicas == 1:
             return self
-        sizes = [(holding.pieces[0].name, holding.master.numel()) for holding in self.holdings]
-        owner = share_of(sizes, self._engine.num_replicas)
+        ranks, rank = self._engine.num_replicas, self._engine.replica
+        total = sum(holding.master.numel() for holding in self.holdings)
+        first, last = total * rank // ranks, total * (rank + 1) // ranks
         part = copy.copy(self)
-        part.holdings = [h for h in self.holdings if owner[h.pieces[0].name] == self._engine.replica]
+        part.holdings, begin = [], 0
+        for holding in self.holdings:
+            end = begin + holding.master.numel()
+            start, stop = max(first, begin) - begin, min(last, end) - begin
+            if start < stop:
+                piece = Piece(holding.pieces[0].name, start, 0, stop - start)
+                part.holdings.append(Holding(holding.master.view(-1)[start:stop], (piece,)))
+            begin = end
         return part
 
     def gather(
@@ -138,12 +146,8 @@ class Shards:
         """Writes this rank's pieces of `read(name)` into `tensors`, one per holding."""
         for holding, tensor in zip(self.holdings, tensors, strict=True):
             for piece in holding.pieces:
-                value = read(piece.name)
-                if self.replicated:
-                    tensor.copy_(value)
-                else:
-                    part = value.reshape(-1)[piece.start : piece.start + piece.numel]
-                    tensor[piece.offset : piece.offset + piece.numel].copy_(part)
+                part = read(piece.name).reshape(-1)[piece.start : piece.start + piece.numel]
+                tensor.view(-1)[piece.offset : piece.offset + piece.numel].copy_(part)
 
     @contextmanager
     def showing(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:

@@ -5,6 +5,7 @@ Each figure comes out of the code that trains: `Stream`, `DsConfig`, `predict`, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -134,13 +135,14 @@ def _accounts(network: YOLOv5, ds: DsConfig, zero: dict[str, Any]) -> list[Accou
 
 
 def _formula(stage: int, numels: Sequence[int], ranks: int, zero: dict[str, Any]) -> float:
-    """Bytes of states: SGD with momentum, fp32, the average shared; of ZeRO 3 with the vectors that stay whole."""
+    """Bytes of states: SGD with momentum, fp32, the average shared; of ZeRO 3 with the vectors that stay whole, each filled up to a multiple
+    of the ranks."""
     elements = sum(numels)
     whole = {0: 12, 1: 8, 2: 4, 3: 0}[stage] * elements
     shared = {0: 4, 1: 12, 2: 16, 3: 20}[stage] * elements / ranks
     if stage == 3:
         threshold = zero["stage3_param_persistence_threshold"]
-        whole = 4 * sum(numel for numel in numels if numel <= threshold)
+        whole = 4 * sum(math.ceil(numel / ranks) * ranks for numel in numels if numel <= threshold)
     return whole + shared
 
 
