@@ -307,6 +307,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
         (["--ranks", "1", "--steps", "0"], "--steps: 0 given"),
         (["--ranks", "1", "--hostfile", "missing"], "--hostfile"),
         (["--ranks", "64", "--cores", "2"], "there are"),
+        (["--ranks", "1", "--launcher_options=--a 'b"], "Close its quotes"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(words, said, tmp_path, monkeypatch, capsys):
@@ -376,6 +377,7 @@ def test_trainings_run_over_hosts(tmp_path):
     place = make_place(tmp_path)
     with Cluster(2, carried={"XDG_CACHE_HOME": str(place / "cache")}) as cluster:
         words = ["--ranks", "1,2", "--strategies", "ds.json", "--hostfile", str(cluster.hostfile())]
+        words += ["--launcher_options", f"--no_ssh_check --master_addr {cluster.addresses[0]}"]
         said = cluster.popen(
             scale(place, *words), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ).communicate(timeout=300)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -72,6 +73,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=5, metavar="N", help="steps before them that do not (default: 5)")
     add("--rounds", type=int, default=2, metavar="N", help="times that each size runs, in turn (default: 2)")
     add("--hostfile", type=Path, metavar="FILE", help="ranks go to its hosts, the first ones first")
+    add(
+        "--launcher_options", default="", metavar="WORDS", help='of deepspeed, as one word: "--ssh_port 2222"'
+    )
     add("--threads", type=int, metavar="N", help="per rank (default: 1 on a CPU)")
     add("--workers", type=int, metavar="N", help="loader processes per rank (default: as a run)")
     add(
@@ -145,6 +149,10 @@ def _check(args: argparse.Namespace) -> Sizes:
         for name in dict.fromkeys(names)
         if (found := read_strategy(_path(name), smallest, args.micro_batch, args.accumulation, problems))
     ]
+    try:
+        shlex.split(args.launcher_options)
+    except ValueError as error:
+        problems.append(f"--launcher_options: {args.launcher_options!r} given: {error}. Close its quotes.")
     if fault := cannot_hold_files(args.out):
         problems.append(f"--out: {fault}")
     if problems:
@@ -225,6 +233,7 @@ def _run_all(
         args.master_port,
         args.timeout,
         args.cores,
+        shlex.split(args.launcher_options),
     )
     sources = {strategy.name: strategy for strategy in asked.strategies}
     available = len(list_images(data.train or ()))

@@ -162,7 +162,7 @@ def _use(found: Sequence[Mapping[str, Any]], warmup: int) -> Use:
 
     return Use(
         sum(c["machine_cpu_s_rate"] for c in machines) / cores if cores else None,
-        sum(c["cpu_s_rate"] for c in counted) / cores if cores else None,
+        min(1.0, sum(c["cpu_s_rate"] for c in counted) / cores) if cores else None,
         most([m["peak_gib"] for m in memory if "peak_gib" in m], 1),
         most([m["peak_activations_gib"] for m in memory if "peak_activations_gib" in m], 1),
         most([look["memory_bytes"] for look in looks if "memory_bytes" in look], 2**30),

@@ -32,6 +32,7 @@ class Plan(NamedTuple):
         options: of train.py.
         warmup, steps: optimizer steps that are dropped, and that count.
         cores_per_rank: of this machine, which a run is held to, workers included; None: it may use all.
+        launcher_options: of deepspeed.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     port: int
     timeout_s: float
     cores_per_rank: int | None
+    launcher_options: Sequence[str]
 
 
 class Outcome(NamedTuple):
@@ -112,6 +114,7 @@ def _launcher(plan: Plan, ranks: int, number: int) -> list[str]:
         str(Path(sys.executable).with_name("deepspeed")),
         "--master_port",
         str(plan.port + number % 50),
+        *plan.launcher_options,
     ]
     if not plan.hostfile:
         return [*launcher, "--num_gpus", str(ranks)]
