@@ -115,7 +115,7 @@ def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTi
             else psutil.cpu_count(),
             "machine_cores": psutil.cpu_count(),
             "workers": dist.num_workers(world, config.workers),
-            "device": "CPU" if on_cpu else torch.cuda.get_device_name(parts.engine.device),
+            "device": _device_name(run.world.local_rank) or parts.engine.device.type.upper(),
             "peak_flops_per_s": peak.flops_per_s,
             "peak_source": peak.source,
             "flops_per_image": PASSES * flops,
@@ -129,17 +129,22 @@ def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTi
 def _peak(run: Run, on_cpu: bool) -> Peak:
     precision = run.ds.precision
     found = peak_of_cpu(precision) if on_cpu else None
-    if found is None and torch.cuda.is_available():
-        found = peak_of_gpu(torch.cuda.get_device_name(run.world.local_rank), precision)
+    if found is None and (name := _device_name(run.world.local_rank)):
+        found = peak_of_gpu(name, precision)
     found = found or Peak(0.0, "not known")
     if run.world.is_first:
         print(f"peak of a rank: {found.source}")
     return found
 
 
+def _device_name(local_rank: int) -> str:
+    """Of a GPU, as its driver has it; empty for other devices."""
+    return torch.cuda.get_device_name(local_rank) if torch.cuda.is_available() else ""
+
+
 def _gpu(parts: Parts) -> Any:
     library = load_nvml()
     if library is None or not torch.cuda.is_available():
         return lambda: None
-    uuid = torch.cuda.get_device_properties(parts.engine.device).uuid
+    uuid = getattr(torch.cuda.get_device_properties(parts.engine.device), "uuid", "")
     return Gpu(library, f"GPU-{uuid}").use

@@ -23,6 +23,7 @@ from dsyolo.parallel.phases import (
     FORWARD,
     OTHER,
     PHASES,
+    DeviceClock,
     HostClock,
     NoPhases,
     Phases,
@@ -110,6 +111,53 @@ def test_a_host_clock_tells_seconds():
             time.sleep(0.05)
     (step,) = phases.take()
     assert 0.05 <= step.seconds[FORWARD] <= step.whole_s
+
+
+class Accelerator:
+    """As DeepSpeed's, with a device that is a second behind for each event."""
+
+    def __init__(self) -> None:
+        self.stream, self.recorded, self.done = "computing", 0, 0
+
+    def current_stream(self):
+        return self.stream
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        accelerator = self
+
+        class Event:
+            def record(self):
+                accelerator.recorded += 1
+                self.number = accelerator.recorded
+
+            def elapsed_time(self, other):
+                assert other.query()
+                return 1000.0 * (other.number - self.number)
+
+            def query(self):
+                return self.number <= accelerator.done
+
+            def synchronize(self):
+                accelerator.done = self.number
+
+        return Event()
+
+
+def test_on_an_accelerator_nothing_waits_and_other_streams_are_left_out():
+    accelerator = Accelerator()
+    phases = Phases(DeviceClock(accelerator))
+    for _ in phases.steps(iter("a"), 0):
+        with phases.phase(BACKWARD):
+            accelerator.stream = "beside"  # where ZeRO sends while backward goes on
+            with phases.phase(COMMUNICATION):
+                pass
+            accelerator.stream = "computing"
+        assert accelerator.done == 0
+    (step,) = phases.take()
+    assert accelerator.done > 0
+    assert step.seconds[COMMUNICATION] == 0
+    assert step.seconds[BACKWARD] == 1
 
 
 # ---- collectives, on real ranks
