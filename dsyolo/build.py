@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -271,9 +272,12 @@ def build_record(
     try:
         return _build_record(run, data, progress, parts)
     except OSError as error:
-        raise UserError(
-            f"{run.folder} cannot be used", [f"{error.strerror}. Make room, or name another folder."]
-        ) from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Make room" if is_full else "Move away what is there"
+        fault = (
+            f"{error.filename or run.folder}: {error.strerror}. {remedy}, or name another folder by --name."
+        )
+        raise UserError(f"{run.folder} cannot be used", [fault]) from None
 
 
 def _build_record(run: Run, data: Data, progress: Progress, parts: Parts) -> tuple[Tracker, Record]:

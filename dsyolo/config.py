@@ -357,9 +357,9 @@ def _missing_files(values: Mapping[str, Any], goes_on: bool) -> list[str]:
         if not needed or Path(value).is_file():
             continue
         what, hint = _missing_file(Path(value), key)
-        problems.append(
-            f"--{key}: {value} {what}. {hint or f'Give the path of a file: {fields[key].description}.'}"
-        )
+        seen = "" if Path(value).is_absolute() or Path(value).exists() else f", seen from {Path.cwd()}"
+        hint = hint or f"Give the path of a file{seen}: {fields[key].description}."
+        problems.append(f"--{key}: {value} {what}. {hint}")
     return problems
 
 
@@ -369,6 +369,8 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
     if path.is_dir():
         inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
         return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
+    if path.exists():
+        return "is a device or pipe, but it must be a file", ""
     beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
     return "does not exist", did_you_mean(path.name, beside)
 

@@ -60,8 +60,12 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     )
 
 
-def tell_torch(place: Environment) -> None:
-    """Sets what torch and DeepSpeed read themselves, for the processes of this one too, where no launcher has."""
+def tell_torch(place: Environment, *, instead: bool = False) -> None:
+    """Sets what torch and DeepSpeed read themselves, for the processes of this one too, where no launcher has.
+
+    Args:
+        instead: also where one has.
+    """
     told = {
         "RANK": place.rank,
         "WORLD_SIZE": place.size,
@@ -70,7 +74,8 @@ def tell_torch(place: Environment) -> None:
         "MASTER_PORT": place.master_port,
     }
     for name, value in told.items():
-        os.environ.setdefault(name, str(value))
+        if instead or name not in os.environ:
+            os.environ[name] = str(value)
 
 
 def all_variables() -> dict[str, str]:

@@ -104,7 +104,7 @@ def stopped(training: Training) -> End:
     progress = training.progress
     progress.tracking = training.tracker.state()
     problem = training.parts.checkpoints.save(progress)
-    said = problem or f"Stopped by SIGTERM after step {progress.step}, and saved."
+    said = problem or f"Stopped as asked after step {progress.step}, and saved."
     return End(NOT_SAVED if problem else stop.STATUS, f"{said} --resume auto goes on.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -71,12 +72,25 @@ class Record:
         self._info, self._load_rgb = info, load_rgb
         self._draw, self._picture = draw, picture
         self._table = ""
-        (folder / "weights").mkdir(parents=True, exist_ok=True)
-        _write(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        _write(folder / "deepspeed.json", json.dumps(deepspeed_json, indent=2) + "\n")
+        self._settings = {
+            "config.yaml": yaml.safe_dump(dict(config), sort_keys=False),
+            "deepspeed.json": json.dumps(deepspeed_json, indent=2) + "\n",
+        }
+        self._begin()
+
+    def _begin(self) -> None:
+        (self.folder / "weights").mkdir(parents=True, exist_ok=True)
+        for name, text in self._settings.items():
+            _write(self.folder / name, text)
 
     def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
         """Writes weights/last.safetensors, and best.safetensors when it is; tells why where it cannot."""
+        if not (self.folder / "config.yaml").exists():
+            warnings.warn(
+                f"{self.folder} was removed while the run was in it: it begins anew there.", stacklevel=2
+            )
+            with contextlib.suppress(OSError):  # told below
+                self._begin()
         for name in ("last", "best") if is_best else ("last",):
             path = self.folder / "weights" / f"{name}.safetensors"
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -41,6 +42,9 @@ class MetricsFile:
         """A disk that is full costs a warning: the row is written with one of the next, when there is room again."""
         self._waiting += _line(row).encode()
         try:
+            if not os.fstat(self._file.fileno()).st_nlink:  # it was removed
+                self._file.close()
+                self._file = self.path.open("ab", buffering=0)
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:

@@ -35,8 +35,9 @@ from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist, stop
 from dsyolo.parallel.checkpoint import Checkpoints
 from dsyolo.parallel.choosing import newest_whole
+from dsyolo.parallel.claim import Claim
 from dsyolo.parallel.dist import World
-from dsyolo.parallel.manifest import all_checkpoints, read_manifest, saved_progress
+from dsyolo.parallel.manifest import read_manifest, saved_progress
 from dsyolo.parallel.progress import Progress
 from dsyolo.parallel.reading import ReadingCrew
 from dsyolo.parallel.restart import is_out_of_memory
@@ -45,7 +46,7 @@ from dsyolo.parallel.stop import Stopped, StopRequest
 from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.plan.auto import Filled, fill
 from dsyolo.plan.machine import hardware_here
-from dsyolo.problems import cannot_hold_files
+from dsyolo.run_folder import check_folder, claim_folder
 from dsyolo.streams import outlive_readers
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
@@ -144,32 +145,6 @@ def all_of(*readers: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def check_folder(run: RunConfig, goes_on: bool) -> None:
-    """A run needs a folder to write to: a new one of its own; one that goes on its checkpoint and settings.
-
-    Raises:
-        UserError: it is not so.
-    """
-    folder = run.folder
-    if problem := cannot_hold_files(folder):
-        raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
-    if not goes_on:
-        # What a run left that was stopped before its first checkpoint, `auto` may write over.
-        if run.resume == "never" and (folder / "config.yaml").exists():
-            rule = "it holds a run already. Go on with it by --resume, or name another by --name."
-            raise UserError(f"{folder} cannot be used", [rule])
-        return
-    if not all_checkpoints(folder / "checkpoints"):
-        rule = "it has no checkpoint yet. Remove it, and start without --resume."
-        raise UserError(f"{folder} cannot be resumed", [rule])
-    changed = run_config.differences(RunConfig.load(folder / "config.yaml"), run)
-    if changed:
-        rule = "Leave it out, or start another run by --name."
-        raise UserError(
-            f"{folder} cannot be resumed with other settings", [f"{line}. {rule}" for line in changed]
-        )
-
-
 def join(run: Run) -> tuple[StopRequest, Watchdog]:
     """Waits for all ranks. From then on all hear what one of them is asked, and that one is lost."""
     with dist.joined(run.config.meet_timeout_s):
@@ -178,8 +153,12 @@ def join(run: Run) -> tuple[StopRequest, Watchdog]:
 
 def train(run: Run, request: StopRequest, watch: Watchdog) -> int:
     """Trains; returns the exit status."""
+    claim = Claim(run.folder)
     try:
-        return learn(run, watch, request)
+        return learn(run, watch, request, claim)
+    except UserError:
+        claim.leave()
+        raise
     except Stopped:  # before the first step
         request.close()
         watch.close()
@@ -212,9 +191,11 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     )
 
 
-def learn(run: Run, watch: Watchdog, request: StopRequest) -> int:
+def learn(run: Run, watch: Watchdog, request: StopRequest, claim: Claim) -> int:
     """Builds everything, trains, and ends with all that was told written down; returns the exit status."""
     world = run.world
+    watch.at("waiting for the run's folder")
+    dist.decided_by_first(world, lambda: claim_folder(run, claim, request))
     check_shared(run.folder, world)
     dist.check_same(
         run.ds.source if run.planned else None,

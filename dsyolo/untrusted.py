@@ -7,6 +7,7 @@ Pickles are told by what they begin with, whatever their name.
 from __future__ import annotations
 
 import os
+import pickletools
 import stat
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,16 @@ def pickled(path: Path) -> str | None:
         return "a pickle"
     if start.startswith(_HDF5):
         return "an HDF5 file"
-    return None
+    return "a pickle" if _is_old_pickle(path) else None
+
+
+def _is_old_pickle(path: Path) -> bool:
+    """Of the protocols 0 and 1, which have no sign of their own: whether its operations can be told to their end."""
+    try:
+        data = read_bytes(path, MOST_TEXT_BYTES)
+        return sum(1 for _ in pickletools.genops(data)) > 1  # which tells and does not do them
+    except (OSError, ValueError, OverflowError, UnicodeDecodeError, IndexError):
+        return False
 
 
 def shortened(text: str) -> str:

@@ -6,6 +6,7 @@
 #   launch/hostfile.sh --data /data/coco/data.yaml --model yolov5l --epochs 300 --name large
 # This checkout, the virtual environment, the data and the run's folder must lie at the same paths on all machines
 # (a shared disk), and ssh to each of them, the first too, must work without a password.
+# Other paths in the arguments count from this checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Of this shell's environment only PYTHON*, NCCL*, MV2*, UCX* and MLFLOW* reach the other machines; the rest stands in the

@@ -7,11 +7,14 @@
 # A variable that ranks need (launch/deepspeed_env.example) is set on each machine before.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Paths in the arguments count from this checkout.
+ranks=${RANKS:-2}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || { echo "RANKS: $ranks given, but it must be a number from 1 on" >&2; exit 2; }
 if [[ -n ${MEET:-} ]]; then
     place=(--nnodes "${NODES:?how many machines}" --rdzv_backend c10d --rdzv_endpoint "$MEET" --rdzv_id "${ID:-dsyolo}"
         ${ADDRESS:+--local_addr "$ADDRESS"})
 else
     place=(--standalone)
 fi
-exec torchrun "${place[@]}" --nproc_per_node "${RANKS:-2}" dsyolo/train.py \
+exec torchrun "${place[@]}" --nproc_per_node "$ranks" dsyolo/train.py \
     --deepspeed_config "${CONFIG:-ds_configs/zero2.json}" --resume auto "$@"

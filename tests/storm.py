@@ -275,10 +275,10 @@ class Fault(NamedTuple):
 ANY = ("loading", "step", "validation", "saving")
 RUNNING = {
     "SIGKILL of a rank": Fault(send(signal.SIGKILL), ANY, (), "is lost"),
-    "SIGTERM to a rank": Fault(send(signal.SIGTERM), ANY, (stop.STATUS,), "Stopped by SIGTERM"),
+    "SIGTERM to a rank": Fault(send(signal.SIGTERM), ANY, (stop.STATUS,), "Stopped as asked"),
     # The stopped one is killed in the end: the launcher tells the status of the rank that it sees first.
     "SIGSTOP of a rank": Fault(send(signal.SIGSTOP), ANY, (watchdog.STATUS, 256 - signal.SIGKILL), "is lost"),
-    "SIGTERM to deepspeed": Fault(end_the_launcher, ANY[1:], (-signal.SIGTERM,), "Stopped by SIGTERM"),
+    "SIGTERM to deepspeed": Fault(end_the_launcher, ANY[1:], (-signal.SIGTERM,), "Stopped as asked"),
     "ip link set down": Fault(pull_the_cable, ANY[1:], (), "is lost", "hosts"),
     "full disk": Fault(fill_the_disk, ("step",), (stop.STATUS, NOT_SAVED), "could not be written", "machine"),
 }

@@ -131,7 +131,7 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
     assert told.status == 1
     assert not told.json["can_start"]
     told.has("deepspeed_config", FAIL, "", "train_batch_size: 9 given, but", "Set it|Give")
-    told.has("deepspeed_config", FAIL, "", "ratio: 0.5 given", "Leave it out")
+    told.has("deepspeed_config", FAIL, "", "ds.json: .*ratio: 0.5 given", "Leave it out")
     told.has(
         "ops",
         FAIL,
@@ -139,7 +139,7 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
         "offload_optimizer.ratio needs cpu_adam, but there is no C\\+\\+ compiler",
         "Or install g",
     )
-    told.has("data", FAIL, "", "images/nothing does not exist", "")
+    told.has("data", FAIL, "", "data.yaml: .*images/nothing does not exist", "")
     told.has("disk", FAIL, "", "file/runs: cannot be written to", "--project")
     told.has(
         "interface", FAIL, "", "GLOO_SOCKET_IFNAME=enp9: enp9 is not among .*lo", "Set GLOO_SOCKET_IFNAME="

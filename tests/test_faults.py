@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -96,7 +97,7 @@ def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undi
     run.wait_for_step(1)
     os.kill(run.ranks()[rank], signal.SIGTERM)
     assert run.end(60) == stop.STATUS, run.log.read_text()
-    assert run.log.read_text().count("Stopped by SIGTERM after step") == 1
+    assert run.log.read_text().count("Stopped as asked after step") == 1
     (saved,) = (run.folder / "checkpoints").iterdir()
     step = json.loads((saved / "progress.json").read_text())["progress"]["step"]
     assert 1 < step < 9
@@ -127,6 +128,7 @@ def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed,
     assert status != 0, said
     assert took_s < 60, said
     assert said.count(f"rank {rank} (process {pids[rank]} on ") == 1, said
+    assert re.search("Its last place: .+\\.\n *File ", said), said
     assert not any(psutil.pid_exists(pid) for pid in pids), said
     again = Started(place, name, 29745 + rank, "--resume", "auto")
     assert again.end(120) == 0, again.log.read_text()
@@ -146,6 +148,12 @@ def test_auto_begins_where_nothing_is_saved_and_sets_a_damaged_checkpoint_aside(
     assert "checksum" in done.stdout
     assert (folder / f"damaged_{newest.name}").is_dir()
     assert newest.is_dir()
+    for path in folder.glob("step_*/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    done = alone(place, "auto", "--resume", "auto", epochs=2)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "No other checkpoint of this run is whole" in done.stderr
+    assert "before it" not in done.stderr
     assert all(
         torch.equal(weights[name], tensor) for name, tensor in last_weights(place / "runs/auto").items()
     )

@@ -55,6 +55,15 @@ def test_scripts_parse_and_are_safe_to_run_again(script):
     assert script.stat().st_mode & stat.S_IXUSR
 
 
+@pytest.mark.parametrize("script", ["one_machine.sh", "torchrun.sh"])
+@pytest.mark.parametrize("ranks", ["0", "-1", "abc", "2 3"])
+def test_a_number_of_ranks_that_is_none_is_refused(script, ranks):
+    env = {**os.environ, "RANKS": ranks, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([str(LAUNCH / script)], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"RANKS: {ranks} given" in done.stderr
+
+
 def documents() -> list[dict]:
     return list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))
 
@@ -176,7 +185,7 @@ def test_ranks_pass_sigterm_on_and_end_with_its_status(place):
     process.terminate()
     said = process.communicate(timeout=100)[0]
     assert process.returncode == stop.STATUS, said
-    assert "Stopped by SIGTERM after step" in said
+    assert "Stopped as asked after step" in said
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ LAYERS = (
     ("validate", "pace", "record"),
     ("track",),
     ("build", "doctor", "plan"),
-    ("accounts", "scale"),
+    ("accounts", "scale", "run_folder"),
     ("loop",),
     ("train", "cli"),
 )

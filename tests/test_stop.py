@@ -91,6 +91,26 @@ def test_sigterm_to_deepspeed_saves_though_it_passes_nothing_on_and_nobody_reads
     assert [row[0] for row in losses(place, "orphans")] == list(range(1, step + 1))
 
 
+def test_a_terminal_that_ends_stops_a_run_with_all_saved_unless_nohup_is_before_it(place):
+    for name, before in (("hangs_up", []), ("nohup", ["nohup"])):
+        command = [*before, sys.executable, str(TRAIN), *arguments(place, name, epochs=40)]
+        pipes = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
+        process = subprocess.Popen(command, env=environment(place), cwd=place, **pipes)
+        wait_for(place / "runs" / name / "metrics.jsonl", '"step": 2,')
+        process.send_signal(signal.SIGHUP)
+        if before:
+            wait_for(place / "runs" / name / "metrics.jsonl", '"step": 12,')
+            process.terminate()
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == stop.STATUS, said
+        assert f"Stopped as asked after step {newest(place, name)['step']}, and saved." in said
+
+
 def group_lives(group: int) -> bool:
     try:
         os.killpg(group, 0)
@@ -119,7 +139,7 @@ def test_a_rank_that_waits_for_others_ends_at_once(place):
     process.terminate()
     said = process.communicate(timeout=10)[1]
     assert process.returncode == stop.STATUS, said
-    assert "Stopped by SIGTERM before the first step. --resume auto goes on." in said
+    assert "Stopped as asked before the first step. --resume auto goes on." in said
     assert not (place / "runs/waits").exists()
 
 
@@ -168,7 +188,7 @@ def test_a_validation_that_is_stopped_leaves_the_trained_weights_and_comes_again
         timeout=120,
     )
     assert first.returncode == stop.STATUS, first.stdout + first.stderr
-    assert "Stopped by SIGTERM after step 3, and saved." in first.stderr
+    assert "Stopped as asked after step 3, and saved." in first.stderr
     assert rows(place, "validation", "epoch") == []
     assert (newest(place, "validation")["step"], newest(place, "validation")["epoch"]) == (3, 0)
     again = subprocess.run(

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from ranks import long_but
-from runs import CONFIG, alone, environment, launch, losses, make_place, rows
+from runs import CONFIG, TRAIN, alone, arguments, environment, launch, losses, make_place, rows
 from safetensors.torch import load_file, save_file
 
 from dsyolo import train
@@ -195,6 +196,7 @@ MISTAKES = {
         lambda p: {"data": _data_without_a_class(p)},
         "names: add these classes to circle, square",
     ),
+    "weights is a device": (lambda p: {"weights": "/dev/zero"}, "/dev/zero is a device or pipe"),
     "project is a file": (lambda p: {"project": p / "ds.json"}, "ds.json is a file, and a folder is needed"),
     "unreadable weights": (lambda p: {"weights": _damaged_weights(p)}, "not a whole safetensors file"),
     "unknown option": (lambda p: {"mosiac": 1}, "Did you mean --mosaic"),
@@ -233,6 +235,36 @@ def test_through_the_launcher_a_mistake_is_told_once_with_status_2(place):
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("Did you mean gradient_clipping") == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "weights", "metrics.jsonl"])
+def test_what_is_in_the_way_of_a_run_is_named(place, name):
+    there = place / "runs/blocked" / name
+    there.parent.mkdir(parents=True)
+    there.mkdir() if name == "metrics.jsonl" else there.touch()
+    done = alone(place, "blocked")
+    shutil.rmtree(there.parent)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"blocked/{name}" in done.stderr
+    assert "Make room" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_does_not_matter_to_one_rank(place):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        told |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        done = subprocess.run(
+            [sys.executable, str(TRAIN), *arguments(place, "port", epochs=1)],
+            env={**environment(place), **told},
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_finished_run_is_not_overwritten(place, two_ranks):

@@ -203,6 +203,10 @@ def _split(
         if here is None:
             near = _near(root / entry)
             missing.append(f"{split}: {entry} does not exist: tried {_listed(candidates)}." + near)
+        elif not here.is_dir() and not here.is_file():
+            missing.append(
+                f"{split}: {entry} is a device or pipe, but only folders and .txt lists of images can be given."
+            )
         elif here.is_file() and here.suffix != ".txt":
             missing.append(
                 f"{split}: {entry} is a file, but only folders and .txt lists of images can be given."

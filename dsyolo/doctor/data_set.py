@@ -34,8 +34,10 @@ def data_set(case: Case) -> Iterator[Finding]:
     usable = {host: one for host, one in found.items() if not one.problems}
     for host, one in found.items():
         for problem in one.problems:
-            remedy = f"Have it as on {next(iter(usable))}." if usable else "Correct it."
-            yield Finding("data", host, FAIL, *parted(problem, remedy))
+            fault, remedy = parted(problem, "Correct it.")
+            fault = fault if str(case.options.data) in fault else f"{case.options.data}: {fault}"
+            remedy = f"Have it as on {next(iter(usable))}." if usable else remedy
+            yield Finding("data", host, FAIL, fault, remedy)
     if not usable:
         return
     digest, there = common({host: one.digest for host, one in usable.items()})

@@ -16,6 +16,7 @@ LITTLE_DISK, LITTLE_SHM = (
 )  # bytes: the largest model with Adam; a container's default is 64 MiB
 CACHE = 64 << 20  # bytes: of a scan, some hundred for an image
 SKEW_S = 1.0
+MOST_SHARING = 8  # ranks of a core: each takes some 400 MiB before it has a model
 VAL_BATCH, PREFETCHED = 16, 2  # of the validation's loader
 
 
@@ -38,6 +39,9 @@ def slots(case: Case) -> Iterator[Finding]:
             text = f"ranks on {one.accelerator}, but on {most} on {there}"
             yield Finding("slots", host.name, FAIL, text, remedy)
         elif host.slots > enough and one.accelerator == "cuda":
+            yield Finding("slots", host.name, FAIL, text, f"Set slots to {enough}.")
+        elif host.slots > MOST_SHARING * enough:
+            text += ", more than can work there"
             yield Finding("slots", host.name, FAIL, text, f"Set slots to {enough}.")
         elif host.slots > enough:
             remedy = f"They will share cores: set slots to {enough}."

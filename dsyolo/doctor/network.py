@@ -132,9 +132,12 @@ def meeting_place(case: Case, master: str | None) -> Iterator[Finding]:
         return
     addresses = dict(case.each(Network))[first].names.get(master, []) if not is_address(master) else [master]
     others = [name for name in found if name != first and found[name] & set(addresses)]
-    own = ", ".join(sorted(address for address in found[first] if address and not _is_loopback([address])))
+    taken = set(addresses).union(*(found[name] for name in others))
+    own = ", ".join(sorted(a for a in found[first] if a and a not in taken and not _is_loopback([a])))
     text = f"ranks meet at {master}, port {case.options.master_port}"
     remedy = f"Give the launcher and this command --master_addr with another of its addresses: {own}."
+    if not own:
+        remedy = f"Give {first} an address of its own; where both names are of one machine, leave one out of the hostfile."
     if others:
         yield Finding("master", "", FAIL, f"{text}, which is an address of {', '.join(others)}", remedy)
     elif not found[first] & set(addresses):

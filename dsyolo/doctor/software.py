@@ -139,7 +139,8 @@ def deepspeed_json(case: Case) -> Iterator[Finding]:
     ranks = f"{case.world_size} rank{'s' if case.world_size > 1 else ''}"
     for host, one in found.items():
         for problem in one.problems:
-            yield Finding(name, host, FAIL, *parted(problem, "Correct the JSON."))
+            fault, remedy = parted(problem, "Correct the JSON.")
+            yield Finding(name, host, FAIL, f"{path}: {fault}", remedy)
         if one.digest != most:
             text = f"{path} not as on {there}" if one.digest else f"{path} is missing, but there on {there}"
             yield Finding(name, host, FAIL, text, f"Copy it from {there}.")

@@ -138,6 +138,11 @@ class Checkpoints:
         problems = problems or [
             f"{name}: {fault}. Take another checkpoint." for name in shapes if (fault := reader.fault(name))
         ]
+        problems = problems or [
+            f"{name}: a variance below 0 in it. Take another checkpoint."
+            for name, value in buffers.named(reader.tensor("buffers/network")).items()
+            if name.endswith("running_var") and bool((value < 0).any())
+        ]
         if problems:
             more = [f"and {len(problems) - 1} more tensors"] if len(problems) > 1 else []
             raise UserError(headline_of(reader.path), problems[:1] + more)

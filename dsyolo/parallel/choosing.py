@@ -8,7 +8,14 @@ from pathlib import Path
 
 from dsyolo.errors import UserError
 from dsyolo.parallel.dist import World, all_gather_objects, decided_by_first, device_of_rank, share_of
-from dsyolo.parallel.manifest import Manifest, all_checkpoints, damaged_files, headline_of, read_manifest
+from dsyolo.parallel.manifest import (
+    REMEDY,
+    Manifest,
+    all_checkpoints,
+    damaged_files,
+    headline_of,
+    read_manifest,
+)
 
 
 def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
@@ -26,8 +33,12 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
             verify(path, world)
             return path
         except UserError as error:
-            if not set_aside or path == paths[0]:
+            if not set_aside:
                 raise
+            if path == paths[0]:
+                rule = "No other checkpoint of this run is whole. Put a copy of one here, or begin anew under another --name."
+                faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
+                raise UserError(error.headline, [*faults, rule]) from None
             said = decided_by_first(world, lambda path=path, error=error: _set_aside(path, error))
             if world.is_first:
                 print(said)

@@ -80,10 +80,10 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
     """
     place = read_environment()
     world = _world(place)
-    if world.size == 1:
-        address, port = place.master_addr or "127.0.0.1", place.master_port or _free_port()
-        place = place._replace(master_addr=address, master_port=port)
-    tell_torch(place)
+    is_alone = world.size == 1 and not place.under_torchrun
+    if is_alone:  # nobody has to find it: the launcher's port may be another run's
+        place = place._replace(master_addr="127.0.0.1", master_port=_free_port())
+    tell_torch(place, instead=is_alone)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

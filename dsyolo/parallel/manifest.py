@@ -15,6 +15,8 @@ from dsyolo.parallel.progress import Progress
 from dsyolo.untrusted import read_bytes, shortened
 
 FORMAT = 1
+REMEDY = "Remove this folder to use the checkpoint before it."
+MOST_COUNT = 2**53  # of images and steps: a float still tells such numbers apart
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
 MOST_MANIFEST_BYTES = 16 << 20  # the largest network's, saved by a thousand ranks, has half a MiB
 _FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
@@ -71,15 +73,10 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
         manifest = Manifest.model_validate_json(read_bytes(path / "progress.json", MOST_MANIFEST_BYTES))
     except (OSError, ValueError) as error:  # pydantic's is a ValueError, too long to print
         what = error.strerror if isinstance(error, OSError) else "it is damaged"
-        remedy = "Remove this folder to use the one before it."
-        raise UserError(headline, [f"progress.json cannot be read ({what}). {remedy}"]) from None
+        raise UserError(headline, [f"progress.json cannot be read ({what}). {REMEDY}"]) from None
     if manifest.format != FORMAT:
         raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
-    progress, scale = manifest.progress, manifest.loss_scale
-    counts = ((progress.step, progress.total_steps), (progress.epoch, progress.epochs))
-    numbers = [*manifest.optimizer_scalars.values(), *scale.values()]
-    sound = all(0 <= now <= last for now, last in counts) and all(map(math.isfinite, numbers))
-    if not sound or (scale and not {"scale", "good_steps"} <= scale.keys()):
+    if not _is_possible(manifest):
         raise UserError(headline, ["progress.json has numbers that no run has. Take another copy."])
     for name in {*manifest.files, *manifest.tensors.values()}:
         if not _FILE.fullmatch(name) or name not in manifest.files or (path / name).is_symlink():
@@ -92,10 +89,41 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     return manifest
 
 
+def _is_possible(manifest: Manifest) -> bool:
+    """Whether a run can have come to these numbers."""
+    now, scale, tracking = manifest.progress, manifest.loss_scale, manifest.progress.tracking
+    totals = (now.total_steps, now.epochs, now.num_images, now.global_batch)
+    if not all(0 < total < MOST_COUNT for total in totals):
+        return False
+    first, last = (-(-epoch * now.num_images // now.global_batch) for epoch in (now.epoch, now.epoch + 1))
+    losses, num_summed = tracking.get("loss_sum", [0.0] * 3), tracking.get("num_summed", 0)
+    counts = [
+        (first, now.step, min(last, now.total_steps)),
+        (0, now.epoch, now.epochs),
+        (0, now.images_seen, now.step * now.global_batch),
+        (-1, now.best_fitness, 1),
+        (-1, now.best_epoch, now.epoch),
+        (0, now.skipped_in_a_row, now.step),
+        (0, manifest.ema_updates, now.step),
+        *((0, value, now.total_steps) for value in manifest.optimizer_scalars.values()),
+        *((0, value, math.inf) for value in scale.values()),
+        (0, num_summed if isinstance(num_summed, int) else -1, now.step),
+        (3, len(losses) if isinstance(losses, list) else 0, 3),
+    ]
+    numbers = [*scale.values(), *losses] if isinstance(losses, list) else [math.nan]
+    return (
+        all(least <= value <= most for least, value, most in counts)  # of NaN neither is true
+        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+        and (not scale or (scale.keys() >= {"scale", "good_steps"} and scale["scale"] > 0))
+    )
+
+
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """A line for each file of `names` that is not as it was saved. Reads all of them."""
-    rule = "its checksum is not the one that was saved. Remove this folder to use the checkpoint before it."
-    return [f"{name}: {rule}" for name in names if not _is_as_saved(path / name, manifest.files[name])]
+    rule = "its checksum is not the one that was saved"
+    return [
+        f"{name}: {rule}. {REMEDY}" for name in names if not _is_as_saved(path / name, manifest.files[name])
+    ]
 
 
 def _is_as_saved(file: Path, checksum: str) -> bool:

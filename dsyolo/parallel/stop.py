@@ -1,4 +1,4 @@
-"""Stops a run when it is asked to, by SIGTERM or by the end of its deepspeed launcher: all ranks at the same place."""
+"""Stops a run when it is asked to, by SIGTERM, by SIGHUP or by the end of its deepspeed launcher: all ranks at the same place."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dsyolo.parallel.dist import World
 
 STATUS = 75  # of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
 LOOK_S = 1.0
+STOPS = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler; of a terminal or an ssh session that ends
 OVER = 0  # no signal has this number
 # What started the program that starts the ranks, on one machine: a script, or a module behind python's -m.
 _RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
@@ -30,7 +31,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Hears SIGTERM, as schedulers send it before they take a machine away.
+    """Hears SIGTERM, as schedulers send it before they take a machine away, and SIGHUP, as a terminal that ends does.
 
     Ranks hear it at different moments, or only one of them does. So they exchange whether they did, on the host: after
     every step without waiting, as a step reads the answer of the one before it.
@@ -40,7 +41,8 @@ class StopRequest:
         self._heard, self._launcher = False, _Launcher()
         self._group = torch_dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
-        signal.signal(signal.SIGTERM, self._hear)
+        for number in _heeded():
+            signal.signal(number, self._hear)
 
     def _hear(self, *_: Any) -> None:
         self._heard = True
@@ -96,13 +98,12 @@ def ends_at_once(world: World) -> Iterator[None]:
         while OVER not in said:
             is_said, *_ = select.select([reader], [], [], LOOK_S)
             said = os.read(reader, 64) if is_said else b""
-            if signal.SIGTERM in said or launcher.has_gone():
+            if any(number in said for number in STOPS) or launcher.has_gone():
                 leave_at_once(world)
 
     thread = threading.Thread(target=listen, daemon=True)
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # else the kernel ends this process, with a status of its own
+    for number in _heeded():
+        signal.signal(number, lambda *_: None)  # else the kernel ends this process, with a status of its own
     before = signal.set_wakeup_fd(writer)
     thread.start()
     try:
@@ -115,10 +116,15 @@ def ends_at_once(world: World) -> Iterator[None]:
         os.close(writer)
 
 
+def _heeded() -> list[signal.Signals]:
+    """The signals that ask to stop, but for one that nohup has this process ignore."""
+    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def leave_at_once(world: World) -> NoReturn:
     """Ends this process: without the wait for threads that read, since a slow disk may hold them for minutes."""
     if world.is_first:
-        print("\nStopped by SIGTERM before the first step. --resume auto goes on.", file=sys.stderr)
+        print("\nStopped as asked before the first step. --resume auto goes on.", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(STATUS)

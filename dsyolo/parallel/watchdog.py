@@ -31,6 +31,7 @@ STATUS = 70  # of all ranks then: EX_SOFTWARE of sysexits.h
 STACK_FRAMES = 6  # of the main thread, innermost, in a beat
 STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or network", "Z": "dead"}
 NO_BEAT = {"count": 0, "progress": 0, "where": "starting", "stack": ""}  # of a rank that has not told one yet
+TELLS_OF_FIRST = 1  # the rank that says so when the first one is lost
 T = TypeVar("T")
 
 
@@ -62,6 +63,9 @@ class Watchdog:
         self._ended = threading.Lock()
         self._answered = time.monotonic()
         self._seats = [self._seat]
+        self._first: dict[str, Any] = (
+            NO_BEAT  # the first rank's last beat, where this one would have to tell of it
+        )
         if world.size == 1:
             return
         address = str(read_environment().master_addr)
@@ -126,6 +130,8 @@ class Watchdog:
                     if progress != still[0]:
                         still = progress, now
                     self._judge(beats, {rank: now - at for rank, (_, at) in changed.items()}, now - still[1])
+                elif self._world.rank == TELLS_OF_FIRST:
+                    self._first = self._beats(keys[:1])[0]
                 self._answered = time.monotonic()
             except (RuntimeError, OSError):
                 return  # `_watch` sees that nothing answers any more
@@ -142,7 +148,7 @@ class Watchdog:
             silent_s = time.monotonic() - self._answered
             gone = not self._world.is_first and self._state(self._seats[0]) in ("gone", "dead")
             if silent_s > LOST_S or gone:
-                self._finish({"rank": 0, "text": self._lost_text(0, silent_s, "")})
+                self._finish({"rank": 0, "text": self._lost_text(0, silent_s, _at(self._first))})
 
     def _told(self) -> dict[str, Any]:
         frame = sys._current_frames().get(self._main)
@@ -201,7 +207,7 @@ class Watchdog:
         if self._closed.is_set() or not self._ended.acquire(blocking=False):
             return
         lost, again = verdict["rank"], verdict.get("again")
-        if self._world.rank == (0 if lost or self._world.size == 1 else 1):
+        if self._world.rank == (0 if lost or self._world.size == 1 else TELLS_OF_FIRST):
             remedy = (
                 "All ranks start again."
                 if again
