@@ -83,8 +83,12 @@ def _shortage(run: Run, accounts: list[Account], on_cpu: bool) -> str:
     return shortage(accounts, device_bytes, host_bytes())
 
 
-def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTimeAccount:
-    """Tells where the time of steps goes. On an accelerator only logged steps are measured, so that events cost nothing."""
+def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAccount | NoTimeAccount:
+    """Tells where the time of steps goes. On an accelerator only logged steps are measured, so that events cost nothing.
+
+    Args:
+        start: steps that are done: those of a run that goes on get a file of their own.
+    """
     config, ds, world = run.config, run.ds, run.world
     if config.time_account == "off":
         return NoTimeAccount()
@@ -95,7 +99,7 @@ def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTi
     with torch.device("meta"):
         network = build_yolov5(config.model, run.data.num_classes)
     flops = sum(cost.flops for cost in node_costs(network, (1, 3, config.imgsz, config.imgsz)))
-    peak = _peak(run, on_cpu)
+    peak = _peak(run, parts, on_cpu)
 
     def flops_of_step(step: int) -> float:
         area = (data.train.size_px(step - 1) / config.imgsz) ** 2  # of multi-scale
@@ -121,14 +125,19 @@ def build_time_account(run: Run, data: Data, parts: Parts) -> TimeAccount | NoTi
             "flops_per_image": PASSES * flops,
         }
         usage = Usage(of_machine=world.local_rank == 0, **({} if on_cpu else {"gpu": _gpu(parts)}))
-        details = Details(run.folder / "steps.json" if world.is_first else None, about, usage)
+        path = run.folder / (f"steps_{start:08d}.json" if start else "steps.json")
+        details = Details(path if world.is_first else None, about, usage)
     work = Work(flops_of_step, peak.flops_per_s)
     return TimeAccount(phases, Collectives(phases), work, parts.engine.all_gather, details)
 
 
-def _peak(run: Run, on_cpu: bool) -> Peak:
-    precision = run.ds.precision
-    found = peak_of_cpu(precision) if on_cpu else None
+def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
+    precision, found = run.ds.precision, None
+    if (
+        on_cpu
+    ):  # all ranks at once, as they train; what disturbs one of them does not make it a slower machine
+        dist.barrier()
+        found = max(parts.engine.all_gather(peak_of_cpu(precision)))
     if found is None and (name := _device_name(run.world.local_rank)):
         found = peak_of_gpu(name, precision)
     found = found or Peak(0.0, "not known")

@@ -202,6 +202,11 @@ def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
         run.activations.explain(),
         *schedule.explain(),
     ]
+    if recipe.lr_scaling != "none":
+        factor = schedule.lr / ds.optimizer_params["lr"]
+        lines.append(
+            f"lr: {schedule.lr:g}, {factor:g} times the JSON's for {ds.global_batch} images ({recipe.lr_scaling})"
+        )
     info = describe(network, run.data.names, config.imgsz)
     if config.freeze_batchnorm:
         freeze_batchnorm(network)
@@ -243,10 +248,11 @@ def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
 def build_schedule(run: Run, stream: Stream) -> Schedule:
     """The schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
     recipe, params = run.config.recipe, run.ds.optimizer_params
+    is_scaled = recipe.lr_scaling != "none"
     warmup_images = max(recipe.warmup_epochs * stream.num_images, recipe.warmup_min_images)
     return Schedule(
         total_steps=stream.first_step(run.config.epochs),
-        warmup_steps=round(warmup_images / stream.global_batch),
+        warmup_steps=max(round(warmup_images / stream.global_batch), int(is_scaled)),
         lr=params["lr"] * lr_factor(recipe.lr_scaling, stream.global_batch),
         lrf=recipe.lrf,
         shape=recipe.schedule,

@@ -198,6 +198,7 @@ def check(
     recompute: str = "auto",
     halved: bool = False,
     saved_batch: int | None = None,
+    name: str | None = None,
 ) -> DsConfig:
     """The DeepSpeed configuration of a file or dict, for so many ranks.
 
@@ -210,12 +211,13 @@ def check(
         halved: half of the JSON's micro-batch, twice the accumulation.
         saved_batch: global batch of the run that goes on. It stays on any ranks that divide it: micro-batch and
             accumulation are fitted, where a run that begins must have them right.
+        name: of the file that a content comes from.
 
     Raises:
         UserError: every problem of the file, each with what was given, the rule and the remedy.
     """
     assert world_size >= 1, world_size
-    path = None if isinstance(config, Mapping) else str(config)
+    path = name if isinstance(config, Mapping) else str(config)
     problems: list[str] = []
     source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
     result = None

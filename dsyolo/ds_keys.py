@@ -101,11 +101,6 @@ _DETECTOR = "it is made for language models and has no use in a detector. Leave 
 _FP32_MASTER = "checkpoints hold fp32 master weights and states. Leave it out."
 _QUANTIZED = "quantised collectives need a compiled op and are not supported. Leave it out."
 
-# Legal, with a meaning of their own, and not built yet: delete a line when it is. Keys as a user writes them.
-NOT_BUILT_YET = {
-    "auto": "values found by the program are not built yet. Write the value, or leave the key out.",
-}
-
 
 def _renamed(name: str) -> Refused:
     return Refused(f"an old name. Write {name}.", NEVER)

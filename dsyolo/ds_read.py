@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from dsyolo.config import RECIPE_KEYS, RUN_KEYS
-from dsyolo.ds_keys import MAX_GRAD_NORM, NOT_BUILT_YET, OPTIMIZERS, TOP_LEVEL, Key, Refused, Section
+from dsyolo.config import AUTO, RECIPE_KEYS, RUN_KEYS
+from dsyolo.ds_keys import MAX_GRAD_NORM, OPTIMIZERS, TOP_LEVEL, Key, Refused, Section
 from dsyolo.problems import did_you_mean
 from dsyolo.untrusted import read_text
 
@@ -108,6 +109,29 @@ def sane_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     return _sane_block(source, keys, "", problems)
 
 
+def without_auto(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """(a copy without the values that are "auto", their paths). Under a key that may not be there "auto" stays, to be refused."""
+    keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
+    return _without_auto(source, keys, ())
+
+
+def _without_auto(
+    block: Mapping[str, Any], keys: Mapping[str, Any], above: tuple[str, ...]
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    rest, found = {}, []
+    for name, value in block.items():
+        key, path = keys.get(name), (*above, name)
+        means_something = path == ("activation_checkpointing", "recompute")  # the JSON's own word there
+        if value == AUTO and isinstance(key, (Key, Section)) and not means_something:
+            found.append(path)
+        elif isinstance(value, Mapping):
+            rest[name], inner = _without_auto(value, key.keys if isinstance(key, Section) else {}, path)
+            found += inner
+        else:
+            rest[name] = copy.deepcopy(value)
+    return rest, found
+
+
 def _optimizer_section(block: Any) -> Section:
     """The keys of `optimizer`: those of its `params` follow from its `type`, the recipe's SGD where silent."""
     name = optimizer_name(block.get("type", "SGD")) if isinstance(block, dict) else None
@@ -146,8 +170,6 @@ def _sane_block(
             continue
         elif isinstance(key, Key) and key.keeps(value):
             sane[name] = value
-        elif value == "auto":
-            problems.append(f'{path}: "auto" given, but {NOT_BUILT_YET["auto"]}')
         else:
             rule = "a block of keys, in braces" if isinstance(key, Section) else key.rule
             problems.append(

@@ -8,9 +8,11 @@ import torch
 
 from dsyolo.accounts import build_memory, build_time_account
 from dsyolo.build import Data, Parts, Run
+from dsyolo.pace import NoTimeAccount, TimeAccount
 from dsyolo.parallel import dist, stop
+from dsyolo.parallel.memory import MemoryWatch, NoWatch
 from dsyolo.parallel.progress import Progress
-from dsyolo.parallel.stop import StopRequest
+from dsyolo.parallel.stop import Stopped, StopRequest
 from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.record import NullRecord, Record
 from dsyolo.track import Tracker
@@ -45,10 +47,21 @@ def loop(training: Training) -> End:
     Raises:
         Stopped: after a step or in a validation, with the weights of the last step in place.
     """
+    run, data, parts, progress, tracker, record, *_ = training
+    times = build_time_account(run, data, parts, progress.step)
+    memory = build_memory(run, parts, tracker, record, times)
+    try:
+        end = _epochs(training, times, memory)
+    except Stopped:
+        times.finish()
+        raise
+    times.finish()
+    return end
+
+
+def _epochs(training: Training, times: TimeAccount | NoTimeAccount, memory: MemoryWatch | NoWatch) -> End:
     run, data, parts, progress, tracker, record, watch, request = training
     config, engine, ema, checkpoints = run.config, parts.engine, parts.ema, parts.checkpoints
-    times = build_time_account(run, data, parts)
-    memory = build_memory(run, parts, tracker, record, times)
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
 
     def predict(images: torch.Tensor) -> torch.Tensor:
@@ -95,7 +108,6 @@ def loop(training: Training) -> End:
                 tracker.say(f"WARNING: {problem} The run goes on, and saves again later.")
         if is_last:
             break
-    times.finish()
     return End()
 
 

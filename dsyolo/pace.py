@@ -106,6 +106,7 @@ class TimeAccount:
         """Writes what was kept of each step, on the first rank."""
         self._collectives.close()
         if self._details:
+            self._details.times += self._phases.take()  # of an epoch that was not ended
             self._details.write(self._all_gather(self._details.to_json() | {"memory": self._memory}))
 
 
@@ -149,7 +150,7 @@ class Details:
 
     def write(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Of all ranks, where it is this one's task."""
-        if self._path:
+        if self._path and any(rank["steps"] for rank in ranks):
             self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
 
     def _look(self, collectives: Collectives) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dsyolo.build import (
     plan_activations,
     scan_splits,
 )
-from dsyolo.config import RunConfig
+from dsyolo.config import AUTO, RunConfig
 from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
 from dsyolo.environment import read_environment
@@ -103,8 +103,9 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
             accelerator=accelerator,
             layers=has_parameters(run.model),
             recompute=run.recompute,
-            halved=run.halve_micro_batch and run.deepspeed_config != run_config.AUTO,
+            halved=run.halve_micro_batch and not filled.is_halved,
             saved_batch=saved and saved.global_batch,
+            name=f"--deepspeed_config {AUTO}" if run.deepspeed_config == AUTO else run.deepspeed_config,
         ),
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, goes_on),
@@ -177,10 +178,14 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     """After this rank ran out of memory: once, all ranks go on with half the micro-batch and the same global batch."""
     ds, again = run.ds, run.config.halve_micro_batch
     what = f"ran out of memory with {ds.micro_batch} images in a micro-batch"
-    is_planned = run.config.deepspeed_config == run_config.AUTO
+    is_planned = run.config.deepspeed_config == AUTO
     if again or (ds.micro_batch % 2 and not is_planned):
         rule = "which was halved once already" if again else "which cannot be halved"
         remedy = "Lower train_micro_batch_size_per_gpu, or save memory by --recompute blocks or a higher ZeRO stage"
+        if is_planned:
+            remedy = (
+                "Save memory by a smaller --imgsz or --model, or by a JSON of your own with a smaller batch"
+            )
         watch.end_all(f"{what}, {rule}. {remedy}.")
     halved = f"{ds.micro_batch // 2} and {2 * ds.accumulation} accumulation steps"
     if is_planned:

@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_keeps_its_global_batch_on_other_ranks() -> None:
          "Write 2 without quotes."),
         ({"zero_optimization": True}, "zero_optimization: true given, but it must be a block of keys"),
         ({"zero_optimization": {"allgather_bucket_size": 7}}, "an even whole number of at least 2"),
-        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "values found by the program are not built yet"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "must be a whole number of at least 1"),
         ({"gradient_clipping": -1}, "gradient_clipping: -1 given, but it must be a number of at least 0."),
         ({"gradient_clipping": True}, "gradient_clipping: true given"),
         ({"steps_per_print": 1.5}, "steps_per_print: 1.5 given, but it must be a whole number of at least 1."),

@@ -80,7 +80,7 @@ def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[
 def progress(step: int):
     from dsyolo.parallel.progress import Progress
 
-    return Progress(total_steps=20, epochs=1, num_images=8, global_batch=8, seed=0, step=step)
+    return Progress(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=step)
 
 
 @pytest.fixture(scope="module")

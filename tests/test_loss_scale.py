@@ -102,7 +102,7 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     engine.loss_scale.load({"scale": 2.0**12, "good_steps": 5})
     stats, _ = engine.train_step([training.batch(1, group) for group in own], 1)
     training.train(engine, ema, 2, 3)
-    checkpoints.save(Progress(total_steps=20, epochs=1, num_images=8, global_batch=8, seed=0, step=3))
+    checkpoints.save(Progress(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=3))
     (path,) = all_checkpoints(Path(folder))
     other, _, _, of_other = training.build(0, Path(folder), **json_block)
     of_other.load(path)
@@ -175,7 +175,7 @@ def fp16_enabled(folder: str, stage: int) -> dict[str, object]:
         stats, _ = engine.train_step([training.batch(step, group) for group in range(training.GROUPS)], step)
         applied.append(stats.was_applied)
         losses.append(stats.losses.tolist())
-    checkpoints.save(Progress(total_steps=40, epochs=1, num_images=8, global_batch=8, seed=0, step=40))
+    checkpoints.save(Progress(total_steps=40, epochs=1, num_images=320, global_batch=8, seed=0, step=40))
     other, _, _, of_other = training.build(stage, Path(folder), accelerator="cuda", **block)
     of_other.load(all_checkpoints(Path(folder))[-1])
     return {

@@ -114,5 +114,5 @@ def test_a_damaged_progress_json_is_told_in_words(tmp_path, text):
     (tmp_path / "progress.json").write_text(text)
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
-    remedy = "Remove this folder to use the one before it."
+    remedy = "Remove this folder to use the checkpoint before it."
     assert caught.value.problems == (f"progress.json cannot be read (it is damaged). {remedy}",)

@@ -261,16 +261,37 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
     ds = check(got.config, world_size=2, accelerator="cuda")
     assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision) == (64, 32, 1, "bf16")
     assert got.lines == (
+        "train_batch_size: auto, so 64",
+        "train_micro_batch_size_per_gpu: auto, so 32",
+        "gradient_accumulation_steps: auto, so 1",
         "bf16.enabled: auto, so true",
-        "zero_optimization.reduce_bucket_size: auto, so left to dsyolo",
-        "optimizer.params.lr: auto, so left to dsyolo",
-        "batch: auto, so train_batch_size 64, train_micro_batch_size_per_gpu 32",
+        f"zero_optimization.reduce_bucket_size: auto, so {got.config['zero_optimization']['reduce_bucket_size']}",
+        "optimizer.params.lr: auto, so 0.001",
     )
+    assert got.config["optimizer"]["params"] == {"lr": 0.001, "weight_decay": 0.01}
     small = filled(tmp_path, content, a10._replace(memory_bytes=3 * GIB))
     assert check(small.config, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
     given = {**content, "train_micro_batch_size_per_gpu": 12}
     ds = check(filled(tmp_path, given, a10).config, world_size=2, accelerator="cuda")
     assert (ds.global_batch, ds.micro_batch, ds.accumulation) == (72, 12, 3)
+    lower = filled(tmp_path, {**given, "gradient_clipping": "auto"}, a10)
+    assert lower.lines[-1] == "gradient_clipping: auto, so 10.0"
+    piped = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 1},
+        "pipeline": {"stages": 2},
+    }
+    ds = check(filled(tmp_path, piped, a10).config, world_size=2, accelerator="cuda")
+    assert (ds.micro_batch, ds.accumulation) == (16, 4)  # two for each stage, so that they do not wait
+    for wrong, told in (
+        ({"zero_optimization": {"stagee": "auto"}}, "Did you mean stage"),
+        ({"scheduler": "auto"}, "scheduler: "),
+        ({"train_micro_batch_size_per_gpuu": "auto"}, "Did you mean train_micro_batch_size_per_gpu"),
+    ):
+        got = filled(tmp_path, {"train_batch_size": 16, "gradient_clipping": "auto", **wrong}, a10)
+        with pytest.raises(UserError, match=told):
+            check(got.config, world_size=2, accelerator="cuda", name="ds.json")
     nothing = {"train_batch_size": 8, "activation_checkpointing": {"recompute": "none"}}
     assert filled(tmp_path, nothing, a10).config == str(tmp_path / "ds.json")
 

@@ -76,7 +76,7 @@ def save_all(ranks: int, folder: str, pairs: list[Pair]) -> None:
             )
             training.train(engine, ema, 0, SAVED)
             checkpoints.save(
-                Progress(total_steps=20, epochs=1, num_images=8, global_batch=8, seed=0, step=SAVED)
+                Progress(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=SAVED)
             )
 
 

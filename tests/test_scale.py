@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from cluster import Cluster, why_not
 from runs import ROOT, environment, make_place
@@ -46,6 +49,7 @@ def read(tmp_path: Path, text: dict, **sizes: int | None) -> tuple[Strategy | No
         ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}, {}, (4, 2, 8)),
         ({"train_batch_size": 64}, {"micro_batch": 8, "accumulation": 1}, (8, 1, 8)),
         ({"train_batch_size": 16, "pipeline": {"stages": 2}}, {"smallest": 2}, (16, 1, 16)),
+        ({"train_batch_size": 16, "pipeline": {"stages": 2}}, {"smallest": 1}, (16, 2, 16)),
     ],
 )
 def test_sizes_are_those_of_the_smallest_world(tmp_path, source, sizes, expected):
@@ -57,6 +61,17 @@ def test_sizes_are_those_of_the_smallest_world(tmp_path, source, sizes, expected
 def test_sizes_that_cannot_be_used_are_told(tmp_path):
     assert "Give numbers" in read(tmp_path, {"train_batch_size": "auto"})[1][0]
     assert "whole numbers" in read(tmp_path, {"train_batch_size": "many"})[1][0]
+
+
+def test_a_rank_of_a_pipeline_has_as_many_images_as_one_without(tmp_path):
+    sizes = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}
+    piped = {**sizes, "pipeline": {"stages": 2}}
+    for smallest in (1, 2, 4):
+        plain, pipe = (read(tmp_path, source, smallest=smallest)[0] for source in (sizes, piped))
+        ranks = max(2, smallest)
+        images = [(one.micro_batch * one.accumulation) / one.stages for one in (plain, pipe)]
+        assert images[0] == images[1] == 64 / smallest, ranks
+        assert plain.global_batch == pipe.global_batch == 64
 
 
 def test_weak_scaling_keeps_a_ranks_images_and_strong_scaling_a_steps():
@@ -361,14 +376,57 @@ def test_trainings_are_run_and_reported(tmp_path):
 
 def test_a_size_that_fails_says_why_and_the_others_are_reported(tmp_path):
     place = make_place(tmp_path)
-    command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--", "--val_every", "0")
+    command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--timeout", "5", "--warmup", "4000")
     done = subprocess.run(
         command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
-    assert "did not run" in done.stdout
-    assert "val_every" in done.stdout
+    assert "did not run: took longer than the 5 s of --timeout" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_mistake_in_the_trainings_options_is_told_before_any_training(tmp_path):
+    place = make_place(tmp_path)
+    for words, told in (
+        (["--nosuch", "3"], "--nosuch: unknown option"),
+        (["--name", "mine"], "-- --name: given, but dsyolo scale gives it itself"),
+    ):
+        command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--", *words)
+        done = subprocess.run(
+            command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 2, done.stdout
+        assert told in done.stderr
+        assert "round 1" not in done.stdout
+
+
+def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
+    place = make_place(tmp_path)
+    command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "50")
+    process = subprocess.Popen(command, cwd=place, env=environment(place), stdout=subprocess.PIPE, text=True)
+    said = ""
+    while "round 2" not in said:
+        said += process.stdout.read(1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert "Interrupted: the report has what was measured before." in process.communicate(timeout=90)[0]
+    assert process.returncode == 130
+    (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
+    assert len(group["rows"][0]["rounds_s"]) == 1
+    assert not [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(place / "report") in " ".join(p.info["cmdline"] or [])
+    ]
+    before = (place / "report/scale.json").read_text()
+    late = scale(place, "--ranks", "1", "--strategies", "ds.json", "--timeout", "5", "--warmup", "4000")
+    done = subprocess.run(
+        late, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert (
+        place / "report/scale.json"
+    ).read_text() == before  # a report of nothing lies beside its trainings only
 
 
 @pytest.mark.soak

@@ -92,14 +92,16 @@ def test_sigterm_to_deepspeed_saves_though_it_passes_nothing_on_and_nobody_reads
 
 
 def test_a_terminal_that_ends_stops_a_run_with_all_saved_unless_nohup_is_before_it(place):
+    pipes = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    # as a terminal starts it: whoever runs the tests may have it ignored
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for name, before in (("hangs_up", []), ("nohup", ["nohup"])):
         command = [*before, sys.executable, str(TRAIN), *arguments(place, name, epochs=40)]
-        pipes = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-            "text": True,
-        }
         process = subprocess.Popen(command, env=environment(place), cwd=place, **pipes)
         wait_for(place / "runs" / name / "metrics.jsonl", '"step": 2,')
         process.send_signal(signal.SIGHUP)

@@ -20,7 +20,7 @@ from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
 from dsyolo.doctor.launcher import try_launcher
 from dsyolo.doctor.report import FAIL, WARNING, Finding, in_order, joined
 from dsyolo.ds_config import DsConfig
-from dsyolo.ds_read import read_json
+from dsyolo.ds_read import read_json, without_auto
 from dsyolo.environment import all_variables
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import build_yolov5, has_parameters
@@ -106,6 +106,7 @@ def _json(
     found = next((one for reply in replies.values() if (one := reply.get(Devices))), None)
     try:
         accelerator = found.accelerator if found else "cuda"
+        source, _ = without_auto(source)
         return source, ds_config.check(source, world_size=world_size, accelerator=accelerator)
     except UserError:
         return source, None

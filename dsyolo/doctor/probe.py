@@ -138,11 +138,19 @@ def _deepspeed_json(request: Section) -> Section:
     path = request["deepspeed_config"]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
     checker = importlib.import_module("dsyolo.ds_config")
+    reader = importlib.import_module("dsyolo.ds_read")
     errors = importlib.import_module("dsyolo.errors")
     accelerator = _devices(request)["accelerator"]
+    source = reader.read_json(path, [])
+    content, autos = reader.without_auto(source) if source else ({}, [])
+    if autos and "train_batch_size" not in content:
+        content["train_batch_size"] = 64 * request["world_size"]  # the run will find one
     try:
         checker.check(
-            path, world_size=request["world_size"], accelerator=accelerator, layers=request["layers"]
+            content if autos else path,
+            world_size=request["world_size"],
+            accelerator=accelerator,
+            layers=request["layers"],
         )
     except errors.UserError as error:
         return {"digest": digest, "problems": list(error.problems) or [error.headline]}

@@ -104,7 +104,7 @@ def _is_possible(manifest: Manifest) -> bool:
         (-1, now.best_fitness, 1),
         (-1, now.best_epoch, now.epoch),
         (0, now.skipped_in_a_row, now.step),
-        (0, manifest.ema_updates, now.step),
+        (0, manifest.ema_updates, now.total_steps),
         *((0, value, now.total_steps) for value in manifest.optimizer_scalars.values()),
         *((0, value, math.inf) for value in scale.values()),
         (0, num_summed if isinstance(num_summed, int) else -1, now.step),

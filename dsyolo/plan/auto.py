@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsyolo.config import AUTO, RunConfig
 from dsyolo.data.loader import largest_size_px
 from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.ds_config import DsConfig, check
-from dsyolo.ds_read import read_json
+from dsyolo.ds_read import read_json, without_auto
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import level_strides
 from dsyolo.optim import NOMINAL_BATCH
 from dsyolo.plan.hardware import GIB, Hardware
-from dsyolo.plan.predict import Planner
+from dsyolo.plan.predict import Planner, Strategy
 from dsyolo.plan.report import terms
 from dsyolo.plan.search import HEADROOM, search
-from dsyolo.plan.strategy import Settings
+from dsyolo.plan.strategy import RECOMPUTES, Settings
 from dsyolo.plan.work import Work
 
 AGAIN = 0.6  # of the memory that the first plan needed: what is planned for after memory ran out
@@ -30,10 +30,12 @@ class Filled(NamedTuple):
     Attributes:
         config: a path that needed nothing, or the JSON's content.
         lines: what was filled in, for the start of the run.
+        is_halved: planned for less memory, after it ran out.
     """
 
     config: str | Mapping[str, Any]
     lines: tuple[str, ...] = ()
+    is_halved: bool = False
 
 
 def fill(
@@ -50,10 +52,14 @@ def fill(
     """
     if run.deepspeed_config == AUTO:
         return _plan_all(run, find(), num_classes, saved_batch)
-    source = read_json(run.deepspeed_config, [])
-    if source is None or not _autos(source):
+    problems: list[str] = []
+    source = read_json(run.deepspeed_config, problems)
+    if source is None or problems:
         return Filled(run.deepspeed_config)  # mistakes are told when it is checked
-    return _fill_values(run, find(), num_classes, source, saved_batch)
+    content, paths = without_auto(source)
+    if not paths:
+        return Filled(run.deepspeed_config)
+    return _fill_values(run, find(), num_classes, content, paths, saved_batch)
 
 
 def nominal_batch(ranks: int) -> int:
@@ -63,79 +69,116 @@ def nominal_batch(ranks: int) -> int:
 
 def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch: int | None) -> Filled:
     batch = saved_batch or nominal_batch(hardware.ranks)
+    if batch % hardware.ranks:
+        return Filled({BATCH_KEYS[0]: batch})  # which is refused, with the ranks that would do
     work = Work(run.model, num_classes, _size_px(run))
-    best = search(Planner(work, hardware, ema=run.ema), batch, "SGD", _precisions(hardware)).best
+    recomputes = (run.recompute,) if run.recompute in RECOMPUTES else RECOMPUTES
+
+    def best_on(machine: Hardware) -> Strategy | None:
+        planner = Planner(work, machine, ema=run.ema)
+        return search(planner, batch, "SGD", _precisions(machine), recomputes).best
+
+    best = best_on(hardware)
     if best and run.halve_micro_batch:
         room = int(AGAIN * best.peak_bytes / (1 - HEADROOM)) + hardware.memory_bytes - hardware.usable_bytes
-        smaller = hardware._replace(memory_bytes=room)
-        best = search(Planner(work, smaller, ema=run.ema), batch, "SGD", _precisions(hardware)).best
+        best = best_on(hardware._replace(memory_bytes=room))
     if best is None:
         rule = f"nothing fits {hardware.memory_bytes / GIB:.1f} GiB a rank for {batch} images a step"
         remedy = "Take a smaller --imgsz or --model, or look at dsyolo plan"
         raise UserError(
             "No plan for this machine", [f"--deepspeed_config: auto given, but {rule}. {remedy}."]
         )
-    one = best.settings
+    one, content = best.settings, best.settings.deepspeed_json()
+    if run.recompute not in ("auto", "none"):
+        content["activation_checkpointing"] = {"recompute": run.recompute}
     line = (
         f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}): "
         f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.replicas}"
     )
-    return Filled(one.deepspeed_json(), (line, terms(best)))
+    return Filled(content, (line, terms(best)), run.halve_micro_batch)
 
 
 def _fill_values(
     run: RunConfig,
     hardware: Hardware,
     num_classes: int,
-    source: Mapping[str, Any],
+    content: dict[str, Any],
+    paths: Sequence[tuple[str, ...]],
     saved_batch: int | None,
 ) -> Filled:
-    """Values of the batch are planned; every other one is left out, and so gets dsyolo's own."""
-    content, lines = copy.deepcopy(dict(source)), []
-    for path in _autos(source):
+    """Values of the batch are planned, precision follows from the device, and every other one gets dsyolo's own value."""
+    for *blocks, key in paths:
+        if key == "enabled" and blocks[-1:] in (["bf16"], ["fp16"], ["torch_autocast"]):
+            content[blocks[-1]][key] = blocks[-1] != "fp16" and hardware.device.has_bf16
+            if blocks[-1] == "torch_autocast":
+                content[blocks[-1]].setdefault("dtype", "bfloat16")
+    is_halved = _fill_batch(run, hardware, num_classes, content, saved_batch)
+    work = Work(run.model, num_classes, _size_px(run))
+    try:
+        ds = check(
+            content,
+            world_size=hardware.ranks,
+            accelerator=hardware.accelerator,
+            layers=work.layers,
+            recompute=run.recompute,
+            saved_batch=saved_batch,
+        )
+    except UserError:  # is told when it is checked
+        return Filled(content, is_halved=is_halved)
+    used = ds.deepspeed_json(work.num_parameters, cpu=hardware.accelerator == "cpu")
+    used |= {"optimizer": {"type": ds.optimizer, "params": dict(ds.optimizer_params)}}
+    lines = []
+    for path in paths:
         *blocks, key = path
-        block = content
+        value, block = used, content
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
         for name in blocks:
             block = block[name]
-        del block[key]
-        if blocks and blocks[-1] in ("bf16", "fp16", "torch_autocast") and key == "enabled":
-            if blocks[-1] == "torch_autocast" and hardware.device.has_bf16:
-                block[key] = True
-                block.setdefault("dtype", "bfloat16")
-            else:
-                block[key] = blocks[-1] == "bf16" and hardware.device.has_bf16
-            lines.append(f"{'.'.join(path)}: auto, so {str(block[key]).lower()}")
-        elif path[0] not in BATCH_KEYS:
-            lines.append(f"{'.'.join(path)}: auto, so left to dsyolo")
+        if value is not None:
+            block[key] = value
+        said = json.dumps(value) if value is not None else "left out, as DeepSpeed has it then"
+        lines.append(f"{'.'.join(path)}: auto, so {said}")
+    return Filled(content, tuple(lines), is_halved)
+
+
+def _fill_batch(
+    run: RunConfig, hardware: Hardware, num_classes: int, content: dict[str, Any], saved_batch: int | None
+) -> bool:
+    """Plans the sizes that are missing; returns whether for less memory than there is, since it ran out."""
     train, micro, steps = (content.get(key) for key in BATCH_KEYS)
     if train is None and (micro is None or steps is None):
-        stages = (
-            content.get("pipeline", {}).get("stages", 1)
-            if isinstance(content.get("pipeline", {}), dict)
-            else 1
-        )
-        replicas = (
-            max(1, hardware.ranks // stages) if isinstance(stages, int) and stages > 0 else hardware.ranks
-        )
+        pipeline = content.get("pipeline", {})
+        stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
+        has_stages = isinstance(stages, int) and stages > 0
+        replicas = max(1, hardware.ranks // stages) if has_stages else hardware.ranks
         unit = replicas * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
         content[BATCH_KEYS[0]] = saved_batch or -(-NOMINAL_BATCH // unit) * unit
-    if micro is None and steps is None:
-        content[BATCH_KEYS[1]] = _largest_micro_batch(run, hardware, num_classes, content)
-    given = {key: content[key] for key in BATCH_KEYS if key in content}
-    lines.append("batch: auto, so " + ", ".join(f"{key} {value}" for key, value in given.items()))
-    return Filled(content, tuple(lines))
+    if micro is not None or steps is not None:
+        return False
+    try:
+        found = _largest_micro_batch(run, hardware, num_classes, content)
+    except UserError:  # is told when it is checked
+        return False
+    is_halved = run.halve_micro_batch and found % 2 == 0
+    content[BATCH_KEYS[1]] = found // 2 if is_halved else found
+    return is_halved
 
 
 def _largest_micro_batch(
     run: RunConfig, hardware: Hardware, num_classes: int, content: Mapping[str, Any]
 ) -> int:
-    """That fits with headroom, of those that divide a rank's share; 1 where none does."""
+    """That fits with headroom, of those that divide a rank's share; 1 where none does.
+
+    In a pipeline there are two micro-batches for each stage where the share has so many: else its stages wait.
+    """
     work = Work(run.model, num_classes, _size_px(run))
     options = {"world_size": hardware.ranks, "accelerator": hardware.accelerator, "layers": work.layers}
     whole = check({**content, BATCH_KEYS[2]: 1}, **options, recompute=run.recompute)
     planner, share = Planner(work, hardware, ema=run.ema), whole.global_batch // whole.data_parallel_size
     room = (1 - HEADROOM) * hardware.usable_bytes
-    for micro_batch in (n for n in range(share, 0, -1) if share % n == 0):
+    most = max(1, share // (2 * whole.stages)) if whole.stages > 1 else share
+    for micro_batch in (n for n in range(most, 0, -1) if share % n == 0):
         if planner.predict(_settings_of(whole, micro_batch, share // micro_batch)).peak_bytes <= room:
             return micro_batch
     return 1
@@ -168,14 +211,3 @@ def _precisions(hardware: Hardware) -> tuple[str, ...]:
     if hardware.accelerator == "cpu":
         return ("autocast_bf16",) if hardware.device.has_bf16 else ("fp32",)
     return ("autocast_bf16", "bf16") if hardware.device.has_bf16 else ("autocast_fp16", "fp16")
-
-
-def _autos(source: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Paths of all values that are "auto"."""
-    found = []
-    for key, value in source.items():
-        if value == AUTO and (*above, key) != ("activation_checkpointing", "recompute"):
-            found.append((*above, key))
-        elif isinstance(value, Mapping):
-            found += _autos(value, (*above, key))
-    return found

@@ -18,6 +18,7 @@ from dsyolo.plan.strategy import OPTIMIZERS, PRECISIONS
 from dsyolo.plan.work import Work
 from dsyolo.problems import cannot_hold_files
 
+BANDWIDTH = "3GB/s"  # of 25 Gbit/s Ethernet
 MOST_BATCH, MOST_RANKS, MOST_IMGSZ = 2**16, 2**16, 2**13
 
 
@@ -38,12 +39,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--nodes", type=int, default=1, metavar="N", help="machines with so many GPUs each (default: 1)")
     add(
         "--bandwidth",
-        default="3GB/s",
         metavar="RATE",
-        help="between nodes, each way: 25GB/s (default: 3GB/s)",
+        help=f"between nodes, each way: 25GB/s, 200Gb/s (default: {BANDWIDTH})",
     )
     add(
         "--gpu",
+        type=str.upper,
         choices=DEVICES,
         metavar="NAME",
         help=f"for its speed: {', '.join(DEVICES)} (default: by memory)",
@@ -108,7 +109,11 @@ def _hardware(args: argparse.Namespace) -> Hardware:
             return default
 
     gpus, memory = read("gpus", args.gpus, read_gpus, (1, GIB))
-    rate = read("bandwidth", args.bandwidth, read_rate, 1.0)
+    rate = read("bandwidth", args.bandwidth or BANDWIDTH, read_rate, 1.0)
+    if args.bandwidth and args.nodes == 1:
+        problems.append(
+            f"--bandwidth: {args.bandwidth} given, but it is between nodes, and there is 1. Give --nodes too."
+        )
     host = read("host-memory", args.host_memory, read_bytes, None) if args.host_memory else None
     bounds = {"nodes": 1024, "global-batch": MOST_BATCH, "classes": 10**4, "imgsz": MOST_IMGSZ}
     for option, most in bounds.items():
@@ -116,7 +121,11 @@ def _hardware(args: argparse.Namespace) -> Hardware:
         if not 1 <= value <= most:
             problems.append(f"--{option}: {value} given, but it must be 1 to {most}. Correct it.")
     stride = max_stride(args.model)
-    if args.imgsz % stride:
+    if args.imgsz < 2 * stride:
+        problems.append(
+            f"--imgsz: {args.imgsz} given, but {args.model} needs {2 * stride} at least. Take that."
+        )
+    elif args.imgsz % stride:
         nearest = max(1, round(args.imgsz / stride)) * stride
         rule = f"{args.model} needs multiples of {stride}"
         problems.append(f"--imgsz: {args.imgsz} given, but {rule}. Take {nearest}.")
@@ -125,7 +134,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
         problems.append(
             f"--gpus x --nodes: {ranks} given, but {MOST_RANKS} at most are planned for. Take fewer."
         )
-    elif args.global_batch % ranks:
+    elif ranks > 0 and args.global_batch % ranks:
         below, above = args.global_batch // ranks * ranks, -(-args.global_batch // ranks) * ranks
         rule = f"{ranks} GPUs take equal shares of it. Take {f'{below} or ' if below else ''}{above}"
         problems.append(f"--global-batch: {args.global_batch} given, but {rule}.")
@@ -134,7 +143,9 @@ def _hardware(args: argparse.Namespace) -> Hardware:
         problems.append(
             f"--precision: {args.precision} given, but a {device.name} has no bf16. Take autocast_fp16."
         )
-    if args.write and (fault := cannot_hold_files(args.write.parent)):
+    if args.write and args.write.exists() and not args.write.is_file():
+        problems.append(f"--write: {args.write} given, but it is a folder or device. Name a file.")
+    elif args.write and (fault := cannot_hold_files(args.write.parent)):
         problems.append(f"--write: {fault}")
     if problems:
         raise UserError("The command line cannot be used", problems)
@@ -142,8 +153,17 @@ def _hardware(args: argparse.Namespace) -> Hardware:
 
 
 def _write(path: Path, content: str, force: bool) -> None:
-    if path.exists() and not force and path.read_text() != content:
+    if path.exists() and not force and path.read_bytes() != content.encode():
         rule = "it says something else. Name another file, or write over it by --force"
         raise UserError("The plan was not written", [f"--write: {path} given, but {rule}."])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(content)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        rule = f"{error.strerror}. What was there before is kept"
+        raise UserError(
+            "The plan was not written", [f"--write: {path}: {rule}. Name another file."]
+        ) from None

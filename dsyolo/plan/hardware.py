@@ -138,8 +138,8 @@ def read_bytes(text: str) -> int:
     Raises:
         ValueError: it is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    value = float(match[1]) * {**UNITS, **BINARY}[match[2] or ""] if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)B?", text.strip().upper())
+    value = float(match[1]) * {**UNITS, **BINARY}[match[2]] if match else 0
     if value <= 0:
         raise ValueError("an amount such as 24GiB or 24GB")
     return int(value)
@@ -158,13 +158,13 @@ def read_gpus(text: str) -> tuple[int, int]:
 
 
 def read_rate(text: str) -> float:
-    """25GB/s, or 200Gbit/s: bytes a second.
+    """25GB/s, or 200Gb/s and 200Gbit/s, which are bits: bytes a second.
 
     Raises:
         ValueError: it is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(B|BIT)/S", text.strip().upper())
-    value = float(match[1]) * UNITS[match[2]] / (8 if match[3] == "BIT" else 1) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(B|b|[Bb]it)(?:/s|ps)", text.strip())
+    value = float(match[1]) * UNITS[match[2].upper()] / (1 if match[3] == "B" else 8) if match else 0
     if value <= 0:
         raise ValueError("a rate such as 25GB/s or 200Gbit/s")
     return value

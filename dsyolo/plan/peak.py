@@ -9,7 +9,7 @@ import torch
 
 from dsyolo.plan.hardware import device_named
 
-SIDE, TRIES = 1024, 5  # of a product of square matrices: 2 SIDE^3 operations, some 20 ms of a core
+SIDE, TRIES = 1024, 10  # of a product of square matrices: 2 SIDE^3 operations, some 20 ms of a core
 
 
 class Peak(NamedTuple):

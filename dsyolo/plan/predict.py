@@ -18,7 +18,7 @@ from dsyolo.model.stage import Stage as Slice
 from dsyolo.optim import parameter_groups
 from dsyolo.plan.hardware import HOST_BYTES_S, REACHED_BANDWIDTH, Hardware
 from dsyolo.plan.strategy import Settings
-from dsyolo.plan.wire import crossing_bytes, wire_bytes
+from dsyolo.plan.wire import crossing_bytes, num_messages, wire_bytes
 from dsyolo.plan.work import Stage, Work
 
 WORKSPACE_BYTES = (
@@ -27,7 +27,10 @@ WORKSPACE_BYTES = (
 IMAGES_AHEAD = 2  # micro-batches of uint8 images on the device
 HOST_STEP_BYTES_S = 20e9  # what an optimizer on the host reads and writes a second; an assumption
 BACKWARD = 2  # times the work of the forward pass
-LATENCY_S = 20e-6  # of a collective
+LATENCY_S, LATENCY_BETWEEN_S = 20e-6, 50e-6  # of a collective inside a node and between nodes; assumptions
+LAUNCH_S = 5e-6  # that the host takes to start a kernel; an assumption
+PARAMETERS_OF_CONV = 3  # its weight, and BatchNorm's two
+KERNELS = 4  # of a convolution with its BatchNorm, activation and casts in a forward pass
 
 
 class Times(NamedTuple):
@@ -182,7 +185,7 @@ class Planner:
             return f"too large by {over / 2**30:.2f} GiB"
         host = self.hardware.host_bytes
         if host is not None and host_bytes > host:
-            return f"the host's memory is too small by {(host_bytes - host) / 2**30:.1f} GiB"
+            return f"the host's memory is too small by {(host_bytes - host) / 2**30:.2f} GiB"
         return ""
 
     def _times(
@@ -195,8 +198,8 @@ class Planner:
     ) -> tuple[Times, int]:
         """Seconds of a step, and bytes that a GPU sends in it.
 
-        A pass takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth;
-        the backward pass twice as much; what is recomputed once more. Gradients travel while the last micro-batch goes
+        A pass takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth, but
+        no less than the host takes to start its kernels; the backward pass twice as much; what is recomputed once more. Gradients travel while the last micro-batch goes
         backward, weights while nothing else happens. A pipeline of stage times t with m micro-batches takes
         sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
         """
@@ -211,7 +214,8 @@ class Planner:
         passes, crossings = [], []
         for stage in stages:
             forward = images * (stage.flops / hardware.flops(precision) + stage.elements * each / bandwidth)
-            passes.append(forward * (1 + BACKWARD + again))
+            launched = LAUNCH_S * KERNELS * sum(map(len, stage.groups)) / PARAMETERS_OF_CONV
+            passes.append(max(forward, launched) * (1 + BACKWARD + again))
             crossings.append(crossing_bytes(stage.crossing, images, each) / hardware.device.link_bytes_s)
         stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
         whole = sum(stage_s) + (accumulation - 1) * max(stage_s)
@@ -237,7 +241,11 @@ class Planner:
         )  # of the last micro-batch
         reduced = (replicas - 1) / replicas * elements * gradient_bytes / link
         sent = max(wires) / link
-        communication = sent - min(reduced, hidden) + (LATENCY_S * 10 * accumulation if replicas > 1 else 0)
+        latency = LATENCY_S if hardware.nodes == 1 else LATENCY_BETWEEN_S
+        calls = max(
+            num_messages(zero, [n for group in stage.groups for n in group], accumulation) for stage in stages
+        )
+        communication = sent - min(reduced, hidden) + (latency * calls if replicas > 1 else 0)
         crossing = sum(crossing_bytes(stage.crossing, images * accumulation, each) for stage in stages)
         offload = 0.0
         if settings.offload_optimizer:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dsyolo.plan.predict import Planner, Strategy
-from dsyolo.plan.strategy import Settings, settings
+from dsyolo.plan.strategy import RECOMPUTES, Settings, settings
 
 HEADROOM = 0.05  # of a GPU's memory that a recommendation leaves free: predictions are off by as much
 AS_FAST = 0.01  # strategies whose steps differ by less are equally fast: then the simpler one is taken
@@ -30,10 +30,16 @@ class Ranking(NamedTuple):
         return list(found.values())
 
 
-def search(planner: Planner, global_batch: int, optimizer: str, precisions: Sequence[str]) -> Ranking:
+def search(
+    planner: Planner,
+    global_batch: int,
+    optimizer: str,
+    precisions: Sequence[str],
+    recomputes: Sequence[str] = RECOMPUTES,
+) -> Ranking:
     """Predicts all; where a size fits with all blocks recomputed and not with none, the fewest blocks are looked for too."""
     found: dict[Settings, Strategy] = {}
-    for one in settings(planner.hardware.ranks, global_batch, optimizer, tuple(precisions)):
+    for one in settings(planner.hardware.ranks, global_batch, optimizer, tuple(precisions), recomputes):
         found[one] = planner.predict(one)
     for one in _between(planner, found):
         found[one] = planner.predict(one)

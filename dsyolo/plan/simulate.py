@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num-classes", "--num_classes", type=int, default=80, metavar="N", help="classes (default: 80)")
     add("--images", type=int, default=COCO_IMAGES, metavar="N", help="of the data set (default: COCO's)")
     add("--ranks", default="8,64,512,4096", metavar="N,N", help="numbers of ranks (default: 8,64,512,4096)")
-    text = "images a step, or a micro-batch for each rank where that is more (default: 64)"
+    text = "images a step, rounded up to whole micro-batches for each rank (default: 64)"
     add("--global-batch", "--global_batch", type=int, default=64, metavar="N", help=text)
     add(
         "--micro-batch",
@@ -52,9 +52,11 @@ def run_simulate(args: argparse.Namespace) -> int:
             ranks.append(int(text))
         else:
             problems.append(f"--ranks: {text!r} given, but each is a number from 1 to {MOST_RANKS}.")
-    for option in ("num_classes", "images", "global_batch", "micro_batch"):
-        if not 1 <= getattr(args, option) <= 10**7:
-            problems.append(f"--{option}: {getattr(args, option)} given, but it must be 1 to 10,000,000.")
+    bounds = {"num_classes": 10**4, "images": 10**7, "global_batch": 2**20, "micro_batch": 2**10}
+    for option, most in bounds.items():
+        if not 1 <= getattr(args, option) <= most:
+            problems.append(f"--{option}: {getattr(args, option)} given, but it must be 1 to {most:,}.")
+    ranks = sorted(set(ranks))
     if problems:
         raise UserError("The command line cannot be used", problems)
     found = simulate(args.model, args.num_classes, args.images, ranks, args.global_batch, args.micro_batch)

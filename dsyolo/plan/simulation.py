@@ -59,13 +59,13 @@ def simulate(
     """Of every number of ranks, ZeRO 0 to 3 in fp32 weights.
 
     Args:
-        global_batch: grown to a micro-batch for each rank where it is less.
+        global_batch: rounded up to a micro-batch for each rank, or several.
     """
     with torch.device("meta"):
         network = build_yolov5(model, num_classes)
     found = []
     for num in ranks:
-        batch = max(1, global_batch // (num * micro_batch)) * num * micro_batch
+        batch = -(-global_batch // (num * micro_batch)) * num * micro_batch
         coverage = cover(num_images, batch, micro_batch, num)
         saved = _saved(network, num)
         found += [_scale(network, stage, num, batch, micro_batch, coverage, saved) for stage in range(4)]

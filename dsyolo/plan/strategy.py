@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsyolo.ds_checks import MOST_IMAGES
 
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "SGD": {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005},
-    "Adam": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0005},
     "AdamW": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0005},
 }
 PRECISIONS: Mapping[str, Mapping[str, Any]] = {
@@ -30,6 +29,7 @@ SHARDING = (
     (3, "cpu", "cpu"),
 )
 PIPELINES = (2, 4)
+RECOMPUTES = ("none", "blocks")
 
 
 class Settings(NamedTuple):
@@ -95,7 +95,11 @@ def gib(size: int | str) -> str:
 
 
 def settings(
-    ranks: int, global_batch: int, optimizer: str, precisions: tuple[str, ...]
+    ranks: int,
+    global_batch: int,
+    optimizer: str,
+    precisions: tuple[str, ...],
+    recomputes: Sequence[str] = RECOMPUTES,
 ) -> Iterator[Settings]:
     """All strategies that are looked at: those that need something of their ranks and batch, where they have it.
 
@@ -125,7 +129,7 @@ def settings(
                     accumulation = share // micro_batch
                     if stages > 1 and accumulation < 2 * stages:
                         continue
-                    for recompute in ("none", "blocks"):
+                    for recompute in recomputes:
                         yield Settings(
                             zero_stage,
                             of_optimizer,

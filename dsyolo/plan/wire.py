@@ -55,6 +55,17 @@ def wire_bytes(
     return share * (accumulation * each + weight_bytes * whole_again)  # small ones once, after the step
 
 
+def num_messages(zero: Mapping[str, Any], numels: Sequence[int], accumulation: int) -> int:
+    """Collectives of a step, each of which costs its latency: of buckets, and of ZeRO 3's parameters one by one, twice."""
+    buckets = math.ceil(sum(numels) / max(1, int(zero.get("reduce_bucket_size", sum(numels)))))
+    if zero["stage"] < 2:
+        return buckets + zero["stage"]
+    if zero["stage"] == 2:
+        return accumulation * buckets + 1
+    gathered = sum(numel > int(zero.get("stage3_param_persistence_threshold", 0)) for numel in numels)
+    return accumulation * (buckets + 2 * gathered) + 1
+
+
 def crossing_bytes(elements: int, images: int, each: int) -> int:
     """Of a border between two stages, in a step: on and back."""
     return CROSSES_BACK * elements * images * each

@@ -92,7 +92,9 @@ def read_strategy(
     """
     faults: list[str] = []
     source = read_json(str(path), faults)
-    problems += [f"{path}: {fault}" for fault in faults]
+    problems += [
+        f"{path}: {fault}".replace("Check --deepspeed_config", "Check --strategies") for fault in faults
+    ]
     if source is None:
         return None
     pipeline = source.get("pipeline")
@@ -113,6 +115,8 @@ def read_strategy(
     micro = micro_batch or micro or (max(1, train // (steps * replicas)) if train else 1)
     if micro_batch or accumulation or not train:
         train = micro * steps * replicas
+    # Under weak scaling a rank's images are those of a rank of the smallest world, where that has no room for all stages.
+    steps *= max(1, stages // smallest)
     rest = {key: copy.deepcopy(value) for key, value in source.items() if key not in BATCH_KEYS}
     return Strategy(path.stem, rest, stages, micro, steps, train)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from dsyolo.config import MODELS, max_stride
+from dsyolo.config import MODELS, max_stride, parse
 from dsyolo.data.formats import DataSpec, list_images, read_data_yaml
 from dsyolo.data.sample import draw_sample
 from dsyolo.doctor.hosts import Host, read_hostfile
@@ -27,9 +27,20 @@ from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, rea
 from dsyolo.scale.page import page
 from dsyolo.scale.report import Report, build, rate_table, title, to_json, to_markdown
 from dsyolo.scale.results import Measured, put_together
-from dsyolo.scale.runs import Outcome, Plan, epochs_and_images, run, write_data
+from dsyolo.scale.runs import Outcome, Plan, arguments, epochs_and_images, run, write_data
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
+OWN = {
+    "--deepspeed_config",
+    "--data",
+    "--name",
+    "--project",
+    "--epochs",
+    "--val_every",
+    "--save_every",
+    "--time_account",
+}
+OWN |= {"--resume", "--model", "--imgsz", "--threads", "--workers"}
 MOST_RANKS, MOST_ROUNDS, MOST_STEPS = 2**16, 100, 10**5
 DRAWN_IMAGES, VAL_IMAGES = 400, 64
 
@@ -112,10 +123,14 @@ def run_scale(args: argparse.Namespace) -> int:
     cases = list(dict.fromkeys(row.case for row in rows if row.case))
     data = _data(args, cases)
     args.out.mkdir(parents=True, exist_ok=True)
-    outcomes = _run_all(args, asked, cases, data)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    outcomes, is_interrupted = _run_all(args, asked, cases, data, stamp)
     measured, failed = _judge(outcomes, args.warmup, len(list_images(data.train or ())))
     report = build(rows, measured, failed, _settings(args, asked), _notes(args, asked, measured))
-    _write(args.out, report)
+    _write(args.out, report, stamp, is_news=bool(measured) or not (args.out / "scale.json").exists())
+    if is_interrupted:
+        print("Interrupted: the report has what was measured before.")
+        return 130
     return 0 if all(any(row.measured for row in group.rows) for group in report.groups) else 1
 
 
@@ -149,6 +164,8 @@ def _check(args: argparse.Namespace) -> Sizes:
         for name in dict.fromkeys(names)
         if (found := read_strategy(_path(name), smallest, args.micro_batch, args.accumulation, problems))
     ]
+    own = [word for word in args.options if word.split("=")[0] in OWN]
+    problems += [f"-- {word}: given, but dsyolo scale gives it itself. Leave it out." for word in own]
     try:
         shlex.split(args.launcher_options)
     except ValueError as error:
@@ -216,10 +233,9 @@ def _options(args: argparse.Namespace, accelerator: str) -> list[str]:
 
 
 def _run_all(
-    args: argparse.Namespace, asked: Sizes, cases: Sequence[Case], data: DataSpec
-) -> dict[Case, list[Outcome]]:
-    """All cases in turn, round by round; a case that has failed does not run again."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    args: argparse.Namespace, asked: Sizes, cases: Sequence[Case], data: DataSpec, stamp: str
+) -> tuple[dict[Case, list[Outcome]], bool]:
+    """All cases in turn, round by round; a case that has failed does not run again. And whether Ctrl-C ended it."""
     folder = args.out.resolve() / "runs" / stamp
     folder.mkdir(parents=True)
     options = _options(args, asked.accelerator)
@@ -238,21 +254,28 @@ def _run_all(
     sources = {strategy.name: strategy for strategy in asked.strategies}
     available = len(list_images(data.train or ()))
     outcomes: dict[Case, list[Outcome]] = {case: [] for case in cases}
-    number = 0
-    for turn in range(args.rounds):
-        for case in cases:
+    files: dict[Case, tuple[int, Path, Path]] = {}
+    for case in cases:
+        epochs, images = epochs_and_images(case, args.warmup + args.steps, available)
+        config = folder / f"{case.name}.json"
+        config.write_text(json.dumps(deepspeed_json(sources[case.strategy], case), indent=2) + "\n")
+        files[case] = epochs, write_data(data, folder / "data", images, VAL_IMAGES), config
+        parse(
+            arguments(plan, case.name, *files[case])
+        )  # a mistake in the options is told before any training
+    turns = [(turn, case) for turn in range(args.rounds) for case in cases]
+    try:
+        for number, (turn, case) in enumerate(turns):
             if any(one.found is None for one in outcomes[case]):
                 continue
-            epochs, images = epochs_and_images(case, args.warmup + args.steps, available)
-            config = folder / f"{case.name}.json"
-            config.write_text(json.dumps(deepspeed_json(sources[case.strategy], case), indent=2) + "\n")
-            subset = write_data(data, folder / "data", images, VAL_IMAGES)
             print(f"round {turn + 1} of {args.rounds}: {case.name} ...", end=" ", flush=True)
-            outcome = run(plan, case, turn, number, epochs, subset, config)
-            number += 1
+            outcome = run(plan, case, turn, number, *files[case])
             outcomes[case].append(outcome)
             print(outcome.why_not or f"{outcome.wall_s:.0f} s", flush=True)
-    return outcomes
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        return outcomes, True
+    return outcomes, False
 
 
 def _judge(
@@ -310,10 +333,17 @@ def _notes(args: argparse.Namespace, asked: Sizes, measured: dict[Case, Measured
     return notes
 
 
-def _write(out: Path, report: Report) -> None:
-    (out / "scale.json").write_text(json.dumps(to_json(report), indent=1) + "\n")
-    (out / "scale.md").write_text(to_markdown(report))
-    (out / "scale.html").write_text(page(report))
+def _write(out: Path, report: Report, stamp: str, *, is_news: bool) -> None:
+    """Beside the trainings, where it stays, and in `out`, where the latest one lies that measured something."""
+    texts = {
+        "json": json.dumps(to_json(report), indent=1) + "\n",
+        "md": to_markdown(report),
+        "html": page(report),
+    }
+    for folder in (out / "runs" / stamp, *([out] if is_news else [])):
+        for kind, text in texts.items():
+            (folder / f"scale.{kind}").write_text(text)
+    out = out if is_news else out / "runs" / stamp
     for group in report.groups:
         print(f"\n{title(group)}")
         rows = rate_table(group)

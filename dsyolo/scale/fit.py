@@ -23,6 +23,7 @@ from dsyolo.scale.cases import STRONG, WEAK
 
 SIZES = tuple(2**power for power in range(1, 11))
 DRAWS, SEED, BAND = 300, 0, (5, 95)
+MISSED = 0.05  # of a measured time, beyond which the reader is told
 FAR = 4  # times the largest measured size: beyond it a prediction is called a guess
 
 TERMS = {
@@ -91,7 +92,13 @@ def fit(scaling: str, measured: Mapping[int, Sequence[Sequence[float]]]) -> Fit:
         Prediction(int(size), *map(float, (middle, min(low, middle), max(high, middle))))
         for size, middle, low, high in zip(SIZES, middles, lows, highs, strict=True)
     ]
-    return Fit(formula, central[0] if len(models) == 1 else {}, predictions, _words(sizes, scaling, central))
+    missed = max(float(np.abs(step_seconds(scaling, one, n) / medians - 1).max()) for one in central)
+    says = _words(sizes, scaling, central) + (
+        f" It misses what was measured by {missed:.0%}: no time of this form fits it."
+        if missed > MISSED
+        else ""
+    )
+    return Fit(formula, central[0] if len(models) == 1 else {}, predictions, says)
 
 
 def solve(scaling: str, names: Sequence[str], n: np.ndarray, seconds: np.ndarray) -> dict[str, float]:

@@ -184,7 +184,7 @@ Table = list[list[str]]  # rows of cells, the first of them the head
 def title(group: Group) -> str:
     """Of a strategy under one scaling."""
     what = (
-        "weak scaling, a rank's images stay"
+        "weak scaling, a rank's images a step stay"
         if group.scaling == WEAK
         else "strong scaling, a step's images stay"
     )

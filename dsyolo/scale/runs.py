@@ -86,25 +86,61 @@ def run(plan: Plan, case: Case, turn: int, number: int, epochs: int, data: Path,
     """
     name = f"{case.name}_round{turn + 1}"
     folder = plan.folder / name
-    words = [
-        str(Path(dsyolo.__file__).with_name("train.py")),
-        "--deepspeed_config",
-        str(config),
-        "--data",
-        str(data),
-    ]
-    words += ["--epochs", str(epochs), "--val_every", str(epochs), "--save_every", str(epochs)]
-    words += ["--project", str(plan.folder), "--name", name, "--time_account", "steps", *plan.options]
-    command = [*_launcher(plan, case.ranks, number), *words]
+    words = arguments(plan, name, epochs, data, config)
+    command = [*_launcher(plan, case.ranks, number), str(Path(dsyolo.__file__).with_name("train.py")), *words]
     begin = time.monotonic()
     log = plan.folder / f"{name}.log"
     with log.open("wb") as output:
         status = _wait(plan, case, command, output)
     wall_s = time.monotonic() - begin
     file = folder / "steps.json"
-    if status or not file.exists():
-        return Outcome(None, wall_s, f"{_reason(status, log)} See {log}")
-    return Outcome(json.loads(file.read_text()), wall_s)
+    found = json.loads(file.read_text()) if file.exists() else None
+    if found and (status == 0 or (status is None and _has_enough(found, plan.warmup))):
+        return Outcome(found, wall_s)
+    return Outcome(None, wall_s, f"{_reason(status, log, plan)} See {log}")
+
+
+def arguments(plan: Plan, name: str, epochs: int, data: Path, config: Path) -> list[str]:
+    """Of train.py, for one training."""
+    words = [
+        "--deepspeed_config",
+        str(config),
+        "--data",
+        str(data),
+        "--project",
+        str(plan.folder),
+        "--name",
+        name,
+    ]
+    words += ["--epochs", str(epochs), "--val_every", str(epochs), "--save_every", str(epochs)]
+    return [*words, "--time_account", "steps", *plan.options]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stops what is left of a training: ranks go on saving when their launcher has ended."""
+    end = time.monotonic() + GRACE_S
+    if process.poll() is None:
+        _signal(process.pid, signal.SIGTERM)
+    while _signal(process.pid, 0):
+        process.poll()
+        if time.monotonic() > end:
+            _signal(process.pid, signal.SIGKILL)
+        time.sleep(0.1)
+    process.wait()
+
+
+def _signal(group: int, number: int) -> bool:
+    """Whether there was somebody to hear it."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _has_enough(found: dict[str, Any], warmup: int) -> bool:
+    """Of a training that took too long, was stopped, and has told of its steps."""
+    return all(any(step["step"] > warmup for step in rank["steps"]) for rank in found["ranks"])
 
 
 def _launcher(plan: Plan, ranks: int, number: int) -> list[str]:
@@ -152,19 +188,18 @@ def _wait(plan: Plan, case: Case, command: Sequence[str], output: Any) -> int | 
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        _end(process)
 
 
-def _reason(status: int | None, log: Path) -> str:
+def _reason(status: int | None, log: Path, plan: Plan) -> str:
     """What the run said last of why it ended."""
-    what = "took too long." if status is None else f"ended with status {status}:"
+    if status is None:
+        return f"took longer than the {plan.timeout_s:.0f} s of --timeout, before a step was measured."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    telling = [line for line in lines if re.search(r"Error|error:|cannot|memory|given, but|Stopped", line)]
-    said = " ".join((telling or list(filter(None, lines)))[-2:])
-    return f"{what} {said}"[:MOST_REASON]
+    lines = [line for line in lines if line and not line.startswith("raise ")]
+    telling = [
+        line for line in lines if re.search(r"Error|error:|cannot|memory$|given, but|Stopped|does not", line)
+    ]
+    said = " ".join((telling or lines)[-2:])[:MOST_REASON]
+    remedy = f" dsyolo doctor --hostfile {plan.hostfile} tells more." if plan.hostfile else ""
+    return f"ended with status {status}: {said}{remedy}"
