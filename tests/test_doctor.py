@@ -91,6 +91,20 @@ def test_a_healthy_machine_passes(place, tmp_path):
     told.has("data", OK, "", "train: 24 images .*; val: 6 images", "")
 
 
+def test_values_that_are_left_to_the_run_are_no_fault(place, tmp_path):
+    content = {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+    (tmp_path / "auto.json").write_text(json.dumps(content))
+    told = alone(
+        place, tmp_path, num_gpus=2, master_port=free_port(), deepspeed_config=tmp_path / "auto.json"
+    )
+    assert told.status == 0, told.text
+    (tmp_path / "auto.json").write_text(json.dumps({**content, "gradient_clippping": "auto"}))
+    told = alone(
+        place, tmp_path, num_gpus=2, master_port=free_port(), deepspeed_config=tmp_path / "auto.json"
+    )
+    told.has("deepspeed_config", FAIL, "", "auto.json: gradient_clippping: unknown key", "gradient_clipping")
+
+
 def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
     (tmp_path / "ds.json").write_text(
         json.dumps(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import time
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -10,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import run_ranks
-from runs import alone, make_place, rows
+from runs import TRAIN, alone, arguments, environment, make_place, rows
 
 from dsyolo.account import Account, Terms
 from dsyolo.nvml import Gpu, GpuUse
@@ -338,6 +341,36 @@ def test_a_run_accounts_for_its_epochs_and_steps(tmp_path):
     assert all(a["cpu_s"] <= b["cpu_s"] for a, b in pairwise(seen))
     assert seen[0]["cpu_s"] < seen[-1]["cpu_s"]
     assert LOGGED_STEP in [step["step"] for step in rank["steps"]]
+
+
+def test_steps_of_a_run_that_stops_and_goes_on_are_kept(tmp_path):
+    place = make_place(tmp_path)
+    words = ["--time_account", "steps", "--resume", "auto"]
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments(place, "stops", epochs=40), *words],
+        env=environment(place),
+        cwd=place,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = place / "runs/stops/metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 4,' in metrics.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    stopped_at = int(re.search(r"after step (\d+)", said)[1])
+    first = (place / "runs/stops/steps.json").read_text()
+    # the last one was not over when the run stopped behind it
+    assert [step["step"] for step in json.loads(first)["ranks"][0]["steps"]] == list(range(1, stopped_at))
+    done = alone(place, "stops", *words, epochs=40, max_skipped_steps=30)
+    assert done.returncode == 0, done.stderr
+    (later,) = json.loads((place / f"runs/stops/steps_{stopped_at:08d}.json").read_text())["ranks"]
+    assert [step["step"] for step in later["steps"]] == list(range(stopped_at + 1, 121))
+    assert (place / "runs/stops/steps.json").read_text() == first
 
 
 def test_the_account_can_be_left_out(tmp_path):

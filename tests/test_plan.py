@@ -23,7 +23,7 @@ from dsyolo.plan.rehearsal import case_of, rehearse
 from dsyolo.plan.report import PUBLISHED_GB
 from dsyolo.plan.simulation import cover, simulate
 from dsyolo.plan.strategy import Settings, settings
-from dsyolo.plan.wire import wire_bytes
+from dsyolo.plan.wire import num_messages, wire_bytes
 from dsyolo.plan.work import Work
 
 PLAIN = Settings(0, None, None, "none", "autocast_fp16", 16, 1, 1, 1, "SGD")
@@ -186,6 +186,10 @@ def test_mistakes_are_told(capsys, words, told):
 
 def test_amounts_are_read():
     assert read_gpus("8x24GiB") == (8, 24 * GIB)
+    assert read_rate("200Gb/s") == read_rate("200Gbit/s") == read_rate("25GB/s") == 25e9
+    for text in ("24", "24B", "x"):
+        with pytest.raises(ValueError, match="an amount such as 24GiB"):
+            read_bytes(text)
     assert read_bytes("1.5GB") == 1_500_000_000
     assert (read_rate("25GB/s"), read_rate("200Gbit/s")) == (25e9, 25e9)
 
@@ -224,6 +228,40 @@ def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     return fill(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
+
+
+def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    for recompute in ("none", "blocks", "1GiB"):
+        got = fill(run_config(tmp_path, deepspeed_config="auto", recompute=recompute), lambda: a10, 80)
+        said = got.config.get("activation_checkpointing", {}).get("recompute", "none")
+        assert said == recompute
+        assert ("recompute" in got.lines[0]) == (recompute == "blocks")
+    got = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=3), 80, 64)
+    with pytest.raises(UserError, match="64 when it was saved, and 3 ranks do not divide it"):
+        check(got.config, world_size=3, accelerator="cuda", saved_batch=64, name="auto")
+
+
+def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 64}))
+    whole = run_config(tmp_path, deepspeed_config=path)
+    first, again = (
+        fill(one, lambda: a10, 80) for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
+    )
+    assert (first.is_halved, again.is_halved) == (False, True)
+    sizes = [check(one.config, world_size=2, accelerator="cuda") for one in (first, again)]
+    assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
+
+
+def test_a_key_given_twice_is_no_matter_of_auto(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 16, "train_batch_size": 32, "gradient_clipping": "auto"}')
+    got = fill(run_config(tmp_path, deepspeed_config=path), lambda: a10, 80)
+    with pytest.raises(UserError, match="train_batch_size: given twice"):
+        check(got.config, world_size=2, accelerator="cuda")
 
 
 def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
@@ -343,6 +381,35 @@ def test_the_engine_that_trains_holds_and_sends_what_is_expected_of_thousands_of
     assert found.buckets <= 1.01 * found.buckets_expected
 
 
+def test_what_a_plan_cannot_be_made_for_is_refused(tmp_path, capsys):
+    (tmp_path / "other").write_bytes(b"\xff\xfe")
+    for words, told in (
+        ("--gpus 8x24GiB --nodes 0", "--nodes: 0 given"),
+        ("--gpus 1x24GiB --imgsz 32", "--imgsz: 32 given, but yolov5n needs 64 at least"),
+        ("--gpus 1x24GiB --model yolov5n6 --imgsz 64", "yolov5n6 needs 128 at least"),
+        ("--gpus 8x24", "an amount such as 24GiB"),
+        ("--gpus 8x24GiB --bandwidth 9GB/s", "it is between nodes, and there is 1"),
+        (f"--gpus 1x24GiB --write {tmp_path}", "is a folder or device"),
+        ("--gpus 1x24GiB --write /dev/full --force", "is a folder or device"),
+        (f"--gpus 1x24GiB --write {tmp_path}/other", "it says something else"),
+    ):
+        status, _, said = plan(capsys, *words.split())
+        assert status == 2, words
+        assert told in said, words
+    assert plan(capsys, "--gpus", "1x24GiB", "--gpu", "h100")[0] == 0
+
+
+def test_messages_cost_time_where_there_are_many(capsys):
+    """A small network on two nodes: ZeRO 3 gathers each layer by itself."""
+    _, out, _ = plan(capsys, *["--gpus", "8x24GiB", "--nodes", "2", "--json"])
+    best = {one["settings"]["zero_stage"]: one["step_s"]["step"] for one in reversed(json.loads(out))}
+    assert best[0] < best[3]
+    sizes = [100_000] * 60
+    zero3 = {"stage": 3, "reduce_bucket_size": 6_000_000, "stage3_param_persistence_threshold": 1000}
+    assert num_messages(zero3, sizes, 2) == 2 * (1 + 2 * 60) + 1
+    assert num_messages({"stage": 1, "reduce_bucket_size": 2_000_000}, sizes, 2) == 3 + 1
+
+
 def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):
     plain = Stream.micro_batches
 
@@ -358,6 +425,8 @@ def test_the_simulation_is_printed_and_its_mistakes_told(capsys):
     words = ["simulate", "--model", "yolov5n", "--images", "200", "--ranks", "2,4"]
     assert cli.main(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 4
+    assert cli.main([*words, "--global-batch", "7", "--json"]) == 0
+    assert {row["global_batch"] for row in json.loads(capsys.readouterr().out)} == {8}
     assert cli.main([*words[:-1], "2,none"]) == 2
     assert "--ranks: 'none' given, but each is a number from 1 to 4096" in capsys.readouterr().err
 

@@ -159,6 +159,14 @@ def test_noise_widens_the_band_and_the_band_holds_the_truth():
     assert (widths(0.05) > 2 * widths(0.005)).all()
 
 
+def test_a_fit_that_misses_what_was_measured_says_so():
+    found = fit(
+        STRONG, {1: [[1.0] * 5], 2: [[1.35] * 5]}
+    )  # slower by more ranks than latency of a tree would make it
+    assert "misses what was measured by 1" in found.says  # without latency no such time comes out
+    assert "misses" not in fit(WEAK, {1: [[1.0] * 5], 2: [[1.1] * 5]}).says
+
+
 def test_two_sizes_leave_open_how_it_goes_on_and_one_says_nothing():
     found = fit(WEAK, {1: [[1.0] * 5], 2: [[1.1] * 5]})
     last = found.predictions[-1]

@@ -29,16 +29,18 @@ HONEST = (
 
 def table(ranking: Ranking, most: int = 40) -> str:
     """The best of each way of spreading, a line each."""
+    shown = ranking.families()[:most]
+    width = max([8, *(len(one.settings.in_words()) for one in shown)])
     head = (
-        f"{'':2}  {'strategy':34} {'precision':13} {'micro x acc x ranks':>19} {'peak GiB':>8} {'host GiB':>8} "
+        f"{'':2}  {'strategy':{width}} {'precision':13} {'micro x acc x ranks':>19} {'peak GiB':>8} {'host GiB':>8} "
         f"{'sent GB':>7} {'step s':>7} {'images/s':>8} {'of it % *':>13}  fits"
     )
     lines = [head]
-    for number, one in enumerate(ranking.families()[:most], 1):
+    for number, one in enumerate(shown, 1):
         s = one.settings
         sizes = f"{s.micro_batch} x {s.accumulation} x {s.replicas}"
         lines.append(
-            f"{number:2}  {s.in_words():34} {s.precision:13} {sizes:>19} {one.peak_bytes / GIB:8.2f} "
+            f"{number:2}  {s.in_words():{width}} {s.precision:13} {sizes:>19} {one.peak_bytes / GIB:8.2f} "
             f"{one.host_bytes / GIB:8.1f} {one.wire / 1e9:7.2f} {one.times.step:7.3f} {one.images_s:8.0f} {shares(one):>13}  "
             f"{one.why_not or 'yes'}"
         )
