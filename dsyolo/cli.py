@@ -30,6 +30,7 @@ from dsyolo.plan import simulate
 from dsyolo.problems import cannot_hold_files, rule_of
 from dsyolo.problems import validate as judge
 from dsyolo.scale import command as scale
+from dsyolo.scale import options as scale_options
 from dsyolo.validate import Finder, PlainPredictor, validate
 
 MANY_IMAGES = 20  # so many and more are told in one line
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_options(
         _command(commands, "simulate", simulate.run_simulate, "a training on thousands of ranks, on paper")
     )
-    scale.add_options(
+    scale_options.add_options(
         _command(commands, "scale", scale.run_scale, "train at several sizes, and report how it scales")
     )
     return parser

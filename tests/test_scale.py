@@ -23,9 +23,10 @@ from dsyolo.parallel.phases import PHASES
 from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
 from dsyolo.scale.fit import SIZES, efficiency, fit, solve, step_seconds
 from dsyolo.scale.page import page
-from dsyolo.scale.report import build, to_json, to_markdown
+from dsyolo.scale.report import build, to_json
 from dsyolo.scale.results import put_together
 from dsyolo.scale.runs import epochs_and_images, include
+from dsyolo.scale.tables import to_markdown
 
 RANKS = np.array([1.0, 2.0, 4.0, 8.0])
 

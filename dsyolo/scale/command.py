@@ -1,115 +1,30 @@
-"""The command `dsyolo scale`: its options, and what it does with them."""
+"""The command `dsyolo scale`: runs what was asked for, and writes the report."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
-import torch
 
-from dsyolo.config import MODELS, max_stride, parse
+from dsyolo.config import parse
 from dsyolo.data.formats import DataSpec, list_images, read_data_yaml
 from dsyolo.data.sample import draw_sample
-from dsyolo.doctor.hosts import Host, read_hostfile
-from dsyolo.doctor.report import FAIL
-from dsyolo.environment import read_environment
-from dsyolo.errors import UserError
-from dsyolo.problems import cannot_hold_files
-from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
+from dsyolo.scale.cases import Case, deepspeed_json, wanted
+from dsyolo.scale.options import SCALINGS, Sizes, check
 from dsyolo.scale.page import page
-from dsyolo.scale.report import Report, build, rate_table, title, to_json, to_markdown
+from dsyolo.scale.report import Report, build, to_json
 from dsyolo.scale.results import Measured, put_together
 from dsyolo.scale.runs import Outcome, Plan, arguments, epochs_and_images, run, write_data
+from dsyolo.scale.tables import rate_table, title, to_markdown
 
-SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
-OWN = {
-    "--deepspeed_config",
-    "--data",
-    "--name",
-    "--project",
-    "--epochs",
-    "--val_every",
-    "--save_every",
-    "--time_account",
-}
-OWN |= {"--resume", "--model", "--imgsz", "--threads", "--workers"}
-MOST_RANKS, MOST_ROUNDS, MOST_STEPS = 2**16, 100, 10**5
 DRAWN_IMAGES, VAL_IMAGES = 400, 64
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is trained, at which sizes, and how long."""
-    add = parser.add_argument
-    add("--ranks", required=True, metavar="N,N", help="sizes to run, as 1,2,4")
-    add(
-        "--strategies",
-        metavar="NAME,NAME",
-        help="files in ds_configs/, or paths (default: --deepspeed_config)",
-    )
-    add(
-        "--deepspeed_config",
-        type=Path,
-        default=Path("ds_configs/zero1.json"),
-        metavar="FILE",
-        help="DeepSpeed JSON",
-    )
-    add(
-        "--scaling",
-        choices=SCALINGS,
-        default="weak",
-        help="weak: a rank's images stay; strong: a step's (default: weak)",
-    )
-    add("--data", type=Path, metavar="FILE", help="data set's YAML file (default: one is drawn)")
-    add("--model", choices=MODELS, default="yolov5n", metavar="NAME", help="variant (default: yolov5n)")
-    add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
-    add("--micro_batch", type=int, metavar="N", help="images of a micro-batch (default: the JSON's)")
-    add(
-        "--accumulation", type=int, metavar="N", help="micro-batches of a step and rank (default: the JSON's)"
-    )
-    add(
-        "--steps",
-        type=int,
-        default=20,
-        metavar="N",
-        help="optimizer steps that count, at least (default: 20)",
-    )
-    add("--warmup", type=int, default=5, metavar="N", help="steps before them that do not (default: 5)")
-    add("--rounds", type=int, default=2, metavar="N", help="times that each size runs, in turn (default: 2)")
-    add("--hostfile", type=Path, metavar="FILE", help="ranks go to its hosts, the first ones first")
-    add(
-        "--launcher_options", default="", metavar="WORDS", help='of deepspeed, as one word: "--ssh_port 2222"'
-    )
-    add("--threads", type=int, metavar="N", help="per rank (default: 1 on a CPU)")
-    add("--workers", type=int, metavar="N", help="loader processes per rank (default: as a run)")
-    add(
-        "--cores",
-        type=int,
-        metavar="N",
-        help="of this machine that each rank has with its workers; a run on fewer ranks leaves the others idle (default: all for all)",
-    )
-    add("--timeout", type=float, default=1800, metavar="S", help="most seconds of a run (default: 1800)")
-    add("--master_port", type=int, default=29600, metavar="N", help="first port that ranks meet at")
-    add(
-        "--out", type=Path, default=Path("scale"), metavar="DIR", help="folder of the report (default: scale)"
-    )
-    add("options", nargs="*", metavar="-- OPTION", help="more options of train.py, after two dashes")
-
-
-class Sizes(NamedTuple):
-    """What was asked for, checked."""
-
-    ranks: list[int]
-    strategies: list[Strategy]
-    hosts: list[Host]
-    accelerator: str
 
 
 def run_scale(args: argparse.Namespace) -> int:
@@ -118,7 +33,7 @@ def run_scale(args: argparse.Namespace) -> int:
     Raises:
         UserError: a mistake in the command line.
     """
-    asked = _check(args)
+    asked = check(args)
     rows = list(wanted(asked.strategies, SCALINGS[args.scaling], asked.ranks, args.model, asked.accelerator))
     cases = list(dict.fromkeys(row.case for row in rows if row.case))
     data = _data(args, cases)
@@ -132,89 +47,6 @@ def run_scale(args: argparse.Namespace) -> int:
         print("Interrupted: the report has what was measured before.")
         return 130
     return 0 if all(any(row.measured for row in group.rows) for group in report.groups) else 1
-
-
-def _check(args: argparse.Namespace) -> Sizes:
-    problems: list[str] = []
-    ranks = _ranks(args.ranks, problems)
-    bounds = {"steps": (1, MOST_STEPS), "warmup": (0, MOST_STEPS), "rounds": (1, MOST_ROUNDS)}
-    bounds |= {
-        "micro_batch": (1, 4096),
-        "accumulation": (1, 4096),
-        "threads": (1, 1024),
-        "workers": (0, 1024),
-    }
-    bounds |= {"cores": (1, 1024), "timeout": (5, 10**6), "master_port": (1024, 65000), "imgsz": (64, 8192)}
-    for option, (least, most) in bounds.items():
-        value = getattr(args, option)
-        if value is not None and not least <= value <= most:
-            problems.append(f"--{option}: {value} given, but it must be {least} to {most}. Correct it.")
-    if args.imgsz % max_stride(args.model):
-        problems.append(
-            f"--imgsz: {args.imgsz} given, but {args.model} needs multiples of {max_stride(args.model)}."
-        )
-    hosts = _hosts(args, ranks, problems)
-    accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not hosts and ranks:
-        _check_machine(args, max(ranks), accelerator, problems)
-    names = args.strategies.split(",") if args.strategies else [str(args.deepspeed_config)]
-    smallest = min(ranks, default=1)
-    strategies = [
-        found
-        for name in dict.fromkeys(names)
-        if (found := read_strategy(_path(name), smallest, args.micro_batch, args.accumulation, problems))
-    ]
-    own = [word for word in args.options if word.split("=")[0] in OWN]
-    problems += [f"-- {word}: given, but dsyolo scale gives it itself. Leave it out." for word in own]
-    try:
-        shlex.split(args.launcher_options)
-    except ValueError as error:
-        problems.append(f"--launcher_options: {args.launcher_options!r} given: {error}. Close its quotes.")
-    if fault := cannot_hold_files(args.out):
-        problems.append(f"--out: {fault}")
-    if problems:
-        raise UserError("The command line cannot be used", problems)
-    return Sizes(ranks, strategies, hosts, accelerator)
-
-
-def _ranks(text: str, problems: list[str]) -> list[int]:
-    parts = text.split(",")
-    if all(part.strip().isdecimal() and 1 <= int(part) <= MOST_RANKS for part in parts):
-        return sorted({int(part) for part in parts})
-    problems.append(f"--ranks: {text!r} given, but it must be numbers from 1 on, as 1,2,4. Correct it.")
-    return []
-
-
-def _hosts(args: argparse.Namespace, ranks: Sequence[int], problems: list[str]) -> list[Host]:
-    if not args.hostfile:
-        return []
-    hosts, findings = read_hostfile(args.hostfile)
-    problems += [f"--hostfile: {one.found}. {one.remedy}" for one in findings if one.verdict == FAIL]
-    slots = sum(host.slots for host in hosts)
-    if hosts and ranks and max(ranks) > slots:
-        problems.append(
-            f"--ranks: {max(ranks)} given, but the hosts have {slots} slots. Take fewer, or more hosts."
-        )
-    return hosts
-
-
-def _check_machine(args: argparse.Namespace, most: int, accelerator: str, problems: list[str]) -> None:
-    if accelerator == "cuda" and most > torch.cuda.device_count():
-        rule = f"this machine has {torch.cuda.device_count()} GPUs"
-        problems.append(f"--ranks: {most} given, but {rule}. Take fewer, or give a --hostfile.")
-    cores = psutil.cpu_count() or 1
-    if args.cores and args.cores * most > cores:
-        problems.append(
-            f"--cores: {args.cores} for each of {most} ranks given, but there are {cores}. Take fewer."
-        )
-    if args.cores and not hasattr(os, "sched_setaffinity"):
-        problems.append("--cores: this system cannot hold a process to cores. Leave it out.")
-
-
-def _path(name: str) -> Path:
-    """Of a strategy: a path, or the name of a file in ds_configs/."""
-    path = Path(name)
-    return path if path.suffix == ".json" else Path("ds_configs", f"{name}.json")
 
 
 def _data(args: argparse.Namespace, cases: Sequence[Case]) -> DataSpec:

@@ -8,9 +8,8 @@ from html import escape
 from typing import Any
 
 from dsyolo.parallel.phases import PHASES
-from dsyolo.scale.report import (
-    Group,
-    Report,
+from dsyolo.scale.report import Group, Report
+from dsyolo.scale.tables import (
     Table,
     fit_words,
     prediction_table,
