@@ -210,7 +210,7 @@ def test_a_folder_that_hosts_do_not_share_is_told_before_anything_is_read(place,
     assert said.count("apart is not one folder for all hosts") == 1, said
     assert "node1 does not see there what rank 0 writes. Put --project on storage" in said
     assert "Traceback" not in said
-    assert list((project / "apart").iterdir()) == []
+    assert list(project.iterdir()) == []
 
 
 def test_sigterm_to_deepspeed_saves_on_all_hosts(place, cluster):

@@ -412,7 +412,15 @@ def test_a_mistake_in_the_trainings_options_is_told_before_any_training(tmp_path
 def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
     place = make_place(tmp_path)
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "50")
-    process = subprocess.Popen(command, cwd=place, env=environment(place), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        text=True,
+        # as a terminal starts it: a shell has what it starts in the background ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     said = ""
     while "round 2" not in said:
         said += process.stdout.read(1)
