@@ -6,7 +6,7 @@ from dsyolo import config as run_config
 from dsyolo.build import Run
 from dsyolo.config import RunConfig
 from dsyolo.errors import UserError
-from dsyolo.parallel.claim import Claim, set_aside
+from dsyolo.parallel.claim import BUSY, Claim, set_aside
 from dsyolo.parallel.manifest import all_checkpoints
 from dsyolo.parallel.stop import StopRequest
 from dsyolo.problems import cannot_hold_files
@@ -53,7 +53,7 @@ def claim_folder(run: Run, claim: Claim, request: StopRequest) -> None:
         rule = (
             "another run has saved there, or removed what was saved, since this one has started. Start again."
         )
-        raise UserError(f"{run.folder} cannot be used", [rule])
+        raise UserError(f"{run.folder} cannot be used", [rule], BUSY)
     check_folder(run.config, run.goes_on)
     if not run.goes_on and (kept := set_aside(run.folder / "weights")):
         print(f"{run.folder} has weights of a run, but no checkpoint to go on from: they are in {kept} now")

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
     0; 2 for a mistake of the user's; 65 where the training diverges; 74 where its end could not be saved; 75 after
-    SIGTERM, with all saved; 130 for Ctrl-C. A rank that is lost ends all of them with 70 (parallel/watchdog.py).
+    SIGTERM, with all saved, and where another run is in its folder; 130 for Ctrl-C. A rank that is lost ends all of them with 70 (parallel/watchdog.py).
     """
     try:
         world = dist.world_from_environment()
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if not world.is_first:
             time.sleep(GRACE_S)
-            return 2
+            return error.status
         print(f"\n{error}\n", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         if world.is_first:
             print(

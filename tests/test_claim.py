@@ -74,7 +74,7 @@ def test_whoever_waits_gets_it_or_gives_up_when_asked(tmp_path, capsys):
 def test_a_second_run_in_a_folder_is_refused(place):
     with Holder(place / "runs/taken") as holder:
         done = alone(place, "taken", "--resume", "auto", meet_timeout_s=5)
-        assert done.returncode == 2, done.stdout + done.stderr
+        assert done.returncode == claim.BUSY, done.stdout + done.stderr
         assert f"a run is in it: process {holder.pid}" in done.stderr
         assert "--name" in done.stderr
         assert os.listdir(place / "runs/taken") == [claim.FILE]
@@ -103,7 +103,7 @@ def test_what_another_run_saved_while_this_one_waited_is_not_written_over(place)
         holder.stdin.write("end\n")
         holder.stdin.close()
         said += waiting.communicate(timeout=60)[0]
-    assert waiting.returncode == 2, said
+    assert waiting.returncode == claim.BUSY, said
     assert "another run has saved there" in said
     assert (place / "runs/late/weights/best.safetensors").read_bytes() == (
         place / "runs/other/weights/best.safetensors"

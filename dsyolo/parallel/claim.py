@@ -19,6 +19,7 @@ from dsyolo.errors import UserError
 
 FILE = ".lock"
 LOOK_S = 0.2
+BUSY = 75  # EX_TEMPFAIL of sysexits.h: a lock that a machine left that went down is given back after a while
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -46,7 +47,7 @@ class Claim:
                 holder = self._path.read_text(errors="replace")[:200].strip() or "another process"
                 if time.monotonic() > end or is_over():
                     rule = f"a run is in it: {holder}. Wait for its end, or stop it; or name another folder by --name."
-                    raise UserError(f"{folder} cannot be used", [rule])
+                    raise UserError(f"{folder} cannot be used", [rule], BUSY)
                 if not told:
                     print(
                         f"{folder} is in use by {holder}: waiting for it, {wait_s:.0f} s at most", flush=True

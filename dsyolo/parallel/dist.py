@@ -211,7 +211,9 @@ def _attempted(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
 
 def _agreed(error: UserError | None) -> None:
     """Raises on every rank where one of them has an error."""
-    for told in all_gather_objects(error and (error.headline, error.problems), device_of_rank()):
+    for told in all_gather_objects(
+        error and (error.headline, error.problems, error.status), device_of_rank()
+    ):
         if told:
             raise UserError(*told)
 
