@@ -268,10 +268,9 @@ def shortage(accounts: Sequence[Account], device_bytes: int | None, host_bytes: 
         accounts: of those ranks.
         device_bytes: memory of a rank's device; None: ranks compute on the host.
     """
-    needs = [("the machine", sum(account.host.total for account in accounts), host_bytes)]
-    if device_bytes is None:
-        needs = [("the machine", sum(account.together.total for account in accounts), host_bytes)]
-    else:
+    on_host = [account.together.total if device_bytes is None else account.host.total for account in accounts]
+    needs = [("the machine", sum(on_host), host_bytes)]
+    if device_bytes is not None:
         needs.append(("a rank's device", max(account.device.total for account in accounts), device_bytes))
     short = [
         f"{needed / 2**30:.2f} GiB of {where}, which has {there / 2**30:.2f}"

@@ -133,9 +133,8 @@ def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAc
 
 def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
     precision, found = run.ds.precision, None
-    if (
-        on_cpu
-    ):  # all ranks at once, as they train; what disturbs one of them does not make it a slower machine
+    if on_cpu:
+        # All ranks at once, as they train; what disturbs one of them does not make it a slower machine.
         dist.barrier()
         found = max(parts.engine.all_gather(peak_of_cpu(precision)))
     if found is None and (name := _device_name(run.world.local_rank)):

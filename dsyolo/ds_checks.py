@@ -24,6 +24,19 @@ MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
+def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
+    """Images a step of a JSON that leaves them open: the recipe's, or the next number that what it gives divides; else None."""
+    train, micro, steps = (content.get(key) for key in BATCH_KEYS)
+    if train is not None or (micro is not None and steps is not None):
+        return None
+    pipeline = content.get("pipeline", {})
+    stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
+    has_stages = isinstance(stages, int) and stages > 0
+    replicas = max(1, ranks // stages) if has_stages else ranks
+    unit = replicas * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
+    return -(-NOMINAL_BATCH // unit) * unit
+
+
 def batch_triple(
     source: Mapping[str, Any],
     sane: Mapping[str, Any],

@@ -92,7 +92,11 @@ def test_a_healthy_machine_passes(place, tmp_path):
 
 
 def test_values_that_are_left_to_the_run_are_no_fault(place, tmp_path):
-    content = {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+    content = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 12,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    }
     (tmp_path / "auto.json").write_text(json.dumps(content))
     told = alone(
         place, tmp_path, num_gpus=2, master_port=free_port(), deepspeed_config=tmp_path / "auto.json"

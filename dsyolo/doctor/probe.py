@@ -138,13 +138,14 @@ def _deepspeed_json(request: Section) -> Section:
     path = request["deepspeed_config"]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
     checker = importlib.import_module("dsyolo.ds_config")
+    checks = importlib.import_module("dsyolo.ds_checks")
     reader = importlib.import_module("dsyolo.ds_read")
     errors = importlib.import_module("dsyolo.errors")
     accelerator = _devices(request)["accelerator"]
     source = reader.read_json(path, [])
     content, autos = reader.without_auto(source) if source else ({}, [])
-    if autos and "train_batch_size" not in content:
-        content["train_batch_size"] = 64 * request["world_size"]  # the run will find one
+    if autos and (batch := checks.open_batch(content, request["world_size"])):
+        content["train_batch_size"] = batch  # as the run will have it
     try:
         checker.check(
             content if autos else path,

@@ -16,10 +16,13 @@ from itertools import count
 from pathlib import Path
 
 from dsyolo.errors import UserError
+from dsyolo.parallel import stop
 
 FILE = ".lock"
 LOOK_S = 0.2
-BUSY = 75  # EX_TEMPFAIL of sysexits.h: a lock that a machine left that went down is given back after a while
+BUSY = (
+    stop.STATUS
+)  # as of a run that can go on later: a lock that a machine left that went down is given back after a while
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 

@@ -63,9 +63,8 @@ class Watchdog:
         self._ended = threading.Lock()
         self._answered = time.monotonic()
         self._seats = [self._seat]
-        self._first: dict[str, Any] = (
-            NO_BEAT  # the first rank's last beat, where this one would have to tell of it
-        )
+        # The first rank's last beat, where this one would have to tell of it.
+        self._first: dict[str, Any] = NO_BEAT
         if world.size == 1:
             return
         address = str(read_environment().master_addr)

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from dsyolo.config import AUTO, RunConfig
 from dsyolo.data.loader import largest_size_px
-from dsyolo.ds_checks import BATCH_KEYS
+from dsyolo.ds_checks import BATCH_KEYS, open_batch
 from dsyolo.ds_config import DsConfig, check
 from dsyolo.ds_read import read_json, without_auto
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import level_strides
-from dsyolo.optim import NOMINAL_BATCH
 from dsyolo.plan.hardware import GIB, Hardware
 from dsyolo.plan.predict import Planner, Strategy
 from dsyolo.plan.report import terms
@@ -62,13 +61,8 @@ def fill(
     return _fill_values(run, find(), num_classes, content, paths, saved_batch)
 
 
-def nominal_batch(ranks: int) -> int:
-    """The recipe's 64 images a step, or the next multiple of the ranks."""
-    return -(-NOMINAL_BATCH // ranks) * ranks
-
-
 def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch: int | None) -> Filled:
-    batch = saved_batch or nominal_batch(hardware.ranks)
+    batch = saved_batch or open_batch({}, hardware.ranks)
     if batch % hardware.ranks:
         return Filled({BATCH_KEYS[0]: batch})  # which is refused, with the ranks that would do
     work = Work(run.model, num_classes, _size_px(run))
@@ -146,14 +140,9 @@ def _fill_batch(
     run: RunConfig, hardware: Hardware, num_classes: int, content: dict[str, Any], saved_batch: int | None
 ) -> bool:
     """Plans the sizes that are missing; returns whether for less memory than there is, since it ran out."""
-    train, micro, steps = (content.get(key) for key in BATCH_KEYS)
-    if train is None and (micro is None or steps is None):
-        pipeline = content.get("pipeline", {})
-        stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
-        has_stages = isinstance(stages, int) and stages > 0
-        replicas = max(1, hardware.ranks // stages) if has_stages else hardware.ranks
-        unit = replicas * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
-        content[BATCH_KEYS[0]] = saved_batch or -(-NOMINAL_BATCH // unit) * unit
+    _, micro, steps = (content.get(key) for key in BATCH_KEYS)
+    if batch := open_batch(content, hardware.ranks):
+        content[BATCH_KEYS[0]] = saved_batch or batch
     if micro is not None or steps is not None:
         return False
     try:

@@ -36,11 +36,12 @@ def run_scale(args: argparse.Namespace) -> int:
     asked = check(args)
     rows = list(wanted(asked.strategies, SCALINGS[args.scaling], asked.ranks, args.model, asked.accelerator))
     cases = list(dict.fromkeys(row.case for row in rows if row.case))
-    data = _data(args, cases)
+    data = _data(args)
+    num_images = len(list_images(data.train or ()))
     args.out.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    outcomes, is_interrupted = _run_all(args, asked, cases, data, stamp)
-    measured, failed = _judge(outcomes, args.warmup, len(list_images(data.train or ())))
+    outcomes, is_interrupted = _run_all(args, asked, cases, data, num_images, stamp)
+    measured, failed = _judge(outcomes, args.warmup, num_images)
     report = build(rows, measured, failed, _settings(args, asked), _notes(args, asked, measured))
     _write(args.out, report, stamp, is_news=bool(measured) or not (args.out / "scale.json").exists())
     if is_interrupted:
@@ -49,7 +50,7 @@ def run_scale(args: argparse.Namespace) -> int:
     return 0 if all(any(row.measured for row in group.rows) for group in report.groups) else 1
 
 
-def _data(args: argparse.Namespace, cases: Sequence[Case]) -> DataSpec:
+def _data(args: argparse.Namespace) -> DataSpec:
     if args.data:
         return read_data_yaml(args.data)
     side = args.imgsz
@@ -65,7 +66,12 @@ def _options(args: argparse.Namespace, accelerator: str) -> list[str]:
 
 
 def _run_all(
-    args: argparse.Namespace, asked: Sizes, cases: Sequence[Case], data: DataSpec, stamp: str
+    args: argparse.Namespace,
+    asked: Sizes,
+    cases: Sequence[Case],
+    data: DataSpec,
+    num_images: int,
+    stamp: str,
 ) -> tuple[dict[Case, list[Outcome]], bool]:
     """All cases in turn, round by round; a case that has failed does not run again. And whether Ctrl-C ended it."""
     folder = args.out.resolve() / "runs" / stamp
@@ -84,17 +90,15 @@ def _run_all(
         shlex.split(args.launcher_options),
     )
     sources = {strategy.name: strategy for strategy in asked.strategies}
-    available = len(list_images(data.train or ()))
     outcomes: dict[Case, list[Outcome]] = {case: [] for case in cases}
     files: dict[Case, tuple[int, Path, Path]] = {}
     for case in cases:
-        epochs, images = epochs_and_images(case, args.warmup + args.steps, available)
+        epochs, images = epochs_and_images(case, args.warmup + args.steps, num_images)
         config = folder / f"{case.name}.json"
         config.write_text(json.dumps(deepspeed_json(sources[case.strategy], case), indent=2) + "\n")
         files[case] = epochs, write_data(data, folder / "data", images, VAL_IMAGES), config
-        parse(
-            arguments(plan, case.name, *files[case])
-        )  # a mistake in the options is told before any training
+        # A mistake in the options is told before any training.
+        parse(arguments(plan, case.name, *files[case]))
     turns = [(turn, case) for turn in range(args.rounds) for case in cases]
     try:
         for number, (turn, case) in enumerate(turns):
