@@ -15,12 +15,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from ranks import run_ranks
 
 from dsyolo.account import Load, predict, table
-from dsyolo.assign import Assigner
-from dsyolo.batch import Batch
 from dsyolo.ds_config import check
 from dsyolo.loss import DetectionLoss
 from dsyolo.model.yolov5 import VARIANTS, build_yolov5
@@ -29,6 +26,7 @@ from dsyolo.parallel import dist
 from dsyolo.parallel.ema import Ema
 from dsyolo.parallel.memory import MemoryWatch
 from dsyolo.parallel.spread import spread
+from dsyolo.plan.rehearsal import one_batch
 
 NUM_CLASSES = 80
 SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)
@@ -36,8 +34,6 @@ SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=
 
 def measure(stage: int, args: argparse.Namespace) -> tuple[Any, Any, int]:
     """(predicted, measured, parameters) of this rank."""
-    import numpy as np
-
     world = dist.join()
     source = {
         "train_batch_size": args.batch,
@@ -49,14 +45,7 @@ def measure(stage: int, args: argparse.Namespace) -> tuple[Any, Any, int]:
     network = build_yolov5(args.model, NUM_CLASSES)
     num_parameters = sum(p.numel() for p in network.parameters())
     loss = DetectionLoss(network.anchors, NUM_CLASSES, args.imgsz)
-    strides = network.strides
-    anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
-    assign = Assigner(anchors_px.numpy(), strides, 4.0)
-    boxes = np.full((ds.micro_batch, 4), args.imgsz / 4, np.float32)
-    shape = (args.imgsz, args.imgsz)
-    owners = np.arange(ds.micro_batch)
-    targets = assign(owners, np.zeros_like(owners), boxes, ds.micro_batch, shape)
-    images = torch.randint(0, 256, (ds.micro_batch, 3, *shape), dtype=torch.uint8)
+    batch = one_batch(network, ds.micro_batch, args.imgsz)
     engine, shards, _, groups, _ = spread(
         network, loss, SCHEDULE, ds, world, image_size_px=args.imgsz, statistics_move=True
     )
@@ -65,7 +54,7 @@ def measure(stage: int, args: argparse.Namespace) -> tuple[Any, Any, int]:
     watch = MemoryWatch(engine, shards, ema, found.append)
     for step in range(2):
         with watch.step():
-            engine.train_step([Batch(images, targets)], step)
+            engine.train_step([batch], step)
         ema.update()
     load = Load(groups, 0, 0, 0, engine.replica, engine.num_replicas, True)
     wanted = predict(load, ds, engine.deepspeed_json["zero_optimization"])

@@ -21,12 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from cluster import Cluster, Traffic, read_traffic
 
-from dsyolo.assign import Assigner
-from dsyolo.batch import Batch
 from dsyolo.ds_config import check
 from dsyolo.loss import DetectionLoss
 from dsyolo.model.yolov5 import VARIANTS, build_yolov5
@@ -36,6 +33,7 @@ from dsyolo.parallel.ema import Ema
 from dsyolo.parallel.spread import spread
 from dsyolo.parallel.stop import StopRequest
 from dsyolo.parallel.watchdog import Watchdog
+from dsyolo.plan.rehearsal import one_batch
 from dsyolo.plan.wire import wire_bytes
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
@@ -61,15 +59,6 @@ def planned(stage: int, args: argparse.Namespace) -> float:
     return wire_bytes(zero, numels, args.hosts, args.accumulation)
 
 
-def one_batch(network: torch.nn.Module) -> Batch:
-    anchors_px = network.anchors * torch.tensor(network.strides).view(-1, 1, 1)
-    assign = Assigner(anchors_px.numpy(), network.strides, 4.0)
-    boxes = np.full((IMAGES, 4), SIZE_PX / 4, np.float32)
-    owners = np.arange(IMAGES)
-    targets = assign(owners, np.zeros_like(owners), boxes, IMAGES, (SIZE_PX, SIZE_PX))
-    return Batch(torch.randint(0, 256, (IMAGES, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8), targets)
-
-
 def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
     """Of this host in `args.steps` steps, on a rank of it."""
     source = {
@@ -80,7 +69,7 @@ def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
     }
     ds = check(source, world_size=world.size, accelerator="cpu")
     network = build_yolov5(args.model, NUM_CLASSES)
-    batch = one_batch(network)
+    batch = one_batch(network, IMAGES, SIZE_PX)
     loss = DetectionLoss(network.anchors, NUM_CLASSES, SIZE_PX)
     engine, shards, *_ = spread(
         network, loss, SCHEDULE, ds, world, image_size_px=SIZE_PX, statistics_move=True

@@ -112,15 +112,11 @@ def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     own = 4 * share * (1 + _num_states(ds))
     # ZeRO 1 sends what it has summed, ZeRO 2 what a micro-batch gives; a kind of number each has a bucket.
     buckets = _bucket_bytes(zero, summed if ds.zero_stage == 1 else weight) * _num_kinds_sent(ds)
-    # Of the parameters at the borders of its share a rank keeps the gradients whole.
-    met = sum(_met(group, size, load.replica) for group, size in zip(load.groups, shares, strict=True))
+    is_list = not zero.get("contiguous_gradients", True)
     if ds.zero_stage == 1:
         gradients = max(weight, summed) * load.num_elements
-    elif summed == weight:
-        # The micro-batch's, and the sum so far.
-        gradients = weight * (_waiting(load, zero, shares) + (met if ds.accumulation > 1 else 0))
     else:
-        gradients = summed * share + weight * _waiting(load, zero)
+        gradients = summed * share + weight * _waiting(load, zero, shares if is_list else None)
     device = Terms(weight * share * load.replicas, gradients, own, 4 * share, buckets)
     if not ds.offload_optimizer:
         return Account(device)
@@ -128,6 +124,7 @@ def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     largest = weight * max(map(max, load.groups))
     waiting = 0
     if ds.zero_stage == 2:
+        met = sum(_met(group, size, load.replica) for group, size in zip(load.groups, shares, strict=True))
         waiting = summed * share if summed != weight else weight * met if ds.accumulation > 1 else 0
     host = Terms(0, 4 * share + waiting, own, 4 * share, largest + weight * share)
     stays = gradients if ds.zero_stage == 1 else 0

@@ -1,4 +1,4 @@
-"""The run configuration: what is learned, and where it goes. Its command line is built from its fields.
+"""The run configuration: what is learned, and where it goes. Its command line is built from its fields: `command_line`.
 
 How it runs (batch sizes, precision, ZeRO, optimizer and its lr) is the DeepSpeed JSON's: see `ds_config`.
 A knob has one owner; `JSON_KNOBS` names the owner of those that people look for here.
@@ -7,7 +7,7 @@ A knob has one owner; `JSON_KNOBS` names the owner of those that people look for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from dsyolo.errors import UserError
-from dsyolo.options import extra_of, read_options
+from dsyolo.options import extra_of
 from dsyolo.problems import did_you_mean, validate
 from dsyolo.untrusted import BadYamlError, parse_yaml, read_text
 
 MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsmlx")
 RECOMPUTE_RULE = '"none", "blocks" or a budget in GiB like "4.5GiB"'
+NOMINAL_BATCH = 64  # images a step that recipes are made for
 PRESETS = ("low", "med", "high")
 AUTO = "auto"  # --deepspeed_config: planned for the machine (plan/auto.py); in the JSON: this value is
 
@@ -233,7 +234,7 @@ class RunConfig(BaseModel):
 
     def goes_on(self) -> bool:
         """Whether the run begins at a checkpoint, as its folder is now."""
-        return self.resume == "always" or (self.resume == "auto" and _has_checkpoint(self.folder))
+        return self.resume == "always" or (self.resume == "auto" and has_checkpoint(self.folder))
 
     def dump(self) -> dict[str, Any]:
         """Plain YAML types, recipe resolved; without `resume`, which tells of a start and not of the run."""
@@ -243,10 +244,10 @@ class RunConfig(BaseModel):
     def load(cls, path: str | Path) -> RunConfig:
         """What `dump` gave, from a YAML file. Raises UserError naming the file and every bad key."""
         problems: list[str] = []
-        values = _read_yaml(path, problems)
+        values = read_yaml(path, problems)
         recipe = values.pop("recipe", {})
         if isinstance(recipe, dict):
-            values["recipe"] = validate(Recipe, recipe, "recipe.", _unknown_in_recipe, problems) or Recipe()
+            values["recipe"] = validate(Recipe, recipe, "recipe.", unknown_in_recipe, problems) or Recipe()
         else:
             problems.append(f"recipe: {recipe!r} given, but it must be a mapping of keys to values.")
         run = validate(cls, values, "", _unknown_in_file, problems)
@@ -293,109 +294,13 @@ def preset(name: str) -> Recipe:
     return Recipe(**yaml.safe_load(text))
 
 
-def parse(argv: Sequence[str] | None = None) -> RunConfig:
-    """The run configuration of a command line (None: of this process).
-
-    Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
-    `config.yaml` of the run that goes on, then the defaults.
-
-    Raises:
-        UserError: unknown options, values out of range, missing files: all of them at once.
-    """
-    problems: list[str] = []
-    fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
-    given = read_options({**fields, **Recipe.model_fields}, argv, _unknown_option, problems)
-    goes_on = _goes_on(given)
-    base = _resumed(given, problems) if goes_on else {}
-    recipe_base = base.pop("recipe", None)
-    recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
-    values = {**base, **given}
-    if recipe_base is None or "hyp" in given:
-        recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
-    recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", _unknown_option, problems)
-    if "data" not in values and not goes_on:
-        problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
-    problems += _missing_files(values, goes_on)
-    values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
-    run = validate(RunConfig, values, "--", _unknown_option, problems)
-    if problems or run is None:
-        raise UserError("The command line cannot be used", problems)
-    return run
-
-
-def _folder(given: Mapping[str, Any]) -> Path:
-    fields = RunConfig.model_fields
-    return Path(*(given.get(key, fields[key].default) for key in ("project", "name")))
-
-
-def _has_checkpoint(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` can go on."""
     return any(folder.glob("checkpoints/step_*")) and (folder / "config.yaml").is_file()
 
 
-def _goes_on(given: Mapping[str, Any]) -> bool:
-    resume = given.get("resume")
-    return resume == "always" or (resume == "auto" and _has_checkpoint(_folder(given)))
-
-
-def _resumed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    path = _folder(given) / "config.yaml"
-    if not path.is_file():
-        rule = f"{path} does not exist, so there is no run to go on with"
-        problems.append(f"--resume: {rule}. Check --project and --name, or leave --resume out.")
-        return {}
-    return RunConfig.load(path).dump()
-
-
-def _missing_files(values: Mapping[str, Any], goes_on: bool) -> list[str]:
-    """Of the three files that a run reads, those that are not there. A resumed run needs no weights."""
-    fields = RunConfig.model_fields
-    problems = []
-    for key in ("deepspeed_config", "data", "weights"):
-        value = values.get(key, fields[key].default)
-        needed = isinstance(value, str) and not (key == "weights" and goes_on)
-        needed = needed and (key, value) != ("deepspeed_config", AUTO)
-        if not needed or Path(value).is_file():
-            continue
-        what, hint = _missing_file(Path(value), key)
-        seen = "" if Path(value).is_absolute() or Path(value).exists() else f", seen from {Path.cwd()}"
-        hint = hint or f"Give the path of a file{seen}: {fields[key].description}."
-        problems.append(f"--{key}: {value} {what}. {hint}")
-    return problems
-
-
-def _missing_file(path: Path, key: str) -> tuple[str, str]:
-    """What is wrong with the path given for `key`, and the question for the file that was likely meant."""
-    suffixes = {"deepspeed_config": (".json",), "weights": (".safetensors",)}.get(key, (".yaml", ".yml"))
-    if path.is_dir():
-        inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
-        return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
-    if path.exists():
-        return "is a device or pipe, but it must be a file", ""
-    beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
-    return "does not exist", did_you_mean(path.name, beside)
-
-
-# ---- files of the recipe and of the configuration
-
-
-def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
-    """Values of a preset, or of a YAML file on top of preset low. A key that it may not have is a problem."""
-    if hyp in PRESETS:
-        return preset(hyp).model_dump()
-    path = Path(hyp)
-    if not path.is_file():
-        what, near = _missing_file(path, "hyp")
-        hint = did_you_mean(hyp, PRESETS) or near or "Name one of them, or a YAML file that is there."
-        problems.append(f"--hyp: {hyp} {what}, and the presets are {', '.join(PRESETS)}. {hint}")
-        return {}
-    faults: list[str] = []
-    values = _read_yaml(path, faults)
-    validate(Recipe, values, "", _unknown_in_recipe, faults)
-    problems += [f"--hyp: {path}: {fault}" for fault in faults]
-    return {} if faults else values
-
-
-def _read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
+def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
+    """The mapping in a YAML file. A file that is none is a problem, and gives an empty one."""
     try:
         values = parse_yaml(read_text(path))
     except BadYamlError as error:
@@ -423,7 +328,8 @@ def _unknown(key: str, known: Iterable[str], prefix: str = "") -> str:
     return f"{prefix}{key}: unknown {'option' if prefix else 'key'}. {hint}"
 
 
-def _unknown_option(key: str) -> str:
+def unknown_option(key: str) -> str:
+    """What to tell of an option that there is not."""
     return _unknown(key, RUN_KEYS | RECIPE_KEYS, "--")
 
 
@@ -431,7 +337,8 @@ def _unknown_in_file(key: str) -> str:
     return _unknown(key, RUN_KEYS)
 
 
-def _unknown_in_recipe(key: str) -> str:
+def unknown_in_recipe(key: str) -> str:
+    """What to tell of a key that a recipe may not have."""
     if key in RUN_KEYS:
         return f"{key}: not part of the recipe. Give it on the command line: --{key}."
     return _unknown(key, RECIPE_KEYS)

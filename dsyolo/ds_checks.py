@@ -13,12 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dsyolo.config import read_recompute
+from dsyolo.config import NOMINAL_BATCH, read_recompute
 from dsyolo.ds_keys import FLOAT16_NAMES, OPTIMIZERS
 from dsyolo.ds_read import optimizer_name, shown
 from dsyolo.problems import cannot_hold_files
 
-NOMINAL_BATCH = 64
 AUTOCAST_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
 MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

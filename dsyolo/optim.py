@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-NOMINAL_BATCH = 64
+from dsyolo.config import NOMINAL_BATCH
+
 GROUPS = ("weights", "norms", "biases")  # decayed; not decayed; not decayed, with a warm-up of their own
 
 

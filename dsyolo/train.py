@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dsyolo import config as run_config
-from dsyolo import ds_config
+from dsyolo import command_line, ds_config
 from dsyolo.build import (
     Run,
     build_data,
@@ -91,7 +90,7 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     Raises:
         UserError: something in it cannot be used.
     """
-    run = run_config.parse(argv)
+    run = command_line.parse(argv)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     folder, goes_on = run.folder, run.goes_on()
     saved = saved_progress(folder / "checkpoints") if goes_on else None

@@ -83,6 +83,14 @@ ROWS = (
         3,
         offload(3, optimizer="folder", param="folder"),
     ),
+    *(
+        Row(f"2 ranks, ZeRO 2, {what}", 2, 2, {"zero_optimization": {"stage": 2, **key}})
+        for what, key in (
+            ("gradients in a list", {"contiguous_gradients": False}),
+            ("buckets summed for all", {"reduce_scatter": False}),
+            ("two buckets in turn", {"overlap_comm": True, "reduce_bucket_size": 100_000}),
+        )
+    ),
     Row("1 rank, recompute by block", 1, 0, BLOCKS, "live"),
     Row("2 ranks, ZeRO 2, recompute by block, synchronised BatchNorm", 2, 2, BLOCKS, "synchronised"),
     Row("pipeline of 2 stages, ZeRO 0", 2, 0, pipeline(2), "live"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsyolo.config import MODELS, Recipe, RunConfig, differences, parse, preset
+from dsyolo.command_line import parse
+from dsyolo.config import MODELS, Recipe, RunConfig, differences, preset
 from dsyolo.errors import UserError
 from dsyolo.problems import cannot_hold_files
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from runs import ROOT, arguments, environment, losses, make_place
 
-from dsyolo import config
+from dsyolo import command_line
 from dsyolo.parallel import stop
 
 LAUNCH = ROOT / "launch"
@@ -114,7 +114,7 @@ def test_the_manifests_options_are_trains(tmp_path):
     words = documents()[1]["spec"]["template"]["spec"]["containers"][0]["args"]
     data = tmp_path / "data.yaml"
     data.touch()
-    run = config.parse([*words[words.index("dsyolo/train.py") + 1 :], f"--data={data}"])
+    run = command_line.parse([*words[words.index("dsyolo/train.py") + 1 :], f"--data={data}"])
     assert run.resume == "auto"
     assert (ROOT / run.deepspeed_config).is_file()
 

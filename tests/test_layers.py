@@ -28,6 +28,7 @@ GROUND = (
     "problems",
     "options",
     "config",
+    "command_line",
     "ds_keys",
     "ds_read",
     "ds_checks",

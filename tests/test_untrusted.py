@@ -21,7 +21,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_layers import FILES, each, name_of, parse
 
-from dsyolo import config, untrusted
+from dsyolo import command_line, config, untrusted
 from dsyolo.data.formats import MOST_CLASSES, list_images, read_data_yaml
 from dsyolo.data.images import NOT_FOUND, check_image
 from dsyolo.data.scan_cache import load_cache
@@ -314,7 +314,7 @@ def test_yaml_is_plain_data_of_a_bounded_size(tmp_path, monkeypatch, kind):
     path.write_text(YAMLS[kind])
     refused(lambda: read_data_yaml(path))
     refused(lambda: config.RunConfig.load(path))
-    assert "strange.yaml" in refused(lambda: config.parse(["--data", str(path), "--hyp", str(path)]))
+    assert "strange.yaml" in refused(lambda: command_line.parse(["--data", str(path), "--hyp", str(path)]))
     assert not (tmp_path / "proof").exists()
 
 

@@ -63,6 +63,7 @@ class Engine:
         self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
         self.network = network.to(self.device)
         self.deepspeed = self._initialize(optimizer)
+        _sum_in_the_share(self.deepspeed)
         self._norm: torch.Tensor | None = None
         self._phases: Phases | NoPhases = NoPhases()
         if self.deepspeed.zero_optimization_stage() == 0:
@@ -235,6 +236,19 @@ class Engine:
         if self.deepspeed.monitor.enabled:  # waits for the device, as DeepSpeed's own events do
             self._tell_monitor([(_LOSS_EVENT, losses.sum().item(), self.deepspeed.global_samples)])
         return StepStats(losses, norm, self._undo_averaging() * micro_batch, applied)
+
+
+def _sum_in_the_share(deepspeed_engine: Any) -> None:
+    """ZeRO 2 keeps of the gradients a rank's share alone, and adds up micro-batches in it.
+
+    DeepSpeed 0.19 does so only where it sums bf16 or fp16 in fp32 (`GradPartitionBufferGroup`). Elsewhere it keeps whole
+    the gradients of parameters at the share's borders, of which a wide layer alone is larger than a share of hundreds,
+    and flattens them anew for the optimizer. With the optimizer in host memory they wait there, part by part.
+    """
+    wrapper = deepspeed_engine.optimizer
+    if deepspeed_engine.zero_optimization_stage() == 2 and not wrapper.cpu_offload:
+        assert callable(wrapper._use_compact_grad_partition_buffer), "as of DeepSpeed 0.19"
+        wrapper._use_compact_grad_partition_buffer = lambda group: True
 
 
 def _is_news(record: logging.LogRecord) -> bool:

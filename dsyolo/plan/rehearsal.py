@@ -14,7 +14,7 @@ from dsyolo.assign import Assigner
 from dsyolo.batch import Batch
 from dsyolo.ds_config import check
 from dsyolo.loss import DetectionLoss
-from dsyolo.model.yolov5 import anchors_px, build_yolov5, level_strides
+from dsyolo.model.yolov5 import YOLOv5, build_yolov5
 from dsyolo.optim import Schedule
 from dsyolo.plan.wire import wire_bytes
 
@@ -75,6 +75,7 @@ def _rehearse(case: Case) -> Rehearsed:
     }
     ds = check(source, world_size=case.ranks, accelerator="cpu")
     network = build_yolov5(case.model, case.num_classes)
+    batch = one_batch(network, IMAGES, SIZE_PX)
     loss = DetectionLoss(network.anchors, case.num_classes, SIZE_PX)
     schedule = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, ds.global_batch, 0.1, 0.8, is_adam=False)
     numels = [parameter.numel() for parameter in network.parameters()]  # ZeRO 3 takes them apart
@@ -82,7 +83,7 @@ def _rehearse(case: Case) -> Rehearsed:
         network, loss, schedule, ds, world, image_size_px=SIZE_PX, statistics_move=True
     )
     ema = Ema(shards, engine.buffers, 0.999, 100)
-    phases, batch = Phases(HostClock()), _batch(case.model)
+    phases = Phases(HostClock())
     collectives = Collectives(phases)
     engine.train_step([batch], 0)  # makes the optimizer's states
     probe = Probe(engine, shards, ema)
@@ -105,9 +106,11 @@ def _rehearse(case: Case) -> Rehearsed:
     )
 
 
-def _batch(model: str) -> Batch:
-    assign = Assigner(anchors_px(model).numpy(), level_strides(model), 4.0)
-    boxes = np.full((IMAGES, 4), SIZE_PX / 4, np.float32)
-    owners = np.arange(IMAGES)
-    targets = assign(owners, np.zeros_like(owners), boxes, IMAGES, (SIZE_PX, SIZE_PX))
-    return Batch(torch.randint(0, 256, (IMAGES, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8), targets)
+def one_batch(network: YOLOv5, images: int, size_px: int) -> Batch:
+    """A micro-batch of noise (images, 3, size_px, size_px) with a box in each image: work of the size of real work."""
+    anchors_px = network.anchors * torch.tensor(network.strides).view(-1, 1, 1)
+    assign = Assigner(anchors_px.numpy(), network.strides, 4.0)
+    boxes = np.full((images, 4), size_px / 4, np.float32)
+    owners = np.arange(images)
+    targets = assign(owners, np.zeros_like(owners), boxes, images, (size_px, size_px))
+    return Batch(torch.randint(0, 256, (images, 3, size_px, size_px), dtype=torch.uint8), targets)

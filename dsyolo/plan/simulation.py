@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dsyolo.account import Account, Load, predict
+from dsyolo.account import Load, predict
 from dsyolo.data.loader import Stream
-from dsyolo.ds_config import DsConfig, check
+from dsyolo.ds_config import check
 from dsyolo.model.yolov5 import YOLOv5, build_yolov5
 from dsyolo.optim import parameter_groups
 from dsyolo.parallel.dist import share_of
@@ -107,7 +107,11 @@ def _scale(
     numels = [p.numel() for p in network.parameters()]
     elements = sum(numels)
     zero = ds.deepspeed_json(elements, cpu=False)["zero_optimization"]
-    accounts = _accounts(network, ds, zero)
+    groups = tuple(tuple(p.numel() for p in group) for group in parameter_groups(network).values() if group)
+    accounts = [
+        predict(Load(groups, 0, 0, 0, replica, ranks, True), ds, zero)
+        for replica in (0, ranks // 2, ranks - 1)
+    ]
     states = [account.together.states for account in accounts]
     sent = wire_bytes(zero, numels, ranks, ds.accumulation)
     ring = (ranks - 1) / ranks * 4 * elements
@@ -126,17 +130,11 @@ def _scale(
     )
 
 
-def _accounts(network: YOLOv5, ds: DsConfig, zero: dict[str, Any]) -> list[Account]:
-    """Of every rank under ZeRO 2, whose gradients differ; elsewhere of one."""
-    groups = tuple(tuple(p.numel() for p in group) for group in parameter_groups(network).values() if group)
-    num = ds.data_parallel_size
-    replicas = range(0, num, max(1, num // 64)) if ds.zero_stage == 2 else (0, num - 1)
-    return [predict(Load(groups, 0, 0, 0, replica, num, True), ds, zero) for replica in replicas]
-
-
 def _formula(stage: int, numels: Sequence[int], ranks: int, zero: dict[str, Any]) -> float:
-    """Bytes of states: SGD with momentum, fp32, the average shared; of ZeRO 3 with the vectors that stay whole, each filled up to a multiple
-    of the ranks."""
+    """Bytes of states: SGD with momentum, fp32, the average shared.
+
+    Of ZeRO 3 with the vectors that stay whole, each filled up to a multiple of the ranks.
+    """
     elements = sum(numels)
     whole = {0: 12, 1: 8, 2: 4, 3: 0}[stage] * elements
     shared = {0: 4, 1: 12, 2: 16, 3: 20}[stage] * elements / ranks

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from dsyolo.config import parse
+from dsyolo.command_line import parse
 from dsyolo.data.formats import DataSpec, list_images, read_data_yaml
 from dsyolo.data.sample import draw_sample
 from dsyolo.scale.cases import Case, deepspeed_json, wanted
