@@ -10,7 +10,7 @@ import torch
 
 from dsyolo.account import Account, Load, predict, shortage, table, verdict
 from dsyolo.build import Data, Parts, Run
-from dsyolo.model.costs import node_costs
+from dsyolo.model.costs import BACKWARD, node_costs
 from dsyolo.model.yolov5 import build_yolov5
 from dsyolo.nvml import Gpu, load_nvml
 from dsyolo.pace import Details, NoTimeAccount, TimeAccount, Work
@@ -24,7 +24,7 @@ from dsyolo.record import NullRecord, Record
 from dsyolo.track import Tracker
 from dsyolo.usage import Usage
 
-PASSES = 3  # forward, and backward with twice its work: what counts of a step's operations
+PASSES = 1 + BACKWARD  # what counts of a step's operations, computing again left out
 
 
 def build_memory(

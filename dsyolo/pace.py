@@ -107,6 +107,7 @@ class TimeAccount:
         self._collectives.close()
         if self._details:
             self._details.times += self._phases.take()  # of an epoch that was not ended
+            self._details.end(self._collectives)
             self._details.write(self._all_gather(self._details.to_json() | {"memory": self._memory}))
 
 
@@ -122,23 +123,29 @@ class Details:
         self._path, self._about, self._usage = path, dict(about), usage
         self.times: list[StepTimes] = []
         self.outside: dict[str, list[float]] = {}
+        self._step = 0
         self._seen: dict[int, dict[str, Any]] = {}
         self._comms: dict[str, Any] = {}
         self._log = CommsLog()
 
     def of_each(self, steps: Iterator[T], start: int, collectives: Collectives) -> Iterator[T]:
         """Gives what `steps` gives, and looks around after each."""
-        step = start
+        self._step = start
         self._about.setdefault("first_step_at", time.time())
-        self._seen[step] = self._look(collectives)
+        self._look(collectives)
         for batches in steps:
-            step += 1
-            if step == LOGGED_STEP:
+            self._step += 1
+            if self._step == LOGGED_STEP:
                 self._log.start()
             yield batches
-            if step == LOGGED_STEP:
+            if self._step == LOGGED_STEP:
                 self._comms = self._log.stop()
-            self._seen[step] = self._look(collectives)
+            self._look(collectives)
+
+    def end(self, collectives: Collectives) -> None:
+        """Of the run, which may have stopped behind a step."""
+        if self._step not in self._seen:
+            self._look(collectives)
 
     def to_json(self) -> dict[str, Any]:
         """All of it, of this rank."""
@@ -153,13 +160,13 @@ class Details:
         if self._path and any(rank["steps"] for rank in ranks):
             self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
 
-    def _look(self, collectives: Collectives) -> dict[str, Any]:
+    def _look(self, collectives: Collectives) -> None:
         counted = {
             "at": time.time(),
             "collectives": collectives.calls,
             "collective_bytes": collectives.sizes.total(),
         }
-        return counted | self._usage.look()
+        self._seen[self._step] = counted | self._usage.look()
 
 
 def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s: float) -> dict[str, float]:

@@ -364,8 +364,9 @@ def test_steps_of_a_run_that_stops_and_goes_on_are_kept(tmp_path):
     assert process.returncode == 75, said
     stopped_at = int(re.search(r"after step (\d+)", said)[1])
     first = (place / "runs/stops/steps.json").read_text()
-    # the last one was not over when the run stopped behind it
-    assert [step["step"] for step in json.loads(first)["ranks"][0]["steps"]] == list(range(1, stopped_at))
+    kept = json.loads(first)["ranks"][0]["steps"]
+    assert [step["step"] for step in kept] == list(range(1, stopped_at + 1))
+    assert all(sum(step["seconds"].values()) > 0 and step["seen"] for step in kept)
     done = alone(place, "stops", *words, epochs=40, max_skipped_steps=30)
     assert done.returncode == 0, done.stderr
     (later,) = json.loads((place / f"runs/stops/steps_{stopped_at:08d}.json").read_text())["ranks"]

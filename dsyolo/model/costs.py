@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsyolo.model.network import Network
 
 Shape = tuple[int, ...]
+BACKWARD = 2  # times the work of the forward pass: a gradient for the input, and one for the weights
 
 
 class NodeCost(NamedTuple):

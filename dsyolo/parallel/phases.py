@@ -119,7 +119,7 @@ class Phases:
         ] = []  # steps that the device has not finished, perhaps
         self._done: list[StepTimes] = []
         self._measures = False
-        self.inside = False  # a step
+        self._step, self.inside = 0, False  # the step, and whether it is under way
 
     def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
         """Gives what `steps` gives. A step is over when the next one is asked for.
@@ -136,10 +136,9 @@ class Phases:
             if batches is None:
                 return
             step += 1
-            self.inside = True
+            self._step, self.inside = step, True
             yield batches
-            self.inside = False
-            self._end(step)
+            self._end()
             self._begin(step + 1)
 
     @contextmanager
@@ -154,7 +153,12 @@ class Phases:
             self._mark(self._open[-1])
 
     def take(self) -> list[StepTimes]:
-        """The steps that were measured since this was last asked; waits for the device to be done with them."""
+        """The steps that were measured since this was last asked; waits for the device to be done with them.
+
+        A step behind which the run stopped, so that nobody asked for another one, is over now.
+        """
+        if self.inside:
+            self._end()
         if self._waiting:
             self._clock.wait(self._waiting[-1][1][-1][1])
         self._read()
@@ -172,10 +176,11 @@ class Phases:
         if not last:
             self._mark(OTHER)
 
-    def _end(self, step: int) -> None:
+    def _end(self) -> None:
+        self.inside = False
         self._mark(OTHER)
         if self._measures:
-            self._waiting.append((step, self._marks))
+            self._waiting.append((self._step, self._marks))
             self._read()
 
     def _read(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dsyolo.account import Account, Load, predict
 from dsyolo.ds_config import DsConfig, check
 from dsyolo.model.activations import ActivationPlan
+from dsyolo.model.costs import BACKWARD
 from dsyolo.model.cuts import ACCELERATOR, balanced_cuts, crossing_elements
 from dsyolo.model.stage import Stage as Slice
 from dsyolo.optim import parameter_groups
@@ -26,7 +27,6 @@ WORKSPACE_BYTES = (
 )  # of cuDNN and cuBLAS, beside everything else; the published peaks leave room for it
 IMAGES_AHEAD = 2  # micro-batches of uint8 images on the device
 HOST_STEP_BYTES_S = 20e9  # what an optimizer on the host reads and writes a second; an assumption
-BACKWARD = 2  # times the work of the forward pass
 LATENCY_S, LATENCY_BETWEEN_S = 20e-6, 50e-6  # of a collective inside a node and between nodes; assumptions
 LAUNCH_S = 5e-6  # that the host takes to start a kernel; an assumption
 PARAMETERS_OF_CONV = 3  # its weight, and BatchNorm's two

@@ -42,7 +42,7 @@ class Scale(NamedTuple):
     states: tuple[
         int, int
     ]  # bytes of parameters, gradients, optimizer and EMA: of the least and most loaded rank
-    formula: float  # the ZeRO paper's, with the average and with what DeepSpeed keeps whole
+    formula: float  # the ZeRO paper's, with the average, and the vectors that ZeRO 3 keeps whole
     buckets: int
     sent: int  # bytes of a step
     sent_formula: float
