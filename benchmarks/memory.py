@@ -79,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     for stage in range(4):
         results = run_ranks(args.ranks, measure, stage, args, timeout_s=900)
-        print(f"\nZeRO {stage}, {args.model}, {args.ranks} ranks")
+        print(f"\nZeRO {stage}, {args.model}, ranks: {args.ranks}")
         print(table((f"rank {i}", found.account.together) for i, (_, found, _) in enumerate(results)))
         weight_bytes = 2 if args.bf16 and stage else 4
         for i, (wanted, found, num_parameters) in enumerate(results):

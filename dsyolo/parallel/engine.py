@@ -241,13 +241,13 @@ class Engine:
 def _sum_in_the_share(deepspeed_engine: Any) -> None:
     """ZeRO 2 keeps of the gradients a rank's share alone, and adds up micro-batches in it.
 
-    DeepSpeed 0.19 does so only where it sums bf16 or fp16 in fp32 (`GradPartitionBufferGroup`). Elsewhere it keeps whole
+    DeepSpeed 0.19.8 does so only where it sums bf16 or fp16 in fp32 (`GradPartitionBufferGroup`). Elsewhere it keeps whole
     the gradients of parameters at the share's borders, of which a wide layer alone is larger than a share of hundreds,
     and flattens them anew for the optimizer. With the optimizer in host memory they wait there, part by part.
     """
     wrapper = deepspeed_engine.optimizer
     if deepspeed_engine.zero_optimization_stage() == 2 and not wrapper.cpu_offload:
-        assert callable(wrapper._use_compact_grad_partition_buffer), "as of DeepSpeed 0.19"
+        assert callable(wrapper._use_compact_grad_partition_buffer), "as of DeepSpeed 0.19.8"
         wrapper._use_compact_grad_partition_buffer = lambda group: True
 
 
