@@ -134,7 +134,8 @@ def _without_auto(
 
 def _optimizer_section(block: Any) -> Section:
     """The keys of `optimizer`: those of its `params` follow from its `type`, the recipe's SGD where silent."""
-    name = optimizer_name(block.get("type", "SGD")) if isinstance(block, dict) else None
+    given = block.get("type", AUTO) if isinstance(block, dict) else None
+    name = optimizer_name("SGD" if given == AUTO else given)
     names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
     params = {**OPTIMIZERS[name][1], "max_grad_norm": MAX_GRAD_NORM} if name else None
     return Section(

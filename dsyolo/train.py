@@ -95,17 +95,24 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     folder, goes_on = run.folder, run.goes_on()
     saved = saved_progress(folder / "checkpoints") if goes_on else None
     filled = fill_config(run, world, accelerator, saved)
-    ds, data, *_ = all_of(
-        lambda: ds_config.check(
+    is_auto = run.deepspeed_config == AUTO
+
+    def checked() -> Any:
+        if filled.config == AUTO:
+            return None  # not planned, as the data cannot be used
+        return ds_config.check(
             filled.config,
             world_size=world.size,
             accelerator=accelerator,
             layers=has_parameters(run.model),
-            recompute=run.recompute,
+            recompute="auto" if is_auto else run.recompute,  # it is in the plan
             halved=run.halve_micro_batch and not filled.is_halved,
             saved_batch=saved and saved.global_batch,
-            name=f"--deepspeed_config {AUTO}" if run.deepspeed_config == AUTO else run.deepspeed_config,
-        ),
+            name=f"--deepspeed_config {AUTO}" if is_auto else run.deepspeed_config,
+        )
+
+    ds, data, *_ = all_of(
+        checked,
         lambda: read_data_yaml(run.data),
         lambda: check_folder(run, goes_on),
         lambda: run.weights and not goes_on and read_weights(Path(run.weights)),

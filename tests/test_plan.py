@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -10,15 +11,18 @@ import torch
 from ranks import free_port, long_but
 from runs import environment, launch, make_place
 
-from dsyolo import cli
+from dsyolo import cli, train
 from dsyolo.command_line import parse
 from dsyolo.config import RunConfig
 from dsyolo.data.loader import Stream
 from dsyolo.ds_config import check
 from dsyolo.errors import UserError
 from dsyolo.model.activations import count_activations
+from dsyolo.parallel.dist import World
+from dsyolo.plan import machine
 from dsyolo.plan.auto import Filled, fill
 from dsyolo.plan.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
+from dsyolo.plan.machine import hardware_here
 from dsyolo.plan.predict import Planner
 from dsyolo.plan.rehearsal import case_of, rehearse
 from dsyolo.plan.report import PUBLISHED_GB
@@ -91,6 +95,30 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
     once, twice = (wire_bytes(owners, [1000], 2, accumulation) for accumulation in (1, 2))
     assert (once, twice) == (4000, 6000)
     assert wire_bytes({"stage": 2}, [1000], 2, 1) == 6000
+
+
+def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_are():
+    """Each stage's replicas are neighbours: on two nodes of two GPUs a stage each, whose activations cross."""
+    pipeline = Settings(1, None, None, "none", "fp32", 4, 4, 2, 1, "SGD")
+    found = Planner(Work("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
+    assert found.wire / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
+    work = Work("yolov5s", 80, 320)
+    a10 = Hardware(DEVICES["A10"], 2, 2, 24 * GIB, None, 1e9)
+    wide = pipeline._replace(replicas=2, accumulation=8)
+    slow, fast, single = (
+        Planner(work, machine).predict(wide).times
+        for machine in (a10, a10._replace(network_bytes_s=2e9), a10._replace(nodes=1, gpus=4))
+    )
+    inside = a10.device.link_bytes_s
+    assert slow.communication == single.communication  # gradients stay in a node
+    assert a10.border_bytes_s(0, 2) == 1e9 / 2  # two pairs share the network
+    assert (slow.bubble - single.bubble) / (fast.bubble - single.bubble) == pytest.approx(
+        (2 / 1e9 - 1 / inside) / (2 / 2e9 - 1 / inside)
+    )
+    ring = Planner(work, a10).predict(wide._replace(pipeline_stages=1, replicas=4))
+    assert ring.times.communication > 5 * single.communication
+    assert a10._replace(gpus=4).border_bytes_s(0, 1) == inside
+    assert a10._replace(gpus=4).border_bytes_s(1, 3) == 1e9  # of the ranks 3 to 5 one leaves each node
 
 
 def plan(capsys, *words: str) -> tuple[int, str, str]:
@@ -221,7 +249,7 @@ def test_the_loss_holds_what_it_is_said_to():
 
 def run_config(tmp_path, **options) -> RunConfig:
     words = {"data": tmp_path / "data.yaml", "model": "yolov5s", **options}
-    (tmp_path / "data.yaml").write_text("train: t\nval: v\nnames: [a]\n")
+    (tmp_path / "data.yaml").write_text("train: .\nval: .\nnames: [a]\n")
     return parse([word for key, value in words.items() for word in (f"--{key}", str(value))])
 
 
@@ -233,11 +261,22 @@ def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None 
 
 def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
-    for recompute in ("none", "blocks", "1GiB"):
-        got = fill(run_config(tmp_path, deepspeed_config="auto", recompute=recompute), lambda: a10, 80)
+    for recompute in ("none", "blocks", "0.500GiB"):
+        run = run_config(tmp_path, deepspeed_config="auto", recompute=recompute)
+        got = fill(run, lambda: a10, 80)
         said = got.config.get("activation_checkpointing", {}).get("recompute", "none")
         assert said == recompute
-        assert ("recompute" in got.lines[0]) == (recompute == "blocks")
+        assert ("recompute" in got.lines[0]) == (recompute != "none")
+    activations = float(re.search(r"activations (\d+\.\d+)", got.lines[1])[1])
+    assert 0.25 < activations <= 0.5
+    with pytest.raises(UserError, match="nothing fits"):
+        fill(run.model_copy(update={"recompute": "0.001GiB"}), lambda: a10, 80)
+    words = f"--deepspeed_config=auto --data={run.data} --imgsz=64 --recompute=blocks".split()
+    assert train.read(words, World(0, 2, 0, 2)).ds.recompute == "blocks"  # said once, and so taken
+    (tmp_path / "data.yaml").write_text("train: .\nval: nowhere\nnames: [a]\n")
+    with pytest.raises(UserError, match=r"data\.yaml cannot be used.*\n.*nowhere") as told:
+        train.read(words, World(0, 2, 0, 2))
+    assert "auto cannot be used" not in str(told.value)  # it was not planned yet
     got = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=3), 80, 64)
     with pytest.raises(UserError, match="64 when it was saved, and 3 ranks do not divide it"):
         check(got.config, world_size=3, accelerator="cuda", saved_batch=64, name="auto")
@@ -254,6 +293,50 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
     assert (first.is_halved, again.is_halved) == (False, True)
     sizes = [check(one.config, world_size=2, accelerator="cuda") for one in (first, again)]
     assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "stage", "given", "expected"),
+    [
+        ("A10", 2, {"bf16": "auto", "fp16": {"enabled": "auto"}}, "bf16"),
+        ("T4", 2, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "fp16"),
+        ("A10", 0, {"bf16": {"enabled": "auto"}}, "fp32"),
+        ("A10", 2, {"bf16": {"enabled": "auto"}, "torch_autocast": {"enabled": "auto"}}, "bf16"),
+        ("A10", 1, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
+        ("T4", 0, {"torch_autocast": {"enabled": "auto", "dtype": "auto"}}, "autocast_fp16"),
+        ("A10", 2, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}, "fp16"),
+    ],
+)
+def test_a_precision_that_is_auto_is_one_that_the_device_has(tmp_path, gpu, stage, given, expected):
+    hardware = Hardware(DEVICES[gpu], 1, 2, 16 * GIB, None, 3e9)
+    content = {"train_batch_size": 16, "zero_optimization": {"stage": stage}, **given}
+    got = filled(tmp_path, content, hardware)
+    assert check(got.config, world_size=2, accelerator="cuda").precision == expected
+
+
+def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    for name, rate in (("auto", 0.01), ("AdamW", 0.001)):
+        optimizer = {"type": name, "params": {"lr": "auto", "weight_decay": "auto"}}
+        got = filled(tmp_path, {"train_batch_size": 16, "optimizer": optimizer}, a10)
+        params = check(got.config, world_size=2, accelerator="cuda").optimizer_params
+        assert (params["lr"], params["weight_decay"]) == (rate, 0.0005)
+
+
+@pytest.mark.parametrize(("sizes", "ranks"), [((2, 1), 3), ((4, 4), 8), ((1,), 1)])
+def test_every_machine_plans_for_the_whole_world(sizes, ranks):
+    found = {hardware_here(World(0, ranks, 0, size), "cpu")[1:3] for size in sizes}
+    assert len(found) == 1
+    assert {nodes * gpus for nodes, gpus in found} == {ranks}
+
+
+def test_a_gpu_that_is_not_in_the_table_is_asked_for_bf16(monkeypatch):
+    for capability, has_bf16 in (((7, 5), False), ((8, 6), True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Quadro RTX 6000")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
+        monkeypatch.setattr(machine, "memory_of_device", lambda _: 24 * GIB)
+        assert hardware_here(World(0, 1, 0, 1), "cuda").device.has_bf16 == has_bf16
 
 
 def test_a_key_given_twice_is_no_matter_of_auto(tmp_path):
@@ -274,11 +357,12 @@ def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     again = fill(halved, lambda: a10, 80)
     peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
     assert peaks[1] < 0.65 * peaks[0]
+    assert re.search(r"\(A10\), for \d+\.\d GiB of each, as memory ran out: ZeRO", again.lines[0])
     odd = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
     assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
     goes_on = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
     assert check(goes_on.config, world_size=2, accelerator="cuda").global_batch == 48
-    with pytest.raises(UserError, match=r"nothing fits 0\.6 GiB a rank for 64 images a step"):
+    with pytest.raises(UserError, match=r"nothing fits 0\.60 GiB a rank, .* for 64 images a step"):
         fill(
             run_config(tmp_path, deepspeed_config="auto"),
             lambda: a10._replace(memory_bytes=int(0.6 * GIB)),

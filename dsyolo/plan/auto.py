@@ -6,20 +6,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dsyolo.config import AUTO, RunConfig
+from dsyolo.config import AUTO, RunConfig, read_recompute
 from dsyolo.data.loader import largest_size_px
 from dsyolo.ds_checks import BATCH_KEYS, open_batch
 from dsyolo.ds_config import DsConfig, check
-from dsyolo.ds_read import read_json, without_auto
+from dsyolo.ds_read import optimizer_name, read_json, without_auto
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import level_strides
 from dsyolo.plan.hardware import GIB, Hardware
 from dsyolo.plan.predict import Planner, Strategy
 from dsyolo.plan.report import terms
 from dsyolo.plan.search import HEADROOM, search
-from dsyolo.plan.strategy import RECOMPUTES, Settings
+from dsyolo.plan.strategy import OPTIMIZERS, RECOMPUTES, Settings
 from dsyolo.plan.work import Work
 
+PRECISION_BLOCKS = ("bf16", "fp16", "torch_autocast")
 AGAIN = 0.6  # of the memory that the first plan needed: what is planned for after memory ran out
 
 
@@ -66,27 +67,31 @@ def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch:
     if batch % hardware.ranks:
         return Filled({BATCH_KEYS[0]: batch})  # which is refused, with the ranks that would do
     work = Work(run.model, num_classes, _size_px(run))
-    recomputes = (run.recompute,) if run.recompute in RECOMPUTES else RECOMPUTES
+    chosen = read_recompute(run.recompute)
+    recomputes = RECOMPUTES if chosen is None else (chosen,)
 
     def best_on(machine: Hardware) -> Strategy | None:
         planner = Planner(work, machine, ema=run.ema)
         return search(planner, batch, "SGD", _precisions(machine), recomputes).best
 
-    best = best_on(hardware)
+    best, what = best_on(hardware), ""
+    reserved = hardware.memory_bytes - hardware.usable_bytes
     if best and run.halve_micro_batch:
-        room = int(AGAIN * best.peak_bytes / (1 - HEADROOM)) + hardware.memory_bytes - hardware.usable_bytes
+        room = int(AGAIN * best.peak_bytes / (1 - HEADROOM)) + reserved
+        what = f", for {room / GIB:.1f} GiB of each, as memory ran out"
         best = best_on(hardware._replace(memory_bytes=room))
     if best is None:
-        rule = f"nothing fits {hardware.memory_bytes / GIB:.1f} GiB a rank for {batch} images a step"
-        remedy = "Take a smaller --imgsz or --model, or look at dsyolo plan"
+        rule = (
+            f"nothing fits {hardware.memory_bytes / GIB:.2f} GiB a rank{what}, of which the process itself takes "
+            f"{reserved / GIB:.1f}, for {batch} images a step"
+        )
+        remedy = "Take a smaller --imgsz or --model, fewer ranks on a machine, or look at dsyolo plan"
         raise UserError(
             "No plan for this machine", [f"--deepspeed_config: auto given, but {rule}. {remedy}."]
         )
     one, content = best.settings, best.settings.deepspeed_json()
-    if run.recompute not in ("auto", "none"):
-        content["activation_checkpointing"] = {"recompute": run.recompute}
     line = (
-        f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}): "
+        f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){what}: "
         f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.replicas}"
     )
     return Filled(content, (line, terms(best)), run.halve_micro_batch)
@@ -101,11 +106,10 @@ def _fill_values(
     saved_batch: int | None,
 ) -> Filled:
     """Values of the batch are planned, precision follows from the device, and every other one gets dsyolo's own value."""
-    for *blocks, key in paths:
-        if key == "enabled" and blocks[-1:] in (["bf16"], ["fp16"], ["torch_autocast"]):
-            content[blocks[-1]][key] = blocks[-1] != "fp16" and hardware.device.has_bf16
-            if blocks[-1] == "torch_autocast":
-                content[blocks[-1]].setdefault("dtype", "bfloat16")
+    _fill_precision(hardware, content, paths)
+    if ("optimizer", "params", "weight_decay") in paths:
+        own = OPTIMIZERS.get(str(optimizer_name(content["optimizer"].get("type", "SGD"))), {})
+        content["optimizer"]["params"] |= {key: own[key] for key in own if key == "weight_decay"}
     is_halved = _fill_batch(run, hardware, num_classes, content, saved_batch)
     work = Work(run.model, num_classes, _size_px(run))
     try:
@@ -131,9 +135,32 @@ def _fill_values(
             block = block[name]
         if value is not None:
             block[key] = value
-        said = json.dumps(value) if value is not None else "left out, as DeepSpeed has it then"
+        said = json.dumps(value) if value is not None else "left out, and its default holds"
         lines.append(f"{'.'.join(path)}: auto, so {said}")
     return Filled(content, tuple(lines), is_halved)
+
+
+def _fill_precision(hardware: Hardware, content: dict[str, Any], paths: Sequence[tuple[str, ...]]) -> None:
+    """By what the device has, and the ZeRO stage: weights in half precision need 1 at least, autocast to fp16 needs 0."""
+    has_bf16, on_gpu = hardware.device.has_bf16, hardware.accelerator != "cpu"
+    zero = content.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    asked = [name for name in PRECISION_BLOCKS if (name,) in paths or (name, "enabled") in paths]
+    for name in asked:
+        is_on = not any(_is_on(content, other) for other in PRECISION_BLOCKS if other != name)
+        if name == "torch_autocast":
+            is_on = is_on and (has_bf16 or (on_gpu and stage == 0))
+        else:
+            is_on = is_on and stage != 0 and has_bf16 == (name == "bf16") and (on_gpu or name == "bf16")
+        content[name] = {**content.get(name, {}), "enabled": is_on}
+    autocast = content.get("torch_autocast")
+    if isinstance(autocast, dict) and ("torch_autocast" in asked or ("torch_autocast", "dtype") in paths):
+        autocast.setdefault("dtype", "bfloat16" if has_bf16 else "float16")
+
+
+def _is_on(content: Mapping[str, Any], name: str) -> bool:
+    block = content.get(name)
+    return isinstance(block, dict) and bool(block.get("enabled"))
 
 
 def _fill_batch(
@@ -168,7 +195,8 @@ def _largest_micro_batch(
     room = (1 - HEADROOM) * hardware.usable_bytes
     most = max(1, share // (2 * whole.stages)) if whole.stages > 1 else share
     for micro_batch in (n for n in range(most, 0, -1) if share % n == 0):
-        if planner.predict(_settings_of(whole, micro_batch, share // micro_batch)).peak_bytes <= room:
+        found = planner.predict(_settings_of(whole, micro_batch, share // micro_batch))
+        if found.fits and found.peak_bytes <= room:
             return micro_batch
     return 1
 

@@ -7,6 +7,7 @@ an assumption (`REACHED`), as is the share of the memory that training can use.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -83,14 +84,29 @@ class Hardware(NamedTuple):
     def usable_bytes(self) -> int:
         return self.memory_bytes - RESERVED_BYTES
 
-    @property
-    def slowest_link_bytes_s(self) -> float:
-        """A ring over all ranks goes once into each node and once out of it."""
-        return (
-            min(self.device.link_bytes_s, self.network_bytes_s)
-            if self.nodes > 1
-            else self.device.link_bytes_s
-        )
+    def is_on_one_node(self, first: int, ranks: int) -> bool:
+        """Whether so many neighbours are, from the rank `first` on. Ranks go through one node after the other."""
+        return first // self.gpus == (first + ranks - 1) // self.gpus
+
+    def ring_bytes_s(self, first: int, ranks: int) -> float:
+        """Of the slowest link of a ring over these neighbours: it goes once into each node and once out of it."""
+        inside = self.device.link_bytes_s
+        return inside if self.is_on_one_node(first, ranks) else min(inside, self.network_bytes_s)
+
+    def border_bytes_s(self, stage: int, replicas: int) -> float:
+        """Of each pair of GPUs from a stage of a pipeline to the next one, while all replicas send.
+
+        A stage's replicas are neighbours (`place_in`), so their partners are `replicas` ranks away. Pairs that leave a
+        node share its network.
+        """
+        inside = self.device.link_bytes_s
+        if self.nodes == 1:
+            return inside
+        if replicas >= self.gpus:
+            return min(inside, self.network_bytes_s / self.gpus)
+        ranks = range(stage * replicas, (stage + 1) * replicas)
+        leaving = Counter(r // self.gpus for r in ranks if not self.is_on_one_node(r, replicas + 1))
+        return min(inside, self.network_bytes_s / max(leaving.values())) if leaving else inside
 
     def flops(self, precision: str) -> float:
         """Floating-point operations a second that are assumed to be reached."""

@@ -115,13 +115,14 @@ class Planner:
             wire,
             times,
             settings.global_batch / times.step,
-            self._why_not(sum(terms.values()), host_bytes),
+            self._why_not(settings, terms, host_bytes),
         )
 
     def smallest_recompute(self, settings: Settings, free_bytes: int) -> Settings | None:
         """The fewest blocks whose recomputation leaves the activations within `free_bytes`; None: not even all do."""
-        names = self.work.activations(settings.micro_batch, settings.precision).fewest(free_bytes)
-        return settings._replace(recompute=free_bytes) if names else None
+        found = settings._replace(recompute=free_bytes)
+        plan = self._plan(found)
+        return found if plan.recomputed and plan.peak_bytes <= free_bytes else None
 
     def stages(self, num: int) -> list[Stage]:
         """The network in so many stages, cut as a run cuts it."""
@@ -148,12 +149,10 @@ class Planner:
         key = settings.precision, settings.micro_batch, settings.recompute
         if key not in self._plans:
             counted = self.work.activations(settings.micro_batch, settings.precision)
-            recomputed: frozenset[str] | None = frozenset()
-            if settings.recompute == "blocks":
-                recomputed = counted.blocks
-            elif isinstance(settings.recompute, int):
-                recomputed = counted.fewest(settings.recompute)
-            assert recomputed is not None
+            recomputed = frozenset() if settings.recompute == "none" else counted.blocks
+            if isinstance(settings.recompute, int):
+                fewest = counted.fewest(settings.recompute)
+                recomputed = counted.blocks if fewest is None else fewest
             self._plans[key] = ActivationPlan(counted, recomputed)
         return self._plans[key]
 
@@ -179,8 +178,11 @@ class Planner:
             "workspace": WORKSPACE_BYTES,
         }
 
-    def _why_not(self, peak_bytes: int, host_bytes: int) -> str:
-        over = peak_bytes - self.hardware.usable_bytes
+    def _why_not(self, settings: Settings, terms: dict[str, int], host_bytes: int) -> str:
+        budget, kept = settings.recompute, terms["activations"]
+        if isinstance(budget, int) and kept > budget:
+            return f"all blocks computed again leave {kept / 2**30:.2f} GiB of activations, of {budget / 2**30:.2f}"
+        over = sum(terms.values()) - self.hardware.usable_bytes
         if over > 0:
             return f"too large by {over / 2**30:.2f} GiB"
         host = self.hardware.host_bytes
@@ -208,15 +210,15 @@ class Planner:
         halves = precision in ("bf16", "fp16")
         gradient_bytes = weight_bytes = 2 if halves else 4
         images, accumulation, replicas = settings.micro_batch, settings.accumulation, settings.replicas
-        link = hardware.slowest_link_bytes_s
         bandwidth = hardware.device.memory_bytes_s * REACHED_BANDWIDTH
         again = self._share_recomputed(plan)
         passes, crossings = [], []
-        for stage in stages:
+        for i, stage in enumerate(stages):
             forward = images * (stage.flops / hardware.flops(precision) + stage.elements * each / bandwidth)
             launched = LAUNCH_S * KERNELS * sum(map(len, stage.groups)) / PARAMETERS_OF_CONV
             passes.append(max(forward, launched) * (1 + BACKWARD + again))
-            crossings.append(crossing_bytes(stage.crossing, images, each) / hardware.device.link_bytes_s)
+            on_and_back = 2 * crossing_bytes(stage.crossing, images, each)
+            crossings.append(on_and_back / hardware.border_bytes_s(i, replicas))
         stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
         whole = sum(stage_s) + (accumulation - 1) * max(stage_s)
         busy = accumulation * sum(passes) / len(passes)
@@ -224,7 +226,7 @@ class Planner:
         for stage in stages:
             numels = [numel for group in stage.groups for numel in group]
             if len(stages) == 1:
-                numels = [p.numel() for p in self.work.network.parameters()]
+                numels = self.work.numels
             wires.append(
                 wire_bytes(
                     zero,
@@ -239,14 +241,19 @@ class Planner:
         hidden = (
             passes[0] * BACKWARD / (1 + BACKWARD + again) if len(stages) == 1 else 0.0
         )  # of the last micro-batch
+        firsts = range(0, len(stages) * replicas, replicas)
+        link = min(hardware.ring_bytes_s(first, replicas) for first in firsts)
         reduced = (replicas - 1) / replicas * elements * gradient_bytes / link
         sent = max(wires) / link
-        latency = LATENCY_S if hardware.nodes == 1 else LATENCY_BETWEEN_S
+        is_inside = all(hardware.is_on_one_node(first, replicas) for first in firsts)
+        latency = LATENCY_S if is_inside else LATENCY_BETWEEN_S
         calls = max(
             num_messages(zero, [n for group in stage.groups for n in group], accumulation) for stage in stages
         )
         communication = sent - min(reduced, hidden) + (latency * calls if replicas > 1 else 0)
-        crossing = sum(crossing_bytes(stage.crossing, images * accumulation, each) for stage in stages)
+        borders = [crossing_bytes(stage.crossing, images * accumulation, each) for stage in stages]
+        # Activations to the next stage, whose border is the last one's 0, and gradients to the one before.
+        crossed = [on + back for on, back in zip(borders, [0, *borders], strict=False)]
         offload = 0.0
         if settings.offload_optimizer:
             share = elements / replicas
@@ -254,7 +261,9 @@ class Planner:
             if settings.offload_param:
                 moved += 2 * accumulation * share * weight_bytes
             offload = moved / HOST_BYTES_S + share * 4 * 6 / HOST_STEP_BYTES_S
-        return Times(busy, communication, whole - busy, offload), int(max(wires) + crossing)
+        return Times(busy, communication, whole - busy, offload), int(
+            max(map(sum, zip(wires, crossed, strict=True)))
+        )
 
     def _share_recomputed(self, plan: ActivationPlan) -> float:
         """Of the forward pass's work."""

@@ -35,12 +35,20 @@ def search(
     global_batch: int,
     optimizer: str,
     precisions: Sequence[str],
-    recomputes: Sequence[str] = RECOMPUTES,
+    recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Ranking:
     """Predicts all; where a size fits with all blocks recomputed and not with none, the fewest blocks are looked for too."""
     found: dict[Settings, Strategy] = {}
+    fitting: dict[
+        Settings, tuple[int, bool]
+    ] = {}  # the last size that was looked at, and whether anything of it fits
     for one in settings(planner.hardware.ranks, global_batch, optimizer, tuple(precisions), recomputes):
+        kind = one._replace(micro_batch=0, accumulation=0, recompute="none")
+        size, fits = fitting.get(kind, (0, True))
+        if size != one.micro_batch and not fits:
+            continue  # nor does a larger one
         found[one] = planner.predict(one)
+        fitting[kind] = one.micro_batch, found[one].fits or (size == one.micro_batch and fits)
     for one in _between(planner, found):
         found[one] = planner.predict(one)
     return rank(found.values(), planner.hardware.usable_bytes)

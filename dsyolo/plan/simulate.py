@@ -48,7 +48,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     problems: list[str] = []
     ranks = []
     for text in args.ranks.split(","):
-        if text.strip().isdigit() and 1 <= int(text) <= MOST_RANKS:
+        if text.strip().isdecimal() and 1 <= int(text) <= MOST_RANKS:
             ranks.append(int(text))
         else:
             problems.append(f"--ranks: {text!r} given, but each is a number from 1 to {MOST_RANKS}.")

@@ -99,7 +99,7 @@ def settings(
     global_batch: int,
     optimizer: str,
     precisions: tuple[str, ...],
-    recomputes: Sequence[str] = RECOMPUTES,
+    recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Iterator[Settings]:
     """All strategies that are looked at: those that need something of their ranks and batch, where they have it.
 
@@ -117,19 +117,22 @@ def settings(
         for zero_stage, of_optimizer, of_param in SHARDING:
             if stages > 1 and (zero_stage > 1 or of_optimizer):
                 continue
-            if replicas == 1 and zero_stage and not of_optimizer:
-                continue  # nobody to share with
             for precision in precisions:
+                is_half = precision in ("bf16", "fp16")
+                if replicas == 1 and zero_stage > is_half and not of_optimizer:
+                    continue  # nobody to share with
                 # DeepSpeed never lowers the scale of fp16 autocast from ZeRO 1 on, and has no ZeRO 0 for half weights
                 if precision == "autocast_fp16" and (zero_stage or stages > 1):
                     continue
-                if precision in ("bf16", "fp16") and not zero_stage:
+                if is_half and not zero_stage:
                     continue
                 for micro_batch in micro_batches:
                     accumulation = share // micro_batch
                     if stages > 1 and accumulation < 2 * stages:
                         continue
                     for recompute in recomputes:
+                        if stages > 1 and not isinstance(recompute, str):
+                            continue  # a budget is one for the whole network
                         yield Settings(
                             zero_stage,
                             of_optimizer,

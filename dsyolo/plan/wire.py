@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-CROSSES_BACK = 2  # an activation goes on, its gradient comes back
-
 
 def wire_bytes(
     zero: Mapping[str, Any],
@@ -67,5 +65,5 @@ def num_messages(zero: Mapping[str, Any], numels: Sequence[int], accumulation: i
 
 
 def crossing_bytes(elements: int, images: int, each: int) -> int:
-    """Of a border between two stages, in a step: on and back."""
-    return CROSSES_BACK * elements * images * each
+    """Of activations that cross a border between two stages; their gradients come back, as many."""
+    return elements * images * each

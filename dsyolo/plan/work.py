@@ -28,7 +28,8 @@ class Work:
         self.model, self.num_classes, self.image_size_px = model, num_classes, image_size_px
         with torch.device("meta"):
             self.network: YOLOv5 = build_yolov5(model, num_classes)
-        self.num_parameters = sum(p.numel() for p in self.network.parameters())
+        self.numels = [p.numel() for p in self.network.parameters()]
+        self.num_parameters = sum(self.numels)
         self.layers = tuple(
             any(True for _ in self.network.get_submodule(name).parameters()) for name in self.network.order
         )
