@@ -18,6 +18,7 @@ from dsyolo.record import NullRecord, Record
 from dsyolo.track import Tracker
 from dsyolo.validate import Finder, validate
 
+VALIDATING = "validating"  # where a rank is
 DIVERGED, NOT_SAVED = 65, 74  # exit statuses: EX_DATAERR and EX_IOERR of sysexits.h
 
 
@@ -65,7 +66,7 @@ def _epochs(training: Training, times: TimeAccount | NoTimeAccount, memory: Memo
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        watch.at("validating")
+        watch.at(VALIDATING)
         request.heed()
         return engine.predict(images)
 

@@ -28,7 +28,7 @@ from dsyolo.data.formats import read_data_yaml
 from dsyolo.data.loader import Stream
 from dsyolo.environment import read_environment
 from dsyolo.errors import UserError
-from dsyolo.loop import Training, loop, stopped
+from dsyolo.loop import VALIDATING, Training, loop, stopped
 from dsyolo.model.weights import read_weights
 from dsyolo.model.yolov5 import has_parameters
 from dsyolo.parallel import dist, stop
@@ -120,6 +120,9 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
         raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
+    if filled.val_images:
+        fitting = min(run.val_batch_size, filled.val_images)
+        run = run.model_copy(update={"val_batch_size": fitting})
     activations = plan_activations(run, ds, data.num_classes)
     return Run(run, ds, data, world, folder, activations, goes_on, filled.lines)
 
@@ -181,7 +184,18 @@ def train(run: Run, request: StopRequest, watch: Watchdog) -> int:
 
 
 def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
-    """After this rank ran out of memory: once, all ranks go on with half the micro-batch and the same global batch."""
+    """After this rank ran out of memory: once, all ranks go on with half the micro-batch and the same global batch.
+
+    Where it validated, they go on with half as many images at a time there, as often as they have to.
+    """
+    if watch.where == VALIDATING:
+        size = run.config.val_batch_size
+        if size > 1:
+            watch.end_all(
+                f"ran out of memory with {size} images to validate at a time: from now on {size // 2}.",
+                again=("--val_batch_size", str(size // 2), "--resume", "auto"),
+            )
+        watch.end_all("ran out of memory with one image to validate. Take a smaller --imgsz or --model.")
     ds, again = run.ds, run.config.halve_micro_batch
     what = f"ran out of memory with {ds.micro_batch} images in a micro-batch"
     is_planned = run.config.deepspeed_config == AUTO

@@ -13,6 +13,7 @@ from torch import nn
 from dsyolo.errors import UserError
 from dsyolo.model.activations import Activations, NodeBytes, choose, count_activations
 from dsyolo.model.blocks import C3, Conv, Stem
+from dsyolo.model.inference import inference_bytes
 from dsyolo.model.network import Network, Node
 from dsyolo.model.yolov5 import build_yolov5
 
@@ -36,6 +37,23 @@ def test_counted_bytes_are_those_that_the_allocator_gave_out(variant, size_px, b
         # cannot compute in bf16 a convolution's fp32 copies.
         emulated = precision == "autocast_bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         assert 1 < peak / counted.peak_bytes(names) < (3 if emulated or size_px == 160 else 1.2), names
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("variant", "size_px", "batch"), [("yolov5n", 320, 2), ("yolov5n6", 256, 3)])
+def test_what_a_pass_without_gradients_takes_is_what_the_allocator_gave_out(
+    variant, size_px, batch, precision
+):
+    network, images = build_yolov5(variant, 20).eval(), images_of(batch, size_px)
+
+    def passes() -> object:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+            return network.decode(network(images))
+
+    passes()
+    _, peak = allocations(passes)
+    (counted,) = inference_bytes(network, [tuple(images.shape)], precision)
+    assert counted == pytest.approx(peak, rel=0.001)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -15,10 +16,28 @@ import pytest
 import torch
 from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_place
 
+from dsyolo.config import RunConfig
 from dsyolo.parallel import watchdog
 from dsyolo.parallel.restart import is_out_of_memory
 
 GIB = 2**30
+LITTLE_MEMORY = """
+import sys
+from dsyolo import train
+from dsyolo.parallel.engine import Engine
+
+plain = Engine.predict
+
+
+def predict(self, images):
+    if len(images) > 1:
+        raise MemoryError
+    return plain(self, images)
+
+
+Engine.predict = predict
+sys.exit(train.main())
+"""
 OPTIONS = {"imgsz": 640, "epochs": 1, "workers": 0, "val_every": 9, "memory_account": "off"}
 
 
@@ -89,6 +108,17 @@ def test_a_second_time_ends_the_run_with_a_remedy(place):
     assert status == watchdog.STATUS, said
     assert said.count("ran out of memory") == 2
     assert "which was halved once already. Lower train_micro_batch_size_per_gpu" in said
+
+
+def test_validation_goes_on_with_fewer_images_at_a_time(place):
+    script = place / "little_memory.py"
+    script.write_text(LITTLE_MEMORY)
+    words = arguments(place, "validates", epochs=2, workers=0, val_batch_size=6)
+    status, said, _ = run(place, [sys.executable, str(script), *words])
+    assert status == 0, said
+    told = re.findall(r"out of memory with (\d) images to validate at a time: from now on (\d)", said)
+    assert told == [("6", "3"), ("3", "1")]
+    assert RunConfig.load(place / "runs/validates/config.yaml").val_batch_size == 1
 
 
 def test_other_errors_are_none_of_memory():

@@ -18,6 +18,7 @@ from dsyolo.data.loader import Stream
 from dsyolo.ds_config import check
 from dsyolo.errors import UserError
 from dsyolo.model.activations import count_activations
+from dsyolo.model.inference import inference_bytes
 from dsyolo.parallel.dist import World
 from dsyolo.plan import machine
 from dsyolo.plan.auto import Filled, fill
@@ -139,6 +140,35 @@ def test_as_json_every_strategy_has_its_terms(capsys):
         assert one["peak_gpu_gib"] == pytest.approx(sum(one["terms_gib"].values()))
         assert one["fits"] == (not one["why_not"])
     assert [one["rank"] for one in found] == list(range(1, len(found) + 1))
+
+
+def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "mine.json"
+    words = f"--model yolov5n6 --imgsz 1280 --gpus 1x2GiB --global-batch 64 --write {path}".split()
+    status, out, _ = plan(capsys, *words)
+    images = int(re.search(r"At most (\d+) images can be validated at a time", out)[1])
+    assert status == 0
+    assert f"give --val_batch_size {images}." in out
+    assert f"--data data.yaml --val_batch_size {images}\n" in out
+    assert 8 < images < 16
+    work = Work("yolov5n6", 80, 1280)
+    most = inference_bytes(work.network, [(images, 3, 1280, 1280)], "autocast_bf16")[0]
+    assert work.most_inferred(most, "autocast_bf16") == images
+    assert work.most_inferred(most - 1, "autocast_bf16") == images - 1
+    status, out, err = plan(capsys, *words[:4], "--gpus", "1x0.65GiB", "--write", str(tmp_path / "none.json"))
+    assert (status, (tmp_path / "none.json").exists()) == (1, False)
+    assert "Nothing was written to" in err
+
+    run = run_config(tmp_path, deepspeed_config="auto")
+    small = one_gpu()._replace(accelerator="cpu", memory_bytes=int(1.5 * GIB))
+    monkeypatch.setattr(train, "hardware_here", lambda *_: small)
+    words = f"--deepspeed_config=auto --data={run.data} --model=yolov5n6 --imgsz=1280".split()
+    planned = train.read(words, World(0, 1, 0, 1))
+    assert planned.config.val_batch_size < 16
+    assert any(
+        line.startswith(f"val_batch_size: {planned.config.val_batch_size}, as 16") for line in planned.planned
+    )
+    assert train.read([*words, "--val_batch_size=2"], World(0, 1, 0, 1)).config.val_batch_size == 2
 
 
 def test_what_is_recommended_fits_and_can_be_written_and_used(capsys, tmp_path):

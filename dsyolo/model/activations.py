@@ -198,7 +198,7 @@ def count_each(
     Storages are numbered in the order in which they come, which is the same for any number of images.
     """
     with FakeTensorMode():
-        fake = _fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).train()
+        fake = fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).train()
         return [_count(fake, shape, precision, network.blocks()) for shape in images_shapes]
 
 
@@ -253,7 +253,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     yield from (value,) if isinstance(value, torch.Tensor) else value
 
 
-def _fake_copy(network: Network, weights_dtype: torch.dtype) -> Network:
+def fake_copy(network: Network, weights_dtype: torch.dtype) -> Network:
     """`network` with fake tensors in the places of its own, which are not copied. Nothing is recomputed in it."""
     fakes: dict[int, Any] = {}
     for tensor in chain(network.parameters(), network.buffers()):

@@ -87,6 +87,11 @@ class Watchdog:
         self._where = where
         self._progress += 1
 
+    @property
+    def where(self) -> str:
+        """As `at` was told last."""
+        return self._where
+
     def calls(self, work: Callable[..., T], where: str) -> Callable[..., T]:
         """`work`, telling at each call where it is."""
 

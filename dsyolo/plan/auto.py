@@ -31,11 +31,13 @@ class Filled(NamedTuple):
         config: a path that needed nothing, or the JSON's content.
         lines: what was filled in, for the start of the run.
         is_halved: planned for less memory, after it ran out.
+        val_images: the most that can be validated at a time, where it was planned.
     """
 
     config: str | Mapping[str, Any]
     lines: tuple[str, ...] = ()
     is_halved: bool = False
+    val_images: int | None = None
 
 
 def fill(
@@ -94,7 +96,10 @@ def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch:
         f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){what}: "
         f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.replicas}"
     )
-    return Filled(content, (line, terms(best)), run.halve_micro_batch)
+    lines = [line, terms(best)]
+    if best.val_images < run.val_batch_size:
+        lines.append(f"val_batch_size: {best.val_images}, as {run.val_batch_size} images would not fit")
+    return Filled(content, tuple(lines), run.halve_micro_batch, best.val_images)
 
 
 def _fill_values(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from dsyolo.config import MODELS, max_stride
 from dsyolo.errors import UserError
 from dsyolo.plan.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.plan.predict import Planner
-from dsyolo.plan.report import HONEST, recommendation, table, to_json
+from dsyolo.plan.report import HONEST, recommendation, table, to_json, val_option
 from dsyolo.plan.search import search
 from dsyolo.plan.strategy import OPTIMIZERS, PRECISIONS
 from dsyolo.plan.work import Work
@@ -93,8 +94,10 @@ def run_plan(args: argparse.Namespace) -> int:
             nodes = " --hostfile launch/hostfile" if hardware.nodes > 1 else f" --num_gpus {hardware.gpus}"
             print(
                 f"deepspeed{nodes} dsyolo/train.py --deepspeed_config {args.write} --model {args.model} "
-                f"--imgsz {args.imgsz} --data data.yaml"
+                f"--imgsz {args.imgsz} --data data.yaml{val_option(ranking.best)}"
             )
+    elif args.write:
+        print(f"Nothing was written to {args.write}, as nothing fits.", file=sys.stderr)
     return 0 if ranking.best else 1
 
 

@@ -52,12 +52,14 @@ class Strategy(NamedTuple):
     Attributes:
         terms: bytes of the GPU that needs most, by name; their sum is its peak.
         host_bytes: of each node.
+        val_images: the most images that can be validated at a time.
         wire: bytes that a GPU sends in a step, and receives.
     """
 
     settings: Settings
     terms: dict[str, int]
     host_bytes: int
+    val_images: int
     wire: int
     times: Times
     images_s: float
@@ -107,15 +109,18 @@ class Planner:
         ]
         terms = max((terms for terms, _ in needs), key=lambda terms: sum(terms.values()))
         host_bytes = hardware.gpus * max(host for _, host in needs)
+        val_images = self._val_images(settings, terms)
         times, wire = self._times(settings, ds, zero, stages, plan)
         return Strategy(
             settings,
             terms,
             host_bytes,
+            val_images,
             wire,
             times,
             settings.global_batch / times.step,
-            self._why_not(settings, terms, host_bytes),
+            self._why_not(settings, terms, host_bytes)
+            or ("" if val_images else "no room to validate an image"),
         )
 
     def smallest_recompute(self, settings: Settings, free_bytes: int) -> Settings | None:
@@ -177,6 +182,15 @@ class Planner:
             "images": IMAGES_AHEAD * images * channels * height * width if stage == 0 else 0,
             "workspace": WORKSPACE_BYTES,
         }
+
+    def _val_images(self, settings: Settings, terms: dict[str, int]) -> int:
+        """Beside the states. At ZeRO 0 gradients stay meanwhile, at ZeRO 3 weights are gathered, in a pipeline each rank gets the whole network."""
+        stays = ["parameters", "optimizer", "ema", "workspace"]
+        stays += {0: ["gradients"], 3: ["buckets"]}.get(settings.zero_stage, [])
+        rest = sum(terms[name] for name in stays)
+        if settings.pipeline_stages > 1:
+            rest += 4 * self.work.num_parameters
+        return self.work.most_inferred(self.hardware.usable_bytes - rest, settings.precision)
 
     def _why_not(self, settings: Settings, terms: dict[str, int], host_bytes: int) -> str:
         budget, kept = settings.recompute, terms["activations"]

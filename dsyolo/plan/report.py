@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dsyolo.config import RunConfig
 from dsyolo.plan.hardware import GIB, Hardware
 from dsyolo.plan.predict import Strategy
 from dsyolo.plan.search import Ranking
@@ -73,8 +74,16 @@ def recommendation(ranking: Ranking, hardware: Hardware) -> str:
         f"x {s.replicas}: {best.images_s:.0f} images/s ({', '.join(share)}), {free / GIB:.1f} GiB free.",
         terms(best) + ".",
     ]
+    if option := val_option(best):
+        lines.append(f"At most {best.val_images} images can be validated at a time: give{option}.")
     lines += [f"  {one.settings.in_words()}: {why(one, best)}" for one in ranking.families()[1:]]
     return "\n".join(lines)
+
+
+def val_option(best: Strategy) -> str:
+    """What its command needs so that validation fits; empty where it does by itself."""
+    usual = RunConfig.model_fields["val_batch_size"].default
+    return f" --val_batch_size {best.val_images}" if best.val_images < usual else ""
 
 
 def why(one: Strategy, best: Strategy) -> str:
@@ -122,6 +131,7 @@ def to_json(ranking: Ranking, work: Work, hardware: Hardware) -> list[dict[str, 
             "peak_gpu_gib": one.peak_bytes / GIB,
             "terms_gib": {name: size / GIB for name, size in one.terms.items()},
             "host_gib": one.host_bytes / GIB,
+            "val_images": one.val_images,
             "wire_bytes_per_step": one.wire,
             "step_s": {**one.times._asdict(), "step": one.times.step},
             "images_per_s": one.images_s,

@@ -9,6 +9,7 @@ import torch
 
 from dsyolo.model.activations import Activations, count_each
 from dsyolo.model.costs import NodeCost, node_costs
+from dsyolo.model.inference import inference_bytes
 from dsyolo.model.yolov5 import YOLOv5, build_yolov5
 
 ANCHORS = 3
@@ -34,6 +35,7 @@ class Work:
             any(True for _ in self.network.get_submodule(name).parameters()) for name in self.network.order
         )
         self._pairs: dict[str, tuple[Activations, Activations]] = {}
+        self._inferred: dict[str, tuple[int, int]] = {}  # bytes of each image, and beside them
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -53,6 +55,16 @@ class Work:
             number: size + (images - 2) * (three.sizes[number] - size) for number, size in two.sizes.items()
         }
         return two._replace(sizes=sizes)
+
+    def most_inferred(self, free_bytes: int, precision: str) -> int:
+        """The most images of which a forward pass without gradients takes no more; every tensor is linear in them."""
+        precision = SAME_BYTES.get(precision, precision)
+        if precision not in self._inferred:
+            shapes = [(images, *self.image_shape) for images in (2, 3)]
+            two, three = inference_bytes(self.network, shapes, precision)
+            self._inferred[precision] = three - two, 3 * two - 2 * three
+        each, fixed = self._inferred[precision]
+        return max(0, (free_bytes - fixed) // each)
 
     @cached_property
     def costs(self) -> list[NodeCost]:
