@@ -160,7 +160,7 @@ def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
     assert "Nothing was written to" in err
 
     run = run_config(tmp_path, deepspeed_config="auto")
-    small = one_gpu()._replace(accelerator="cpu", memory_bytes=int(1.5 * GIB))
+    small = one_gpu()._replace(accelerator="cpu", memory_bytes=int(1.2 * GIB))
     monkeypatch.setattr(train, "hardware_here", lambda *_: small)
     words = f"--deepspeed_config=auto --data={run.data} --model=yolov5n6 --imgsz=1280".split()
     planned = train.read(words, World(0, 1, 0, 1))
