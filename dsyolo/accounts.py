@@ -13,7 +13,7 @@ from dsyolo.build import Data, Parts, Run
 from dsyolo.model.costs import BACKWARD, node_costs
 from dsyolo.model.yolov5 import build_yolov5
 from dsyolo.nvml import Gpu, load_nvml
-from dsyolo.pace import Details, NoTimeAccount, TimeAccount, Work
+from dsyolo.pace import Details, NoTimeAccount, TimeAccount, Work, measured_every
 from dsyolo.parallel import dist
 from dsyolo.parallel.collectives import Collectives
 from dsyolo.parallel.memory import Measured, MemoryWatch, NoWatch
@@ -84,7 +84,7 @@ def _shortage(run: Run, accounts: list[Account], on_cpu: bool) -> str:
 
 
 def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAccount | NoTimeAccount:
-    """Tells where the time of steps goes. On an accelerator only logged steps are measured, so that events cost nothing.
+    """Tells where the time of steps goes. On an accelerator only some steps are measured, so that events cost nothing.
 
     Args:
         start: steps that are done: those of a run that goes on get a file of their own.
@@ -94,7 +94,8 @@ def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAc
         return NoTimeAccount()
     in_detail = config.time_account == "steps"
     on_cpu = parts.engine.device.type == "cpu"
-    phases = Phases(clock_of_device(), 1 if on_cpu or in_detail else config.log_every)
+    every = 1 if on_cpu or in_detail else measured_every(config.log_every, data.stream.first_step(1))
+    phases = Phases(clock_of_device(), every)
     parts.engine.tell(phases)
     with torch.device("meta"):
         network = build_yolov5(config.model, run.data.num_classes)

@@ -169,6 +169,11 @@ class Details:
         self._seen[self._step] = counted | self._usage.look()
 
 
+def measured_every(log_every: int, steps_of_epoch: int) -> int:
+    """Each how many-th step is measured: one in every epoch at least, which may have a step less than the first."""
+    return min(log_every, max(1, steps_of_epoch // 2))
+
+
 def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s: float) -> dict[str, float]:
     """Of seconds by phase, one mapping a rank: each phase's mean share, and the share of all ranks' peak that `flops` take."""
     wholes = [sum(sums.values()) for sums in ranks]

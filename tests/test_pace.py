@@ -17,7 +17,7 @@ from runs import TRAIN, alone, arguments, environment, make_place, rows
 
 from dsyolo.account import Account, Terms
 from dsyolo.nvml import Gpu, GpuUse
-from dsyolo.pace import LOGGED_STEP, SHARES, describe, peak_figures, shares
+from dsyolo.pace import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
 from dsyolo.parallel.memory import Measured
 from dsyolo.parallel.phases import (
     BACKWARD,
@@ -382,3 +382,11 @@ def test_the_account_can_be_left_out(tmp_path):
     assert not set(SHARES.values()) - {"data_wait_share"} & set(row)
     assert "data wait" in done.stdout
     assert not (place / "runs/plain/steps.json").exists()
+
+
+def test_in_every_epoch_a_step_is_measured():
+    for steps_of_epoch in range(1, 40):
+        every = measured_every(10, steps_of_epoch)
+        assert 1 <= every <= 10
+        shortest = max(1, steps_of_epoch - 1)
+        assert all(any(step % every == 0 for step in range(k, k + shortest)) for k in range(60))

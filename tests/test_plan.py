@@ -534,6 +534,7 @@ def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):
     monkeypatch.setattr(Stream, "micro_batches", of_one_rank_less)
     assert cover(100, 8, 1, 8).least == 0
     assert cli.main(["simulate", "--model", "yolov5n", "--images", "100", "--ranks", "8", "--json"]) == 1
+    assert cli.main(["simulate", "--ranks", "\u00b2"]) == 2  # a digit, but no number
 
 
 def test_the_simulation_is_printed_and_its_mistakes_told(capsys):
