@@ -168,7 +168,11 @@ class Planner:
         in_flight = min(ds.stages - index, ds.accumulation)
         kept = plan.stage_bytes(stage.nodes, in_flight)
         ranks = ds.data_parallel_size
-        some = sorted({0, ranks // 3, ranks // 2, ranks - 1}) if ds.zero_stage == 2 else [0]
+        some = (
+            sorted({0, ranks // 3, ranks // 2, ranks - 1})
+            if ds.zero_stage == 2 and ds.offload_optimizer
+            else [0]
+        )
         return [
             predict(Load(stage.groups, kept, kept, kept, rank, ranks, self.ema), ds, zero) for rank in some
         ]
@@ -214,70 +218,60 @@ class Planner:
     ) -> tuple[Times, int]:
         """Seconds of a step, and bytes that a GPU sends in it.
 
-        A pass takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth, but
-        no less than the host takes to start its kernels; the backward pass twice as much; what is recomputed once more. Gradients travel while the last micro-batch goes
-        backward, weights while nothing else happens. A pipeline of stage times t with m micro-batches takes
-        sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
+        Gradients travel while the last micro-batch goes backward, weights while nothing else happens. A pipeline of stage
+        times t with m micro-batches takes sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
         """
-        hardware, precision = self.hardware, settings.precision
-        each = 4 if precision == "fp32" else 2
-        halves = precision in ("bf16", "fp16")
-        gradient_bytes = weight_bytes = 2 if halves else 4
-        images, accumulation, replicas = settings.micro_batch, settings.accumulation, settings.replicas
-        bandwidth = hardware.device.memory_bytes_s * REACHED_BANDWIDTH
+        hardware, replicas, accumulation = self.hardware, settings.replicas, settings.accumulation
+        gradient_bytes = weight_bytes = 2 if settings.precision in ("bf16", "fp16") else 4
         again = self._share_recomputed(plan)
-        passes, crossings = [], []
-        for i, stage in enumerate(stages):
-            forward = images * (stage.flops / hardware.flops(precision) + stage.elements * each / bandwidth)
-            launched = LAUNCH_S * KERNELS * sum(map(len, stage.groups)) / PARAMETERS_OF_CONV
-            passes.append(max(forward, launched) * (1 + BACKWARD + again))
-            on_and_back = 2 * crossing_bytes(stage.crossing, images, each)
-            crossings.append(on_and_back / hardware.border_bytes_s(i, replicas))
+        passes = [self._pass_s(settings, stage, 1 + BACKWARD + again) for stage in stages]
+        each = 4 if settings.precision == "fp32" else 2
+        borders = [crossing_bytes(stage.crossing, settings.micro_batch, each) for stage in stages]
+        crossings = [2 * size / hardware.border_bytes_s(i, replicas) for i, size in enumerate(borders)]
         stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
         whole = sum(stage_s) + (accumulation - 1) * max(stage_s)
         busy = accumulation * sum(passes) / len(passes)
-        wires = []
-        for stage in stages:
-            numels = [numel for group in stage.groups for numel in group]
-            if len(stages) == 1:
-                numels = self.work.numels
-            wires.append(
-                wire_bytes(
-                    zero,
-                    numels,
-                    replicas,
-                    accumulation,
-                    gradient_bytes=gradient_bytes,
-                    weight_bytes=weight_bytes,
-                )
-            )
-        elements = max(sum(map(sum, stage.groups)) for stage in stages)
-        hidden = (
-            passes[0] * BACKWARD / (1 + BACKWARD + again) if len(stages) == 1 else 0.0
-        )  # of the last micro-batch
+        numels = (
+            [self.work.numels] if len(stages) == 1 else [[n for g in s.groups for n in g] for s in stages]
+        )
+        sizes = {"gradient_bytes": gradient_bytes, "weight_bytes": weight_bytes}
+        wires = [wire_bytes(zero, own, replicas, accumulation, **sizes) for own in numels]
         firsts = range(0, len(stages) * replicas, replicas)
         link = min(hardware.ring_bytes_s(first, replicas) for first in firsts)
+        elements = max(map(sum, numels))
         reduced = (replicas - 1) / replicas * elements * gradient_bytes / link
-        sent = max(wires) / link
-        is_inside = all(hardware.is_on_one_node(first, replicas) for first in firsts)
-        latency = LATENCY_S if is_inside else LATENCY_BETWEEN_S
-        calls = max(
-            num_messages(zero, [n for group in stage.groups for n in group], accumulation) for stage in stages
-        )
-        communication = sent - min(reduced, hidden) + (latency * calls if replicas > 1 else 0)
-        borders = [crossing_bytes(stage.crossing, images * accumulation, each) for stage in stages]
-        # Activations to the next stage, whose border is the last one's 0, and gradients to the one before.
-        crossed = [on + back for on, back in zip(borders, [0, *borders], strict=False)]
-        offload = 0.0
-        if settings.offload_optimizer:
-            share = elements / replicas
-            moved = share * (gradient_bytes + weight_bytes)
-            if settings.offload_param:
-                moved += 2 * accumulation * share * weight_bytes
-            offload = moved / HOST_BYTES_S + share * 4 * 6 / HOST_STEP_BYTES_S
-        return Times(busy, communication, whole - busy, offload), int(
-            max(map(sum, zip(wires, crossed, strict=True)))
-        )
+        hidden = passes[0] * BACKWARD / (1 + BACKWARD + again) if len(stages) == 1 else 0.0
+        communication = max(wires) / link - min(reduced, hidden)
+        if replicas > 1:
+            is_inside = all(hardware.is_on_one_node(first, replicas) for first in firsts)
+            messages = max(num_messages(zero, own, accumulation) for own in numels)
+            communication += (LATENCY_S if is_inside else LATENCY_BETWEEN_S) * messages
+        offload = self._offload_s(settings, elements / replicas, gradient_bytes, weight_bytes)
+        # Activations go on, over a border that the last stage has not, and gradients to the stage before.
+        crossed = [accumulation * (on + back) for on, back in zip(borders, [0, *borders], strict=False)]
+        sent = max(map(sum, zip(wires, crossed, strict=True)))
+        return Times(busy, communication, whole - busy, offload), int(sent)
+
+    def _pass_s(self, settings: Settings, stage: Stage, times: float) -> float:
+        """Of a micro-batch through a stage: `times` its forward pass.
+
+        That takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth, but no
+        less than the host takes to start its kernels; the backward pass twice as much; what is recomputed once more.
+        """
+        each = 4 if settings.precision == "fp32" else 2
+        bandwidth = self.hardware.device.memory_bytes_s * REACHED_BANDWIDTH
+        image_s = stage.flops / self.hardware.flops(settings.precision) + stage.elements * each / bandwidth
+        launched = LAUNCH_S * KERNELS * sum(map(len, stage.groups)) / PARAMETERS_OF_CONV
+        return max(settings.micro_batch * image_s, launched) * times
+
+    def _offload_s(self, settings: Settings, share: float, gradient_bytes: int, weight_bytes: int) -> float:
+        """Of `share` elements to the host, its optimizer, and back."""
+        if not settings.offload_optimizer:
+            return 0.0
+        moved = share * (gradient_bytes + weight_bytes)
+        if settings.offload_param:
+            moved += 2 * settings.accumulation * share * weight_bytes
+        return moved / HOST_BYTES_S + share * 4 * 6 / HOST_STEP_BYTES_S
 
     def _share_recomputed(self, plan: ActivationPlan) -> float:
         """Of the forward pass's work."""
