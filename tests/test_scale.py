@@ -14,14 +14,16 @@ import numpy as np
 import psutil
 import pytest
 from cluster import Cluster, why_not
-from runs import ROOT, environment, make_place
+from runs import CONFIG, ROOT, environment, make_place
 
 from dsyolo import cli
 from dsyolo.doctor.hosts import Host
+from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.errors import UserError
 from dsyolo.parallel.phases import PHASES
 from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
 from dsyolo.scale.fit import SIZES, efficiency, fit, solve, step_seconds
+from dsyolo.scale.options import check
 from dsyolo.scale.page import page
 from dsyolo.scale.report import build, to_json
 from dsyolo.scale.results import put_together
@@ -59,9 +61,33 @@ def test_sizes_are_those_of_the_smallest_world(tmp_path, source, sizes, expected
     assert (found.micro_batch, found.accumulation, found.global_batch) == expected
 
 
-def test_sizes_that_cannot_be_used_are_told(tmp_path):
-    assert "Give numbers" in read(tmp_path, {"train_batch_size": "auto"})[1][0]
-    assert "whole numbers" in read(tmp_path, {"train_batch_size": "many"})[1][0]
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"train_batch_size": "auto"}, 'train_batch_size: "auto" given'),
+        ({"train_batch_size": "many"}, 'train_batch_size: "many" given, but it must be a whole number'),
+        ({"train_micro_batch_size_per_gpu": -2}, "train_micro_batch_size_per_gpu: -2 given"),
+        ({"train_batch_size": 8, "pipeline": {"stages": 0}}, "pipeline.stages: 0 given, but it must be"),
+    ],
+)
+def test_what_cannot_be_used_is_told_by_its_own_key(tmp_path, source, said):
+    found, (problem,) = read(tmp_path, source)
+    assert found is None
+    assert f"some.json: {said}" in problem
+
+
+def test_what_is_left_to_the_machine_reaches_the_training(tmp_path):
+    zero = {"stage": 1, "reduce_bucket_size": "auto"}
+    source = {"train_batch_size": "auto", "zero_optimization": zero, "bf16": {"enabled": "auto"}}
+    found, problems = read(tmp_path, source, micro_batch=4)
+    assert not problems
+    (row,) = wanted([found], [WEAK], [2], "yolov5n", "cpu")
+    assert row.case, row.why_not
+    given = deepspeed_json(found, row.case)
+    assert [given[key] for key in BATCH_KEYS] == [8, 4, 1]
+    assert {key: given[key] for key in ("zero_optimization", "bf16")} == {
+        key: source[key] for key in ("zero_optimization", "bf16")
+    }
 
 
 def test_a_rank_of_a_pipeline_has_as_many_images_as_one_without(tmp_path):
@@ -327,7 +353,11 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
         (["--ranks", "0,2"], "--ranks: '0,2' given"),
         (["--ranks", "two"], "--ranks: 'two' given"),
         (["--ranks", "1", "--imgsz", "100"], "multiples of 32"),
-        (["--ranks", "1", "--strategies", "nothing"], "nothing.json"),
+        (["--ranks", "1", "--strategies", "nothing"], "ds_configs/nothing.json does not exist, seen from /"),
+        (["--ranks", "1", "--strategies", "zero11"], "Did you mean ds_configs/zero1.json?"),
+        (["--ranks", "1", "--strategies", "zero1,auto"], "--strategies: auto given, but scale compares"),
+        (["--ranks", "1", "--deepspeed_config", "auto"], "dsyolo plan --write FILE"),
+        (["--ranks", "1", "--strategies", "zero1,other/zero1.json"], "both would be zero1. Rename one."),
         (["--ranks", "1", "--steps", "0"], "--steps: 0 given"),
         (["--ranks", "1", "--hostfile", "missing"], "--hostfile"),
         (["--ranks", "64", "--cores", "2"], "there are"),
@@ -337,11 +367,21 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
 def test_mistakes_are_told_before_anything_runs(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/zero1.json").write_text('{"train_batch_size": 8}')
     assert cli.main(["scale", *words]) == 2
     told = capsys.readouterr().err
     assert said in told
     assert "Traceback" not in told
     assert not (tmp_path / "scale").exists()
+
+
+def test_a_file_given_twice_is_one_strategy(tmp_path):
+    (tmp_path / "zero.json").write_text('{"train_batch_size": 8}')
+    names = [str(tmp_path / "zero.json"), str(tmp_path / "." / "zero.json"), str(tmp_path / "x/../zero.json")]
+    (tmp_path / "x").mkdir()
+    args = cli.build_parser().parse_args(["scale", "--ranks", "1", "--strategies", ",".join(names)])
+    assert [one.name for one in check(args).strategies] == ["zero"]
 
 
 def scale(place: Path, *words: str) -> list[str]:
@@ -362,6 +402,8 @@ def scale(place: Path, *words: str) -> list[str]:
 def test_trainings_are_run_and_reported(tmp_path):
     place = make_place(tmp_path)
     (place / "pipe.json").write_text(json.dumps({"train_batch_size": 2, "pipeline": {"stages": 2}}))
+    zero = {"stage": 2, "reduce_bucket_size": "auto"}
+    (place / "ds.json").write_text(json.dumps({**CONFIG, "zero_optimization": zero}))
     words = ["--ranks", "1,2", "--strategies", "ds.json,pipe.json", "--master_port", "29960"]
     done = subprocess.run(
         scale(place, *words), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300

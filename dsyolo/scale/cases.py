@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsyolo.config import AUTO
 from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.ds_config import check
-from dsyolo.ds_read import read_json
+from dsyolo.ds_read import read_json, sane_part, without_auto
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import has_parameters
 
@@ -86,27 +85,25 @@ def read_strategy(
 ) -> Strategy | None:
     """The strategy of a JSON, whose sizes of batches are read as those of a training on `smallest` ranks.
 
+    Other values that are "auto" stay so: train.py fills them in.
+
     Args:
         micro_batch, accumulation: in the place of the JSON's.
-        problems: gets a line where it cannot be used.
+        problems: gets a line for each reason why it cannot be used.
     """
     faults: list[str] = []
-    source = read_json(str(path), faults)
-    problems += [
-        f"{path}: {fault}".replace("Check --deepspeed_config", "Check --strategies") for fault in faults
-    ]
-    if source is None:
+    source = read_json(str(path), faults) or {}
+    content, left_open = without_auto(source)
+    sane = sane_part(content, faults)
+    if not micro_batch:
+        rule = "that leaves it to the machine, and so to each size. Give a number, or --micro_batch"
+        faults += [f'{key}: "auto" given, but {rule}.' for key in BATCH_KEYS if (key,) in left_open]
+    if faults:
+        problems += [f"{path}: {fault}" for fault in faults]
         return None
-    pipeline = source.get("pipeline")
-    stages = pipeline.get("stages", 1) if isinstance(pipeline, Mapping) else 1
-    train, micro, steps = (source.get(key) for key in BATCH_KEYS)
-    if AUTO in (train, micro, steps) or not isinstance(stages, int):
-        problems.append(f'{path}: "auto" leaves its sizes to the machine, and so to each size. Give numbers.')
-        return None
-    replicas = max(1, smallest // max(1, stages))
-    if not all(isinstance(number, (int, type(None))) for number in (train, micro, steps)):
-        problems.append(f"{path}: sizes of batches must be whole numbers.")
-        return None
+    stages = int(sane.get("pipeline", {}).get("stages", 1))
+    train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
+    replicas = max(1, smallest // stages)
     steps = (
         accumulation
         or steps
@@ -153,5 +150,6 @@ def _case(strategy: Strategy, ranks: int, scaling: str, model: str, accelerator:
     sizes = strategy.on(ranks // strategy.stages, scaling)
     case = Case(strategy.name, ranks, strategy.stages, *sizes)
     layers = has_parameters(model)
-    check(deepspeed_json(strategy, case), world_size=ranks, accelerator=accelerator, layers=layers)
+    content, _ = without_auto(deepspeed_json(strategy, case))
+    check(content, world_size=ranks, accelerator=accelerator, layers=layers)
     return case
