@@ -21,6 +21,7 @@ from dsyolo.doctor.hosts import Host
 from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.errors import UserError
 from dsyolo.parallel.phases import PHASES
+from dsyolo.scale import command
 from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
 from dsyolo.scale.fit import SIZES, efficiency, fit, solve, step_seconds
 from dsyolo.scale.options import check
@@ -449,6 +450,14 @@ def test_a_mistake_in_the_trainings_options_is_told_before_any_training(tmp_path
         assert done.returncode == 2, done.stdout
         assert told in done.stderr
         assert "round 1" not in done.stdout
+
+
+def test_each_size_of_images_has_a_sample_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "DRAWN_IMAGES", 4)
+    for size in ("64", "128", "64"):
+        words = ["--ranks", "1", "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), "--imgsz", size]
+        assert cli.main(["scale", *words, "--out", str(tmp_path / "out"), "--", "--nosuch", "3"]) == 2
+        assert "--nosuch: unknown option" in capsys.readouterr().err  # which is told once there is a data set
 
 
 def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):

@@ -54,7 +54,8 @@ def _data(args: argparse.Namespace) -> DataSpec:
     if args.data:
         return read_data_yaml(args.data)
     side = args.imgsz
-    return read_data_yaml(draw_sample(args.out / "sample", num_images=DRAWN_IMAGES, image_size=(side, side)))
+    folder = args.out / f"sample_{side}px"
+    return read_data_yaml(draw_sample(folder, num_images=DRAWN_IMAGES, image_size=(side, side)))
 
 
 def _options(args: argparse.Namespace, accelerator: str) -> list[str]:
