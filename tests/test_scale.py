@@ -454,7 +454,7 @@ def test_a_mistake_in_the_trainings_options_is_told_before_any_training(tmp_path
 
 def test_each_size_of_images_has_a_sample_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "DRAWN_IMAGES", 4)
-    for size in ("64", "128", "64"):
+    for size in ("64", "128"):
         words = ["--ranks", "1", "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), "--imgsz", size]
         assert cli.main(["scale", *words, "--out", str(tmp_path / "out"), "--", "--nosuch", "3"]) == 2
         assert "--nosuch: unknown option" in capsys.readouterr().err  # which is told once there is a data set

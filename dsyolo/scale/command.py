@@ -39,15 +39,27 @@ def run_scale(args: argparse.Namespace) -> int:
     data = _data(args)
     num_images = len(list_images(data.train or ()))
     args.out.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    outcomes, is_interrupted = _run_all(args, asked, cases, data, num_images, stamp)
+    folder = _new_folder(args.out / "runs")
+    outcomes, is_interrupted = _run_all(args, asked, cases, data, num_images, folder.resolve())
     measured, failed = _judge(outcomes, args.warmup, num_images)
     report = build(rows, measured, failed, _settings(args, asked), _notes(args, asked, measured))
-    _write(args.out, report, stamp, is_news=bool(measured) or not (args.out / "scale.json").exists())
+    _write(args.out, report, folder, is_news=bool(measured) or not (args.out / "scale.json").exists())
     if is_interrupted:
         print("Interrupted: the report has what was measured before.")
         return 130
     return 0 if all(any(row.measured for row in group.rows) for group in report.groups) else 1
+
+
+def _new_folder(runs: Path) -> Path:
+    """For the trainings and the report, named by the time."""
+    while True:
+        folder = runs / time.strftime("%Y%m%d-%H%M%S")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.1)  # another began in this second
+        else:
+            return folder
 
 
 def _data(args: argparse.Namespace) -> DataSpec:
@@ -72,11 +84,9 @@ def _run_all(
     cases: Sequence[Case],
     data: DataSpec,
     num_images: int,
-    stamp: str,
+    folder: Path,
 ) -> tuple[dict[Case, list[Outcome]], bool]:
     """All cases in turn, round by round; a case that has failed does not run again. And whether Ctrl-C ended it."""
-    folder = args.out.resolve() / "runs" / stamp
-    folder.mkdir(parents=True)
     options = _options(args, asked.accelerator)
     plan = Plan(
         folder,
@@ -170,17 +180,17 @@ def _notes(args: argparse.Namespace, asked: Sizes, measured: dict[Case, Measured
     return notes
 
 
-def _write(out: Path, report: Report, stamp: str, *, is_news: bool) -> None:
-    """Beside the trainings, where it stays, and in `out`, where the latest one lies that measured something."""
+def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
+    """Into the folder beside the trainings, where it stays, and in `out`, where the latest one lies that measured something."""
     texts = {
         "json": json.dumps(to_json(report), indent=1) + "\n",
         "md": to_markdown(report),
         "html": page(report),
     }
-    for folder in (out / "runs" / stamp, *([out] if is_news else [])):
+    for folder in (beside, *([out] if is_news else [])):
         for kind, text in texts.items():
             (folder / f"scale.{kind}").write_text(text)
-    out = out if is_news else out / "runs" / stamp
+    out = out if is_news else beside
     for group in report.groups:
         print(f"\n{title(group)}")
         rows = rate_table(group)
