@@ -428,11 +428,16 @@ def test_trainings_are_run_and_reported(tmp_path):
 
 def test_a_size_that_fails_says_why_and_the_others_are_reported(tmp_path):
     place = make_place(tmp_path)
+    (place / "report").mkdir()
+    (place / "report/scale.json").write_text("{}")
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--timeout", "5", "--warmup", "4000")
     done = subprocess.run(
         command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
+    # a report of nothing lies beside its trainings only
+    assert (place / "report/scale.json").read_text() == "{}"
+    assert len(list(place.glob("report/runs/*/scale.json"))) == 1
     assert "did not run: took longer than the 5 s of --timeout" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
@@ -460,7 +465,8 @@ def test_each_size_of_images_has_a_sample_of_its_own(tmp_path, monkeypatch, caps
         assert "--nosuch: unknown option" in capsys.readouterr().err  # which is told once there is a data set
 
 
-def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
+def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path, number):
     place = make_place(tmp_path)
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "50")
     process = subprocess.Popen(
@@ -468,6 +474,7 @@ def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
         cwd=place,
         env=environment(place),
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         # as a terminal starts it: a shell has what it starts in the background ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -476,9 +483,15 @@ def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
     while "round 2" not in said:
         said += process.stdout.read(1)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert "Interrupted: the report has what was measured before." in process.communicate(timeout=90)[0]
-    assert process.returncode == 130
+    if number == signal.SIGHUP:
+        process.stdout.close()  # as a terminal that ends
+    process.send_signal(number)
+    time.sleep(0.2)
+    process.send_signal(number)  # impatience changes nothing
+    told, faults = process.communicate(timeout=90)
+    assert process.returncode == 128 + number, faults
+    assert faults == ""
+    assert number == signal.SIGHUP or "Interrupted: the report has what was measured before." in told
     (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
     assert len(group["rows"][0]["rounds_s"]) == 1
     assert not [
@@ -486,15 +499,6 @@ def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
         for p in psutil.process_iter(["cmdline"])
         if str(place / "report") in " ".join(p.info["cmdline"] or [])
     ]
-    before = (place / "report/scale.json").read_text()
-    late = scale(place, "--ranks", "1", "--strategies", "ds.json", "--timeout", "5", "--warmup", "4000")
-    done = subprocess.run(
-        late, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert (
-        place / "report/scale.json"
-    ).read_text() == before  # a report of nothing lies beside its trainings only
 
 
 @pytest.mark.soak
