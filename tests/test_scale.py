@@ -305,6 +305,31 @@ def test_the_markdown_has_even_tables(report):
     assert "did not run: memory ran out" in text
 
 
+def bases(*strategies: Strategy) -> tuple[dict, str]:
+    """What the first strategy, a pipeline, is compared with, and what is said of it."""
+    rows = list(wanted(strategies, [WEAK], [1, 2], "yolov5n", "cpu"))
+    measured = {row.case: put_together([steps_json(0.2, row.ranks)], [9.0], 1) for row in rows if row.case}
+    _, row = to_json(build(rows, measured, {}, {}, []))["groups"][0]["rows"]
+    return row["against"], row["bottleneck"]
+
+
+def test_a_pipeline_is_compared_with_what_computes_alike():
+    bf16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    blocks = {"activation_checkpointing": {"recompute": "blocks"}}
+    pipe = Strategy("pipe", {**bf16, "pipeline": {"stages": 2}}, 2, 4, 1, 4)
+    fp32 = Strategy("fp32", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
+    alike = Strategy("alike", bf16, 1, 4, 1, 4)
+    nearly = Strategy("nearly", {**bf16, **blocks}, 1, 4, 1, 4)
+    against, said = bases(pipe, fp32, nearly, alike)
+    assert against == {"strategy": "alike", "ranks": 1}
+    assert "tell of that too" not in said
+    against, said = bases(pipe, fp32, nearly._replace(source={**nearly.source, "bf16": {"enabled": False}}))
+    assert against == {"strategy": "fp32", "ranks": 1}
+    assert "against fp32, which has precision fp32 (here bf16): they tell of that too." in said
+    left_open = pipe._replace(source={**pipe.source, "bf16": {"enabled": "auto"}})
+    assert "which has precision bf16 (here auto)" in bases(left_open, alike)[1]
+
+
 class Checker(HTMLParser):
     """Fails for elements that are not closed, and collects the words."""
 

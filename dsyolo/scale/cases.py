@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsyolo.config import AUTO
 from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.ds_config import check
 from dsyolo.ds_read import read_json, sane_part, without_auto
@@ -14,6 +15,7 @@ from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import has_parameters
 
 WEAK, STRONG = "weak", "strong"
+HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 class Strategy(NamedTuple):
@@ -70,6 +72,17 @@ class Case(NamedTuple):
         return f"{self.strategy}_{self.ranks}ranks_{self.micro_batch}x{self.accumulation}"
 
 
+class Computes(NamedTuple):
+    """What tells two trainings apart whatever they are spread over."""
+
+    precision: str  # as DsConfig has it, or "auto"
+    recompute: str | int
+
+    def differences(self, other: Computes) -> list[str]:
+        """Names of what is not the same."""
+        return [name for name in self._fields if getattr(self, name) != getattr(other, name)]
+
+
 class Wanted(NamedTuple):
     """A row of the report: a case, or why there is none."""
 
@@ -78,6 +91,7 @@ class Wanted(NamedTuple):
     ranks: int
     case: Case | None
     why_not: str = ""
+    computes: Computes = Computes("fp32", "none")
 
 
 def read_strategy(
@@ -130,11 +144,11 @@ def wanted(
         for strategy in strategies:
             for size in ranks:
                 try:
-                    case = _case(strategy, size, scaling, model, accelerator)
+                    case, computes = _case(strategy, size, scaling, model, accelerator)
                 except UserError as error:
                     yield Wanted(strategy.name, scaling, size, None, " ".join(error.problems))
                 else:
-                    yield Wanted(strategy.name, scaling, size, case)
+                    yield Wanted(strategy.name, scaling, size, case, computes=computes)
 
 
 def deepspeed_json(strategy: Strategy, case: Case) -> dict[str, Any]:
@@ -143,13 +157,15 @@ def deepspeed_json(strategy: Strategy, case: Case) -> dict[str, Any]:
     return {**dict(zip(BATCH_KEYS, sizes, strict=True)), **strategy.source}
 
 
-def _case(strategy: Strategy, ranks: int, scaling: str, model: str, accelerator: str) -> Case:
+def _case(
+    strategy: Strategy, ranks: int, scaling: str, model: str, accelerator: str
+) -> tuple[Case, Computes]:
     if ranks % strategy.stages:
         rule = f"{ranks} ranks are no multiple of its {strategy.stages} stages"
         raise UserError("This size cannot run", [rule])
     sizes = strategy.on(ranks // strategy.stages, scaling)
     case = Case(strategy.name, ranks, strategy.stages, *sizes)
-    layers = has_parameters(model)
-    content, _ = without_auto(deepspeed_json(strategy, case))
-    check(content, world_size=ranks, accelerator=accelerator, layers=layers)
-    return case
+    content, left_open = without_auto(deepspeed_json(strategy, case))
+    ds = check(content, world_size=ranks, accelerator=accelerator, layers=has_parameters(model))
+    is_open = any(path[-1] == "enabled" and path[0] in HALF_PRECISIONS for path in left_open)
+    return case, Computes(AUTO if is_open else ds.precision, ds.recompute)
