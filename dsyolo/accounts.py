@@ -120,7 +120,7 @@ def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAc
             else psutil.cpu_count(),
             "machine_cores": psutil.cpu_count(),
             "workers": dist.num_workers(world, config.workers),
-            "device": _device_name(run.world.local_rank) or parts.engine.device.type.upper(),
+            "device": device_name(parts.engine.device) or parts.engine.device.type.upper(),
             "peak_flops_per_s": peak.flops_per_s,
             "peak_source": peak.source,
             "flops_per_image": PASSES * flops,
@@ -138,7 +138,7 @@ def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
         # All ranks at once, as they train; what disturbs one of them does not make it a slower machine.
         dist.barrier()
         found = max(parts.engine.all_gather(peak_of_cpu(precision)))
-    if found is None and (name := _device_name(run.world.local_rank)):
+    if found is None and (name := device_name(parts.engine.device)):
         found = peak_of_gpu(name, precision)
     found = found or Peak(0.0, "not known")
     if run.world.is_first:
@@ -146,9 +146,9 @@ def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
     return found
 
 
-def _device_name(local_rank: int) -> str:
-    """Of a GPU, as its driver has it; empty for other devices."""
-    return torch.cuda.get_device_name(local_rank) if torch.cuda.is_available() else ""
+def device_name(device: torch.device) -> str:
+    """Of a GPU, as its driver has it; empty for other devices, whatever else the machine has."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _gpu(parts: Parts) -> Any:

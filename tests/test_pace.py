@@ -16,6 +16,7 @@ from ranks import run_ranks
 from runs import TRAIN, alone, arguments, environment, make_place, rows
 
 from dsyolo.account import Account, Terms
+from dsyolo.accounts import device_name
 from dsyolo.nvml import Gpu, GpuUse
 from dsyolo.pace import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
 from dsyolo.parallel.memory import Measured
@@ -320,6 +321,13 @@ def test_peaks_of_devices():
     found = peak_of_cpu("fp32")
     assert found.flops_per_s > 1e8
     assert "float32" in found.source
+
+
+def test_only_a_gpu_that_trains_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU for {device}")
+    assert device_name(torch.device("cpu")) == ""
+    assert device_name(torch.device("cuda:1")) == "a GPU for cuda:1"
 
 
 def test_a_run_accounts_for_its_epochs_and_steps(tmp_path):

@@ -14,14 +14,17 @@ import numpy as np
 import psutil
 import pytest
 from cluster import Cluster, why_not
-from runs import ROOT, environment, make_place
+from runs import CONFIG, ROOT, environment, make_place
 
 from dsyolo import cli
 from dsyolo.doctor.hosts import Host
+from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.errors import UserError
 from dsyolo.parallel.phases import PHASES
+from dsyolo.scale import command
 from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
 from dsyolo.scale.fit import SIZES, efficiency, fit, solve, step_seconds
+from dsyolo.scale.options import check
 from dsyolo.scale.page import page
 from dsyolo.scale.report import build, to_json
 from dsyolo.scale.results import put_together
@@ -59,9 +62,33 @@ def test_sizes_are_those_of_the_smallest_world(tmp_path, source, sizes, expected
     assert (found.micro_batch, found.accumulation, found.global_batch) == expected
 
 
-def test_sizes_that_cannot_be_used_are_told(tmp_path):
-    assert "Give numbers" in read(tmp_path, {"train_batch_size": "auto"})[1][0]
-    assert "whole numbers" in read(tmp_path, {"train_batch_size": "many"})[1][0]
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"train_batch_size": "auto"}, 'train_batch_size: "auto" given'),
+        ({"train_batch_size": "many"}, 'train_batch_size: "many" given, but it must be a whole number'),
+        ({"train_micro_batch_size_per_gpu": -2}, "train_micro_batch_size_per_gpu: -2 given"),
+        ({"train_batch_size": 8, "pipeline": {"stages": 0}}, "pipeline.stages: 0 given, but it must be"),
+    ],
+)
+def test_what_cannot_be_used_is_told_by_its_own_key(tmp_path, source, said):
+    found, (problem,) = read(tmp_path, source)
+    assert found is None
+    assert f"some.json: {said}" in problem
+
+
+def test_what_is_left_to_the_machine_reaches_the_training(tmp_path):
+    zero = {"stage": 1, "reduce_bucket_size": "auto"}
+    source = {"train_batch_size": "auto", "zero_optimization": zero, "bf16": {"enabled": "auto"}}
+    found, problems = read(tmp_path, source, micro_batch=4)
+    assert not problems
+    (row,) = wanted([found], [WEAK], [2], "yolov5n", "cpu")
+    assert row.case, row.why_not
+    given = deepspeed_json(found, row.case)
+    assert [given[key] for key in BATCH_KEYS] == [8, 4, 1]
+    assert {key: given[key] for key in ("zero_optimization", "bf16")} == {
+        key: source[key] for key in ("zero_optimization", "bf16")
+    }
 
 
 def test_a_rank_of_a_pipeline_has_as_many_images_as_one_without(tmp_path):
@@ -278,6 +305,31 @@ def test_the_markdown_has_even_tables(report):
     assert "did not run: memory ran out" in text
 
 
+def bases(*strategies: Strategy) -> tuple[dict, str]:
+    """What the first strategy, a pipeline, is compared with, and what is said of it."""
+    rows = list(wanted(strategies, [WEAK], [1, 2], "yolov5n", "cpu"))
+    measured = {row.case: put_together([steps_json(0.2, row.ranks)], [9.0], 1) for row in rows if row.case}
+    _, row = to_json(build(rows, measured, {}, {}, []))["groups"][0]["rows"]
+    return row["against"], row["bottleneck"]
+
+
+def test_a_pipeline_is_compared_with_what_computes_alike():
+    bf16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    blocks = {"activation_checkpointing": {"recompute": "blocks"}}
+    pipe = Strategy("pipe", {**bf16, "pipeline": {"stages": 2}}, 2, 4, 1, 4)
+    fp32 = Strategy("fp32", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
+    alike = Strategy("alike", bf16, 1, 4, 1, 4)
+    nearly = Strategy("nearly", {**bf16, **blocks}, 1, 4, 1, 4)
+    against, said = bases(pipe, fp32, nearly, alike)
+    assert against == {"strategy": "alike", "ranks": 1}
+    assert "tell of that too" not in said
+    against, said = bases(pipe, fp32, nearly._replace(source={**nearly.source, "bf16": {"enabled": False}}))
+    assert against == {"strategy": "fp32", "ranks": 1}
+    assert "against fp32, which has precision fp32 (here bf16): they tell of that too." in said
+    left_open = pipe._replace(source={**pipe.source, "bf16": {"enabled": "auto"}})
+    assert "which has precision bf16 (here auto)" in bases(left_open, alike)[1]
+
+
 class Checker(HTMLParser):
     """Fails for elements that are not closed, and collects the words."""
 
@@ -327,7 +379,11 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
         (["--ranks", "0,2"], "--ranks: '0,2' given"),
         (["--ranks", "two"], "--ranks: 'two' given"),
         (["--ranks", "1", "--imgsz", "100"], "multiples of 32"),
-        (["--ranks", "1", "--strategies", "nothing"], "nothing.json"),
+        (["--ranks", "1", "--strategies", "nothing"], "ds_configs/nothing.json does not exist, seen from /"),
+        (["--ranks", "1", "--strategies", "zero11"], "Did you mean ds_configs/zero1.json?"),
+        (["--ranks", "1", "--strategies", "zero1,auto"], "--strategies: auto given, but scale compares"),
+        (["--ranks", "1", "--deepspeed_config", "auto"], "dsyolo plan --write FILE"),
+        (["--ranks", "1", "--strategies", "zero1,other/zero1.json"], "both would be zero1. Rename one."),
         (["--ranks", "1", "--steps", "0"], "--steps: 0 given"),
         (["--ranks", "1", "--hostfile", "missing"], "--hostfile"),
         (["--ranks", "64", "--cores", "2"], "there are"),
@@ -337,11 +393,21 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
 def test_mistakes_are_told_before_anything_runs(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/zero1.json").write_text('{"train_batch_size": 8}')
     assert cli.main(["scale", *words]) == 2
     told = capsys.readouterr().err
     assert said in told
     assert "Traceback" not in told
     assert not (tmp_path / "scale").exists()
+
+
+def test_a_file_given_twice_is_one_strategy(tmp_path):
+    (tmp_path / "zero.json").write_text('{"train_batch_size": 8}')
+    names = [str(tmp_path / "zero.json"), str(tmp_path / "." / "zero.json"), str(tmp_path / "x/../zero.json")]
+    (tmp_path / "x").mkdir()
+    args = cli.build_parser().parse_args(["scale", "--ranks", "1", "--strategies", ",".join(names)])
+    assert [one.name for one in check(args).strategies] == ["zero"]
 
 
 def scale(place: Path, *words: str) -> list[str]:
@@ -362,6 +428,8 @@ def scale(place: Path, *words: str) -> list[str]:
 def test_trainings_are_run_and_reported(tmp_path):
     place = make_place(tmp_path)
     (place / "pipe.json").write_text(json.dumps({"train_batch_size": 2, "pipeline": {"stages": 2}}))
+    zero = {"stage": 2, "reduce_bucket_size": "auto"}
+    (place / "ds.json").write_text(json.dumps({**CONFIG, "zero_optimization": zero}))
     words = ["--ranks", "1,2", "--strategies", "ds.json,pipe.json", "--master_port", "29960"]
     done = subprocess.run(
         scale(place, *words), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
@@ -385,11 +453,16 @@ def test_trainings_are_run_and_reported(tmp_path):
 
 def test_a_size_that_fails_says_why_and_the_others_are_reported(tmp_path):
     place = make_place(tmp_path)
+    (place / "report").mkdir()
+    (place / "report/scale.json").write_text("{}")
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--timeout", "5", "--warmup", "4000")
     done = subprocess.run(
         command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
+    # a report of nothing lies beside its trainings only
+    assert (place / "report/scale.json").read_text() == "{}"
+    assert len(list(place.glob("report/runs/*/scale.json"))) == 1
     assert "did not run: took longer than the 5 s of --timeout" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
@@ -409,7 +482,16 @@ def test_a_mistake_in_the_trainings_options_is_told_before_any_training(tmp_path
         assert "round 1" not in done.stdout
 
 
-def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
+def test_each_size_of_images_has_a_sample_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "DRAWN_IMAGES", 4)
+    for size in ("64", "128"):
+        words = ["--ranks", "1", "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), "--imgsz", size]
+        assert cli.main(["scale", *words, "--out", str(tmp_path / "out"), "--", "--nosuch", "3"]) == 2
+        assert "--nosuch: unknown option" in capsys.readouterr().err  # which is told once there is a data set
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
+def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path, number):
     place = make_place(tmp_path)
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "50")
     process = subprocess.Popen(
@@ -417,6 +499,7 @@ def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
         cwd=place,
         env=environment(place),
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         # as a terminal starts it: a shell has what it starts in the background ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -425,9 +508,15 @@ def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
     while "round 2" not in said:
         said += process.stdout.read(1)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert "Interrupted: the report has what was measured before." in process.communicate(timeout=90)[0]
-    assert process.returncode == 130
+    if number == signal.SIGHUP:
+        process.stdout.close()  # as a terminal that ends
+    process.send_signal(number)
+    time.sleep(0.2)
+    process.send_signal(number)  # impatience changes nothing
+    told, faults = process.communicate(timeout=90)
+    assert process.returncode == 128 + number, faults
+    assert faults == ""
+    assert number == signal.SIGHUP or "Interrupted: the report has what was measured before." in told
     (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
     assert len(group["rows"][0]["rounds_s"]) == 1
     assert not [
@@ -435,15 +524,6 @@ def test_ctrl_c_leaves_a_report_of_what_was_measured_and_no_training(tmp_path):
         for p in psutil.process_iter(["cmdline"])
         if str(place / "report") in " ".join(p.info["cmdline"] or [])
     ]
-    before = (place / "report/scale.json").read_text()
-    late = scale(place, "--ranks", "1", "--strategies", "ds.json", "--timeout", "5", "--warmup", "4000")
-    done = subprocess.run(
-        late, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert (
-        place / "report/scale.json"
-    ).read_text() == before  # a report of nothing lies beside its trainings only
 
 
 @pytest.mark.soak

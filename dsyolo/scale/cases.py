@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from dsyolo.config import AUTO
 from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.ds_config import check
-from dsyolo.ds_read import read_json
+from dsyolo.ds_read import read_json, sane_part, without_auto
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import has_parameters
 
 WEAK, STRONG = "weak", "strong"
+HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 class Strategy(NamedTuple):
@@ -71,6 +72,17 @@ class Case(NamedTuple):
         return f"{self.strategy}_{self.ranks}ranks_{self.micro_batch}x{self.accumulation}"
 
 
+class Computes(NamedTuple):
+    """What tells two trainings apart whatever they are spread over."""
+
+    precision: str  # as DsConfig has it, or "auto"
+    recompute: str | int
+
+    def differences(self, other: Computes) -> list[str]:
+        """Names of what is not the same."""
+        return [name for name in self._fields if getattr(self, name) != getattr(other, name)]
+
+
 class Wanted(NamedTuple):
     """A row of the report: a case, or why there is none."""
 
@@ -79,6 +91,7 @@ class Wanted(NamedTuple):
     ranks: int
     case: Case | None
     why_not: str = ""
+    computes: Computes = Computes("fp32", "none")
 
 
 def read_strategy(
@@ -86,27 +99,25 @@ def read_strategy(
 ) -> Strategy | None:
     """The strategy of a JSON, whose sizes of batches are read as those of a training on `smallest` ranks.
 
+    Other values that are "auto" stay so: train.py fills them in.
+
     Args:
         micro_batch, accumulation: in the place of the JSON's.
-        problems: gets a line where it cannot be used.
+        problems: gets a line for each reason why it cannot be used.
     """
     faults: list[str] = []
-    source = read_json(str(path), faults)
-    problems += [
-        f"{path}: {fault}".replace("Check --deepspeed_config", "Check --strategies") for fault in faults
-    ]
-    if source is None:
+    source = read_json(str(path), faults) or {}
+    content, left_open = without_auto(source)
+    sane = sane_part(content, faults)
+    if not micro_batch:
+        rule = "that leaves it to the machine, and so to each size. Give a number, or --micro_batch"
+        faults += [f'{key}: "auto" given, but {rule}.' for key in BATCH_KEYS if (key,) in left_open]
+    if faults:
+        problems += [f"{path}: {fault}" for fault in faults]
         return None
-    pipeline = source.get("pipeline")
-    stages = pipeline.get("stages", 1) if isinstance(pipeline, Mapping) else 1
-    train, micro, steps = (source.get(key) for key in BATCH_KEYS)
-    if AUTO in (train, micro, steps) or not isinstance(stages, int):
-        problems.append(f'{path}: "auto" leaves its sizes to the machine, and so to each size. Give numbers.')
-        return None
-    replicas = max(1, smallest // max(1, stages))
-    if not all(isinstance(number, (int, type(None))) for number in (train, micro, steps)):
-        problems.append(f"{path}: sizes of batches must be whole numbers.")
-        return None
+    stages = int(sane.get("pipeline", {}).get("stages", 1))
+    train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
+    replicas = max(1, smallest // stages)
     steps = (
         accumulation
         or steps
@@ -133,11 +144,11 @@ def wanted(
         for strategy in strategies:
             for size in ranks:
                 try:
-                    case = _case(strategy, size, scaling, model, accelerator)
+                    case, computes = _case(strategy, size, scaling, model, accelerator)
                 except UserError as error:
                     yield Wanted(strategy.name, scaling, size, None, " ".join(error.problems))
                 else:
-                    yield Wanted(strategy.name, scaling, size, case)
+                    yield Wanted(strategy.name, scaling, size, case, computes=computes)
 
 
 def deepspeed_json(strategy: Strategy, case: Case) -> dict[str, Any]:
@@ -146,12 +157,15 @@ def deepspeed_json(strategy: Strategy, case: Case) -> dict[str, Any]:
     return {**dict(zip(BATCH_KEYS, sizes, strict=True)), **strategy.source}
 
 
-def _case(strategy: Strategy, ranks: int, scaling: str, model: str, accelerator: str) -> Case:
+def _case(
+    strategy: Strategy, ranks: int, scaling: str, model: str, accelerator: str
+) -> tuple[Case, Computes]:
     if ranks % strategy.stages:
         rule = f"{ranks} ranks are no multiple of its {strategy.stages} stages"
         raise UserError("This size cannot run", [rule])
     sizes = strategy.on(ranks // strategy.stages, scaling)
     case = Case(strategy.name, ranks, strategy.stages, *sizes)
-    layers = has_parameters(model)
-    check(deepspeed_json(strategy, case), world_size=ranks, accelerator=accelerator, layers=layers)
-    return case
+    content, left_open = without_auto(deepspeed_json(strategy, case))
+    ds = check(content, world_size=ranks, accelerator=accelerator, layers=has_parameters(model))
+    is_open = any(path[-1] == "enabled" and path[0] in HALF_PRECISIONS for path in left_open)
+    return case, Computes(AUTO if is_open else ds.precision, ds.recompute)

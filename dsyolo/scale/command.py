@@ -21,14 +21,17 @@ from dsyolo.scale.options import SCALINGS, Sizes, check
 from dsyolo.scale.page import page
 from dsyolo.scale.report import Report, build, to_json
 from dsyolo.scale.results import Measured, put_together
-from dsyolo.scale.runs import Outcome, Plan, arguments, epochs_and_images, run, write_data
+from dsyolo.scale.runs import EndRequest, Outcome, Plan, arguments, epochs_and_images, run, write_data
 from dsyolo.scale.tables import rate_table, title, to_markdown
+from dsyolo.streams import outlive_readers
 
 DRAWN_IMAGES, VAL_IMAGES = 400, 64
 
 
 def run_scale(args: argparse.Namespace) -> int:
     """Runs all and writes the report; returns 0 where some size of every strategy ran, else 1.
+
+    A signal that asks to end (Ctrl-C, SIGTERM, SIGHUP) gives 128 and its number, with a report of what was measured.
 
     Raises:
         UserError: a mistake in the command line.
@@ -39,22 +42,37 @@ def run_scale(args: argparse.Namespace) -> int:
     data = _data(args)
     num_images = len(list_images(data.train or ()))
     args.out.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    outcomes, is_interrupted = _run_all(args, asked, cases, data, num_images, stamp)
-    measured, failed = _judge(outcomes, args.warmup, num_images)
-    report = build(rows, measured, failed, _settings(args, asked), _notes(args, asked, measured))
-    _write(args.out, report, stamp, is_news=bool(measured) or not (args.out / "scale.json").exists())
-    if is_interrupted:
+    folder = _new_folder(args.out / "runs")
+    with EndRequest() as end:
+        outcomes = _run_all(args, asked, cases, data, num_images, folder.resolve(), end)
+        measured, failed = _judge(outcomes, args.warmup, num_images)
+        report = build(rows, measured, failed, _settings(args, asked), _notes(args, asked, measured))
+        is_news = bool(measured) or not (args.out / "scale.json").exists()
+        _write(args.out, report, folder, is_news=is_news)
+    if end.number:
         print("Interrupted: the report has what was measured before.")
-        return 130
+        return 128 + end.number
     return 0 if all(any(row.measured for row in group.rows) for group in report.groups) else 1
+
+
+def _new_folder(runs: Path) -> Path:
+    """For the trainings and the report, named by the time."""
+    while True:
+        folder = runs / time.strftime("%Y%m%d-%H%M%S")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.1)  # another began in this second
+        else:
+            return folder
 
 
 def _data(args: argparse.Namespace) -> DataSpec:
     if args.data:
         return read_data_yaml(args.data)
     side = args.imgsz
-    return read_data_yaml(draw_sample(args.out / "sample", num_images=DRAWN_IMAGES, image_size=(side, side)))
+    folder = args.out / f"sample_{side}px"
+    return read_data_yaml(draw_sample(folder, num_images=DRAWN_IMAGES, image_size=(side, side)))
 
 
 def _options(args: argparse.Namespace, accelerator: str) -> list[str]:
@@ -71,11 +89,10 @@ def _run_all(
     cases: Sequence[Case],
     data: DataSpec,
     num_images: int,
-    stamp: str,
-) -> tuple[dict[Case, list[Outcome]], bool]:
-    """All cases in turn, round by round; a case that has failed does not run again. And whether Ctrl-C ended it."""
-    folder = args.out.resolve() / "runs" / stamp
-    folder.mkdir(parents=True)
+    folder: Path,
+    end: EndRequest,
+) -> dict[Case, list[Outcome]]:
+    """All cases in turn, round by round, until the end is asked for; a case that has failed does not run again."""
     options = _options(args, asked.accelerator)
     plan = Plan(
         folder,
@@ -88,6 +105,7 @@ def _run_all(
         args.timeout,
         args.cores,
         shlex.split(args.launcher_options),
+        end,
     )
     sources = {strategy.name: strategy for strategy in asked.strategies}
     outcomes: dict[Case, list[Outcome]] = {case: [] for case in cases}
@@ -100,18 +118,18 @@ def _run_all(
         # A mistake in the options is told before any training.
         parse(arguments(plan, case.name, *files[case]))
     turns = [(turn, case) for turn in range(args.rounds) for case in cases]
-    try:
-        for number, (turn, case) in enumerate(turns):
-            if any(one.found is None for one in outcomes[case]):
-                continue
-            print(f"round {turn + 1} of {args.rounds}: {case.name} ...", end=" ", flush=True)
-            outcome = run(plan, case, turn, number, *files[case])
-            outcomes[case].append(outcome)
-            print(outcome.why_not or f"{outcome.wall_s:.0f} s", flush=True)
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-        return outcomes, True
-    return outcomes, False
+    for number, (turn, case) in enumerate(turns):
+        if any(one.found is None for one in outcomes[case]):
+            continue
+        print(f"round {turn + 1} of {args.rounds}: {case.name} ...", end=" ", flush=True)
+        outcome = run(plan, case, turn, number, *files[case])
+        if end.number:
+            outlive_readers()  # a terminal that ends must not take the report with it
+            print("interrupted", flush=True)
+            break
+        outcomes[case].append(outcome)
+        print(outcome.why_not or f"{outcome.wall_s:.0f} s", flush=True)
+    return outcomes
 
 
 def _judge(
@@ -169,17 +187,17 @@ def _notes(args: argparse.Namespace, asked: Sizes, measured: dict[Case, Measured
     return notes
 
 
-def _write(out: Path, report: Report, stamp: str, *, is_news: bool) -> None:
-    """Beside the trainings, where it stays, and in `out`, where the latest one lies that measured something."""
+def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
+    """Into the folder beside the trainings, where it stays, and in `out`, where the latest one lies that measured something."""
     texts = {
         "json": json.dumps(to_json(report), indent=1) + "\n",
         "md": to_markdown(report),
         "html": page(report),
     }
-    for folder in (out / "runs" / stamp, *([out] if is_news else [])):
+    for folder in (beside, *([out] if is_news else [])):
         for kind, text in texts.items():
             (folder / f"scale.{kind}").write_text(text)
-    out = out if is_news else out / "runs" / stamp
+    out = out if is_news else beside
     for group in report.groups:
         print(f"\n{title(group)}")
         rows = rate_table(group)

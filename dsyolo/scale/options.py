@@ -12,12 +12,12 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from dsyolo.config import MODELS, max_stride
+from dsyolo.config import AUTO, MODELS, max_stride
 from dsyolo.doctor.hosts import Host, read_hostfile
 from dsyolo.doctor.report import FAIL
 from dsyolo.environment import read_environment
 from dsyolo.errors import UserError
-from dsyolo.problems import cannot_hold_files
+from dsyolo.problems import cannot_hold_files, did_you_mean
 from dsyolo.scale.cases import STRONG, WEAK, Strategy, read_strategy
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
@@ -138,13 +138,7 @@ def check(args: argparse.Namespace) -> Sizes:
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     if not hosts and ranks:
         _check_machine(args, max(ranks), accelerator, problems)
-    names = args.strategies.split(",") if args.strategies else [str(args.deepspeed_config)]
-    smallest = min(ranks, default=1)
-    strategies = [
-        found
-        for name in dict.fromkeys(names)
-        if (found := read_strategy(_path(name), smallest, args.micro_batch, args.accumulation, problems))
-    ]
+    strategies = _strategies(args, min(ranks, default=1), problems)
     own = [word for word in args.options if word.split("=")[0] in OWN]
     problems += [f"-- {word}: given, but dsyolo scale gives it itself. Leave it out." for word in own]
     try:
@@ -192,7 +186,44 @@ def _check_machine(args: argparse.Namespace, most: int, accelerator: str, proble
         problems.append("--cores: this system cannot hold a process to cores. Leave it out.")
 
 
+def _strategies(args: argparse.Namespace, smallest: int, problems: list[str]) -> list[Strategy]:
+    option = "--strategies" if args.strategies else "--deepspeed_config"
+    names = args.strategies.split(",") if args.strategies else [str(args.deepspeed_config)]
+    faults: list[str] = []
+    files = _files(names, option, faults)
+    read = [read_strategy(path, smallest, args.micro_batch, args.accumulation, faults) for path in files]
+    problems += [fault.replace("Check --deepspeed_config", f"Check {option}") for fault in faults]
+    return list(filter(None, read))
+
+
+def _files(names: Sequence[str], option: str, problems: list[str]) -> list[Path]:
+    """Of the strategies, each once; no two may have one name."""
+    files: dict[Path, Path] = {}
+    for name in names:
+        path = _path(name)
+        if name == AUTO:
+            remedy = "Write one by dsyolo plan --write FILE, and give that"
+            problems.append(f"{option}: auto given, but scale compares strategies that are given. {remedy}.")
+        elif os.path.exists(path):
+            files.setdefault(path.resolve(), path)
+        else:
+            problems.append(f"{option}: {_missing(path)}")
+    by_name: dict[str, Path] = {}
+    for path in files.values():
+        other = by_name.setdefault(path.stem, path)
+        if other != path:
+            rule = f"a strategy is called by its file's name, and both would be {path.stem}"
+            problems.append(f"{option}: {other} and {path} given, but {rule}. Rename one.")
+    return list(files.values())
+
+
 def _path(name: str) -> Path:
     """Of a strategy: a path, or the name of a file in ds_configs/."""
     path = Path(name)
     return path if path.suffix == ".json" else Path("ds_configs", f"{name}.json")
+
+
+def _missing(path: Path) -> str:
+    seen = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+    hint = did_you_mean(path.name, [one.name for one in path.parent.glob("*.json")], f"{path.parent}/")
+    return f"{path} does not exist{seen}. {hint or 'Give names of files in ds_configs/, or paths.'}"

@@ -62,15 +62,20 @@ def build(
 def _base(
     own: Sequence[Wanted], wanted: Sequence[Wanted], measured: Mapping[Case, Measured]
 ) -> Wanted | None:
-    """The strategy's smallest size; of a pipeline, that of one without stages, since it has none so small itself."""
+    """The strategy's smallest size; of a pipeline, that of one without stages, since it has none so small itself.
+
+    Of those without stages, one of the same precision and recompute before others, whatever its size.
+    """
     ran = [one for one in own if one.case in measured]
     if ran and ran[0].case and ran[0].case.stages > 1:
+        computes = ran[0].computes
         plain = [
             one
             for one in wanted
             if one.scaling == own[0].scaling and one.case in measured and one.case and one.case.stages == 1
         ]
-        ran = plain or ran
+        ran = sorted(plain, key=lambda one: len(computes.differences(one.computes))) or ran
+        ran = [one for one in ran if one.computes == ran[0].computes]
     return min(ran, key=lambda one: one.ranks, default=None)
 
 
@@ -91,6 +96,7 @@ def _row(
     said = words.bottleneck(
         found, one.ranks, None if is_base or not comparable else at, base.ranks, one.scaling
     )
+    said += words.unlike(one, base)
     return Row(one, found, "", base.ranks, base.strategy, speedup, efficiency, said)
 
 

@@ -22,7 +22,33 @@ from dsyolo.environment import all_variables
 from dsyolo.scale.cases import Case
 
 GRACE_S = 40  # that a run has to end after it was asked to
+LOOK_S = 0.05
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_REASON = 300  # characters
+
+
+class EndRequest:
+    """Inside, signals that ask to end are heard, and no more: what is running is ended and reported in good order.
+
+    Attributes:
+        number: of the first one; 0: none.
+    """
+
+    number = 0
+
+    def __enter__(self) -> EndRequest:
+        before = {number: signal.getsignal(number) for number in ENDS}
+        self._before = {number: hears for number, hears in before.items() if hears != signal.SIG_IGN}  # nohup
+        for number in self._before:
+            signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, hears in self._before.items():
+            signal.signal(number, hears)
+
+    def _hear(self, number: int, _: object) -> None:
+        self.number = self.number or number
 
 
 class Plan(NamedTuple):
@@ -33,6 +59,7 @@ class Plan(NamedTuple):
         warmup, steps: optimizer steps that are dropped, and that count.
         cores_per_rank: of this machine, which a run is held to, workers included; None: it may use all.
         launcher_options: of deepspeed.
+        end: tells whether to end before all is done.
     """
 
     folder: Path
@@ -45,6 +72,7 @@ class Plan(NamedTuple):
     timeout_s: float
     cores_per_rank: int | None
     launcher_options: Sequence[str]
+    end: EndRequest
 
 
 class Outcome(NamedTuple):
@@ -170,7 +198,7 @@ def include(hosts: Sequence[Host], ranks: int) -> str:
 
 
 def _wait(plan: Plan, case: Case, command: Sequence[str], output: Any) -> int | None:
-    """The exit status; None where it took too long. However this ends, the run has ended then."""
+    """The exit status; None where it took too long, or is to end. However this ends, the run has ended then."""
     path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
     process = subprocess.Popen(
         command,
@@ -184,9 +212,10 @@ def _wait(plan: Plan, case: Case, command: Sequence[str], output: Any) -> int | 
         # Processes that it starts inherit it, and it has started none yet.
         os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])
     try:
-        return process.wait(plan.timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
+        end = time.monotonic() + plan.timeout_s
+        while process.poll() is None and time.monotonic() < end and not plan.end.number:
+            time.sleep(LOOK_S)
+        return process.returncode
     finally:
         _end(process)
 

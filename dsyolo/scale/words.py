@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsyolo.scale.cases import WEAK
+from dsyolo.scale.cases import WEAK, Wanted
 from dsyolo.scale.results import COMPUTING, Measured
 
 SOME, MUCH = 0.05, 0.15  # shares of a step that are worth a word
@@ -69,6 +69,17 @@ def lost(one: Measured, ranks: int, base: Measured, base_ranks: int, scaling: st
     )
     base_words = f"{base_ranks} rank{'s' if base_ranks > 1 else ''}"
     return f"Over what {base_words} would let expect, a step takes {1000 * over:.0f} ms more: {', '.join(parts)}.{why}"
+
+
+def unlike(one: Wanted, base: Wanted) -> str:
+    """What else than its stages tells a pipeline from what it is compared with, as a sentence more."""
+    parts = [
+        f"{name} {getattr(base.computes, name)} (here {getattr(one.computes, name)})"
+        for name in one.computes.differences(base.computes)
+    ]
+    if not parts:
+        return ""
+    return f" Its speedup and efficiency are against {base.strategy}, which has {' and '.join(parts)}: they tell of that too."
 
 
 def _is_on_cpu(one: Measured) -> bool:
