@@ -6,6 +6,7 @@ import argparse
 import json
 
 from dsyolo.config import MODELS
+from dsyolo.ds_config import MIN_SHARE_ELEMENTS
 from dsyolo.errors import UserError
 from dsyolo.plan.rehearsal import Rehearsed, case_of, rehearse
 from dsyolo.plan.simulation import Scale, simulate
@@ -103,4 +104,15 @@ def _table(found: list[Scale]) -> str:
             f"{states:24}  {one.formula / 2**20:9.1f}  {one.buckets / 2**20:11.1f}  {one.sent / 1e6:7.1f}  "
             f"{one.sent_formula / 1e6:7.1f}  {saved}"
         )
+    more = {one.zero_stage for one in found if one.sent > 1.01 * one.sent_formula}
+    less = {one.zero_stage for one in found if one.sent < 0.99 * one.sent_formula}
+    if more & {1, 2}:
+        share = f"{4 * MIN_SHARE_ELEMENTS / 2**20:g} MiB"
+        lines.append(
+            f"Where a rank's share is below {share}, ZeRO 1 and 2 sum whole buckets on all ranks, in few messages, and so send more."
+        )
+    if 3 in more:
+        lines.append("On so many ranks ZeRO 3 fills small parts up to a size that all ranks send.")
+    if 3 in less:
+        lines.append("ZeRO 3 sends less, as the last layers' weights stay whole from forward to backward.")
     return "\n".join(lines)
