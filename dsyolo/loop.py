@@ -16,7 +16,7 @@ from dsyolo.parallel.stop import Stopped, StopRequest
 from dsyolo.parallel.watchdog import Watchdog
 from dsyolo.record import NullRecord, Record
 from dsyolo.track import Tracker
-from dsyolo.validate import Finder, validate
+from dsyolo.validate import Finder, InParts, validate
 
 VALIDATING = "validating"  # where a rank is
 DIVERGED, NOT_SAVED = 65, 74  # exit statuses: EX_DATAERR and EX_IOERR of sysexits.h
@@ -65,10 +65,20 @@ def _epochs(training: Training, times: TimeAccount | NoTimeAccount, memory: Memo
     config, engine, ema, checkpoints = run.config, parts.engine, parts.ema, parts.checkpoints
     finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
 
+    # Under ZeRO 3 every pass gathers weights from all ranks, and none can pass through more often.
+    def tell(line: str) -> None:
+        print(f"rank {run.world.rank}: {line}", flush=True)
+
+    inferred = (
+        engine.predict
+        if run.ds.zero_stage == 3
+        else InParts(engine.predict, tell, dist.free_memory_of_device)
+    )
+
     def predict(images: torch.Tensor) -> torch.Tensor:
         watch.at(VALIDATING)
         request.heed()
-        return engine.predict(images)
+        return inferred(images)
 
     for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
         progress.epoch = epoch

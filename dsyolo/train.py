@@ -186,13 +186,14 @@ def train(run: Run, request: StopRequest, watch: Watchdog) -> int:
 def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     """After this rank ran out of memory: once, all ranks go on with half the micro-batch and the same global batch.
 
-    Where it validated, they go on with half as many images at a time there, as often as they have to.
+    Where it validated under ZeRO 3, they go on with half as many images at a time there, as often as they have to.
     """
     if watch.where == VALIDATING:
         size = run.config.val_batch_size
         if size > 1:
             watch.end_all(
-                f"ran out of memory with {size} images to validate at a time: from now on {size // 2}.",
+                f"ran out of memory with {size} images to validate at a time: from now on {size // 2}. What was trained since "
+                "the last checkpoint is trained again.",
                 again=("--val_batch_size", str(size // 2), "--resume", "auto"),
             )
         watch.end_all("ran out of memory with one image to validate. Take a smaller --imgsz or --model.")

@@ -10,6 +10,7 @@ import torch
 from dsyolo.batch import Detections, EvalBatch, Truth
 from dsyolo.boxes import cxcywh_to_xyxy, nms, unletterbox
 from dsyolo.metrics import Metrics, evaluate
+from dsyolo.parallel.restart import is_out_of_memory
 
 # Before NMS; its cost is bounded by this times the detections kept. An untrained network passes them by the thousands.
 MAX_CANDIDATES = 5_000
@@ -61,6 +62,41 @@ class Finder:
         score, kind = score.cpu().numpy(), kind.cpu().numpy()
         keep = nms(boxes, score, kind, self.iou_threshold, self.max_detections)
         return Detections(boxes[keep], score[keep], kind[keep])
+
+
+class InParts:
+    """Predicts with half as many images at a time where memory runs out, and keeps to it.
+
+    Args:
+        predict: needs no other rank.
+        tell: gets a line.
+        free: gives memory back that nobody uses.
+    """
+
+    def __init__(self, predict: Predict, tell: Callable[[str], None], free: Callable[[], None]) -> None:
+        self._predict, self._tell, self._free = predict, tell, free
+        self._most: int | None = None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """As `predict`.
+
+        Raises:
+            RuntimeError, MemoryError: of one image too.
+        """
+        while True:
+            most = min(self._most or len(images), len(images))
+            try:
+                parts = [self._predict(part) for part in images.split(most)]
+                return torch.cat(parts) if len(parts) > 1 else parts[0]
+            except (RuntimeError, MemoryError) as error:
+                if most == 1 or not is_out_of_memory(error):
+                    raise
+            self._free()
+            self._most = most // 2
+            self._tell(
+                f"WARNING: out of memory with {most} images to validate at a time: from now on {self._most}. "
+                f"--val_batch_size {self._most} does without the try."
+            )
 
 
 def find_all(predict: Predict, batches: Iterable[EvalBatch], finder: Finder) -> list[Found]:

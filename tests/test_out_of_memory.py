@@ -19,6 +19,7 @@ from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_pla
 from dsyolo.config import RunConfig
 from dsyolo.parallel import watchdog
 from dsyolo.parallel.restart import is_out_of_memory
+from dsyolo.validate import InParts
 
 GIB = 2**30
 LITTLE_MEMORY = """
@@ -110,15 +111,43 @@ def test_a_second_time_ends_the_run_with_a_remedy(place):
     assert "which was halved once already. Lower train_micro_batch_size_per_gpu" in said
 
 
-def test_validation_goes_on_with_fewer_images_at_a_time(place):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
+    """On the spot, or after all have started again, where every pass is one of all ranks."""
     script = place / "little_memory.py"
     script.write_text(LITTLE_MEMORY)
-    words = arguments(place, "validates", epochs=2, workers=0, val_batch_size=6)
+    config = place / f"zero{stage}.json"
+    config.write_text(json.dumps({**CONFIG, "zero_optimization": {"stage": stage}}))
+    words = arguments(
+        place, f"validates{stage}", epochs=2, workers=0, val_batch_size=6, deepspeed_config=config
+    )
     status, said, _ = run(place, [sys.executable, str(script), *words])
     assert status == 0, said
     told = re.findall(r"out of memory with (\d) images to validate at a time: from now on (\d)", said)
     assert told == [("6", "3"), ("3", "1")]
-    assert RunConfig.load(place / "runs/validates/config.yaml").val_batch_size == 1
+    assert said.count("epoch 1/2") == 1
+    assert ("All ranks start again." in said) == (stage == 3)
+    used = RunConfig.load(place / f"runs/validates{stage}/config.yaml").val_batch_size
+    assert used == {1: 6, 3: 1}[stage]
+
+
+def test_one_image_that_does_not_fit_and_other_errors_are_raised():
+    def predict(images):
+        raise MemoryError if images.max() else ValueError("other")
+
+    told: list[str] = []
+    in_parts = InParts(predict, told.append, lambda: None)
+    with pytest.raises(MemoryError):
+        in_parts(torch.ones(5, 1))
+    assert [re.findall(r"\d", line)[0] for line in told] == ["5", "2"]
+    with pytest.raises(ValueError, match="other"):
+        in_parts(torch.zeros(5, 1))
+    seen: list[int] = []
+    whole = InParts(lambda part: seen.append(len(part)) or part, told.append, lambda: None)
+    assert torch.equal(whole(torch.arange(5)), torch.arange(5))
+    whole._most = 2
+    assert torch.equal(whole(torch.arange(5)), torch.arange(5))
+    assert seen == [5, 2, 2, 1]
 
 
 def test_other_errors_are_none_of_memory():

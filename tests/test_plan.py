@@ -27,6 +27,7 @@ from dsyolo.plan.machine import hardware_here
 from dsyolo.plan.predict import Planner
 from dsyolo.plan.rehearsal import case_of, rehearse
 from dsyolo.plan.report import PUBLISHED_GB
+from dsyolo.plan.search import search
 from dsyolo.plan.simulation import cover, simulate
 from dsyolo.plan.strategy import Settings, settings
 from dsyolo.plan.wire import num_messages, wire_bytes
@@ -140,6 +141,24 @@ def test_as_json_every_strategy_has_its_terms(capsys):
         assert one["peak_gpu_gib"] == pytest.approx(sum(one["terms_gib"].values()))
         assert one["fits"] == (not one["why_not"])
     assert [one["rank"] for one in found] == list(range(1, len(found) + 1))
+
+
+def test_a_cpu_is_its_own_host():
+    cpu = one_gpu()._replace(accelerator="cpu")
+    planner, precisions = Planner(Work("yolov5s", 80, 64), cpu), ("fp32",)
+    found = search(planner, 8, "SGD", precisions)
+    assert len(found.fitting) > 4
+    assert not [one for one in found.fitting + found.others if one.settings.offload_optimizer]
+    plain = PLAIN._replace(precision="fp32", micro_batch=8, zero_stage=1)
+    own, offloaded = (planner.predict(plain._replace(offload_optimizer=device)) for device in (None, "cpu"))
+    assert offloaded.peak_bytes > own.peak_bytes  # copies come on top
+    assert offloaded.host_bytes == 0
+
+
+def test_a_faster_one_without_headroom_says_so(capsys):
+    _, out, _ = plan(capsys, *["--model", "yolov5n", "--gpus", "1x0.7GiB"])
+    assert "faster, but leaves less than 5% of the memory free." in out
+    assert "At most 1 image can be" in out
 
 
 def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
@@ -335,13 +354,19 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
         ("A10", 1, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
         ("T4", 0, {"torch_autocast": {"enabled": "auto", "dtype": "auto"}}, "autocast_fp16"),
         ("A10", 2, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}, "fp16"),
+        ("T4", 1, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
+        ("T4", 1, {"torch_autocast": {"enabled": "auto"}}, "fp32"),
+        ("A10", 1, {"torch_autocast": {"enabled": "auto", "dtype": "float16"}}, "fp32"),
+        ("old CPU", 0, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
+        ("old CPU", 2, {"torch_autocast": "auto", "bf16": "auto", "fp16": "auto"}, "fp32"),
     ],
 )
 def test_a_precision_that_is_auto_is_one_that_the_device_has(tmp_path, gpu, stage, given, expected):
-    hardware = Hardware(DEVICES[gpu], 1, 2, 16 * GIB, None, 3e9)
+    accelerator = "cpu" if "CPU" in gpu else "cuda"
+    hardware = Hardware(DEVICES.get(gpu, DEVICES["T4"]), 1, 2, 16 * GIB, None, 3e9, accelerator)
     content = {"train_batch_size": 16, "zero_optimization": {"stage": stage}, **given}
     got = filled(tmp_path, content, hardware)
-    assert check(got.config, world_size=2, accelerator="cuda").precision == expected
+    assert check(got.config, world_size=2, accelerator=accelerator).precision == expected
 
 
 def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
@@ -351,6 +376,8 @@ def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": optimizer}, a10)
         params = check(got.config, world_size=2, accelerator="cuda").optimizer_params
         assert (params["lr"], params["weight_decay"]) == (rate, 0.0005)
+        got = filled(tmp_path, {"train_batch_size": 16, "optimizer": {"type": name, "params": "auto"}}, a10)
+        assert check(got.config, world_size=2, accelerator="cuda").optimizer_params == params
 
 
 @pytest.mark.parametrize(("sizes", "ranks"), [((2, 1), 3), ((4, 4), 8), ((1,), 1)])

@@ -325,7 +325,7 @@ def test_a_pipeline_is_compared_with_what_computes_alike():
     assert "tell of that too" not in said
     against, said = bases(pipe, fp32, nearly._replace(source={**nearly.source, "bf16": {"enabled": False}}))
     assert against == {"strategy": "fp32", "ranks": 1}
-    assert "against fp32, which has precision fp32 (here bf16): they tell of that too." in said
+    assert "against fp32, which has precision fp32 (this pipeline bf16): they tell of that too." in said
     left_open = pipe._replace(source={**pipe.source, "bf16": {"enabled": "auto"}})
     assert "which has precision bf16 (here auto)" in bases(left_open, alike)[1]
 
@@ -379,6 +379,8 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
         (["--ranks", "0,2"], "--ranks: '0,2' given"),
         (["--ranks", "two"], "--ranks: 'two' given"),
         (["--ranks", "1", "--imgsz", "100"], "multiples of 32"),
+        (["--ranks", "1", "--strategies", "zero1,"], "--strategies: a name is empty"),
+        (["--ranks", "1", "--strategies", ""], "--strategies: a name is empty"),
         (["--ranks", "1", "--strategies", "nothing"], "ds_configs/nothing.json does not exist, seen from /"),
         (["--ranks", "1", "--strategies", "zero11"], "Did you mean ds_configs/zero1.json?"),
         (["--ranks", "1", "--strategies", "zero1,auto"], "--strategies: auto given, but scale compares"),
@@ -524,6 +526,28 @@ def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path,
         for p in psutil.process_iter(["cmdline"])
         if str(place / "report") in " ".join(p.info["cmdline"] or [])
     ]
+
+
+def test_steps_of_a_training_that_a_signal_ends_are_reported(tmp_path):
+    place = make_place(tmp_path)
+    command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "1", "--steps", "3000")
+    process = subprocess.Popen(
+        command,
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    end = time.monotonic() + 120
+    while not any('"step": 20,' in file.read_text() for file in place.glob("report/runs/*/*/metrics.jsonl")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.terminate()
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
+    assert len(group["rows"][0]["rounds_s"]) == 1, said
 
 
 @pytest.mark.soak

@@ -225,6 +225,13 @@ def memory_of_device(local_rank: int) -> int:
     return get_accelerator().total_memory(local_rank)
 
 
+def free_memory_of_device() -> None:
+    """Gives back what its allocator keeps and nobody uses."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().empty_cache()
+
+
 def device_of_rank() -> torch.device:
     """The device that this rank computes on."""
     from deepspeed.accelerator import get_accelerator

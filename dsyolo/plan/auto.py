@@ -10,7 +10,7 @@ from dsyolo.config import AUTO, RunConfig, read_recompute
 from dsyolo.data.loader import largest_size_px
 from dsyolo.ds_checks import BATCH_KEYS, open_batch
 from dsyolo.ds_config import DsConfig, check
-from dsyolo.ds_read import optimizer_name, read_json, without_auto
+from dsyolo.ds_read import read_json, without_auto
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import level_strides
 from dsyolo.plan.hardware import GIB, Hardware
@@ -112,9 +112,8 @@ def _fill_values(
 ) -> Filled:
     """Values of the batch are planned, precision follows from the device, and every other one gets dsyolo's own value."""
     _fill_precision(hardware, content, paths)
-    if ("optimizer", "params", "weight_decay") in paths:
-        own = OPTIMIZERS.get(str(optimizer_name(content["optimizer"].get("type", "SGD"))), {})
-        content["optimizer"]["params"] |= {key: own[key] for key in own if key == "weight_decay"}
+    if {("optimizer", "params"), ("optimizer", "params", "weight_decay")} & set(paths):
+        content["optimizer"].setdefault("params", {})["weight_decay"] = OPTIMIZERS["SGD"]["weight_decay"]
     is_halved = _fill_batch(run, hardware, num_classes, content, saved_batch)
     work = Work(run.model, num_classes, _size_px(run))
     try:
@@ -150,17 +149,20 @@ def _fill_precision(hardware: Hardware, content: dict[str, Any], paths: Sequence
     has_bf16, on_gpu = hardware.device.has_bf16, hardware.accelerator != "cpu"
     zero = content.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    best = "float16" if on_gpu and not has_bf16 and stage == 0 else "bfloat16"  # of autocast
     asked = [name for name in PRECISION_BLOCKS if (name,) in paths or (name, "enabled") in paths]
     for name in asked:
         is_on = not any(_is_on(content, other) for other in PRECISION_BLOCKS if other != name)
         if name == "torch_autocast":
-            is_on = is_on and (has_bf16 or (on_gpu and stage == 0))
+            is_on = (
+                is_on and content.get(name, {}).get("dtype", best) == best and (has_bf16 or best == "float16")
+            )
         else:
             is_on = is_on and stage != 0 and has_bf16 == (name == "bf16") and (on_gpu or name == "bf16")
         content[name] = {**content.get(name, {}), "enabled": is_on}
     autocast = content.get("torch_autocast")
     if isinstance(autocast, dict) and ("torch_autocast" in asked or ("torch_autocast", "dtype") in paths):
-        autocast.setdefault("dtype", "bfloat16" if has_bf16 else "float16")
+        autocast.setdefault("dtype", best)
 
 
 def _is_on(content: Mapping[str, Any], name: str) -> bool:

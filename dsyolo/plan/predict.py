@@ -173,9 +173,10 @@ class Planner:
             if ds.zero_stage == 2 and ds.offload_optimizer
             else [0]
         )
-        return [
-            predict(Load(stage.groups, kept, kept, kept, rank, ranks, self.ema), ds, zero) for rank in some
-        ]
+        loads = [Load(stage.groups, kept, kept, kept, rank, ranks, self.ema) for rank in some]
+        accounts = [predict(load, ds, zero) for load in loads]
+        is_cpu = self.hardware.accelerator == "cpu"  # which is its own host
+        return [Account(account.together) for account in accounts] if is_cpu else accounts
 
     def _terms(self, account: Account, settings: Settings, stage: int) -> dict[str, int]:
         images, is_last = settings.micro_batch, stage == settings.pipeline_stages - 1

@@ -8,7 +8,7 @@ from typing import Any
 from dsyolo.config import RunConfig
 from dsyolo.plan.hardware import GIB, Hardware
 from dsyolo.plan.predict import Strategy
-from dsyolo.plan.search import Ranking
+from dsyolo.plan.search import AS_FAST, HEADROOM, Ranking
 from dsyolo.plan.work import Work
 
 # Peaks of the memory that torch's allocator reserved, in GB, as published for YOLOv5's own loop: 16 images a GPU, fp16 AMP,
@@ -75,7 +75,8 @@ def recommendation(ranking: Ranking, hardware: Hardware) -> str:
         terms(best) + ".",
     ]
     if option := val_option(best):
-        lines.append(f"At most {best.val_images} images can be validated at a time: give{option}.")
+        images = "1 image" if best.val_images == 1 else f"{best.val_images} images"
+        lines.append(f"At most {images} can be validated at a time: give{option}.")
     lines += [f"  {one.settings.in_words()}: {why(one, best)}" for one in ranking.families()[1:]]
     return "\n".join(lines)
 
@@ -95,7 +96,9 @@ def why(one: Strategy, best: Strategy) -> str:
     room = f"{'saves' if saved >= 0 else 'takes'} {abs(saved):.2f} GiB{'' if saved >= 0 else ' more'}"
     gaps = {name: getattr(one.times, name) - getattr(best.times, name) for name in one.times._fields}
     reason, gap = max(gaps.items(), key=lambda item: item[1])
-    if slower < 0.01 or gap <= 0:
+    if slower < -AS_FAST:
+        return f"{-slower:.0%} faster, but leaves less than {HEADROOM:.0%} of the memory free."
+    if slower < AS_FAST or gap <= 0:
         return f"as fast, and {room} where none is needed."
     words = {
         "compute": "by computing again"
@@ -115,7 +118,7 @@ def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
     nearest = ranking.others[0]
     need = (nearest.peak_bytes + hardware.memory_bytes - hardware.usable_bytes) / GIB
     return (
-        f"Nothing fits {hardware.ranks} GPUs of {hardware.memory_bytes / GIB:.1f} GiB. The nearest is "
+        f"Nothing fits {hardware.ranks} GPU{'s' * (hardware.ranks > 1)} of {hardware.memory_bytes / GIB:.1f} GiB. The nearest is "
         f"{nearest.settings.in_words()} in {nearest.settings.precision} with {nearest.settings.micro_batch} images a GPU: "
         f"{nearest.why_not}. {terms(nearest)}.\n"
         f"It would run with {need:.1f} GiB a GPU. Otherwise take a smaller --imgsz or --model, or more GPUs."

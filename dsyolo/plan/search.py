@@ -41,14 +41,17 @@ def search(
     found: dict[Settings, Strategy] = {}
     fitting: dict[
         Settings, tuple[int, bool]
-    ] = {}  # the last size that was looked at, and whether anything of it fits
+    ] = {}  # the last size that was looked at, and whether a device has room for it
     for one in settings(planner.hardware.ranks, global_batch, optimizer, tuple(precisions), recomputes):
+        if one.offload_optimizer and planner.hardware.accelerator == "cpu":
+            continue  # from a host to itself
         kind = one._replace(micro_batch=0, accumulation=0, recompute="none")
         size, fits = fitting.get(kind, (0, True))
         if size != one.micro_batch and not fits:
             continue  # nor does a larger one
         found[one] = planner.predict(one)
-        fitting[kind] = one.micro_batch, found[one].fits or (size == one.micro_batch and fits)
+        has_room = found[one].peak_bytes <= planner.hardware.usable_bytes
+        fitting[kind] = one.micro_batch, has_room or (size == one.micro_batch and fits)
     for one in _between(planner, found):
         found[one] = planner.predict(one)
     return rank(found.values(), planner.hardware.usable_bytes)

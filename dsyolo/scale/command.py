@@ -123,11 +123,12 @@ def _run_all(
             continue
         print(f"round {turn + 1} of {args.rounds}: {case.name} ...", end=" ", flush=True)
         outcome = run(plan, case, turn, number, *files[case])
+        if outcome.found or not end.number:
+            outcomes[case].append(outcome)
         if end.number:
             outlive_readers()  # a terminal that ends must not take the report with it
             print("interrupted", flush=True)
             break
-        outcomes[case].append(outcome)
         print(outcome.why_not or f"{outcome.wall_s:.0f} s", flush=True)
     return outcomes
 

@@ -187,8 +187,9 @@ def _check_machine(args: argparse.Namespace, most: int, accelerator: str, proble
 
 
 def _strategies(args: argparse.Namespace, smallest: int, problems: list[str]) -> list[Strategy]:
-    option = "--strategies" if args.strategies else "--deepspeed_config"
-    names = args.strategies.split(",") if args.strategies else [str(args.deepspeed_config)]
+    is_list = args.strategies is not None
+    option = "--strategies" if is_list else "--deepspeed_config"
+    names = args.strategies.split(",") if is_list else [str(args.deepspeed_config)]
     faults: list[str] = []
     files = _files(names, option, faults)
     read = [read_strategy(path, smallest, args.micro_batch, args.accumulation, faults) for path in files]
@@ -201,7 +202,9 @@ def _files(names: Sequence[str], option: str, problems: list[str]) -> list[Path]
     files: dict[Path, Path] = {}
     for name in names:
         path = _path(name)
-        if name == AUTO:
+        if not name:
+            problems.append(f"{option}: a name is empty. Give names of files in ds_configs/, or paths.")
+        elif name == AUTO:
             remedy = "Write one by dsyolo plan --write FILE, and give that"
             problems.append(f"{option}: auto given, but scale compares strategies that are given. {remedy}.")
         elif os.path.exists(path):

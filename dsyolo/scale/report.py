@@ -85,7 +85,9 @@ def _row(
     found = measured.get(one.case) if one.case else None
     if found is None or base is None or base.case is None:
         why_not = (
-            one.why_not or failed.get(one.case, "it was not run") if one.case or one.why_not else one.why_not
+            one.why_not or failed.get(one.case, "this ended before its turn")
+            if one.case or one.why_not
+            else one.why_not
         )
         return Row(one, None, why_not, None, "", None, None, "")
     at = measured[base.case]

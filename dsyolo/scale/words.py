@@ -74,7 +74,7 @@ def lost(one: Measured, ranks: int, base: Measured, base_ranks: int, scaling: st
 def unlike(one: Wanted, base: Wanted) -> str:
     """What else than its stages tells a pipeline from what it is compared with, as a sentence more."""
     parts = [
-        f"{name} {getattr(base.computes, name)} (here {getattr(one.computes, name)})"
+        f"{name} {getattr(base.computes, name)} (this pipeline {getattr(one.computes, name)})"
         for name in one.computes.differences(base.computes)
     ]
     if not parts:
