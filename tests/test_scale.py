@@ -327,7 +327,7 @@ def test_a_pipeline_is_compared_with_what_computes_alike():
     assert against == {"strategy": "fp32", "ranks": 1}
     assert "against fp32, which has precision fp32 (this pipeline bf16): they tell of that too." in said
     left_open = pipe._replace(source={**pipe.source, "bf16": {"enabled": "auto"}})
-    assert "which has precision bf16 (here auto)" in bases(left_open, alike)[1]
+    assert "which has precision bf16 (this pipeline auto)" in bases(left_open, alike)[1]
 
 
 class Checker(HTMLParser):
