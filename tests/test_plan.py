@@ -415,6 +415,17 @@ def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
     assert peaks[1] < 0.65 * peaks[0]
     assert re.search(r"\(A10\), for \d+\.\d GiB of each, as memory ran out: ZeRO", again.lines[0])
+    cpu = a10._replace(accelerator="cpu", gpus=1)  # states are most of it: less by a fifth is all there is
+    states = run_config(tmp_path, deepspeed_config="auto", model="yolov5l", imgsz=64)
+    wide, least = (
+        fill(one, lambda: cpu, 80) for one in (states, states.model_copy(update={"halve_micro_batch": True}))
+    )
+    peaks = [float(one.lines[1].split()[1]) for one in (wide, least)]
+    assert 0.6 * peaks[0] < peaks[1] < peaks[0]
+    assert least.val_images == 1
+    one = states.model_copy(update={"halve_micro_batch": True, "recompute": "blocks"})
+    with pytest.raises(UserError, match="memory ran out, and no plan needs less"):
+        fill(one, lambda: cpu, 80, 1)
     odd = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
     assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
     goes_on = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)

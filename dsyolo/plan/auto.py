@@ -14,9 +14,9 @@ from dsyolo.ds_read import read_json, without_auto
 from dsyolo.errors import UserError
 from dsyolo.model.yolov5 import level_strides
 from dsyolo.plan.hardware import GIB, Hardware
-from dsyolo.plan.predict import Planner, Strategy
+from dsyolo.plan.predict import Planner
 from dsyolo.plan.report import terms
-from dsyolo.plan.search import HEADROOM, search
+from dsyolo.plan.search import HEADROOM, Ranking, search
 from dsyolo.plan.strategy import OPTIMIZERS, RECOMPUTES, Settings
 from dsyolo.plan.work import Work
 
@@ -72,34 +72,38 @@ def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch:
     chosen = read_recompute(run.recompute)
     recomputes = RECOMPUTES if chosen is None else (chosen,)
 
-    def best_on(machine: Hardware) -> Strategy | None:
+    def ranked(machine: Hardware) -> Ranking:
         planner = Planner(work, machine, ema=run.ema)
-        return search(planner, batch, "SGD", _precisions(machine), recomputes).best
+        return search(planner, batch, "SGD", _precisions(machine), recomputes)
 
-    best, what = best_on(hardware), ""
+    best, what = ranked(hardware).best, ""
     reserved = hardware.memory_bytes - hardware.usable_bytes
+    rule = (
+        f"nothing fits {hardware.memory_bytes / GIB:.2f} GiB a rank, of which the process itself takes "
+        f"{reserved / GIB:.1f}, for {batch} images a step"
+    )
     if best and run.halve_micro_batch:
         room = int(AGAIN * best.peak_bytes / (1 - HEADROOM)) + reserved
         what = f", for {room / GIB:.1f} GiB of each, as memory ran out"
-        best = best_on(hardware._replace(memory_bytes=room))
+        rule = f"memory ran out, and no plan needs less than the {best.peak_bytes / GIB:.2f} GiB that it ran out with"
+        again = ranked(hardware._replace(memory_bytes=room))
+        smaller = [one for one in again.others[:1] if one.peak_bytes < best.peak_bytes]
+        best = again.best or next(iter(smaller), None)
     if best is None:
-        rule = (
-            f"nothing fits {hardware.memory_bytes / GIB:.2f} GiB a rank{what}, of which the process itself takes "
-            f"{reserved / GIB:.1f}, for {batch} images a step"
-        )
         remedy = "Take a smaller --imgsz or --model, fewer ranks on a machine, or look at dsyolo plan"
         raise UserError(
             "No plan for this machine", [f"--deepspeed_config: auto given, but {rule}. {remedy}."]
         )
+    val_images = max(1, best.val_images)
     one, content = best.settings, best.settings.deepspeed_json()
     line = (
         f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){what}: "
         f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.replicas}"
     )
     lines = [line, terms(best)]
-    if best.val_images < run.val_batch_size:
-        lines.append(f"val_batch_size: {best.val_images}, as {run.val_batch_size} images would not fit")
-    return Filled(content, tuple(lines), run.halve_micro_batch, best.val_images)
+    if val_images < run.val_batch_size:
+        lines.append(f"val_batch_size: {val_images}, as {run.val_batch_size} images would not fit")
+    return Filled(content, tuple(lines), run.halve_micro_batch, val_images)
 
 
 def _fill_values(
