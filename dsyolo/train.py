@@ -190,13 +190,13 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     """
     if watch.where == VALIDATING:
         size = run.config.val_batch_size
-        if size > 1:
+        if size > 1 and run.ds.zero_stage == 3:
             watch.end_all(
                 f"ran out of memory with {size} images to validate at a time: from now on {size // 2}. What was trained since "
                 "the last checkpoint is trained again.",
                 again=("--val_batch_size", str(size // 2), "--resume", "auto"),
             )
-        watch.end_all("ran out of memory with one image to validate. Take a smaller --imgsz or --model.")
+        watch.end_all("ran out of memory in validation. Take a smaller --val_batch_size, --imgsz or --model.")
     ds, again = run.ds, run.config.halve_micro_batch
     what = f"ran out of memory with {ds.micro_batch} images in a micro-batch"
     is_planned = run.config.deepspeed_config == AUTO

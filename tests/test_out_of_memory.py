@@ -23,6 +23,7 @@ from dsyolo.validate import InParts
 
 GIB = 2**30
 LITTLE_MEMORY = """
+import os
 import sys
 from dsyolo import train
 from dsyolo.parallel.engine import Engine
@@ -31,7 +32,7 @@ plain = Engine.predict
 
 
 def predict(self, images):
-    if len(images) > 1:
+    if len(images) > int(os.environ["MOST"]):
         raise MemoryError
     return plain(self, images)
 
@@ -121,7 +122,7 @@ def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     words = arguments(
         place, f"validates{stage}", epochs=2, workers=0, val_batch_size=6, deepspeed_config=config
     )
-    status, said, _ = run(place, [sys.executable, str(script), *words])
+    status, said, _ = run(place, ["env", "MOST=1", sys.executable, str(script), *words])
     assert status == 0, said
     told = re.findall(r"out of memory with (\d) images to validate at a time: from now on (\d)", said)
     assert told == [("6", "3"), ("3", "1")]
@@ -129,6 +130,11 @@ def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     assert ("All ranks start again." in said) == (stage == 3)
     used = RunConfig.load(place / f"runs/validates{stage}/config.yaml").val_batch_size
     assert used == {1: 6, 3: 1}[stage]
+    words = [*words, "--name", f"nothing{stage}", "--val_batch_size", "2", "--epochs", "1"]
+    status, said, _ = run(place, ["env", "MOST=0", sys.executable, str(script), *words])
+    assert status == watchdog.STATUS, said
+    assert "ran out of memory in validation. Take a smaller --val_batch_size" in said
+    assert said.count("All ranks start again.") == (stage == 3)
 
 
 def test_one_image_that_does_not_fit_and_other_errors_are_raised():

@@ -39,9 +39,8 @@ def search(
 ) -> Ranking:
     """Predicts all; where a size fits with all blocks recomputed and not with none, the fewest blocks are looked for too."""
     found: dict[Settings, Strategy] = {}
-    fitting: dict[
-        Settings, tuple[int, bool]
-    ] = {}  # the last size that was looked at, and whether a device has room for it
+    # By kind: the last size that was looked at, and whether a device has room for it.
+    fitting: dict[Settings, tuple[int, bool]] = {}
     for one in settings(planner.hardware.ranks, global_batch, optimizer, tuple(precisions), recomputes):
         if one.offload_optimizer and planner.hardware.accelerator == "cpu":
             continue  # from a host to itself
