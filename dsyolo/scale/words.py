@@ -13,6 +13,9 @@ REMEDY = {
     "optimizer": "a ZeRO stage that shares it, or no offload",
     "other": "larger micro-batches: it is paid once a step",
 }
+ALONE = (
+    "more accumulation, as it is paid once a step, or no offload"  # of the optimizer: nobody to share it with
+)
 OF = {
     "data": "waiting for data",
     "copy": "copying to the device",
@@ -39,7 +42,8 @@ def bottleneck(one: Measured, ranks: int, base: Measured | None, base_ranks: int
     worst = max((name for name in shares if name not in COMPUTING), key=lambda name: shares[name])
     computing = sum(shares[name] for name in COMPUTING)
     if shares[worst] >= MUCH:
-        said = f"{OF[worst].capitalize()} takes {shares[worst]:.0%} of a step: {REMEDY[worst]}."
+        remedy = ALONE if worst == "optimizer" and ranks == 1 else REMEDY[worst]
+        said = f"{OF[worst].capitalize()} takes {shares[worst]:.0%} of a step: {remedy}."
     else:
         said = f"Computing: forward and backward passes take {computing:.0%} of a step, {OF[worst]} {shares[worst]:.0%}."
     if base is None:
