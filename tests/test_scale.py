@@ -21,7 +21,7 @@ from dsyolo.doctor.hosts import Host
 from dsyolo.ds_checks import BATCH_KEYS
 from dsyolo.errors import UserError
 from dsyolo.parallel.phases import PHASES
-from dsyolo.scale import command, words
+from dsyolo.scale import command
 from dsyolo.scale.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
 from dsyolo.scale.fit import SIZES, efficiency, fit, solve, step_seconds
 from dsyolo.scale.options import check
@@ -30,6 +30,7 @@ from dsyolo.scale.report import build, to_json
 from dsyolo.scale.results import put_together
 from dsyolo.scale.runs import epochs_and_images, include
 from dsyolo.scale.tables import to_markdown
+from dsyolo.scale.words import bottleneck
 
 RANKS = np.array([1.0, 2.0, 4.0, 8.0])
 
@@ -299,7 +300,7 @@ def test_the_report_tells_speedup_efficiency_and_bottleneck(report):
 def test_the_remedy_for_an_optimizer_is_one_that_there_is():
     measured = put_together([steps_json(0.2, 1, 0.0)], [9.0], 1)
     slow = measured._replace(split={**measured.split, "optimizer": 0.3 * measured.step_s})
-    said = {ranks: words.bottleneck(slow, ranks, None, ranks, WEAK) for ranks in (1, 2)}
+    said = {ranks: bottleneck(slow, ranks, None, ranks, WEAK) for ranks in (1, 2)}
     assert "The optimizer takes 30% of a step: more accumulation" in said[1]
     assert "The optimizer takes 30% of a step: a ZeRO stage that shares it" in said[2]
 
