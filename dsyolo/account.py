@@ -112,11 +112,10 @@ def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     own = 4 * share * (1 + _num_states(ds))
     # ZeRO 1 sends what it has summed, ZeRO 2 what a micro-batch gives; a kind of number each has a bucket.
     buckets = _bucket_bytes(zero, summed if ds.zero_stage == 1 else weight) * _num_kinds_sent(ds)
-    is_list = not zero.get("contiguous_gradients", True)
     if ds.zero_stage == 1:
         gradients = max(weight, summed) * load.num_elements
     else:
-        gradients = summed * share + weight * _waiting(load, zero, shares if is_list else None)
+        gradients = summed * share + weight * _waiting(load, zero, shares)
     device = Terms(weight * share * load.replicas, gradients, own, 4 * share, buckets)
     if not ds.offload_optimizer:
         return Account(device)
@@ -191,13 +190,15 @@ def _bucket_bytes(zero: dict[str, Any], weight_bytes: int) -> int:
 def _waiting(load: Load, zero: dict[str, Any], shares: Sequence[int] | None = None) -> int:
     """The most elements of a micro-batch's gradients that lie whole at once, outside of buckets.
 
-    Without `contiguous_gradients` a bucket is the list of the gradients themselves, until it is sent.
+    There are some without `contiguous_gradients` alone: then a bucket is the list of the gradients themselves, until it
+    is sent.
 
     Args:
         shares: of ZeRO 2, of each group: gradients that reach into this rank's stay.
     """
+    if zero.get("contiguous_gradients", True):
+        return 0
     most = 0
-    is_list = not zero.get("contiguous_gradients", True)
     for i, group in enumerate(load.groups):
         stays, listed, largest, stop = 0, 0, 0, sum(group)
         foreign = 0
@@ -208,7 +209,7 @@ def _waiting(load: Load, zero: dict[str, Any], shares: Sequence[int] | None = No
                 listed = foreign = 0
             listed += numel
             stays += numel if is_own else 0
-            foreign += 0 if is_own or not is_list else numel
+            foreign += 0 if is_own else numel
             largest, stop = max(largest, stays + foreign), start
         most += largest
     return most
