@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dsyolo.data.sample import draw_sample
 
@@ -41,6 +43,12 @@ def arguments(place: Path, name: str, **options: object) -> list[str]:
         **options,
     }
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def begin(place: Path, command: Sequence[str], **settings: Any) -> subprocess.Popen[str]:
+    """A process in `place`; what it says can be read while it runs, errors among it unless `settings` say otherwise."""
+    said: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **settings}
+    return subprocess.Popen(command, cwd=place, env=environment(place), text=True, **said)
 
 
 def environment(place: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import TRAIN, alone, arguments, environment, make_place
+from runs import TRAIN, alone, arguments, begin, make_place
 
 from dsyolo.errors import UserError
 from dsyolo.parallel import claim
@@ -84,14 +84,7 @@ def test_what_another_run_saved_while_this_one_waited_is_not_written_over(place)
     assert alone(place, "other", epochs=1).returncode == 0
     command = [sys.executable, str(TRAIN), *arguments(place, "late", epochs=2), "--resume", "auto"]
     with Holder(place / "runs/late") as holder:
-        waiting = subprocess.Popen(
-            command,
-            cwd=place,
-            env=environment(place),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        waiting = begin(place, command)
         said = ""
         while "waiting for it" not in said:
             line = waiting.stdout.readline()

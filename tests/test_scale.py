@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from cluster import Cluster, why_not
-from runs import CONFIG, ROOT, environment, make_place
+from runs import CONFIG, ROOT, begin, environment, make_place
 
 from dsyolo import cli
 from dsyolo.doctor.hosts import Host
@@ -505,13 +505,10 @@ def test_each_size_of_images_has_a_sample_of_its_own(tmp_path, monkeypatch, caps
 def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path, number):
     place = make_place(tmp_path)
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "50")
-    process = subprocess.Popen(
+    process = begin(
+        place,
         command,
-        cwd=place,
-        env=environment(place),
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         # as a terminal starts it: a shell has what it starts in the background ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -540,14 +537,7 @@ def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path,
 def test_steps_of_a_training_that_a_signal_ends_are_reported(tmp_path):
     place = make_place(tmp_path)
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "1", "--steps", "3000")
-    process = subprocess.Popen(
-        command,
-        cwd=place,
-        env=environment(place),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = begin(place, command)
     end = time.monotonic() + 120
     while not any('"step": 20,' in file.read_text() for file in place.glob("report/runs/*/*/metrics.jsonl")):
         assert time.monotonic() < end
