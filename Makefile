@@ -24,10 +24,10 @@ soak: $(VENV)/.ready
 	$(BIN)/python -m pytest -m soak
 
 parity: $(VENV)/.ready
-	$(BIN)/python tests/parity.py
+	$(BIN)/python tests/support/parity.py
 
 storm: $(VENV)/.ready
-	$(BIN)/python tests/storm.py
+	$(BIN)/python tests/support/storm.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -14,8 +14,8 @@ from itertools import chain, product
 import torch
 from recompute import MIB, PRECISIONS, allocations, forward, images_of, step
 
-from dsyolo.model.activations import Activations, count_activations
-from dsyolo.model.yolov5 import VARIANTS, build_yolov5
+from dsyolo.models.activation_memory import Activations, count_activations
+from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 
 NUM_CLASSES = 80
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dsyolo.batch import Sample
-from dsyolo.data.augment import Augmentation, Load, augment
+from dsyolo.base.batch import Sample
 from dsyolo.data.images import check_image, read_rgb
+from dsyolo.data.transforms import Augmentation, Load, augment
 
 HOW = Augmentation(hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, translate=0.1, scale=0.5, fliplr=0.5, mosaic=1.0)
 NUM_BOXES = 12

@@ -17,16 +17,16 @@ from typing import Any
 
 from ranks import run_ranks
 
-from dsyolo.account import Load, predict, table
-from dsyolo.ds_config import check
-from dsyolo.loss import DetectionLoss
-from dsyolo.model.yolov5 import VARIANTS, build_yolov5
-from dsyolo.optim import Schedule
-from dsyolo.parallel import dist
-from dsyolo.parallel.ema import Ema
-from dsyolo.parallel.memory import MemoryWatch
-from dsyolo.parallel.spread import spread
-from dsyolo.plan.rehearsal import one_batch
+from dsyolo.cluster import world as dist
+from dsyolo.config.deepspeed.config import check
+from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine.ema import Ema
+from dsyolo.engine.memory_profile import MemoryWatch
+from dsyolo.engine.optimizer import Schedule
+from dsyolo.engine.parallelize import spread
+from dsyolo.models.yolov5 import VARIANTS, build_yolov5
+from dsyolo.planner.dry_run import one_batch
+from dsyolo.planner.memory_estimate import Load, predict, table
 
 NUM_CLASSES = 80
 SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from ranks import run_ranks
 
-from dsyolo.batch import Batch, Targets
-from dsyolo.ds_config import check
-from dsyolo.loss import DetectionLoss
-from dsyolo.model.costs import node_costs
-from dsyolo.model.cuts import CPU, balanced_cuts
-from dsyolo.model.yolov5 import build_yolov5
-from dsyolo.optim import Schedule
+from dsyolo.base.batch import Batch, Targets
+from dsyolo.config.deepspeed.config import check
+from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine.optimizer import Schedule
+from dsyolo.models.flops import node_costs
+from dsyolo.models.partition import CPU, balanced_cuts
+from dsyolo.models.yolov5 import build_yolov5
 
 NUM_CLASSES, NUM_MATCHES = 80, 64
 SCHEDULE = Schedule(100, 0, 0.01, 0.01, "linear", 0.937, 0.0005, 64, 0.1, 0.8, is_adam=False)
@@ -60,8 +60,8 @@ def stage_time_s(stage: torch.nn.Module, x: torch.Tensor, rounds: int) -> float:
 
 def run_cut(cut: int, args: argparse.Namespace) -> dict[str, Any]:
     """On a rank: seconds of a step, and of this rank's stage alone."""
-    from dsyolo.parallel import dist
-    from dsyolo.parallel.spread import spread
+    from dsyolo.cluster import world as dist
+    from dsyolo.engine.parallelize import spread
 
     world = dist.world_from_environment()
     if not torch.distributed.is_initialized():

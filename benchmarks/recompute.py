@@ -2,7 +2,7 @@
 
     python benchmarks/recompute.py --model yolov5m --imgsz 640 --batch 4
 
-"counted" is what `dsyolo.model.activations` foretells. "measured" is the most that torch's CPU allocator gave out
+"counted" is what `dsyolo.models.activation_memory` foretells. "measured" is the most that torch's CPU allocator gave out
 at once in a forward and backward pass, beyond weights, gradients of the parameters and images, which were there
 before: every allocation and release is an event of torch.profiler. It has more in it than activations: gradients
 on their way back, and work space. Times are of one thread, medians over alternating rounds: of the processor (which
@@ -22,9 +22,9 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dsyolo.model.activations import choose, count_activations
-from dsyolo.model.network import Network
-from dsyolo.model.yolov5 import VARIANTS, build_yolov5
+from dsyolo.models.activation_memory import choose, count_activations
+from dsyolo.models.network import Network
+from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 
 PRECISIONS = ("fp32", "autocast_bf16")
 MIB = 2**20

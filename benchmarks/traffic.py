@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cluster import Cluster, Traffic, read_traffic
+from hosts import Cluster, Traffic, read_traffic
 
-from dsyolo.ds_config import check
-from dsyolo.loss import DetectionLoss
-from dsyolo.model.yolov5 import VARIANTS, build_yolov5
-from dsyolo.optim import Schedule
-from dsyolo.parallel import dist
-from dsyolo.parallel.ema import Ema
-from dsyolo.parallel.spread import spread
-from dsyolo.parallel.stop import StopRequest
-from dsyolo.parallel.watchdog import Watchdog
-from dsyolo.plan.rehearsal import one_batch
-from dsyolo.plan.wire import wire_bytes
+from dsyolo.cluster import world as dist
+from dsyolo.cluster.preemption import StopRequest
+from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.config.deepspeed.config import check
+from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine.ema import Ema
+from dsyolo.engine.optimizer import Schedule
+from dsyolo.engine.parallelize import spread
+from dsyolo.models.yolov5 import VARIANTS, build_yolov5
+from dsyolo.planner.comm_volume import wire_bytes
+from dsyolo.planner.dry_run import one_batch
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
 SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)

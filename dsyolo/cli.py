@@ -13,25 +13,22 @@ from typing import Any
 
 import torch
 
-from dsyolo.boxes import letterbox, unletterbox
-from dsyolo.config import RunConfig, max_stride
-from dsyolo.data.convert import convert_coco, convert_voc
+from dsyolo.base.errors import UserError
+from dsyolo.commands import doctor, plan, scale, simulate
+from dsyolo.config.messages import cannot_hold_files, rule_of
+from dsyolo.config.messages import validate as judge
+from dsyolo.config.run_config import RunConfig, max_stride
 from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes, scan
-from dsyolo.data.formats import list_images, read_data_yaml
+from dsyolo.data.formats.convert import convert_coco, convert_voc
+from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.images import check_image, read_rgb
 from dsyolo.data.loader import EvalLoader, to_batch
-from dsyolo.data.sample import draw_sample
-from dsyolo.doctor import command as doctor
-from dsyolo.errors import UserError
-from dsyolo.model.weights import WeightsInfo, rebuild
-from dsyolo.pictures import draw, save
-from dsyolo.plan import command as plan
-from dsyolo.plan import simulate
-from dsyolo.problems import cannot_hold_files, rule_of
-from dsyolo.problems import validate as judge
-from dsyolo.scale import command as scale
-from dsyolo.scale import options as scale_options
-from dsyolo.validate import Finder, PlainPredictor, validate
+from dsyolo.data.synthetic import draw_sample
+from dsyolo.detection.boxes import letterbox, unletterbox
+from dsyolo.detection.evaluator import Finder, PlainPredictor, validate
+from dsyolo.models.weights import WeightsInfo, rebuild
+from dsyolo.scaling import options as scale_options
+from dsyolo.tracking.plots import draw, save
 
 MANY_IMAGES = 20  # so many and more are told in one line
 

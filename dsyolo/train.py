@@ -13,8 +13,32 @@ from typing import Any, NoReturn
 
 import torch
 
-from dsyolo import command_line, ds_config
-from dsyolo.build import (
+from dsyolo.base.environment import read_environment
+from dsyolo.base.errors import UserError
+from dsyolo.base.stdio import outlive_readers
+from dsyolo.checkpoint.checkpointer import Checkpoints
+from dsyolo.checkpoint.latest import newest_whole
+from dsyolo.checkpoint.manifest import read_manifest, saved_progress
+from dsyolo.checkpoint.train_state import Progress
+from dsyolo.cluster import preemption as stop
+from dsyolo.cluster import world as dist
+from dsyolo.cluster.communicator import ReadingCrew
+from dsyolo.cluster.preemption import Stopped, StopRequest
+from dsyolo.cluster.restart import is_out_of_memory
+from dsyolo.cluster.run_lock import Claim
+from dsyolo.cluster.shared_fs import check_shared
+from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.cluster.world import World
+from dsyolo.config import command_line
+from dsyolo.config.deepspeed import config as ds_config
+from dsyolo.config.run_config import AUTO, RunConfig
+from dsyolo.data.formats.yolo import read_data_yaml
+from dsyolo.data.loader import Stream
+from dsyolo.models.weights import read_weights
+from dsyolo.models.yolov5 import has_parameters
+from dsyolo.planner.auto import Filled, fill
+from dsyolo.planner.local_hardware import hardware_here
+from dsyolo.trainer.build import (
     Run,
     build_data,
     build_engine,
@@ -23,30 +47,8 @@ from dsyolo.build import (
     plan_activations,
     scan_splits,
 )
-from dsyolo.config import AUTO, RunConfig
-from dsyolo.data.formats import read_data_yaml
-from dsyolo.data.loader import Stream
-from dsyolo.environment import read_environment
-from dsyolo.errors import UserError
-from dsyolo.loop import VALIDATING, Training, loop, stopped
-from dsyolo.model.weights import read_weights
-from dsyolo.model.yolov5 import has_parameters
-from dsyolo.parallel import dist, stop
-from dsyolo.parallel.checkpoint import Checkpoints
-from dsyolo.parallel.choosing import newest_whole
-from dsyolo.parallel.claim import Claim
-from dsyolo.parallel.dist import World
-from dsyolo.parallel.manifest import read_manifest, saved_progress
-from dsyolo.parallel.progress import Progress
-from dsyolo.parallel.reading import ReadingCrew
-from dsyolo.parallel.restart import is_out_of_memory
-from dsyolo.parallel.shared_folder import check_shared
-from dsyolo.parallel.stop import Stopped, StopRequest
-from dsyolo.parallel.watchdog import Watchdog
-from dsyolo.plan.auto import Filled, fill
-from dsyolo.plan.machine import hardware_here
-from dsyolo.run_folder import check_folder, claim_folder
-from dsyolo.streams import outlive_readers
+from dsyolo.trainer.run_folder import check_folder, claim_folder
+from dsyolo.trainer.trainer import VALIDATING, Training, loop, stopped
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
 GRACE_S = 10
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
     0; 2 for a mistake of the user's; 65 where the training diverges; 74 where its end could not be saved; 75 after
-    SIGTERM, with all saved, and where another run is in its folder; 130 for Ctrl-C. A rank that is lost ends all of them with 70 (parallel/watchdog.py).
+    SIGTERM, with all saved, and where another run is in its folder; 130 for Ctrl-C. A rank that is lost ends all of them with 70 (cluster/watchdog.py).
     """
     try:
         world = dist.world_from_environment()

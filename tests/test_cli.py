@@ -14,9 +14,9 @@ import yaml
 
 from dsyolo import cli
 from dsyolo.cli import main
-from dsyolo.data.sample import draw_sample
-from dsyolo.model.weights import describe, save_weights
-from dsyolo.model.yolov5 import build_yolov5
+from dsyolo.data.synthetic import draw_sample
+from dsyolo.models.weights import describe, save_weights
+from dsyolo.models.yolov5 import build_yolov5
 
 
 @pytest.fixture(scope="module")

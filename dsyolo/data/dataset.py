@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dsyolo.batch import Sample
-from dsyolo.boxes import PAD_GREY
-from dsyolo.data.formats import DataSpec
+from dsyolo.base.batch import Sample
+from dsyolo.base.errors import UserError
+from dsyolo.data.formats.yolo import DataSpec
 from dsyolo.data.images import read_rgb, scaled_hw
-from dsyolo.data.scan import Record, Scan, default_cache_dir, scan, scan_file
-from dsyolo.errors import UserError
+from dsyolo.data.index_builder import Record, Scan, default_cache_dir, scan, scan_file
+from dsyolo.detection.boxes import PAD_GREY
 
 __all__ = [
     "DetectionDataset",

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dsyolo.data.formats import label_path, list_images, read_data_yaml
+from dsyolo.data.formats.yolo import label_path, list_images, read_data_yaml
 
 MAX_SIZES = 100_000  # images whose size is looked up, and their labels'
 MAX_READ = 2_000  # label files that are read

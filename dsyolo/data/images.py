@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dsyolo.untrusted import read_bytes
+from dsyolo.base.safe_io import read_bytes
 
 MIN_SIDE_PX = 10
 MOST_IMAGE_BYTES = 1 << 30  # OpenCV reads at most 2^30 pixels

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsyolo.untrusted import read_bytes
+from dsyolo.base.safe_io import read_bytes
 
 UNREADABLE_LABEL = "label file cannot be read"
 WRONG_COLUMNS = "wrong number of columns (row left out)"

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dsyolo.batch import Batch, EvalBatch, Sample, Targets, Truth
-from dsyolo.boxes import letterbox, xyxy_to_cxcywh
-from dsyolo.data.augment import Augmentation, augment
+from dsyolo.base.batch import Batch, EvalBatch, Sample, Targets, Truth
 from dsyolo.data.dataset import DetectionDataset
+from dsyolo.data.transforms import Augmentation, augment
 from dsyolo.data.workers import limit_opencv, of_loader
+from dsyolo.detection.boxes import letterbox, xyxy_to_cxcywh
 
 MULTI_SCALE_RANGE = (0.5, 1.5)
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from dsyolo.batch import Sample
-from dsyolo.boxes import PAD_GREY
+from dsyolo.base.batch import Sample
+from dsyolo.detection.boxes import PAD_GREY
 
 Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in whole pixels
 

@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
-from dsyolo import ds_config
-from dsyolo.config import max_stride
-from dsyolo.doctor import data_set, machine, network, probe, software
+from dsyolo.base.environment import all_variables
+from dsyolo.base.errors import UserError
+from dsyolo.config.deepspeed import config as ds_config
+from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.deepspeed.json_reader import read_json, without_auto
+from dsyolo.config.run_config import max_stride
+from dsyolo.doctor import dataset_checks as data_set
+from dsyolo.doctor import interconnect as network
+from dsyolo.doctor import probe, software
+from dsyolo.doctor import resources as machine
 from dsyolo.doctor.answers import Devices, Hello
 from dsyolo.doctor.ask import Asked, Reply, ask, probing
-from dsyolo.doctor.case import Case, Options
+from dsyolo.doctor.context import Case, Options
+from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, joined
 from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
 from dsyolo.doctor.launcher import try_launcher
-from dsyolo.doctor.report import FAIL, WARNING, Finding, in_order, joined
-from dsyolo.ds_config import DsConfig
-from dsyolo.ds_read import read_json, without_auto
-from dsyolo.environment import all_variables
-from dsyolo.errors import UserError
-from dsyolo.model.yolov5 import build_yolov5, has_parameters
+from dsyolo.models.yolov5 import build_yolov5, has_parameters
 
 LOCAL = "this machine"
 NUM_CLASSES = 80  # of the model whose checkpoints are counted: a few hundred kilobytes more or less
@@ -179,7 +182,7 @@ def _network(case: Case, findings: Sequence[Finding], master: str | None) -> Ite
             "project": str(case.options.project),
             "token": token,
         }
-        words = ["-m", "dsyolo.parallel.bandwidth", json.dumps(request)]
+        words = ["-m", "dsyolo.cluster.bandwidth", json.dumps(request)]
         asked[rank.key] = Asked(None if rank.host == LOCAL else rank.host, words, ["result"])
     yield from network.links(case, ranks, ask(asked, case.crossing, NETWORK_S))
 

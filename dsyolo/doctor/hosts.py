@@ -1,7 +1,7 @@
 """What the deepspeed launcher reads before it goes to other hosts: the hostfile, and the environment that crosses.
 
 Source: DeepSpeed 0.19.8, launcher/runner.py and launcher/multinode_runner.py. The launcher dies of a bad line with a
-traceback, or takes something else than was meant; here each is a finding. `tests/test_doctor.py` compares both.
+traceback, or takes something else than was meant; here each is a finding. `tests/doctor/test_doctor.py` compares both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
-from dsyolo.environment import all_variables
+from dsyolo.base.environment import all_variables
+from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\S*)")
 # ssh takes a word that starts with a dash for an option, and pdsh brackets and commas for several hosts.

@@ -7,11 +7,11 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from dsyolo.doctor.case import Options
+from dsyolo.base.environment import all_variables
+from dsyolo.doctor.context import Options
+from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 from dsyolo.doctor.hosts import Host
-from dsyolo.doctor.network import is_address
-from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
-from dsyolo.environment import all_variables
+from dsyolo.doctor.interconnect import is_address
 
 
 def try_launcher(options: Options, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:

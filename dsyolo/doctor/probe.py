@@ -137,10 +137,10 @@ def _deepspeed_json(request: Section) -> Section:
     """Judged by the dsyolo of this host, where the folders that it names must be."""
     path = request["deepspeed_config"]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
-    checker = importlib.import_module("dsyolo.ds_config")
-    checks = importlib.import_module("dsyolo.ds_checks")
-    reader = importlib.import_module("dsyolo.ds_read")
-    errors = importlib.import_module("dsyolo.errors")
+    checker = importlib.import_module("dsyolo.config.deepspeed.config")
+    checks = importlib.import_module("dsyolo.config.deepspeed.rules")
+    reader = importlib.import_module("dsyolo.config.deepspeed.json_reader")
+    errors = importlib.import_module("dsyolo.base.errors")
     accelerator = _devices(request)["accelerator"]
     source = reader.read_json(path, [])
     content, autos = reader.without_auto(source) if source else ({}, [])
@@ -161,7 +161,7 @@ def _deepspeed_json(request: Section) -> Section:
 def _data(request: Section) -> Section:
     """The data set as this host's dsyolo sees it: data/fingerprint.py."""
     fingerprint = importlib.import_module("dsyolo.data.fingerprint")
-    errors = importlib.import_module("dsyolo.errors")
+    errors = importlib.import_module("dsyolo.base.errors")
     try:
         return {"problems": [], **fingerprint.of_data(request["data"], request.get("buckets"))}
     except errors.UserError as error:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsyolo.doctor.answers import Compilers, DeepSpeedJson, Locks, Package, Packages, Python, Sources
-from dsyolo.doctor.case import Case, common
-from dsyolo.doctor.report import FAIL, OK, WARNING, Finding
+from dsyolo.doctor.context import Case, common
+from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 
 # Imported on each host: runs begin with these. Of the others the version is enough.
 IMPORTED = {"torch": "torch", "deepspeed": "deepspeed"}

@@ -1,0 +1,1 @@
+"""The ground floor: errors, the environment, safe reading of files, and the types that cross borders."""

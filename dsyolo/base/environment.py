@@ -1,0 +1,129 @@
+"""The environment: everything that dsyolo reads there, and what it leaves there for torch and DeepSpeed.
+
+A launcher tells each rank its place by variables: deepspeed's and torchrun's own, or Slurm's, where srun itself started
+the ranks. Nothing else in dsyolo knows of os.environ, but doctor/probe.py, which runs on other hosts and by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from dsyolo.base.errors import UserError
+
+
+class Environment(NamedTuple):
+    """What the environment says."""
+
+    rank: int
+    size: int  # ranks, of all machines
+    local_rank: int
+    local_size: int  # ranks on this machine
+    master_addr: str | None  # where rank 0 listens
+    master_port: int | None
+    accelerator: str | None  # DS_ACCELERATOR; None: DeepSpeed's choice
+    cache: Path  # for what can be made again: $XDG_CACHE_HOME, else ~/.cache
+    under_torchrun: bool = (
+        False  # whose agents keep the store in which ranks join, and end all where one fails
+    )
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """What `variables`, by default this process's, say: a world of one rank where no launcher is heard.
+
+    Raises:
+        UserError: a launcher's variables are not whole.
+    """
+    given = os.environ if variables is None else variables
+    problems: list[str] = []
+    started_by_srun = "RANK" not in given and "SLURM_STEP_NUM_TASKS" in given
+    place = _from_srun(given, problems) if started_by_srun else _from_launcher(given, problems)
+    rank, size, *_ = place
+    if not problems and rank >= size:
+        problems.append(f"rank {rank} of {size}: ranks count from 0.")
+    if size > 1 and not given.get("MASTER_ADDR"):
+        problems.append("MASTER_ADDR: missing. Set it to the name or address of the machine of rank 0.")
+    port = _number(given, "MASTER_PORT", 29500, problems) if size > 1 or "MASTER_PORT" in given else None
+    if problems:
+        raise UserError("The environment does not tell this rank its place", problems)
+    cache = given.get("XDG_CACHE_HOME")
+    return Environment(
+        *place,
+        master_addr=given.get("MASTER_ADDR") or None,
+        master_port=port,
+        accelerator=given.get("DS_ACCELERATOR") or None,
+        cache=Path(cache) if cache else Path.home() / ".cache",
+        under_torchrun=given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def tell_torch(place: Environment, *, instead: bool = False) -> None:
+    """Sets what torch and DeepSpeed read themselves, for the processes of this one too, where no launcher has.
+
+    Args:
+        instead: also where one has.
+    """
+    told = {
+        "RANK": place.rank,
+        "WORLD_SIZE": place.size,
+        "LOCAL_RANK": place.local_rank,
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": place.master_port,
+    }
+    for name, value in told.items():
+        if instead or name not in os.environ:
+            os.environ[name] = str(value)
+
+
+def all_variables() -> dict[str, str]:
+    """A copy of this process's: from them the deepspeed launcher chooses what it hands on."""
+    return dict(os.environ)
+
+
+def count_restart() -> None:
+    """Before all ranks start again: torchrun's store keeps the keys of each start apart by this number."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count + 1)
+
+
+def _from_launcher(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
+    if "RANK" in given and "WORLD_SIZE" not in given:
+        problems.append("WORLD_SIZE: missing beside RANK. Start ranks by a launcher: see launch/.")
+    size = _number(given, "WORLD_SIZE", 1, problems)
+    # torchrun's name, and deepspeed's
+    local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in given else "LOCAL_SIZE"
+    return (
+        _number(given, "RANK", 0, problems),
+        size,
+        _number(given, "LOCAL_RANK", 0, problems),
+        _number(given, local_size, size, problems),
+    )
+
+
+def _from_srun(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
+    size = _number(given, "SLURM_STEP_NUM_TASKS", 1, problems)
+    per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", per_node):
+        problems.append(f"SLURM_STEP_TASKS_PER_NODE: {per_node!r} given, but it must be like 8(x2),4.")
+        per_node = "1"
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
+        counts += [int(count)] * int(times or 1)
+    node = _number(given, "SLURM_NODEID", 0, problems)
+    return (
+        _number(given, "SLURM_PROCID", 0, problems),
+        size,
+        _number(given, "SLURM_LOCALID", 0, problems),
+        counts[min(node, len(counts) - 1)],
+    )
+
+
+def _number(given: Mapping[str, str], name: str, default: int, problems: list[str]) -> int:
+    text = given.get(name, str(default))
+    if text.isdecimal():
+        return int(text)
+    problems.append(f"{name}: {text!r} given, but it must be a whole number.")
+    return default

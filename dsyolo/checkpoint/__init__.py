@@ -1,0 +1,1 @@
+"""Checkpoints of named tensors: writing, reading, choosing the latest."""

@@ -1,0 +1,235 @@
+"""Checkpoints of named tensors: nothing in them knows of ranks, ZeRO stage or precision.
+
+A checkpoint is a folder `step_<n>`: safetensors files, one written by each rank, and `progress.json` with the
+progress of the run, which file holds which tensor, and each file's checksum. It is written under another name
+and becomes whole by a rename; one that is whole is never written to again. A second one of the same step, as after
+a validation that was interrupted, is `step_<n>.1`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import shortened
+from dsyolo.checkpoint.latest import verify
+from dsyolo.checkpoint.manifest import (
+    FORMAT,
+    Manifest,
+    all_checkpoints,
+    headline_of,
+    read_manifest,
+    sha256_of,
+)
+from dsyolo.checkpoint.reader import Reader
+from dsyolo.checkpoint.train_state import Progress
+from dsyolo.cluster.world import World, barrier, problem_of_any, share_of
+from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.engine import Engine
+from dsyolo.engine.offload import FIRST_STATE
+from dsyolo.engine.partitions import Shards
+
+
+class Checkpoints:
+    """Saves and loads the whole state of a run in `folder`.
+
+    Args:
+        folder: gets one sub-folder per checkpoint.
+        keep: so many of the newest stay, and the best one.
+    """
+
+    def __init__(
+        self, folder: Path, engine: Engine, shards: Shards, ema: Ema | NoEma, world: World, *, keep: int = 2
+    ) -> None:
+        self.folder, self.keep = folder, keep
+        self._engine, self._shards, self._ema, self._world = engine, shards, ema, world
+
+    def save(self, progress: Progress, *, is_best: bool = False) -> str | None:
+        """Writes a checkpoint, all ranks together. The previous ones stay whole whatever happens.
+
+        Returns:
+            why it could not be written, the same on all ranks; None where it was.
+        """
+        part = self.folder / f".step_{progress.step:08d}.part"
+        problem = self._agreed(self._begin, part, on_first=True)
+        own = {} if problem else dict(self._own_tensors())
+        problem = problem or self._agreed(self._write, part, own)
+        problem = problem or self._agreed(self._complete, part, progress, is_best, on_first=True)
+        if problem is None:
+            return None
+        if self._world.is_first:
+            shutil.rmtree(part, ignore_errors=True)  # on a full disk, room for the rest of the run
+        newest = all_checkpoints(self.folder)[-1:]
+        kept = f"{newest[0].name} is kept" if newest else "there is none yet"
+        return f"The checkpoint of step {progress.step} could not be written: {problem}. Of those before, {kept}."
+
+    def _agreed(self, work: Callable[..., None], *args: Any, on_first: bool = False) -> str | None:
+        """Does a part of the writing, and tells all ranks where one of them failed."""
+        problem = None
+        try:
+            if self._world.is_first or not on_first:
+                work(*args)
+        except (OSError, SafetensorError) as error:
+            problem = f"rank {self._world.rank}: {getattr(error, 'strerror', None) or error} ({self.folder})"
+        return problem_of_any(problem)
+
+    def _begin(self, part: Path) -> None:
+        for old in self.folder.glob(".step_*.part"):  # of runs that were killed
+            shutil.rmtree(old, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def _write(self, part: Path, own: dict[str, torch.Tensor]) -> None:
+        file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
+        save_file(own, file)
+        file.chmod(part.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
+        _to_disk(file)
+        # Beside its tensors each rank leaves what the manifest says of them; the first one puts it together.
+        (part / f"{file.stem}.json").write_text(json.dumps({"sha256": sha256_of(file), "names": sorted(own)}))
+
+    def load(self, path: Path, *, verified: bool = False) -> Progress:
+        """Brings engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
+
+        Args:
+            verified: `newest_whole` has compared its checksums.
+
+        Raises:
+            UserError: a file is missing, damaged, or of another network. Nothing is changed then.
+        """
+        manifest = read_manifest(path, verify=False) if verified else verify(path, self._world)
+        reader = Reader(path, manifest)
+        self._check_tensors(reader, manifest)
+        shards = self._shards
+        shards.scatter(shards.masters(), lambda name: reader.tensor(f"param/{name}"))
+        shards.publish(shards.masters())
+        state_names = sorted(manifest.optimizer_states)
+        for key, tensors in shards.make_state(state_names, manifest.optimizer_scalars).items():
+            if key in state_names:  # else none was needed yet, and zeros lie in a file
+                shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
+        self._engine.loss_scale.load(manifest.loss_scale)
+        buffers = self._engine.buffers
+        buffers.flat.copy_(buffers.own(reader.tensor("buffers/network")))
+        if self._ema.tensors:
+            self._ema.shards.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
+            self._ema.buffers.copy_(buffers.own(reader.tensor("buffers/ema")))
+            self._ema.updates = manifest.ema_updates
+        barrier()
+        return manifest.progress
+
+    def _check_tensors(self, reader: Reader, manifest: Manifest) -> None:
+        """All that `load` will take, before it changes anything: names, shapes, types and finite values."""
+        averaged = bool(self._ema.tensors)
+        states = manifest.optimizer_states
+        optimizer = type(self._shards.optimizer).__name__
+        if strange := states - set(FIRST_STATE[optimizer][0]):
+            rule = f"{optimizer} has no such state"
+            raise UserError(headline_of(reader.path), [f"optimizer/{shortened(min(strange))}: {rule}."])
+        kinds = ["param", *(f"optimizer/{state}" for state in sorted(states)), *(["ema"] if averaged else [])]
+        shapes = {f"{kind}/{name}": tuple(one) for kind in kinds for name, one in self._shards.shapes.items()}
+        buffers = self._engine.buffers
+        flat = tuple(buffers.gathered(buffers.flat).shape)
+        shapes |= dict.fromkeys(["buffers/network", *(["buffers/ema"] if averaged else [])], flat)
+        problems = [
+            f"{name}: {found or 'nothing'} in it, but {shape} needed. It is of another network or setting."
+            for name, shape in shapes.items()
+            if (found := reader.shape(name)) != shape
+        ]
+        problems = problems or [
+            f"{name}: {fault}. Take another checkpoint." for name in shapes if (fault := reader.fault(name))
+        ]
+        problems = problems or [
+            f"{name}: a variance below 0 in it. Take another checkpoint."
+            for name, value in buffers.named(reader.tensor("buffers/network")).items()
+            if name.endswith("running_var") and bool((value < 0).any())
+        ]
+        if problems:
+            more = [f"and {len(problems) - 1} more tensors"] if len(problems) > 1 else []
+            raise UserError(headline_of(reader.path), problems[:1] + more)
+
+    def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this rank writes. All ranks run through the same gathers in the same order."""
+        shards, ema = self._shards, self._ema
+        sources: dict[str, tuple[Shards, Sequence[torch.Tensor]]] = {"param": (shards, shards.masters())}
+        sources |= {f"optimizer/{key}": (shards, state) for key, state in sorted(shards.state().items())}
+        if ema.tensors:
+            sources["ema"] = (ema.shards, ema.tensors)
+        sizes = [(name, torch.Size(shape).numel()) for name, shape in self._shards.shapes.items()]
+        owner = share_of(sizes, self._world.size)
+        for kind, (holders, tensors) in sources.items():
+            for name, tensor in holders.gather(tensors):
+                if owner[name] == self._world.rank:
+                    yield f"{kind}/{name}", _host_copy(tensor)
+        buffers = self._engine.buffers
+        for name, flat in (("buffers/network", buffers.flat), ("buffers/ema", self._ema.buffers)):
+            gathered = buffers.gathered(flat)
+            if self._world.is_first:
+                yield name, _host_copy(gathered)
+
+    def _complete(self, part: Path, progress: Progress, is_best: bool) -> None:
+        files, tensors = {}, {}
+        for note in sorted(part.glob("tensors-*.json")):
+            said = json.loads(note.read_text())
+            file = note.with_suffix(".safetensors").name
+            files[file] = said["sha256"]
+            tensors |= dict.fromkeys(said["names"], file)
+            note.unlink()
+        manifest = Manifest(
+            format=FORMAT,
+            progress=progress,
+            optimizer_scalars=self._shards.scalars(),
+            ema_updates=self._ema.updates,
+            loss_scale=self._engine.loss_scale.state(),
+            is_best=is_best,
+            files=files,
+            tensors=tensors,
+        )
+        (part / "progress.json").write_text(manifest.model_dump_json(indent=1))
+        for path in (part / "progress.json", part):
+            _to_disk(path)
+        os.replace(part, self._free_name(progress.step))
+        _to_disk(self.folder)
+        self._prune()
+
+    def _free_name(self, step: int) -> Path:
+        name = f"step_{step:08d}"
+        names = [name, *(f"{name}.{i}" for i in range(1, 1 + len(all_checkpoints(self.folder))))]
+        return next(path for path in map(self.folder.joinpath, names) if not path.exists())
+
+    def _prune(self) -> None:
+        """Removes all but the newest, and the best one: under another name first, so that no half of one is found."""
+        old = all_checkpoints(self.folder)
+        newest, old = old[-self.keep :], old[: -self.keep]
+        best = next((path for path in reversed(old + newest) if _is_best(path)), None)
+        for path in old:
+            if path != best:
+                gone = path.with_name(f".{path.name}.part")
+                os.replace(path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _is_best(path: Path) -> bool:
+    try:
+        return read_manifest(path, verify=False).is_best
+    except UserError:
+        return False
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until what was written to a file or folder would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

@@ -1,0 +1,155 @@
+"""What lies in a folder of checkpoints, and what each says of itself: its manifest, `progress.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import read_bytes, shortened
+from dsyolo.checkpoint.train_state import Progress
+
+FORMAT = 1
+REMEDY = "Remove this folder to use the checkpoint before it."
+MOST_COUNT = 2**53  # of images and steps: a float still tells such numbers apart
+_STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
+MOST_MANIFEST_BYTES = 16 << 20  # the largest network's, saved by a thousand ranks, has half a MiB
+_FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
+
+
+class Manifest(BaseModel):
+    """The content of progress.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    progress: Progress
+    optimizer_scalars: dict[str, float]
+    ema_updates: int
+    loss_scale: dict[str, float] = {}  # of fp16; see LossScale.state
+    is_best: bool = False  # of the epochs validated so far
+    files: dict[str, str]  # file name -> sha256
+    tensors: dict[str, str]  # tensor name -> file name
+
+    @property
+    def optimizer_states(self) -> set[str]:
+        """Names of what the optimizer keeps of each weight."""
+        return {name.split("/")[1] for name in self.tensors if name.startswith("optimizer/")}
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first."""
+    found = [
+        (int(m[1]), int(m[2] or 0), path)
+        for path in folder.glob("step_*")
+        if (m := _STEP_FOLDER.match(path.name))
+    ]
+    return [path for *_, path in sorted(found)]
+
+
+def saved_progress(folder: Path) -> Progress | None:
+    """That of the newest checkpoint in `folder` whose progress can be read; nothing else of it is looked at."""
+    for path in reversed(all_checkpoints(folder)):
+        try:
+            return read_manifest(path, verify=False).progress
+        except UserError:
+            continue  # told when the checkpoint is chosen
+    return None
+
+
+def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
+    """Reads progress.json and, to `verify`, every file's checksum.
+
+    Raises:
+        UserError: something is missing or damaged.
+    """
+    headline = headline_of(path)
+    try:
+        manifest = Manifest.model_validate_json(read_bytes(path / "progress.json", MOST_MANIFEST_BYTES))
+    except (OSError, ValueError) as error:  # pydantic's is a ValueError, too long to print
+        what = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise UserError(headline, [f"progress.json cannot be read ({what}). {REMEDY}"]) from None
+    if manifest.format != FORMAT:
+        raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
+    if not _is_possible(manifest):
+        raise UserError(headline, ["progress.json has numbers that no run has. Take another copy."])
+    for name in {*manifest.files, *manifest.tensors.values()}:
+        if not _FILE.fullmatch(name) or name not in manifest.files or (path / name).is_symlink():
+            rule = "progress.json may name only safetensors files in its own folder, and no links"
+            raise UserError(
+                headline, [f"{shortened(name)}: {rule}. Take no checkpoint from whoever made this one."]
+            )
+    if verify and (damaged := damaged_files(path, manifest, manifest.files)):
+        raise UserError(headline, damaged)
+    return manifest
+
+
+def _is_possible(manifest: Manifest) -> bool:
+    """Whether a run can have come to these numbers."""
+    now, scale, tracking = manifest.progress, manifest.loss_scale, manifest.progress.tracking
+    totals = (now.total_steps, now.epochs, now.num_images, now.global_batch)
+    if not all(0 < total < MOST_COUNT for total in totals):
+        return False
+    first, last = (-(-epoch * now.num_images // now.global_batch) for epoch in (now.epoch, now.epoch + 1))
+    losses, num_summed = tracking.get("loss_sum", [0.0] * 3), tracking.get("num_summed", 0)
+    counts = [
+        (first, now.step, min(last, now.total_steps)),
+        (0, now.epoch, now.epochs),
+        (0, now.images_seen, now.step * now.global_batch),
+        (-1, now.best_fitness, 1),
+        (-1, now.best_epoch, now.epoch),
+        (0, now.skipped_in_a_row, now.step),
+        (0, manifest.ema_updates, now.total_steps),
+        *((0, value, now.total_steps) for value in manifest.optimizer_scalars.values()),
+        *((0, value, math.inf) for value in scale.values()),
+        (0, num_summed if isinstance(num_summed, int) else -1, now.step),
+        (3, len(losses) if isinstance(losses, list) else 0, 3),
+    ]
+    numbers = [*scale.values(), *losses] if isinstance(losses, list) else [math.nan]
+    return (
+        all(least <= value <= most for least, value, most in counts)  # of NaN neither is true
+        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+        and (not scale or (scale.keys() >= {"scale", "good_steps"} and scale["scale"] > 0))
+    )
+
+
+def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """A line for each file of `names` that is not as it was saved. Reads all of them."""
+    rule = "its checksum is not the one that was saved"
+    return [
+        f"{name}: {rule}. {REMEDY}" for name in names if not _is_as_saved(path / name, manifest.files[name])
+    ]
+
+
+def _is_as_saved(file: Path, checksum: str) -> bool:
+    try:
+        return file.is_file() and sha256_of(file) == checksum
+    except OSError:  # of a disk that fails
+        return False
+
+
+def headline_of(path: Path) -> str:
+    """Of all errors about a checkpoint."""
+    return f"{path} cannot be resumed from"
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file's content."""
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

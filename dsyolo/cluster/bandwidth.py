@@ -1,0 +1,170 @@
+"""A rank of the network's probe: rendezvous, who reaches whom, latency and bandwidth, all as gloo would in a run.
+
+`dsyolo doctor` starts `python -m dsyolo.cluster.bandwidth REQUEST` on all hosts and reads the one line that it prints.
+Neighbours are measured, pair by pair, since rings are what gloo and NCCL send gradients around.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from dsyolo.cluster.shared_fs import appears
+
+LIFE_S = 50  # then it ends by itself, for nobody may be left who could end it
+WAIT_S = 20  # for the other ranks; some import torch from a slow disk
+CONNECT_S = 3
+PINGS = 30
+LEAST_BYTES, MOST_BYTES = 1 << 18, 1 << 25  # doubled until a message takes MESSAGE_S
+MESSAGE_S = 0.1
+LAST = -1  # as a size: no more messages
+
+
+def main(request: dict[str, Any]) -> None:
+    """Prints the line. A step that fails is told, and ends it."""
+    signal.alarm(LIFE_S)
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"section": "result", "fault": ""}
+    try:
+        for step in (_meet, _look_for_token, _reach, _measure):
+            found["fault"] = step.__name__.strip("_")
+            if not step(request, found):
+                break
+        else:
+            found["fault"] = ""
+    except (RuntimeError, OSError) as error:  # torch's are RuntimeErrors
+        found["text"] = str(error).splitlines()[0][:500]
+    out.write(json.dumps({key: value for key, value in found.items() if key != "store"}) + "\n")
+    out.flush()
+    os._exit(0)  # without the wait for ranks that are lost
+
+
+def _meet(request: dict[str, Any], found: dict[str, Any]) -> bool:
+    """At the address and the port of the first rank, as every run does."""
+    host, port = request["master"]
+    first, wait = request["rank"] == 0, timedelta(seconds=WAIT_S)
+    found["store"] = torch_dist.TCPStore(host, port, None, first, wait, wait_for_workers=False)
+    _barrier(request, found["store"], "met")
+    return True
+
+
+def _barrier(request: dict[str, Any], store: torch_dist.Store, name: str) -> None:
+    if store.add(name, 1) == request["size"]:
+        store.set(f"{name} by all", "")
+    store.wait([f"{name} by all"], timedelta(seconds=WAIT_S))
+
+
+def _look_for_token(request: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether the folder of runs is one for all hosts: a file that the first rank makes shows on the others."""
+    folder = Path(os.path.abspath(request["project"]))
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    token = folder / request["token"]
+    with contextlib.ExitStack() as stack:
+        if request["rank"] == 0:
+            token.touch()
+            stack.callback(token.unlink)
+        _barrier(request, found["store"], "token made")
+        found["sees_token"] = appears(token)
+        _barrier(request, found["store"], "token seen")
+    return True
+
+
+def _reach(request: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether each rank can open a connection to each other, which gloo needs. True where all can."""
+    store, rank = found["store"], request["rank"]
+    others = [other for other in range(request["size"]) if other != rank]
+    with _listener(request["own"]) as port:
+        store.set(f"place {rank}", json.dumps([request["own"], port]))
+        places = {other: json.loads(store.get(f"place {other}")) for other in others}
+        with ThreadPoolExecutor(32) as pool:
+            reached = list(pool.map(_connects, places.values()))
+        found["unreached"] = [other for other, does in zip(others, reached, strict=True) if not does]
+        store.add("faults", len(found["unreached"]))
+        _barrier(request, store, "connected")
+    return store.add("faults", 0) == 0
+
+
+@contextlib.contextmanager
+def _listener(address: str) -> Iterator[int]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family, backlog=1024) as server:
+        yield server.getsockname()[1]
+
+
+def _connects(place: list[Any]) -> bool:
+    try:
+        socket.create_connection((place[0], place[1]), CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _measure(request: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Latency and bandwidth from each rank to the next one, no rank in two pairs at once."""
+    size, rank = request["size"], request["rank"]
+    store = torch_dist.PrefixStore("gloo", found["store"])
+    wait = timedelta(seconds=WAIT_S)
+    torch_dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+    found["links"] = []
+    pairs = [(0, 1)] if size == 2 else [(i, (i + 1) % size) for i in range(size)]
+    for turn in range(3):  # the last pair of an odd ring meets the first one
+        for number, (source, target) in enumerate(pairs):
+            is_last = size % 2 == 1 and number == size - 1
+            if turn == (2 if is_last else number % 2):
+                if rank == source:
+                    found["links"].append({"to": target, **_send(target)})
+                elif rank == target:
+                    _answer(source)
+        torch_dist.barrier()
+    return True
+
+
+def _send(target: int) -> dict[str, float]:
+    """Seconds one way for a message of eight bytes, and bytes per second of large ones."""
+    latency_s = statistics.median(_message(target, 0) for _ in range(PINGS)) / 2
+    num_bytes = LEAST_BYTES
+    while (taken_s := _message(target, num_bytes)) < MESSAGE_S and num_bytes < MOST_BYTES:
+        num_bytes *= 2
+    torch_dist.send(torch.tensor([LAST]), target)
+    return {"latency_s": latency_s, "bytes_per_s": num_bytes / max(taken_s - 2 * latency_s, 1e-9)}
+
+
+def _message(target: int, num_bytes: int) -> float:
+    """Seconds to send the size and then so many bytes, and to get a receipt."""
+    content = torch.zeros(num_bytes, dtype=torch.uint8)
+    begin = time.perf_counter()
+    torch_dist.send(torch.tensor([num_bytes]), target)
+    if num_bytes:
+        torch_dist.send(content, target)
+    torch_dist.recv(torch.zeros(1), target)
+    return time.perf_counter() - begin
+
+
+def _answer(source: int) -> None:
+    """The other side of `_send`."""
+    size = torch.zeros(1, dtype=torch.int64)
+    while torch_dist.recv(size, source) == source and int(size) != LAST:
+        if int(size):
+            torch_dist.recv(torch.empty(int(size), dtype=torch.uint8), source)
+        torch_dist.send(torch.zeros(1), source)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

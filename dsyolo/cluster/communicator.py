@@ -1,0 +1,58 @@
+"""All ranks as they read a data set together (data/parallel_map.py), over the host's network, not the accelerator's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as torch_dist
+
+from dsyolo.cluster.preemption import Stopped
+from dsyolo.cluster.world import World
+
+
+class ReadingCrew:
+    """One rank of them.
+
+    Args:
+        at: told where this rank is whenever it makes progress.
+        asked: whether this rank was asked to stop: `exchange` raises Stopped on all ranks then.
+        timeout: of a meeting; None: gloo's own. Ranks that read meet every second or two, whatever they wait for.
+    """
+
+    meets_every_s = 2.0
+
+    def __init__(
+        self,
+        world: World,
+        at: Callable[[str], None],
+        asked: Callable[[], bool],
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.rank, self.size, self.at = world.rank, world.size, at
+        self.keeps_cache = world.local_rank == 0
+        self._asked = asked
+        self._group = torch_dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+
+    def exchange(self, item: Any) -> list[Any]:
+        """Every rank's item, in their order. Items are our own, never a file's."""
+        own = self._asked(), item
+        all_of_them = [own] * self.size
+        if self._group:
+            torch_dist.all_gather_object(all_of_them, own, group=self._group)
+        if any(asked for asked, _ in all_of_them):
+            raise Stopped
+        return [item for _, item in all_of_them]
+
+    def given_by(self, rank: int, item: Any) -> Any:
+        """That rank's item, on all ranks."""
+        items = [item]
+        if self._group:
+            torch_dist.broadcast_object_list(items, rank, group=self._group)
+        return items[0]
+
+    def close(self) -> None:
+        """Ends the connections."""
+        if self._group:
+            torch_dist.destroy_process_group(self._group)

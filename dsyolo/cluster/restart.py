@@ -1,0 +1,41 @@
+"""Starts this rank's program again in its own process, as all ranks do after one of them ran out of memory.
+
+The launcher sees nothing of it: process, place among the ranks and terminal stay, and all memory is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from dsyolo.base.environment import count_restart
+
+# What allocators say besides torch.OutOfMemoryError: torch's on a CPU, oneDNN's, C++'s.
+_SIGNS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory object")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def start_again(words: Sequence[str]) -> NoReturn:
+    """The same command line with `words` behind it; an option that stands in it twice counts as the last one says."""
+    for worker in multiprocessing.active_children():  # they would not notice: their parent's id stays
+        worker.kill()
+    for handle in map(int, os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")):
+        if handle > 2:  # ports that this process listens at, files of the device
+            with contextlib.suppress(OSError):  # that of the listing itself
+                os.set_inheritable(handle, False)
+    count_restart()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*sys.orig_argv, *words])

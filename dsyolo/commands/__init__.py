@@ -1,0 +1,1 @@
+"""The subcommands of `dsyolo`, one module each."""

@@ -1,0 +1,63 @@
+"""The command `dsyolo doctor`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dsyolo.base.errors import UserError
+from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.run_config import AUTO, MODELS
+from dsyolo.doctor.context import Options
+from dsyolo.doctor.examine import check_options, examine
+from dsyolo.doctor.findings import can_start, table, to_json
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a run would be started with, as far as it matters before it."""
+    add = parser.add_argument
+    add("--hostfile", type=Path, metavar="FILE", help="look at its hosts (default: at this machine)")
+    add("--deepspeed_config", type=Path, metavar="FILE", help="DeepSpeed JSON, judged for the hosts' ranks")
+    add("--data", type=Path, metavar="FILE", help="data set's YAML file, compared on all hosts")
+    add("--model", choices=MODELS, metavar="NAME", help="variant, for the size of checkpoints")
+    add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
+    add("--project", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
+    add("--workers", type=int, metavar="N", help="loader processes per rank (default: as a run)")
+    add("--num_gpus", type=int, metavar="N", help="ranks, without a hostfile (default: GPUs, or 1)")
+    add("--master_addr", metavar="ADDRESS", help="as the launcher will get it")
+    add("--master_port", type=int, default=29500, metavar="N", help="as the launcher will get it")
+    add("--timeout", type=float, default=10, metavar="S", help="seconds for a host to answer (default: 10)")
+    add("--fix", action="store_true", help="remove stale build locks")
+    add("--json", type=Path, metavar="FILE", help="write the findings there")
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Prints the table; returns 0 where the run can start, 1 where it cannot.
+
+    Raises:
+        UserError: a mistake in the command line.
+    """
+    options = Options(
+        hostfile=args.hostfile,
+        deepspeed_config=None if args.deepspeed_config == Path(AUTO) else args.deepspeed_config,
+        data=args.data,
+        model=args.model,
+        image_size_px=args.imgsz,
+        project=args.project,
+        num_gpus=args.num_gpus,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        workers=args.workers,
+        timeout_s=args.timeout,
+        fix=args.fix,
+    )
+    check_options(options)
+    if args.json and (fault := cannot_hold_files(args.json.parent)):
+        raise UserError("The command line cannot be used", [f"--json: {fault}"])
+    findings, hosts = examine(options)
+    print(table(findings))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(to_json(findings, hosts), indent=2) + "\n")
+    return 0 if can_start(findings) else 1

@@ -1,0 +1,1 @@
+"""The DeepSpeed JSON: its keys, its rules, and what comes of it."""

@@ -1,0 +1,212 @@
+"""Reads a DeepSpeed JSON strictly, and keeps what has a legal key and type."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dsyolo.base.safe_io import read_text
+from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, OPTIMIZERS, TOP_LEVEL, Key, Refused, Section
+from dsyolo.config.messages import did_you_mean
+from dsyolo.config.run_config import AUTO, RECIPE_KEYS, RUN_KEYS
+
+# ---- the file
+
+MAX_DIGITS = 18  # so many always fit into 64 bits
+MAX_DEPTH = 20  # the keys that are known go four deep
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers the keys given twice."""
+
+    twice: tuple[str, ...] = ()
+
+
+def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
+    """The object of a strict JSON file (no comments, no NaN, no key twice), or None."""
+    try:
+        text = read_text(path)
+        source = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole_number
+        )
+        if _is_deep(source):
+            raise RecursionError
+    except OSError as error:
+        problems.append(f"cannot be read: {error.strerror}. Check --deepspeed_config.")
+    except UnicodeDecodeError:
+        problems.append("not a text file in UTF-8. Check --deepspeed_config.")
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        problems.append(f"{place}: {error.msg}. {_syntax_remedy(text, error.pos)}")
+    except _BadNumberError as error:
+        problems.append(f"{error}. Write a number, or leave the key out.")
+    except RecursionError:
+        problems.append(f"nested more than {MAX_DEPTH} deep, as no key here is. Leave that out.")
+    else:
+        if isinstance(source, dict):
+            problems += [f"{key}: given twice. Leave one out." for key in _given_twice(source, "")]
+            return source
+        problems.append('must be an object, as in {"train_batch_size": 64}.')
+    return None
+
+
+class _BadNumberError(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> _Object:
+    result = _Object(pairs)
+    keys = [key for key, _ in pairs]
+    result.twice = tuple(key for key in result if keys.count(key) > 1)
+    return result
+
+
+def _refuse_constant(name: str) -> float:
+    raise _BadNumberError(f"{name} is not JSON")
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # Python would refuse to read thousands, and no float holds hundreds
+        raise _BadNumberError(f"{text[:8]}... has {len(text)} digits, and {MAX_DIGITS} is the most")
+    return int(text)
+
+
+def _is_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deep(part, levels - 1) for part in parts)
+
+
+def _given_twice(value: Any, prefix: str) -> list[str]:
+    if not isinstance(value, _Object):
+        return []
+    inner = [path for key, part in value.items() for path in _given_twice(part, f"{prefix}{key}.")]
+    return [prefix + key for key in value.twice] + inner
+
+
+def _syntax_remedy(text: str, position: int) -> str:
+    here = text[position:].lstrip()
+    if here.startswith(("//", "/*", "#")):
+        return "JSON has no comments: leave it out."
+    if here.startswith(("}", "]")) and text[:position].rstrip().endswith(","):
+        return "Leave out the comma before it."
+    if text[position:].startswith(",") and text[position + 1 :].lstrip().startswith(("}", "]")):
+        return "Leave out this comma, the last of its block."
+    if here.startswith("'"):
+        return 'Texts stand in double quotes: "stage".'
+    if here.startswith(("True", "False", "None")):
+        return "Write true, false or null."
+    return "Correct it there."
+
+
+# ---- keys and types
+
+
+def sane_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The part of the JSON with legal keys and types; a line for each of the others."""
+    keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
+    return _sane_block(source, keys, "", problems)
+
+
+def without_auto(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """(a copy without the values that are "auto", their paths). Under a key that may not be there "auto" stays, to be refused."""
+    keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
+    return _without_auto(source, keys, ())
+
+
+def _without_auto(
+    block: Mapping[str, Any], keys: Mapping[str, Any], above: tuple[str, ...]
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    rest, found = {}, []
+    for name, value in block.items():
+        key, path = keys.get(name), (*above, name)
+        means_something = path == ("activation_checkpointing", "recompute")  # the JSON's own word there
+        if value == AUTO and isinstance(key, (Key, Section)) and not means_something:
+            found.append(path)
+        elif isinstance(value, Mapping):
+            rest[name], inner = _without_auto(value, key.keys if isinstance(key, Section) else {}, path)
+            found += inner
+        else:
+            rest[name] = copy.deepcopy(value)
+    return rest, found
+
+
+def _optimizer_section(block: Any) -> Section:
+    """The keys of `optimizer`: those of its `params` follow from its `type`, the recipe's SGD where silent."""
+    given = block.get("type", AUTO) if isinstance(block, dict) else None
+    name = optimizer_name("SGD" if given == AUTO else given)
+    names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
+    params = {**OPTIMIZERS[name][1], "max_grad_norm": MAX_GRAD_NORM} if name else None
+    return Section(
+        {
+            "type": Key(names, lambda value: optimizer_name(value) is not None),
+            "params": Section(params) if params else Key("a block of values", lambda v: isinstance(v, dict)),
+            "legacy_fusion": Refused("it is for Lamb. Leave it out."),
+        }
+    )
+
+
+def optimizer_name(given: Any) -> str | None:
+    """DeepSpeed takes `adamw` as `AdamW`, and so do we."""
+    return next(
+        (name for name in OPTIMIZERS if isinstance(given, str) and name.lower() == given.lower()), None
+    )
+
+
+def _sane_block(
+    block: Mapping[str, Any], keys: Mapping[str, Any], prefix: str, problems: list[str]
+) -> dict[str, Any]:
+    sane = {}
+    for name, value in block.items():
+        path, key = prefix + name, keys.get(name)
+        if key is None:
+            problems.append(f"{path}: {_unknown(name, keys, prefix)}")
+        elif isinstance(key, Refused):
+            if not key.lets_through(value):
+                problems.append(f"{path}: {shown(value)} given, but {key.reason}")
+        elif isinstance(key, Section) and isinstance(value, dict):
+            sane[name] = _sane_block(value, key.keys, f"{path}.", problems)
+        elif isinstance(key, Section) and value is None and key.may_be_null:
+            continue
+        elif isinstance(key, Key) and key.keeps(value):
+            sane[name] = value
+        else:
+            rule = "a block of keys, in braces" if isinstance(key, Section) else key.rule
+            problems.append(
+                f"{path}: {shown(value)} given, but it must be {rule}. {_type_remedy(value, key)}"
+            )
+    return sane
+
+
+def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
+    if name in RUN_KEYS | RECIPE_KEYS:
+        return f"the run configuration owns it. Leave it out and give --{name}."
+    hint = did_you_mean(name, keys)
+    if hint:
+        return f"unknown key. {hint}"
+    homes = [f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, Section) and name in part.keys]
+    homes += ["optimizer.params."] if any(name in params for _, params in OPTIMIZERS.values()) else []
+    homes += [""] if name in TOP_LEVEL and prefix else []
+    owners = [name_of for name_of, (_, params) in OPTIMIZERS.items() if name in params]
+    if owners and prefix == "optimizer.params.":
+        return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
+    if homes:
+        return f"unknown key here. Its place is {' or '.join(home + name for home in homes)}."
+    return "unknown key. Leave it out."
+
+
+def _type_remedy(value: Any, key: Key | Section) -> str:
+    if isinstance(value, str) and isinstance(key, Key):
+        try:
+            if key.keeps(json.loads(value)):
+                return f"Write {value} without quotes."
+        except ValueError:
+            pass
+    return "Correct it, or leave it out."
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:36] + " ..."

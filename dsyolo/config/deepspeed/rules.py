@@ -1,0 +1,352 @@
+"""The rules of the DeepSpeed JSON, one function each. A broken rule adds a line to `problems`.
+
+They get the part of the JSON that `ds_read.sane_part` let through, and so meet only legal keys and types.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dsyolo.config.deepspeed.json_reader import optimizer_name, shown
+from dsyolo.config.deepspeed.schema import FLOAT16_NAMES, OPTIMIZERS
+from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.run_config import NOMINAL_BATCH, read_recompute
+
+AUTOCAST_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
+MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
+    """Images a step of a JSON that leaves them open: the recipe's, or the next number that what it gives divides; else None."""
+    train, micro, steps = (content.get(key) for key in BATCH_KEYS)
+    if train is not None or (micro is not None and steps is not None):
+        return None
+    pipeline = content.get("pipeline", {})
+    stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
+    has_stages = isinstance(stages, int) and stages > 0
+    replicas = max(1, ranks // stages) if has_stages else ranks
+    unit = replicas * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
+    return -(-NOMINAL_BATCH // unit) * unit
+
+
+def batch_triple(
+    source: Mapping[str, Any],
+    sane: Mapping[str, Any],
+    world_size: int,
+    stages: int,
+    problems: list[str],
+    saved_batch: int | None = None,
+) -> tuple[int, int, int] | None:
+    """(global batch, micro-batch, accumulation), derived as DeepSpeed does: rounded down, then compared.
+
+    Args:
+        saved_batch: global batch of the run that goes on: it stays, and the others are fitted to the ranks.
+    """
+    if any(key in source and key not in sane for key in BATCH_KEYS):
+        return None  # refused itself
+    train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
+    num = world_size // stages
+    ranks = f"{num} {'data-parallel ' if stages > 1 else ''}rank{'s' if num > 1 else ''}"
+    if saved_batch and train in (None, saved_batch) and (micro or train):
+        if saved_batch % num:
+            rule = f"{saved_batch} when it was saved, and {ranks} do not divide it"
+            problems.append(f"train_batch_size: {rule}. Use {_dividing(saved_batch, num, stages)}.")
+            return None
+        return _fitted(saved_batch, micro, steps, num)
+    if train is None and micro is None:
+        rule = "missing, and so is train_micro_batch_size_per_gpu"
+        problems.append(
+            f"train_batch_size: {rule}. Give one of them; the recipe is made for {NOMINAL_BATCH}."
+        )
+        return None
+    if (micro or 0) > MOST_IMAGES:
+        problems.append(f"{BATCH_KEYS[1]}: {micro} given, but it may be {MOST_IMAGES} at most. Set it lower.")
+        return None
+    if train is None:
+        assert micro is not None
+        return micro * (steps or 1) * num, micro, steps or 1
+    given_micro = micro is not None
+    if micro is None:
+        micro = train // num // (steps or 1)
+    if steps is None:
+        steps = train // micro // num if given_micro else 1
+    total = micro * steps * num
+    if total == train and micro > MOST_IMAGES:
+        rule = f"{micro} a rank at once may be {MOST_IMAGES} at most. Give {BATCH_KEYS[1]}, or set it lower"
+        problems.append(f"train_batch_size: {train} given, but {rule}.")
+        return None
+    if total == train:
+        return train, micro, steps
+    if steps == 0:
+        least = micro * num
+        lower = f"{BATCH_KEYS[1]} to {train // num}"
+        if train % num:
+            lower = f"use {_dividing(train, num, stages)} with a {BATCH_KEYS[1]} that fits"
+        rule = f"{micro} per GPU x {ranks} = {least} already"
+        problems.append(f"train_batch_size: {train} given, but {rule}. Set it to {least}, or {lower}.")
+        return None
+    if given_micro:
+        remedy = f"Set it to {total}, or leave it out."
+    else:
+        remedy = f"Set it to {f'{total} or ' if total else ''}{total + steps * num}."
+        if train % num:
+            remedy += f" Or use {_dividing(train, num, stages)}."
+    sum_ = f"{micro} per GPU x {steps} accumulation x {ranks} = {total}"
+    problems.append(f"train_batch_size: {train} given, but {sum_}. {remedy}")
+    return None
+
+
+def halve(batch: tuple[int, int, int], problems: list[str]) -> tuple[int, int, int] | None:
+    """The same global batch from half the micro-batch."""
+    train, micro, steps = batch
+    if micro % 2 == 0:
+        return train, micro // 2, 2 * steps
+    problems.append(
+        f"{BATCH_KEYS[1]}: {micro} given with --halve_micro_batch, but it is odd. Leave that out: --no-halve_micro_batch."
+    )
+    return None
+
+
+def _fitted(total: int, micro: int | None, steps: int | None, num: int) -> tuple[int, int, int]:
+    """The triple on another number of ranks: what was given, or else the largest micro-batch below it that fits."""
+    share = total // num
+    if micro is None:
+        micro = share // steps if steps and share % steps == 0 else share
+    micro = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
+    return total, micro, share // micro
+
+
+def _dividing(batch: int, num: int, stages: int) -> str:
+    """Numbers of ranks near `num` x `stages` that divide a batch, in words."""
+    below, above = (
+        [n for n in range(1, batch + 1) if batch % n == 0 and (n > num) == up] for up in (False, True)
+    )
+    told = [str(n * stages) for n in (*below[-4:], *above[:1])]
+    return (
+        f"{' or '.join(filter(None, (', '.join(told[:-1]), told[-1])))} rank{'s' if told[-1] != '1' else ''}"
+    )
+
+
+def pipeline(
+    sane: Mapping[str, Any],
+    zero_stage: int,
+    world_size: int,
+    layers: Sequence[bool] | None,
+    problems: list[str],
+) -> tuple[int, str | tuple[int, ...]]:
+    """(stages, partition). A number of stages that cannot be is refused and counted as 1."""
+    block = sane.get("pipeline", {})
+    stages = int(block.get("stages", 1))
+    given = block.get("partition", "balanced")
+    partition = given if isinstance(given, str) else tuple(int(cut) for cut in given)
+    before = len(problems)
+    if stages > 1 and zero_stage >= 2:
+        rule = "DeepSpeed pipelines allow ZeRO 0 or 1"
+        problems.append(f"pipeline.stages: {stages} with zero_optimization.stage {zero_stage}. {rule}.")
+    if world_size % stages:
+        fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        rule = f"the number of ranks, {world_size}, is not a multiple of it"
+        problems.append(
+            f"pipeline.stages: {stages} given, but {rule}. Set it to one of {', '.join(fitting)}."
+        )
+    if isinstance(partition, tuple) and len(partition) != stages - 1:
+        rule = f"{stages} stage{'s need' if stages > 1 else ' needs'} {stages - 1} cuts"
+        remedy = 'Give so many, or write "balanced"'
+        problems.append(f"pipeline.partition: {len(partition)} cuts given, but {rule}. {remedy}.")
+    elif layers and isinstance(partition, tuple):
+        _cuts(partition, layers, problems)
+    if layers and stages > sum(layers):
+        rule = f"the network has {sum(layers)} layers with parameters, and each stage needs one"
+        problems.append(f"pipeline.stages: {stages} given, but {rule}. Set it to {sum(layers)} or less.")
+    return (1, "balanced") if len(problems) > before else (stages, partition)
+
+
+def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str]) -> None:
+    """Every stage must have something to train."""
+    bounds = [0, *partition, len(layers)]
+    if partition and partition[-1] >= len(layers):
+        rule = f"the network has {len(layers)} layers, 0 to {len(layers) - 1}"
+        problems.append(f"pipeline.partition: {partition[-1]} given, but {rule}. Choose a smaller cut.")
+        return
+    for start, stop in pairwise(bounds):
+        if not any(layers[start:stop]):
+            rule = f"the stage of layers {start} to {stop - 1} would have no parameters"
+            problems.append(f"pipeline.partition: {list(partition)} given, but {rule}. Move a cut.")
+
+
+def activations(
+    sane: Mapping[str, Any], stages: int, command_line: str, problems: list[str]
+) -> tuple[str | int, bool]:
+    """(none, blocks or the bytes of a budget, whether what is kept for it waits in host memory)."""
+    block = sane.get("activation_checkpointing", {})
+    given = block.get("recompute", command_line)
+    path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
+    if "recompute" in block and command_line != "auto":
+        problems.append(f"{path}: {shown(given)} given, and so is --recompute. Leave one out.")
+    choice = "none" if given == "auto" else read_recompute(given)
+    assert choice is not None, given
+    offloads = bool(block.get("cpu_checkpointing", False))
+    if offloads and choice == "none":
+        rule = "it is for the inputs of recomputed blocks, and none is"
+        problems.append(
+            f'activation_checkpointing.cpu_checkpointing: true given, but {rule}. Set recompute to "blocks".'
+        )
+    if isinstance(choice, int) and stages > 1:
+        rule = "a stage of a pipeline keeps the activations of several micro-batches"
+        problems.append(f'{path}: {shown(given)} given, but {rule}. Set it to "blocks" or "none".')
+    return choice, offloads
+
+
+def optimizer_and_params(sane: Mapping[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:
+    """(name, parameters for torch.optim) of the optimizer that runs; the recipe's SGD where none is given.
+
+    As in DeepSpeed, `Adam` decouples the weight decay, and so is AdamW, unless `adam_w_mode` is false.
+    """
+    block = sane.get("optimizer", {})
+    given = optimizer_name(block.get("type", "SGD"))
+    if given is None:
+        return "SGD", dict(OPTIMIZERS["SGD"][0])
+    params = {key: value for key, value in block.get("params", {}).items() if key != "torch_adam"}
+    decoupled = params.pop("adam_w_mode", True)
+    if given == "AdamW" and not decoupled:
+        rule = "AdamW is the decoupled one"
+        problems.append(f'optimizer.params.adam_w_mode: false given, but {rule}. Set type to "Adam".')
+    name = "AdamW" if given == "Adam" and decoupled else given
+    resolved = {**OPTIMIZERS[name][0], **params}
+    if name == "SGD" and resolved["nesterov"] and not resolved["momentum"]:
+        rule = "Nesterov needs momentum"
+        problems.append(f"optimizer.params.momentum: 0 given, but {rule}. Set nesterov to false.")
+    return name, resolved
+
+
+def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, problems: list[str]) -> str:
+    """fp32, bf16, fp16, autocast_bf16 or autocast_fp16."""
+    on = [key for key in ("torch_autocast", "bf16", "fp16") if sane.get(key, {}).get("enabled")]
+    if len(on) > 1:
+        rule = f"and so is {' and '.join(f'{key}.enabled' for key in on[1:])}"
+        problems.append(f"{on[0]}.enabled: true given, {rule}. One of them can be on.")
+    remedy = f"Use bfloat16: {AUTOCAST_BF16}."
+    if accelerator == "cpu" and "fp16" in on:
+        problems.append(f"fp16.enabled: true given, but DeepSpeed has no fp16 on a CPU. {remedy}")
+    for key in {"bf16", "fp16"} & set(on):
+        if zero_stage == 0:
+            rule = "without ZeRO DeepSpeed keeps its fp32 weights where no checkpoint finds them"
+            problems.append(
+                f"{key}.enabled: true with zero_optimization.stage 0, but {rule}. Set the stage to 1."
+            )
+    if "torch_autocast" in on:
+        dtype = sane["torch_autocast"].get("dtype")
+        if dtype is None:
+            rule = "missing, and DeepSpeed has no default"
+            problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16" or "float16".')
+        if accelerator == "cpu" and dtype in FLOAT16_NAMES:
+            problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
+        elif zero_stage > 0 and dtype in FLOAT16_NAMES:
+            # Its norm is of scaled gradients, and an infinite one skips the step before the scaler hears of it.
+            rule = f"with zero_optimization.stage {zero_stage} DeepSpeed never lowers its loss scale"
+            remedy = 'Use "bfloat16", or fp16.enabled, or stage 0'
+            problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but {rule}. {remedy}.")
+        return "autocast_fp16" if dtype in FLOAT16_NAMES else "autocast_bf16"
+    return on[0] if on else "fp32"
+
+
+def data_types(sane: Mapping[str, Any], kind: str, zero_stage: int, problems: list[str]) -> None:
+    """`data_types` may not contradict the precision, nor take BatchNorm's buffers out of fp32."""
+    block = sane.get("data_types", {})
+    model = kind if kind in ("bf16", "fp16") else "fp32"
+    parameters = block.get("param_dtype", model)
+    if parameters != model:
+        rule = f"weights are {model} here"
+        problems.append(f"data_types.param_dtype: {shown(parameters)} given, but {rule}. Leave it out.")
+    gradients = block.get("grad_accum_dtype", model)
+    if zero_stage == 0 and gradients != model:
+        rule = f"at ZeRO 0 gradients are summed in the weights' type, {model}"
+        remedy = "Leave it out, or set zero_optimization.stage to 1"
+        problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
+    if (
+        zero_stage == 1
+        and kind == "bf16"
+        and gradients == "fp32"
+        and not sane.get("zero_optimization", {}).get("offload_optimizer")
+    ):
+        rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights where no checkpoint finds them"
+        remedy = "Leave it out, or set zero_optimization.stage to 2"
+        problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
+    buffers = block.get("buffer_dtype", "fp32")
+    if buffers != "fp32":
+        rule = "the statistics of BatchNorm stay fp32"
+        problems.append(f"data_types.buffer_dtype: {shown(buffers)} given, but {rule}. Leave it out.")
+
+
+def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> tuple[str | None, str | None]:
+    """Devices of the optimizer's states and of the parameters, None where they stay."""
+    zero = sane.get("zero_optimization", {})
+    devices: list[str | None] = []
+    for key, stages, words in (
+        ("offload_optimizer", (1, 2, 3), "1, 2 or 3"),
+        ("offload_param", (3,), "3"),
+    ):
+        path = f"zero_optimization.{key}"
+        device = zero.get(key, {}).get("device", "none")
+        if zero.get(key) and "device" not in zero[key]:
+            problems.append(f'{path}.device: missing. Write "cpu" or "nvme", or leave the block out.')
+        if device != "none" and zero_stage not in stages:
+            rule = f"it needs stage {words}, and stage {zero_stage} is given"
+            problems.append(
+                f"{path}: device {shown(device)} given, but {rule}. Set the stage, or leave it out."
+            )
+        if not any(line.startswith(f"{path}.nvme_path:") for line in problems):  # of another type, say
+            problems += [f"{path}.{line}" for line in _folder(zero.get(key, {}), device)]
+        devices.append(None if device == "none" else device)
+    return devices[0], devices[1]
+
+
+def _folder(block: Mapping[str, Any], device: str) -> list[str]:
+    """What is wrong with the folder of an offload."""
+    path = block.get("nvme_path")
+    if device != "nvme":
+        rule = 'it belongs to the device "nvme"'
+        return [f"nvme_path: {shown(path)} given, but {rule}. Leave it out, or set device."] if path else []
+    if path is None:
+        return ["nvme_path: missing. Give a folder on a fast local disk; a file of each rank will lie there."]
+    if os.path.exists(path) and not os.path.isdir(path):
+        return [f"nvme_path: {shown(path)} given, but it is a file. Name a folder."]
+    if not os.path.isdir(path):
+        return [f"nvme_path: {shown(path)} given, but there is no such folder. Make it, or name another."]
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return []
+    except OSError as error:
+        rule = f"it cannot be written to ({error.strerror})"
+        return [f"nvme_path: {shown(path)} given, but {rule}. Name another."]
+
+
+def monitors(sane: Mapping[str, Any], stages: int, problems: list[str]) -> None:
+    """DeepSpeed's TensorBoard monitor needs a package, files a folder, and two of its timers no pipeline."""
+    timed = {
+        "wall_clock_breakdown": bool(sane.get("wall_clock_breakdown")),
+        "flops_profiler.enabled": bool(sane.get("flops_profiler", {}).get("enabled")),
+    }
+    for path in [path for path, is_on in timed.items() if is_on and stages > 1]:
+        rule = "in a pipeline DeepSpeed starts its timers twice, and fails"
+        problems.append(f"{path}: true given with pipeline.stages {stages}, but {rule}. Leave it out.")
+    for block, key in (
+        ("csv_monitor", "output_path"),
+        ("tensorboard", "output_path"),
+        ("flops_profiler", "output_file"),
+    ):
+        path = sane.get(block, {}).get(key)
+        if path and sane[block].get("enabled"):
+            folder = Path(path).parent if key == "output_file" else Path(path)
+            if fault := cannot_hold_files(folder):
+                problems.append(f"{block}.{key}: {shown(path)} given, but {fault}")
+    if sane.get("tensorboard", {}).get("enabled") and importlib.util.find_spec("tensorboard") is None:
+        rule = "the package tensorboard is not installed"
+        problems.append(f"tensorboard.enabled: true given, but {rule}. Install it, or leave the block out.")

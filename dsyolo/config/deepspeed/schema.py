@@ -1,0 +1,344 @@
+"""Every key that DeepSpeed 0.19 knows in its JSON, and how dsyolo treats it.
+
+Three kinds: a `Key` is checked and handed on; a `Section` is a block of keys; a `Refused` key is DeepSpeed's,
+but has no use here, or an owner elsewhere: its reason is told, unless its value is the one that turns it off.
+Source: DeepSpeed 0.19.8, runtime/config.py, runtime/zero/config.py, runtime/precision_config.py and the
+modules that they read. `tests/config/test_deepspeed_config.py` compares these tables with the installed package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsyolo.config.run_config import RECOMPUTE_RULE, read_recompute
+
+NEVER = object()  # no value turns the key off: DeepSpeed refuses its presence, or a value would do nothing
+
+
+@dataclass(frozen=True)
+class Key:
+    """A value: the rule in words, as in "must be ...", and whether a value of JSON keeps it."""
+
+    rule: str
+    keeps: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A block of keys."""
+
+    keys: Mapping[str, Key | Section | Refused]
+    may_be_null: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Not usable: why, and what to do. `off` is the value that turns it off, which is let through."""
+
+    reason: str
+    off: Any = False
+
+    def lets_through(self, value: Any) -> bool:
+        if self.off is NEVER:
+            return False
+        disabled = isinstance(value, dict) and value.get("enabled") is False
+        same_kind = isinstance(value, bool) == isinstance(self.off, bool)  # 0 is not false
+        return (same_kind and value == self.off) or (self.off is False and disabled)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(least: int = 0, *, even: bool = False) -> Key:
+    """A whole number; 5e8 is one."""
+    rule = f"{'an even' if even else 'a'} whole number of at least {least}"
+    return Key(rule, lambda v: _is_number(v) and v == int(v) and v >= least and not (even and v % 2))
+
+
+def number(least: float = 0.0, *, above: bool = False, below: float = math.inf) -> Key:
+    """A finite number: of at least `least`, or `above` it, and `below` a bound."""
+    rule = f"a number {'above' if above else 'of at least'} {least:g}"
+    rule += f" and below {below:g}" if below < math.inf else ""
+    return Key(rule, lambda v: _is_number(v) and (v > least if above else v >= least) and v < below)
+
+
+def one_of(*values: str) -> Key:
+    """One of these texts."""
+    names = [json.dumps(value) for value in values]
+    return Key(" or ".join(names), lambda v: isinstance(v, str) and v in values)
+
+
+FLAG = Key("true or false", lambda v: isinstance(v, bool))
+TEXT = Key("text in quotes", lambda v: isinstance(v, str))
+TEXTS = Key("a list of texts in quotes", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v))
+BETAS = Key(
+    "two numbers of at least 0 and below 1",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(x) and 0 <= x < 1 for x in v),
+)
+PATTERNS = Key('"auto" or a list of names', lambda v: v == "auto" or TEXTS.keeps(v))
+PARTITION = Key(
+    '"balanced" or a list of layer indices, growing',
+    lambda v: (
+        v == "balanced" or (isinstance(v, list) and all(whole(1).keeps(x) for x in v) and v == sorted(set(v)))
+    ),
+)
+RECOMPUTE = Key(RECOMPUTE_RULE, lambda v: isinstance(v, str) and read_recompute(v) is not None)
+DTYPE = one_of("fp32", "fp16", "bf16")
+BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
+
+_REMOVED = "DeepSpeed removed it. Leave it out."
+_PLAIN_MEAN = "the loss counts on DeepSpeed's plain mean over ranks. Leave it out."
+_OWN_CHECKPOINTS = "dsyolo writes its own checkpoints of named tensors. Leave it out."
+_OWN_TRACKING = "the run configuration owns tracking. Leave it out and use --wandb."
+_OWN_FOLDER = "dsyolo maps files to memory, and needs no compiled op for it. Leave it out."
+_DETECTOR = "it is made for language models and has no use in a detector. Leave it out."
+_FP32_MASTER = "checkpoints hold fp32 master weights and states. Leave it out."
+_QUANTIZED = "quantised collectives need a compiled op and are not supported. Leave it out."
+
+
+def _renamed(name: str) -> Refused:
+    return Refused(f"an old name. Write {name}.", NEVER)
+
+
+OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Key | Section | Refused]]] = {
+    # Defaults of SGD are the recipe's (spec.md), those of Adam and AdamW are torch's own.
+    "SGD": (
+        {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005},
+        {"lr": number(above=True), "momentum": number(below=1), "nesterov": FLAG, "weight_decay": number()},
+    ),
+    **{
+        name: (
+            {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": decay},
+            {
+                "lr": number(above=True),
+                "betas": BETAS,
+                "eps": number(above=True),
+                "weight_decay": number(),
+                "adam_w_mode": FLAG,
+                "torch_adam": Refused("torch's own optimizer is what runs here. Leave it out.", True),
+            },
+        )
+        for name, decay in (("Adam", 0.0), ("AdamW", 0.01))
+    },
+}
+MAX_GRAD_NORM = Refused("an optimizer does not clip. Set gradient_clipping, at the top level.", NEVER)
+
+_OFFLOAD = {
+    "device": one_of("none", "cpu", "nvme"),
+    "pin_memory": FLAG,
+    "buffer_count": whole(),
+    "nvme_path": Key("the path of a folder, in quotes", lambda v: isinstance(v, str) and v != ""),
+}
+OFFLOAD_OPTIMIZER = {
+    **_OFFLOAD,
+    "pipeline_read": Refused(_OWN_FOLDER),
+    "pipeline_write": Refused(_OWN_FOLDER),
+    "fast_init": Refused(_OWN_FOLDER),
+    "ratio": Refused("partial offload needs DeepSpeed's compiled Adam. Leave it out.", 1.0),
+    "super_offload": Refused("SuperOffload is made for Grace Hopper and Adam only. Leave it out."),
+    "cpuadam_cores_perc": Refused("it belongs to SuperOffload. Leave it out.", NEVER),
+}
+OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()}
+
+_STAGE3 = {
+    "prefetch_bucket_size": whole(),
+    "param_persistence_threshold": whole(),
+    "model_persistence_threshold": whole(),
+    "max_live_parameters": whole(),
+    "max_reuse_distance": whole(),
+    "module_granularity_threshold": Refused("gathering whole blocks fails in DeepSpeed. Leave it out.", 0),
+    "use_all_reduce_for_fetch_params": FLAG,
+    "allgather_sequential": FLAG,
+    "gather_16bit_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
+}
+
+ZERO: dict[str, Key | Section | Refused] = {
+    "stage": Key("0, 1, 2 or 3", lambda v: whole().keeps(v) and v <= 3),
+    "contiguous_gradients": FLAG,
+    "reduce_scatter": FLAG,
+    "reduce_bucket_size": whole(1),
+    "use_multi_rank_bucket_allreduce": FLAG,
+    "allgather_partitions": FLAG,
+    "allgather_bucket_size": whole(2, even=True),  # DeepSpeed asserts a multiple of 2
+    "overlap_comm": FLAG,
+    "sub_group_size": whole(1),
+    "offload_optimizer": Section(OFFLOAD_OPTIMIZER, may_be_null=True),
+    "offload_param": Section(OFFLOAD_PARAM, may_be_null=True),
+    "ignore_unused_parameters": FLAG,
+    "round_robin_gradients": Refused(
+        "it deals weights out in an order that no checkpoint finds. Leave it out."
+    ),
+    "parameter_alignment": FLAG,
+    "memory_efficient_linear": FLAG,
+    "override_module_apply": FLAG,
+    "log_trace_cache_warnings": FLAG,
+    "enable_sanity_checks": FLAG,
+    **{f"stage3_{name}": key for name, key in _STAGE3.items()},
+    **{name: _renamed(f"stage3_{name}") for name in _STAGE3},
+    "stage3_gather_fp16_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
+    "load_from_fp32_weights": Refused(_OWN_CHECKPOINTS, True),
+    "elastic_checkpoint": Refused(_OWN_CHECKPOINTS),
+    "pipeline_loading_checkpoint": Refused(_OWN_CHECKPOINTS),
+    "compute_grad_norm": Refused("clipping and the log need the norm. Leave it out.", True),
+    "zenflow": Refused("ZenFlow transposes 4-D gradients, and so breaks convolutions. Leave it out.", None),
+    "cpu_offload": _renamed('offload_optimizer: {"device": "cpu"}'),
+    "cpu_offload_param": _renamed('offload_param: {"device": "cpu"}'),
+    "cpu_offload_use_pin_memory": _renamed("pin_memory in offload_optimizer or offload_param"),
+    "legacy_stage1": Refused(_REMOVED),
+    "zero_hpz_partition_size": Refused("secondary partitions (ZeRO++) are not supported. Leave it out.", 1),
+    "zero_quantized_weights": Refused(_QUANTIZED),
+    "zero_quantized_nontrainable_weights": Refused(_QUANTIZED),
+    "zero_quantized_gradients": Refused(_QUANTIZED),
+    "save_muon_momentum_buffer_in_memory": Refused("the optimizer Muon is not supported. Leave it out."),
+    "leaf_module": Refused("it is made for mixtures of experts. Leave it out.", NEVER),
+    "mics_shard_size": Refused(_REMOVED, NEVER),
+    "mics_hierarchical_params_gather": Refused(_REMOVED, NEVER),
+    "zeropp_loco_param": Refused(_REMOVED, NEVER),
+}
+
+FP16: dict[str, Key | Section | Refused] = {
+    "enabled": FLAG,
+    "auto_cast": Refused("images enter as uint8 and the stem casts them. Leave it out."),
+    "loss_scale": number(),
+    "initial_scale_power": whole(),
+    "loss_scale_window": whole(1),
+    "hysteresis": whole(1),
+    "consecutive_hysteresis": FLAG,
+    "min_loss_scale": whole(1),
+    "fp16_master_weights_and_grads": Refused(_FP32_MASTER),
+}
+BF16: dict[str, Key | Section | Refused] = {
+    "enabled": FLAG,
+    "immediate_grad_update": FLAG,
+    "check_grad_overflow": FLAG,
+    "bf16_master_weights_and_grads": Refused(_FP32_MASTER),
+    "bf16_optimizer_states": Refused(_FP32_MASTER),
+}
+TORCH_AUTOCAST: dict[str, Key | Section | Refused] = {
+    "enabled": FLAG,
+    "dtype": Key(
+        '"bfloat16" or "float16"', lambda v: isinstance(v, str) and v in BFLOAT16_NAMES + FLOAT16_NAMES
+    ),
+    # DeepSpeed imports what is named there.
+    "lower_precision_safe_modules": Key(
+        'a list, empty or of "torch.nn.Conv2d"', lambda v: v == [] or v == ["torch.nn.Conv2d"]
+    ),
+}
+_OWN_CUTS = "dsyolo cuts the network itself, by time and by bytes. Leave it out."
+PIPELINE: dict[str, Key | Section | Refused] = {
+    "stages": whole(1),
+    "partition": PARTITION,
+    "seed_layers": Refused(_OWN_CUTS),
+    "activation_checkpoint_interval": Refused("set activation_checkpointing instead.", 0),
+    "pipe_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
+    "grad_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
+}
+ACTIVATION_CHECKPOINTING: dict[str, Key | Section | Refused] = {
+    "recompute": RECOMPUTE,  # ours
+    "cpu_checkpointing": FLAG,
+    "partition_activations": Refused("it splits them over tensor-parallel ranks. Leave it out."),
+    "contiguous_memory_optimization": Refused("it needs partition_activations. Leave it out."),
+    "number_checkpoints": Refused("recompute says what is computed again. Leave it out.", None),
+    "synchronize_checkpoint_boundary": Refused("it waits for the device at every block. Leave it out."),
+    "profile": Refused("it waits for the device at every block. Use flops_profiler."),
+}
+_MONITOR = Section({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
+
+TOP_LEVEL: dict[str, Key | Section | Refused] = {
+    "train_batch_size": whole(1),
+    "train_micro_batch_size_per_gpu": whole(1),
+    "gradient_accumulation_steps": whole(1),
+    "gradient_clipping": number(),
+    "optimizer": Section({}),  # its keys follow from its type: OPTIMIZERS
+    "zero_optimization": Section(ZERO),
+    "fp16": Section(FP16),
+    "bf16": Section(BF16),
+    "torch_autocast": Section(TORCH_AUTOCAST),
+    "data_types": Section(
+        {
+            "grad_accum_dtype": DTYPE,
+            "param_dtype": DTYPE,
+            "buffer_dtype": DTYPE,
+            "keep_in_fp32_modules": PATTERNS,
+        }
+    ),
+    "communication_data_type": DTYPE,
+    "pipeline": Section(PIPELINE),
+    "activation_checkpointing": Section(ACTIVATION_CHECKPOINTING),
+    # Handed on as they are.
+    "steps_per_print": whole(1),
+    "dump_state": FLAG,
+    "disable_python_gc": FLAG,
+    "wall_clock_breakdown": FLAG,
+    "memory_breakdown": FLAG,
+    "log_level": one_of("debug", "info", "warning", "error", "critical"),
+    "timers": Section({"throughput": Section({"enabled": FLAG, "synchronized": FLAG})}),
+    "flops_profiler": Section(
+        {
+            "enabled": FLAG,
+            "recompute_fwd_factor": number(),
+            "profile_step": whole(1),
+            "module_depth": whole(-1),
+            "top_modules": whole(1),
+            "detailed": FLAG,
+            "output_file": Key("text in quotes or null", lambda v: v is None or isinstance(v, str)),
+        }
+    ),
+    "comms_logger": Section(
+        {"enabled": FLAG, "prof_all": FLAG, "prof_ops": TEXTS, "verbose": FLAG, "debug": FLAG}
+    ),
+    "tensorboard": _MONITOR,
+    "csv_monitor": _MONITOR,
+    # Ours.
+    "scheduler": Refused("the run configuration owns the schedule. Leave it out: --schedule, --lrf.", NEVER),
+    "wandb": Refused(_OWN_TRACKING),
+    "comet": Refused(_OWN_TRACKING),
+    "zero_allow_untested_optimizer": Refused("dsyolo sets it to true. Leave it out.", True),
+    "zero_force_ds_cpu_optimizer": Refused("dsyolo sets it to false. Leave it out.", False),
+    "managed_gradient_accumulation": Refused(
+        "dsyolo counts on DeepSpeed's accumulation. Leave it out.", True
+    ),
+    "dataloader_drop_last": Refused("dsyolo has its own loader. Leave it out."),
+    "checkpoint": Refused(_OWN_CHECKPOINTS, NEVER),
+    "datastates_ckpt": Refused(_OWN_CHECKPOINTS),
+    "nebula": Refused(_OWN_CHECKPOINTS, NEVER),
+    # Would change the gradient.
+    "prescale_gradients": Refused(_PLAIN_MEAN),
+    "gradient_predivide_factor": Refused(_PLAIN_MEAN, 1.0),
+    "gradient_allreduce_op": Refused(_PLAIN_MEAN, "mean"),
+    "sparse_gradients": Refused(_REMOVED, NEVER),
+    # No use here.
+    "bfloat16": _renamed("bf16"),
+    "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast.", NEVER),
+    "aio": Refused(_OWN_FOLDER, NEVER),
+    "autotuning": Refused("the autotuner restarts the program with other batch sizes. Leave it out."),
+    "compile": Refused("DeepCompile is not supported. Leave it out.", {"deepcompile": False}),
+    "compression_training": Refused(_REMOVED, NEVER),
+    "curriculum_learning": Refused(_REMOVED, NEVER),
+    "data_efficiency": Refused("curricula and random-LTD work on sequences of tokens. Leave it out."),
+    "disable_allgather": Refused("DeepSpeed reads it and uses it nowhere. Leave it out."),
+    "eigenvalue": Refused(_REMOVED, NEVER),
+    "elasticity": Refused(
+        "DeepSpeed removed it. Leave it out: --resume takes any ranks that divide the batch.", NEVER
+    ),
+    "expert_parallel": Refused("a detector has no experts. Leave it out.", NEVER),
+    "use_data_before_expert_parallelism": Refused("a detector has no experts. Leave it out."),
+    "graph_harvesting": Refused(_REMOVED, NEVER),
+    "hybrid_engine": Refused(_DETECTOR),
+    "progressive_layer_drop": Refused(_REMOVED, NEVER),
+    "quantize_training": Refused(_REMOVED, NEVER),
+    "sparse_attention": Refused(_REMOVED, NEVER),
+    "weight_quantization": Refused(_DETECTOR),
+    "tensor_parallel": Refused("convolutions are not split over ranks. Use ZeRO or pipeline.", NEVER),
+    "sequence_parallel_size": Refused("a detector has no sequence to split. Leave it out.", 1),
+    "data_parallel_size": Refused("it follows from the ranks and the stages. Leave it out.", NEVER),
+    "seq_parallel_communication_data_type": Refused(_DETECTOR, NEVER),
+    "vocabulary_size": Refused(_DETECTOR, NEVER),
+    "allgather_size": _renamed("zero_optimization.allgather_bucket_size"),
+}

@@ -1,0 +1,114 @@
+"""Faults of what a user gave in words: what was given, the rule, the remedy; and did-you-mean."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from dsyolo.base.safe_io import shortened
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(
+    model: type[Model],
+    values: Mapping[str, Any],
+    prefix: str,
+    unknown: Callable[[str], str],
+    problems: list[str],
+) -> Model | None:
+    """An instance, or None with one line per fault added to `problems`.
+
+    Args:
+        prefix: what stands before a key where the user wrote it: `--` on the command line.
+        unknown: the line for a key that the model does not have.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        for fault in error.errors():
+            key = str(fault["loc"][0])
+            field = model.model_fields.get(key)
+            if field is None:
+                problems.append(unknown(key))
+            elif fault["type"] == "missing":
+                problems.append(f"{prefix}{key}: missing.")
+            elif fault["type"] == "value_error":
+                problems.append(f"{prefix}{key}: {fault['ctx']['error']}")
+            else:
+                given = shortened(str(fault["input"]))
+                remedy = did_you_mean(given, choices_of(field)) or _nearest(given, field)
+                problems.append(f"{prefix}{key}: {given} given, but it must be {rule_of(field)}. {remedy}")
+    return None
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """A question with the known word nearest to `word`, upper or lower case, or nothing."""
+    word = shortened(word)
+    by_lower = {one.lower(): one for one in sorted(known)}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"Did you mean {prefix}{by_lower[close[0]]}?" if close else ""
+
+
+def cannot_hold_files(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, made when missing; None where it can. Leaves nothing behind."""
+    there = folder
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        with tempfile.TemporaryDirectory(prefix=".dsyolo-", dir=there):  # permissions alone do not tell
+            return None
+    except NotADirectoryError:
+        return f"{there} is a file, and a folder is needed there. Name another."
+    except OSError as error:
+        return f"{there} cannot be written to: {error.strerror}. Name another."
+
+
+def rule_of(field: FieldInfo) -> str:
+    """What a value must be, as in "must be ..."."""
+    choices = choices_of(field)
+    if choices:
+        return f"one of {', '.join(choices)}"
+    limits = _limits(field)
+    if "min_length" in limits:
+        return "a name, not empty"
+    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(plain_type(field), "text")
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = " and ".join(f"{words[key]} {limits[key]}" for key in words if key in limits)
+    return f"{kind}{', ' + bounds if bounds else ''}"
+
+
+def _nearest(given: Any, field: FieldInfo) -> str:
+    """The remedy for a number out of range: the limit where it may be reached, else the default."""
+    try:
+        number = float(given)
+    except (TypeError, ValueError):
+        number = math.nan
+    limits = _limits(field)
+    if number > limits.get("le", math.inf):
+        return f"Set it to {limits['le']}, or leave it out."
+    if number < limits.get("ge", -math.inf):
+        return f"Set it to {limits['ge']}, or leave it out."
+    return f"Leave it out for {field.default}." if field.default is not None else "Leave it out."
+
+
+def _limits(field: FieldInfo) -> dict[str, Any]:
+    names = ("ge", "gt", "le", "lt", "min_length")
+    return {name: getattr(part, name) for part in field.metadata for name in names if hasattr(part, name)}
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The values of a Literal field, otherwise nothing."""
+    return tuple(arg for arg in get_args(field.annotation) if isinstance(arg, str))
+
+
+def plain_type(field: FieldInfo) -> Any:
+    """The type of a field, without the None of an optional one."""
+    return next((arg for arg in get_args(field.annotation) if isinstance(arg, type)), field.annotation)

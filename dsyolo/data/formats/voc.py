@@ -1,0 +1,182 @@
+"""Pascal VOC into the YOLO format. Images are hard links where the file system allows it."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+
+from dsyolo.base.errors import UserError
+from dsyolo.data.formats.writer import (
+    BAD_OBJECT,
+    NO_IMAGE,
+    Conversion,
+    Image,
+    Object,
+    refuse_occupied,
+    write_dataset,
+)
+from dsyolo.data.formats.yolo import IMAGE_SUFFIXES
+from dsyolo.data.labels import Problem
+
+BAD_ANNOTATION = "annotation cannot be read (image left out)"
+DIFFICULT = "object marked difficult (left out)"
+IN_TWO_SPLITS = "image in train and in val (kept in both)"
+
+
+class _Annotation(NamedTuple):
+    size_hw: tuple[int, int] | None
+    objects: list[Object]
+    is_spoiled: bool  # it has objects that cannot be read
+
+
+def convert_voc(src: str | Path, dst: str | Path) -> Conversion:
+    """Convert a VOC folder (JPEGImages, Annotations, ImageSets/Main), or a VOCdevkit of several.
+
+    Trains on `trainval` and validates on `test`; where no folder has a `test` list, on `train` and `val`. Classes
+    are sorted by name. Objects marked difficult are left out, as VOC's own evaluation does.
+
+    Raises:
+        UserError: no VOC layout, missing lists, or a `dst` that holds other things.
+    """
+    src, dst = Path(src), Path(dst)
+    refuse_occupied(dst)
+    roots = _voc_roots(src)
+    problems: list[Problem] = []
+    splits = {split: _voc_read(roots, lists, problems) for split, lists in _voc_lists(src, roots).items()}
+    both = {image.file for image in splits["train"]} & {image.file for image in splits["val"]}
+    problems += [Problem(str(file), 0, IN_TWO_SPLITS, "") for file in sorted(both)]
+    names = sorted({one.name for images in splits.values() for image in images for one in image.objects})
+    if not names:
+        raise UserError(
+            f"{src} cannot be converted from VOC", ["no object in any annotation", *map(str, problems[:5])]
+        )
+    return write_dataset(dst, splits, names, problems)
+
+
+def _voc_roots(src: Path) -> list[Path]:
+    headline = f"{src} cannot be converted from VOC"
+    if not src.is_dir():
+        raise UserError(headline, ["no such folder."])
+    candidates = [src, *sorted(src.glob("*/")), *sorted(src.glob("*/*/"))]
+    roots = [c for c in candidates if (c / "Annotations").is_dir() and (c / "JPEGImages").is_dir()]
+    if not roots:
+        missing = [d for d in ("Annotations", "JPEGImages") if not (src / d).is_dir()]
+        raise UserError(
+            headline, [f"no folder {' and no folder '.join(missing)} in it, nor one or two folders deeper."]
+        )
+    return roots
+
+
+def _voc_lists(src: Path, roots: Sequence[Path]) -> dict[str, dict[Path, Path]]:
+    """The list file of every root for train and for val."""
+    has = {root: {p.stem: p for p in (root / "ImageSets" / "Main").glob("*.txt")} for root in roots}
+    # Without any test list, trainval would hold the val images as well.
+    train_on, validate_on = (
+        ("trainval", "test") if any("test" in lists for lists in has.values()) else ("train", "val")
+    )
+    train = {root: lists.get(train_on) or lists.get("train") for root, lists in has.items()}
+    val = {root: lists.get(validate_on) for root, lists in has.items()}
+    found = {"train": {r: p for r, p in train.items() if p}, "val": {r: p for r, p in val.items() if p}}
+    if not found["train"] or not found["val"]:
+        given = sorted({name for lists in has.values() for name in lists if "_" not in name}) or ["none"]
+        rule = "Needed: trainval.txt (or train.txt) and test.txt, or train.txt and val.txt; one image name a line."
+        raise UserError(
+            f"{src} cannot be converted from VOC", [f"lists in ImageSets/Main: {', '.join(given)}. {rule}"]
+        )
+    return found
+
+
+def _voc_read(roots: Sequence[Path], lists: dict[Path, Path], problems: list[Problem]) -> list[Image]:
+    images: list[Image] = []
+    for root, list_file in lists.items():
+        prefix = f"{root.name}_" if len(roots) > 1 else ""
+        stems = _voc_names(root, list_file, problems)
+        parsed = [(stem, _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)) for stem in stems]
+        # VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
+        starts = [min(one.box_xyxy[:2]) for _, found in parsed if found for one in found.objects]
+        shift = 1.0 if min(starts, default=1.0) >= 1.0 else 0.0
+        for stem, found in parsed:
+            file = _voc_image(root / "JPEGImages", stem)
+            if file is None:
+                problems.append(
+                    Problem(str(root / "JPEGImages" / f"{stem}.jpg"), 0, NO_IMAGE, f"listed in {list_file}")
+                )
+            elif found is not None:
+                objects = [_shifted(one, shift) for one in found.objects]
+                images.append(Image(file, prefix + file.name, found.size_hw, objects, found.is_spoiled))
+    return images
+
+
+def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
+    """The names in a list, each once. One that leads out of the folder is reported."""
+    try:
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8. Save it as such"
+        raise UserError(f"{list_file} cannot be read", [f"{reason}."]) from None
+    names: dict[str, None] = {}
+    for line in filter(None, map(str.strip, lines)):
+        # Names may have spaces; lists of one class have ` 1`, ` 0` or ` -1` behind each name.
+        name, _, flag = line.rpartition(" ")
+        is_whole = flag not in ("1", "0", "-1") or (root / "Annotations" / f"{line}.xml").is_file()
+        name = line if is_whole else name.rstrip()
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            detail = f"listed in {list_file}: a name without its folder and ending is needed"
+            problems.append(Problem(name, 0, NO_IMAGE, detail))
+        else:
+            names[name] = None
+    return list(names)
+
+
+def _shifted(one: Object, shift: float) -> Object:
+    x1, y1, x2, y2 = one.box_xyxy
+    # The shift makes a box of one pixel one wide; what was empty or turned around before stays so.
+    return one._replace(box_xyxy=(x1 - shift, y1 - shift, x2, y2)) if x2 > x1 and y2 > y1 else one
+
+
+def _voc_image(folder: Path, stem: str) -> Path | None:
+    usual = folder / f"{stem}.jpg"
+    if usual.is_file():
+        return usual
+    return next(
+        (p for p in sorted(folder.glob(f"{glob.escape(stem)}.*")) if p.suffix.lower() in IMAGE_SUFFIXES), None
+    )
+
+
+def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
+    """The content of one XML file; a missing file is an error of the data set and reported."""
+    try:
+        root = ElementTree.parse(file).getroot()
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding
+        problems.append(Problem(str(file), 0, BAD_ANNOTATION, str(getattr(error, "strerror", None) or error)))
+        return None
+    try:
+        size_hw = (int(root.findtext("size/height", "")), int(root.findtext("size/width", "")))
+    except ValueError:
+        size_hw = (0, 0)
+    objects: list[Object] = []
+    is_spoiled = False
+    for number, node in enumerate(root.iterfind("object"), 1):
+        place = f"{file} object {number}"
+        name = (node.findtext("name") or "").strip()
+        if (node.findtext("difficult") or "0").strip() == "1":
+            problems.append(Problem(place, 0, DIFFICULT, name))
+            continue
+        try:
+            box = tuple(
+                float(node.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
+            )
+        except ValueError:
+            box = (np.nan,) * 4
+        if not name or not np.isfinite(box).all():
+            problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {box}"))
+            is_spoiled = True
+            continue
+        objects.append(Object(name, box, None, place))
+    return _Annotation(size_hw if min(size_hw) > 0 else None, objects, is_spoiled)

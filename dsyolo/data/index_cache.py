@@ -1,0 +1,74 @@
+"""The cache of scans: a file outside the data folder that holds as long as no image or label file changes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from dsyolo.base.environment import read_environment
+from dsyolo.data.index import ARRAYS, Scan
+from dsyolo.data.labels import Problem
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/dsyolo, else ~/.cache/dsyolo."""
+    return read_environment().cache / "dsyolo"
+
+
+def save_cache(cache_file: Path, key: str, found: Scan) -> None:
+    """SHA-256 of the rest, then an .npz: a reader sees the old file or the new one, never a part.
+
+    A file that cannot be written costs a warning and no more.
+    """
+    header = {"key": key, "num_classes": found.num_classes, "problems": found.problems}
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+        **{name: getattr(found, name) for name in ARRAYS},
+    )
+    payload = buffer.getbuffer()
+    temporary = cache_file.with_name(f".{cache_file.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(hashlib.sha256(payload).digest())
+            file.write(payload)
+        os.replace(temporary, cache_file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        warnings.warn(
+            f"the scan could not be cached, so the next run reads all files again: {error}", stacklevel=3
+        )
+
+
+def load_cache(cache_file: Path, key: str) -> Scan | None:
+    """What was saved for `key`; None where there is nothing, and, with a warning, where the file is damaged."""
+    try:
+        raw = cache_file.read_bytes()
+    except OSError:
+        return None
+    payload = memoryview(raw)[32:]
+    if hashlib.sha256(payload).digest() != raw[:32]:
+        warnings.warn(f"{cache_file} is damaged: all files are read again", stacklevel=3)
+        return None
+    try:
+        with np.load(io.BytesIO(payload), allow_pickle=False) as stored:
+            header = json.loads(stored["header"].tobytes())
+            if header["key"] != key:
+                return None
+            problems = tuple(Problem(*problem) for problem in header["problems"])
+            return Scan(header["num_classes"], **{name: stored[name] for name in ARRAYS}, problems=problems)
+    except (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+        warnings.warn(f"{cache_file} is not used, and all files are read again: {error}", stacklevel=3)
+        return None

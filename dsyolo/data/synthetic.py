@@ -1,0 +1,270 @@
+"""A small data set that dsyolo draws itself: five shapes on textured backgrounds, in the YOLO format.
+
+Enough to see a detector learn in minutes, with nothing to download. The classes differ in outline; colour helps,
+but does not tell. Equal settings give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from dsyolo.base.errors import UserError
+from dsyolo.data.formats.writer import new_folder, write_data_yaml
+
+NAMES = ("circle", "square", "triangle", "star", "ring")
+
+_VERSION = 1  # raise it whenever the same settings draw something else
+_SETTINGS_FILE = "sample.json"
+_HUES = (10, 45, 85, 120, 155)  # of 180: each class prefers one
+_HUE_SPREAD = 14  # standard deviation: neighbours overlap
+_MIN_SIDE_PX = 12
+_MAX_OVERLAP = 0.4  # share of the smaller of two boxes that may be covered by the other
+_BACKGROUNDS = 0.04  # share of images without an object
+_SHIFT_BITS = 4  # OpenCV draws in 1/16 px
+
+
+@dataclass(frozen=True)
+class _Settings:
+    num_images: int
+    val_share: float
+    seed: int
+    image_size: tuple[int, int]  # (w, h)
+    version: int = _VERSION
+
+
+class _Shape(NamedTuple):
+    number: int  # class
+    outline: np.ndarray  # (P, 2) float64 px
+    hole: np.ndarray | None
+    box_xyxy: np.ndarray  # (4,) float64 px, inside the image
+
+
+def draw_sample(
+    dst: str | Path,
+    *,
+    num_images: int = 400,
+    val_share: float = 0.2,
+    seed: int = 0,
+    image_size: tuple[int, int] = (256, 256),
+) -> Path:
+    """Draw the data set into `dst`, or return at once when it is there already with the same settings.
+
+    Args:
+        image_size: (w, h) in px; one side of most images is up to a quarter shorter.
+
+    Returns:
+        the path of its data.yaml.
+
+    Raises:
+        UserError: settings out of range, or a `dst` that holds other things.
+    """
+    dst = Path(dst)
+    settings = _Settings(num_images, val_share, seed, (int(image_size[0]), int(image_size[1])))
+    _check(settings)
+    if _is_complete(dst, settings):
+        return dst / "data.yaml"
+    try:
+        with new_folder(dst) as building:
+            _draw_all(building, settings)
+    except UserError:
+        # Another process may have drawn the same meanwhile.
+        if not _is_complete(dst, settings):
+            raise
+    return dst / "data.yaml"
+
+
+def _check(settings: _Settings) -> None:
+    problems = []
+    if settings.num_images < 2:
+        problems.append(
+            f"num_images: {settings.num_images} given, at least 2 needed, to train and to validate on."
+        )
+    if not 0 < settings.val_share < 1:
+        problems.append(
+            f"val_share: {settings.val_share} given. It is a share of the images, between 0 and 1."
+        )
+    if settings.seed < 0:
+        problems.append(f"seed: {settings.seed} given. It must not be negative.")
+    if min(settings.image_size) < 64:
+        problems.append(f"image_size: {settings.image_size} given, at least 64 px needed on each side.")
+    if problems:
+        raise UserError("The sample data set cannot be drawn", problems)
+
+
+def _is_complete(dst: Path, settings: _Settings) -> bool:
+    """The folder appears by a rename, so that the settings file in it says it is whole."""
+    try:
+        return (dst / _SETTINGS_FILE).read_text() == _as_json(settings)
+    except OSError:
+        return False
+
+
+def _as_json(settings: _Settings) -> str:
+    return json.dumps(asdict(settings), indent=1) + "\n"
+
+
+def _draw_all(folder: Path, settings: _Settings) -> None:
+    num_val = min(settings.num_images - 1, max(1, round(settings.num_images * settings.val_share)))
+    for split in ("train", "val"):
+        (folder / "images" / split).mkdir(parents=True)
+        (folder / "labels" / split).mkdir(parents=True)
+    for index in range(settings.num_images):
+        split = "train" if index < settings.num_images - num_val else "val"
+        # Each image has a stream of its own: another number of images draws the same ones.
+        image, shapes = draw_image(np.random.default_rng([settings.seed, index]), settings.image_size)
+        name = f"{index:05d}"
+        encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+        (folder / "images" / split / f"{name}.jpg").write_bytes(encoded.tobytes())
+        rows = [_row(shape, image.shape[1], image.shape[0]) for shape in shapes]
+        (folder / "labels" / split / f"{name}.txt").write_text("".join(rows))
+    write_data_yaml(folder, NAMES, ("train", "val"))
+    (folder / _SETTINGS_FILE).write_text(_as_json(settings))
+
+
+def _row(shape: _Shape, width: int, height: int) -> str:
+    x1, y1, x2, y2 = shape.box_xyxy / [width, height, width, height]
+    return f"{shape.number} {(x1 + x2) / 2:.6f} {(y1 + y2) / 2:.6f} {x2 - x1:.6f} {y2 - y1:.6f}\n"
+
+
+# ---- one image
+
+
+def draw_image(rng: np.random.Generator, image_size: tuple[int, int]) -> tuple[np.ndarray, list[_Shape]]:
+    """One (H, W, 3) uint8 RGB image and what is in it, from back to front."""
+    width, height = image_size
+    shorter = rng.uniform(0.75, 1.0)
+    width, height = (
+        (round(width * shorter), height) if rng.random() < 0.5 else (width, round(height * shorter))
+    )
+    canvas = _background(rng, width, height)
+    shapes = _place(rng, width, height)
+    for shape in shapes:
+        _paint(rng, canvas, shape)
+    canvas = (canvas - 128) * rng.uniform(0.7, 1.15) + 128 + rng.uniform(-25, 25)
+    canvas += rng.normal(0, rng.uniform(1, 6), (height, width, 1)).astype(np.float32)
+    return canvas.clip(0, 255).astype(np.uint8), shapes
+
+
+def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) float32: two colours mixed by a gradient, stripes or blotches, under noise of several grains."""
+    x, y = np.meshgrid(
+        np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
+    )
+    angle = rng.uniform(0, 2 * np.pi)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    kind = rng.integers(3)
+    if kind == 0:
+        mix = 0.5 + along / 2.9
+    elif kind == 1:
+        mix = 0.5 + 0.5 * np.sin(along * rng.uniform(6, 40) + rng.uniform(0, 6))
+    else:
+        mix = _blotches(rng, width, height, int(rng.integers(3, 9)))
+    first, second = (_colour(rng, rng.uniform(0, 180), (0, 110), (40, 220)) for _ in range(2))
+    canvas = first + (second - first) * mix[..., None].astype(np.float32)
+    canvas += 60 * (_blotches(rng, width, height, int(rng.integers(12, 40)))[..., None] - 0.5)
+    return canvas
+
+
+def _blotches(rng: np.random.Generator, width: int, height: int, num_cells: int) -> np.ndarray:
+    """(H, W) float32 in about [0, 1]: smooth noise with that many cells a side."""
+    coarse = rng.random((num_cells, num_cells), dtype=np.float32)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _colour(
+    rng: np.random.Generator, hue: float, saturation: Sequence[float], value: Sequence[float]
+) -> np.ndarray:
+    """(3,) float32 RGB from a hue (of 180) and ranges of saturation and value (of 255)."""
+    hsv = np.array([[[hue % 180, rng.uniform(*saturation), rng.uniform(*value)]]]).astype(np.uint8)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+
+
+def _place(rng: np.random.Generator, width: int, height: int) -> list[_Shape]:
+    """Shapes from small to half the image, large ones first, overlapping but none hidden."""
+    if rng.random() < _BACKGROUNDS:
+        return []
+    short = min(width, height)
+    # Even in the logarithm: as many from 12 to 24 px as from 48 to 96.
+    sizes = np.exp(rng.uniform(np.log(_MIN_SIDE_PX * 1.2), np.log(short / 2), rng.integers(2, 9)))
+    shapes: list[_Shape] = []
+    for size in sorted(sizes, reverse=True):
+        for _ in range(10):
+            shape = _shape(rng, float(size), width, height)
+            if shape is not None and all(
+                _overlap(shape.box_xyxy, s.box_xyxy) <= _MAX_OVERLAP for s in shapes
+            ):
+                shapes.append(shape)
+                break
+    return shapes
+
+
+def _shape(rng: np.random.Generator, size: float, width: int, height: int) -> _Shape | None:
+    """A turned and stretched outline somewhere in the image, at least four fifths of its box inside, or None."""
+    number = int(rng.integers(len(NAMES)))
+    outline = _outline(NAMES[number])
+    turn = rng.uniform(0, 2 * np.pi)
+    stretch = np.exp(rng.uniform(-0.2, 0.2))
+    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * [
+        [stretch],
+        [1 / stretch],
+    ]
+    outline = outline @ matrix.T
+    outline *= size / np.ptp(outline, axis=0).max()
+    low, high = outline.min(0), outline.max(0)
+    centre = np.array([rng.uniform(0, width), rng.uniform(0, height)]) - (low + high) / 2
+    outline = outline + centre
+    full = np.concatenate([outline.min(0), outline.max(0)])
+    box = full.clip(0, [width, height, width, height])
+    sides = box[2:] - box[:2]
+    if sides.min() < _MIN_SIDE_PX or sides.prod() < 0.8 * (full[2:] - full[:2]).prod():
+        return None
+    middle = outline.mean(0)
+    hole = middle + (outline - middle) * 0.55 if NAMES[number] == "ring" else None
+    return _Shape(number, outline, hole, box)
+
+
+def _outline(name: str) -> np.ndarray:
+    """(P, 2): the outline around 0, of any size."""
+    corners = {"circle": 40, "ring": 40, "square": 4, "triangle": 3, "star": 10}[name]
+    angles = np.arange(corners) * 2 * np.pi / corners
+    radii = np.where(np.arange(corners) % 2, 0.45, 1.0) if name == "star" else np.ones(corners)
+    return np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection of two boxes over the smaller one's area."""
+    sides = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0)
+    return sides.prod() / min((a[2:] - a[:2]).prod(), (b[2:] - b[:2]).prod())
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape) -> None:
+    """Blend a shape into the canvas: one colour, lit from one side, with a grain or stripes, its edges smooth."""
+    x1, y1 = np.floor(shape.box_xyxy[:2]).astype(int)
+    x2, y2 = np.ceil(shape.box_xyxy[2:]).astype(int)
+    mask = np.zeros((y2 - y1, x2 - x1), np.uint8)
+    for points, value in ((shape.outline, 255), (shape.hole, 0)):
+        if points is not None:
+            # Pixel centres are at half coordinates in our boxes and at whole ones in OpenCV.
+            fixed = np.round((points - [x1 + 0.5, y1 + 0.5]) * (1 << _SHIFT_BITS)).astype(np.int32)
+            cv2.fillPoly(mask, [fixed], value, cv2.LINE_AA, _SHIFT_BITS)
+    hue = rng.normal(_HUES[shape.number], _HUE_SPREAD)
+    colour = _colour(rng, hue, (120, 255), (110, 255))
+    x, y = np.meshgrid(
+        np.linspace(-1, 1, x2 - x1, dtype=np.float32), np.linspace(-1, 1, y2 - y1, dtype=np.float32)
+    )
+    angle = rng.uniform(0, 2 * np.pi)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    light = along * rng.uniform(0, 30)
+    if rng.random() < 0.4:
+        light = light + 18 * np.sin(along * rng.uniform(6, 20))
+    light = light + rng.normal(0, rng.uniform(2, 10), light.shape)
+    alpha = mask[..., None].astype(np.float32) * (rng.uniform(0.8, 1.0) / 255)
+    patch = canvas[y1:y2, x1:x2]
+    patch += (colour + light[..., None].astype(np.float32) - patch) * alpha

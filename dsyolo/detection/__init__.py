@@ -1,0 +1,1 @@
+"""Boxes, assignment, loss, post-processing, metrics."""

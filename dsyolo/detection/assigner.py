@@ -1,0 +1,112 @@
+"""Which anchors of which cells answer for which labels. The predictions play no part (spec.md, Assignment).
+
+So it runs on the host, in the loader's workers, and the device gets tensors of fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dsyolo.base.batch import Targets
+
+MIN_CAPACITY = 256  # rows per level; beyond, the next power of two, so that few shapes occur
+
+
+class Matches(NamedTuple):
+    """Of one level, before padding. Rows in the order: own cell, left, upper, right, lower."""
+
+    cells: np.ndarray  # (M,) int64
+    boxes: np.ndarray  # (M, 4) float32
+    classes: np.ndarray  # (M,) int64
+
+
+class Assigner:
+    """Assigns labels to the anchors of every level.
+
+    Args:
+        anchors_px: (L, A, 2) widths and heights in pixels.
+        strides: pixels per cell of each level.
+        anchor_t: a label goes with an anchor when no side of one is this many times that of the other.
+    """
+
+    def __init__(self, anchors_px: np.ndarray, strides: Sequence[int], anchor_t: float) -> None:
+        self.anchors_px = np.asarray(anchors_px, np.float32)
+        self.strides = tuple(strides)
+        self.anchor_t = anchor_t
+
+    def __call__(
+        self,
+        images: np.ndarray,
+        classes: np.ndarray,
+        boxes_cxcywh: np.ndarray,
+        num_images: int,
+        size_hw: tuple[int, int],
+    ) -> Targets:
+        """The padded targets of a batch.
+
+        Args:
+            images: (T,) int64, the image in the batch that each label belongs to.
+            classes: (T,) int64.
+            boxes_cxcywh: (T, 4) float32, in pixels.
+            num_images: B.
+            size_hw: of the batch's images in pixels, multiples of every stride.
+        """
+        levels = [
+            self._level(
+                i,
+                images,
+                classes,
+                boxes_cxcywh / np.float32(stride),
+                (size_hw[0] // stride, size_hw[1] // stride),
+            )
+            for i, stride in enumerate(self.strides)
+        ]
+        most = max(len(level.cells) for level in levels)
+        capacity = max(MIN_CAPACITY, 1 << (most - 1).bit_length() if most else 0)
+        num_levels = len(levels)
+        cells = np.zeros((num_levels, capacity), np.int64)
+        kinds = np.zeros((num_levels, capacity), np.int64)
+        boxes = np.full((num_levels, capacity, 4), 0.5, np.float32)
+        weights = np.zeros((num_levels, capacity), np.float32)
+        for i, level in enumerate(levels):
+            count = len(level.cells)
+            cells[i, :count], boxes[i, :count], kinds[i, :count] = level
+            weights[i, :count] = 1
+        return Targets(
+            cells=torch.from_numpy(cells),
+            boxes=torch.from_numpy(boxes),
+            classes=torch.from_numpy(kinds),
+            weights=torch.from_numpy(weights),
+            num_matches=torch.from_numpy(weights.sum(1)),
+            num_images=torch.tensor(float(num_images)),
+        )
+
+    def _level(
+        self, level: int, images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, grid_hw: tuple[int, int]
+    ) -> Matches:
+        """The matches of one level; `boxes` (T, 4) centre and size in its cells."""
+        anchors = self.anchors_px[level] / self.strides[level]
+        num_anchors = len(anchors)
+        ratio = boxes[:, None, 2:] / anchors[None]  # (T, A, 2)
+        label, anchor = np.nonzero(np.maximum(ratio, 1 / np.maximum(ratio, 1e-9)).max(-1) < self.anchor_t)
+        centre = boxes[label, :2]  # (M, 2)
+        limit = np.array([grid_hw[1], grid_hw[0]], np.float32)
+        near_low = (centre % 1 < 0.5) & (centre > 1)
+        # A centre on the border of two cells has its far neighbour out of reach of 2 s - 0.5: hence "> 0".
+        far = (limit - centre) % 1
+        near_high = (far < 0.5) & (far > 0) & (limit - centre > 1)
+        claims = ((None, (0, 0)), (near_low[:, 0], (-1, 0)), (near_low[:, 1], (0, -1)))
+        claims += ((near_high[:, 0], (1, 0)), (near_high[:, 1], (0, 1)))
+        own = np.floor(centre).astype(np.int64)
+        picks = [np.arange(len(label)) if mask is None else np.flatnonzero(mask) for mask, _ in claims]
+        cell = np.concatenate([own[pick] + shift for pick, (_, shift) in zip(picks, claims, strict=True)])
+        pick = np.concatenate(picks)
+        cell = np.clip(cell, 0, limit.astype(np.int64) - 1)
+        label, anchor, centre = label[pick], anchor[pick], centre[pick]
+        flat = ((images[label] * num_anchors + anchor) * grid_hw[0] + cell[:, 1]) * grid_hw[1] + cell[:, 0]
+        targets = np.concatenate((centre - cell, boxes[label, 2:]), 1, dtype=np.float32)
+        return Matches(flat, targets, classes[label])

@@ -1,0 +1,117 @@
+"""The loss of YOLOv5 (spec.md, Loss), normalised by counts that come with the targets.
+
+Because it divides by `targets.num_matches` and `targets.num_images` and by nothing that it counts itself,
+the micro-batches of a step, whoever computes them, add up to the loss of the global batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsyolo.base.batch import Targets
+from dsyolo.detection.boxes import paired_ciou
+
+BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # objectness weight per level, finest first
+FOCAL_ALPHA = 0.25
+
+
+class DetectionLoss(nn.Module):
+    """Box, objectness and class loss of raw maps.
+
+    Args:
+        anchors: (L, A, 2) widths and heights in cells.
+        num_classes: K.
+        image_size_px: of the training images; scales the objectness gain.
+        box, obj, cls: gains before scaling.
+        cls_pw, obj_pw: weights of the positives in the cross entropies.
+        fl_gamma: focal loss on objectness and classes when above 0.
+        label_smoothing: e; class targets become 1 - e / 2 and e / 2.
+    """
+
+    def __init__(
+        self,
+        anchors: torch.Tensor,
+        num_classes: int,
+        image_size_px: int,
+        *,
+        box: float = 0.05,
+        obj: float = 1.0,
+        cls: float = 0.5,
+        cls_pw: float = 1.0,
+        obj_pw: float = 1.0,
+        fl_gamma: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        num_levels = len(anchors)
+        per_level = 3 / num_levels
+        self.num_classes = num_classes
+        self.gains = (
+            box * per_level,
+            obj * (image_size_px / 640) ** 2 * per_level,
+            cls * num_classes / 80 * per_level,
+        )
+        self.balance = BALANCE[num_levels]
+        self.fl_gamma = fl_gamma
+        self.class_targets = (1 - label_smoothing / 2, label_smoothing / 2)
+        self.register_buffer("anchors", anchors.clone(), persistent=False)
+        self.register_buffer("cls_pw", torch.tensor([cls_pw]), persistent=False)
+        self.register_buffer("obj_pw", torch.tensor([obj_pw]), persistent=False)
+
+    def forward(self, maps: tuple[torch.Tensor, ...], targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of these maps' share of the batch that `targets` counts.
+
+        Args:
+            maps: raw maps, (B, A, H, W, 5 + K) per level, of any float dtype.
+            targets: of the same B images; its counts may be those of a larger batch.
+
+        Returns:
+            the total to differentiate, summed over images: (box + obj + cls) * targets.num_images; and
+            the three parts (3,) per image, with gains, detached.
+        """
+        box = obj = cls = maps[0].new_zeros((), dtype=torch.float32)
+        for level, raw in enumerate(maps):
+            level_box, level_obj, level_cls = self._level(level, raw, targets)
+            box, obj, cls = box + level_box, obj + self.balance[level] * level_obj, cls + level_cls
+        parts = torch.stack((box * self.gains[0], obj * self.gains[1], cls * self.gains[2]))
+        return parts.sum() * targets.num_images, parts.detach()
+
+    def _level(self, level: int, raw: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, ...]:
+        b, num_anchors, h, w, _ = raw.shape
+        cells, weights = targets.cells[level], targets.weights[level]
+        per_match = weights / targets.num_matches[level].clamp(min=1)
+        plane = h * w
+        anchor, cell = cells // plane % num_anchors, cells % plane
+        found = raw[cells // (num_anchors * plane), anchor, cell // w, cell % w].float()  # (M, 5 + K)
+
+        s = found[:, :4].sigmoid() * 2
+        predicted = torch.cat((s[:, :2] - 0.5, s[:, 2:].square() * self.anchors[level, anchor]), 1)
+        ciou = paired_ciou(predicted, targets.boxes[level])
+        box = ((1 - ciou) * per_match).sum()
+
+        cls = raw.new_zeros((), dtype=torch.float32)
+        if self.num_classes > 1:
+            positive, negative = self.class_targets
+            wanted = torch.full_like(found[:, 5:], negative)
+            wanted.scatter_(1, targets.classes[level][:, None], positive)
+            cls = (self._cross_entropy(found[:, 5:], wanted, self.cls_pw).mean(1) * per_match).sum()
+
+        # Where several matches claim one anchor of one cell the highest IoU wins, in whatever order they come.
+        quality = torch.zeros(b * num_anchors * plane, device=raw.device)
+        quality.scatter_reduce_(0, cells, ciou.detach().clamp(min=0) * weights, "amax")
+        objectness = self._cross_entropy(raw[..., 4].float(), quality.view(b, num_anchors, h, w), self.obj_pw)
+        return box, objectness.sum() / (targets.num_images * (num_anchors * plane)), cls
+
+    def _cross_entropy(
+        self, logits: torch.Tensor, wanted: torch.Tensor, pos_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Element by element; with the focal factor alpha_t (1 - p_t)^gamma (Lin et al. 2017, arXiv:1708.02002)."""
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=pos_weight, reduction="none")
+        if self.fl_gamma > 0:
+            p = logits.sigmoid()
+            p_t = wanted * p + (1 - wanted) * (1 - p)
+            alpha_t = wanted * FOCAL_ALPHA + (1 - wanted) * (1 - FOCAL_ALPHA)
+            loss = loss * alpha_t * (1 - p_t).pow(self.fl_gamma)
+        return loss

@@ -1,0 +1,267 @@
+"""How good detections are: COCO's average precision through faster-coco-eval, and precision and recall at best F1.
+
+All in pixels of the original images. The result does not depend on the order in which images come, so that
+validation on many ranks equals that on one to the last digit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+
+from dsyolo.base.batch import Detections, Truth
+
+MAX_DETECTIONS = (
+    300  # per image: YOLO's convention. COCO's own is 100, worth about 0.2 points of mAP on COCO.
+)
+TIED_F1 = 1e-9  # sums over classes round differently; closer than this is equal
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassMetrics:
+    """One class. Without labels the four figures are None, and the class counts in no mean."""
+
+    name: str
+    num_images: int  # that have a label of this class
+    num_labels: int
+    precision: float | None
+    recall: float | None
+    map50: float | None
+    map50_95: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Means over the classes that have labels; zeros when there are no labels or no detections at all."""
+
+    map50_95: float  # mean over IoU 0.50, 0.55 .. 0.95 of the precision at 101 recalls
+    map50: float
+    map75: float
+    precision: float  # at `confidence`, IoU 0.5
+    recall: float
+    confidence: float  # where F1, averaged over classes, is best; 0 if nothing was found
+    num_images: int
+    num_labels: int
+    per_class: tuple[ClassMetrics, ...]
+
+    @property
+    def fitness(self) -> float:
+        """What `best` means when weights are kept and training stops early: 0.1 mAP50 + 0.9 mAP50-95."""
+        return 0.1 * self.map50 + 0.9 * self.map50_95
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and None under the names of the fields, plus `fitness`."""
+        fields = dataclasses.asdict(self)
+        per_class = list(fields.pop("per_class"))
+        return {**fields, "fitness": self.fitness, "per_class": per_class}
+
+    def table(self) -> str:
+        """Text as YOLO users know it: the row of all classes, then one per class ('-': no labels)."""
+        width = max([len("Class"), len("all"), *(len(row.name) for row in self.per_class)])
+        head = f"{'Class':>{width}}" + "".join(
+            f"{title:>10}" for title in ("Images", "Labels", *_FIGURES.values())
+        )
+        everything = ClassMetrics(
+            "all", self.num_images, self.num_labels, self.precision, self.recall, self.map50, self.map50_95
+        )
+        lines = [head]
+        for row in (everything, *self.per_class):
+            figures = (getattr(row, field) for field in _FIGURES)
+            cells = "".join(f"{'-':>10}" if figure is None else f"{figure:>10.3f}" for figure in figures)
+            lines.append(f"{row.name:>{width}}{row.num_images:>10}{row.num_labels:>10}{cells}")
+        return "\n".join(lines)
+
+
+_FIGURES = {"precision": "P", "recall": "R", "map50": "mAP50", "map50_95": "mAP50-95"}
+
+
+def evaluate(
+    truths: Sequence[Truth], detections: Sequence[Detections], class_names: Sequence[str]
+) -> Metrics:
+    """Compare what was found with the labels.
+
+    Args:
+        truths: one per image, in any order; no `image_id` twice.
+        detections: of the same images in the same order. The best 300 of an image count, in all classes together.
+        class_names: of all K classes.
+    """
+    num_classes = len(class_names)
+    assert len(truths) == len(detections), f"{len(truths)} truths but {len(detections)} detections"
+    order = sorted(range(len(truths)), key=lambda i: truths[i].image_id)
+    assert len({truth.image_id for truth in truths}) == len(truths), "an image was evaluated twice"
+    truths = [truths[i] for i in order]
+    found = _Boxes.concatenate([_best(detections[i]) for i in order])
+    labels = _Boxes.concatenate([(t.boxes_xyxy, np.ones(len(t.classes)), t.classes) for t in truths])
+    for boxes in (found, labels):
+        assert boxes.classes.size == 0 or 0 <= boxes.classes.min() <= boxes.classes.max() < num_classes
+
+    num_labels = np.bincount(labels.classes, minlength=num_classes)
+    num_images = np.bincount(
+        np.unique(np.stack([labels.images, labels.classes]), axis=1)[1], minlength=num_classes
+    )
+    has_labels = num_labels > 0
+    found = found.where(has_labels[found.classes])  # others count neither for COCO nor in the mean F1
+    precision_curves, is_true_positive = _run_coco(truths, labels, found, class_names)  # (T, R, K), (D,)
+    ap = precision_curves.mean(axis=1)  # (T, K)
+    confidence, precision, recall = _at_best_f1(found.scores, found.classes, is_true_positive, num_labels)
+
+    def mean(per_class: np.ndarray) -> float:
+        return float(per_class[has_labels].mean()) if has_labels.any() else 0.0
+
+    columns = np.stack([precision, recall, ap[0], ap.mean(axis=0)], axis=1)  # (K, 4)
+    rows = tuple(
+        ClassMetrics(name, int(images), int(labels_), *(figures.tolist() if labels_ else [None] * 4))
+        for name, images, labels_, figures in zip(class_names, num_images, num_labels, columns, strict=True)
+    )
+    return Metrics(
+        map50_95=mean(ap.mean(axis=0)),
+        map50=mean(ap[0]),
+        map75=mean(ap[5]),
+        precision=mean(precision),
+        recall=mean(recall),
+        confidence=confidence,
+        num_images=len(truths),
+        num_labels=int(num_labels.sum()),
+        per_class=rows,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Boxes:
+    """The boxes of all images: image by image, within an image best first."""
+
+    images: np.ndarray  # (N,) int64, position of the image
+    boxes_xyxy: np.ndarray  # (N, 4) float64
+    scores: np.ndarray  # (N,) float64
+    classes: np.ndarray  # (N,) int64
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Boxes:
+        counts = [len(classes) for _, _, classes in parts]
+        return cls(
+            np.repeat(np.arange(len(parts)), np.asarray(counts, np.int64)),
+            np.concatenate(
+                [np.zeros((0, 4)), *(np.reshape(boxes, (-1, 4)) for boxes, _, _ in parts)], dtype=np.float64
+            ),
+            np.concatenate([np.zeros(0), *(scores for _, scores, _ in parts)], dtype=np.float64),
+            np.concatenate([np.zeros(0, np.int64), *(classes for _, _, classes in parts)], dtype=np.int64),
+        )
+
+    def where(self, mask: np.ndarray) -> _Boxes:
+        return _Boxes(self.images[mask], self.boxes_xyxy[mask], self.scores[mask], self.classes[mask])
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """As COCO has them. Ids start at 1, since its matching takes 0 for "no match"."""
+        size_wh = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
+        columns = (
+            self.images.tolist(),
+            self.classes.tolist(),
+            np.concatenate([self.boxes_xyxy[:, :2], size_wh], axis=1).tolist(),
+            size_wh.prod(axis=1).tolist(),
+            self.scores.tolist(),
+        )
+        return [
+            {
+                "id": i,
+                "image_id": image,
+                "category_id": klass,
+                "bbox": box,
+                "area": area,
+                "iscrowd": 0,
+                "score": score,
+            }
+            for i, (image, klass, box, area, score) in enumerate(zip(*columns, strict=True), start=1)
+        ]
+
+
+def _best(detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    order = np.argsort(-detections.scores, kind="stable")[:MAX_DETECTIONS]
+    return detections.boxes_xyxy[order], detections.scores[order], detections.classes[order]
+
+
+def _run_coco(
+    truths: Sequence[Truth], labels: _Boxes, found: _Boxes, class_names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (10 IoUs, 101 recalls, K), 0 for a class without labels; whether each found box is right at IoU 0.5."""
+    num_classes = len(class_names)
+    if not len(labels.classes) or not len(found.classes):
+        return np.zeros((10, 101, num_classes)), np.zeros(len(found.classes), bool)
+    images = [{"id": i, "height": t.size_hw[0], "width": t.size_hw[1]} for i, t in enumerate(truths)]
+    categories = [{"id": k, "name": name} for k, name in enumerate(class_names)]
+    sides = [
+        COCO(
+            {"images": images, "categories": categories, "annotations": boxes.annotations()},
+            print_function=_quiet,
+        )
+        for boxes in (labels, found)
+    ]
+    run = COCOeval_faster(*sides, iouType="bbox", print_function=_quiet)
+    run.params.maxDets = [MAX_DETECTIONS]  # per image and class: never cuts, as `_best` already did
+    run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]  # a quarter of COCO's default work
+    run.evaluate()
+    run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, 0]  # (T, R, K); -1 for classes without labels
+    return np.maximum(precision, 0.0), _true_positives(run.ious, found)
+
+
+def _true_positives(ious: dict[tuple[int, int], Any], found: _Boxes) -> np.ndarray:
+    """COCO's greedy matching at IoU 0.5: the best box first, each takes the free label it overlaps most.
+
+    faster-coco-eval tells matches too (`eval["matched"]`), but those of all thresholds in one: a box that
+    loses its label at 0.5 and wins it at 0.8, where the winner no longer qualifies, would count as right.
+
+    Args:
+        ious: by (image, class) the (D, G) IoUs, detections best first; empty where there is nothing to compare.
+    """
+    is_true_positive = np.zeros(len(found.classes), bool)
+    by_pair = np.lexsort((found.classes, found.images))  # stable: within a pair still best first
+    pairs = np.stack([found.images, found.classes], axis=1)[by_pair]
+    edges = np.flatnonzero(np.any(pairs[1:] != pairs[:-1], axis=1)) + 1
+    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(pairs)], strict=True):
+        rows = by_pair[start:end]
+        iou = np.asarray(ious[tuple(pairs[start].tolist())])
+        if iou.size == 0:
+            continue
+        iou = iou.copy()
+        for row in np.flatnonzero((iou >= 0.5).any(axis=1)):
+            label = iou.shape[1] - 1 - int(iou[row, ::-1].argmax())  # the last of equals, as COCO
+            if iou[row, label] >= 0.5:
+                is_true_positive[rows[row]] = True
+                iou[:, label] = -1.0  # taken
+    return is_true_positive
+
+
+def _at_best_f1(
+    scores: np.ndarray, classes: np.ndarray, is_true_positive: np.ndarray, num_labels: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The score at which F1 = 2 TP / (found + labels), averaged over classes with labels, is best.
+
+    Of equally good scores the lowest. Found boxes are of classes with labels only.
+
+    Returns:
+        that score, and precision and recall per class (K,) of the boxes with at least it; a class of
+        which none is found there has precision 0.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, classes, right = scores[order], classes[order], is_true_positive[order]
+    if not right.any():
+        return 0.0, np.zeros(len(num_labels)), np.zeros(len(num_labels))
+    gains = np.zeros(len(scores))  # each box changes the F1 of its own class only
+    for k in np.flatnonzero(num_labels):
+        rows = np.flatnonzero(classes == k)
+        f1 = 2 * np.cumsum(right[rows]) / (np.arange(1, len(rows) + 1) + num_labels[k])
+        gains[rows] = np.diff(f1, prepend=0.0)
+    mean_f1 = np.cumsum(gains)
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # a threshold takes all of equal score
+    best = ends[np.flatnonzero(mean_f1[ends] >= mean_f1[ends].max() - TIED_F1)[-1]]
+    num_found = np.bincount(classes[: best + 1], minlength=len(num_labels))
+    num_right = np.bincount(classes[: best + 1], weights=right[: best + 1], minlength=len(num_labels))
+    return float(scores[best]), num_right / np.maximum(num_found, 1), num_right / np.maximum(num_labels, 1)
+
+
+def _quiet(*_: object) -> None:
+    """Instead of the prints of pycocotools."""

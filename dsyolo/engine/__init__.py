@@ -1,0 +1,1 @@
+"""DeepSpeed's border: the only folder that imports deepspeed."""

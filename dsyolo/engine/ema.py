@@ -1,0 +1,87 @@
+"""The exponential moving average of weights and buffers, held only for the pieces that a rank owns."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+
+from dsyolo.engine.buffers import Buffers
+from dsyolo.engine.partitions import Shards
+
+
+class Ema:
+    """Averages the fp32 masters of this rank, at no communication, and the buffers.
+
+    decay(n) = decay * (1 - exp(-n / tau)) after n updates (spec.md, Recipe).
+
+    Args:
+        shards: the rank's share of the parameters.
+        buffers: the network's float buffers, equal on all ranks.
+        decay: the limit; 0 makes the average the weights themselves.
+        tau: updates over which the decay grows.
+
+    Attributes:
+        shards: the part of them that is averaged here; of replicas of the same weights each averages a share.
+        tensors: the average, one per holding of `shards`.
+    """
+
+    def __init__(self, shards: Shards, buffers: Buffers, decay: float, tau: float) -> None:
+        self.shards = shards.to_average()
+        self._live_buffers = buffers
+        self._decay, self._tau = decay, tau
+        self.updates = 0
+        self.tensors = [master.clone() for master in self.shards.masters()]
+        self.buffers = buffers.flat.clone()
+
+    def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """The average as the network's state, fp32 on the host; empty where not `keep`. All ranks must call it."""
+        return _state_dict(self.shards, self.tensors, self._live_buffers, self.buffers, keep)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step."""
+        self.updates += 1
+        weight = 1 - self._decay * (1 - math.exp(-self.updates / self._tau))
+        torch._foreach_lerp_(self.tensors, self.shards.masters(), weight)
+        self.buffers.lerp_(self._live_buffers.flat, weight)
+
+    def swapped(self) -> AbstractContextManager[None]:
+        """Inside, the network computes with the average; after it, with the trained weights again."""
+        return self.shards.showing(self.tensors, self.buffers)
+
+
+class NoEma:
+    """In the place of an average: the trained weights themselves."""
+
+    updates = 0
+
+    def __init__(self, shards: Shards, buffers: Buffers) -> None:
+        self.shards, self._live_buffers = shards, buffers
+        self.tensors: list[torch.Tensor] = []
+        self.buffers = buffers.flat[:0]
+
+    def update(self) -> None:
+        """Nothing to do."""
+
+    def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """The weights as `Ema.state_dict` gives them."""
+        live = self._live_buffers
+        return _state_dict(self.shards, self.shards.masters(), live, live.flat, keep)
+
+    def swapped(self) -> AbstractContextManager[None]:
+        """Inside, the network computes with the trained weights."""
+        return self.shards.showing_trained()
+
+
+def _state_dict(
+    shards: Shards, tensors: list[torch.Tensor], buffers: Buffers, flat: torch.Tensor, keep: bool
+) -> dict[str, torch.Tensor]:
+    weights = {
+        name: tensor.to("cpu", copy=True).contiguous() for name, tensor in shards.gather(tensors) if keep
+    }
+    gathered = buffers.gathered(flat)
+    if not keep:
+        return {}
+    return weights | {name: tensor.to("cpu", copy=True) for name, tensor in buffers.named(gathered).items()}

@@ -1,0 +1,256 @@
+"""The DeepSpeed engine around a network: one optimizer step at a time, the same on every strategy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsyolo.base.batch import Batch, StepStats, Targets
+from dsyolo.cluster.world import World, all_gather_objects, all_reduce_sum, broadcast
+from dsyolo.engine.buffers import Buffers
+from dsyolo.engine.loss_scale import LossScale
+from dsyolo.engine.optimizer import Schedule
+from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, NoPhases, Phases
+
+_LOSS_EVENT = "Train/Samples/train_loss"
+
+
+class Engine:
+    """Trains `network` under DeepSpeed.
+
+    Invariant: the gradient of a step is that of the loss over the global batch, however it is split into
+    micro-batches and ranks; and parameters and buffers are equal on all ranks between steps.
+
+    Args:
+        network: gives raw maps for uint8 images; its weights and buffers are made those of rank 0.
+        loss: `loss(maps, targets)` gives (total summed over images, parts (3,)).
+        optimizer: over the network's parameters, with rate 0.
+        schedule: sets the optimizer's values before every step.
+        deepspeed_json: what `deepspeed.initialize` gets.
+        accumulation: micro-batches of a rank in one step.
+        statistics_move: BatchNorm's statistics follow each rank's own batches, and so must be put together.
+
+    Attributes:
+        network: what this rank trains, under the parameters' own names.
+        buffers: of `network`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        *,
+        deepspeed_json: Mapping[str, object],
+        world: World,
+        accumulation: int,
+        statistics_move: bool = True,
+    ) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").addFilter(_is_news)
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.world = world
+        self.accumulation = accumulation
+        self.schedule = schedule
+        self.loss = loss.to(self.device)
+        self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
+        self.network = network.to(self.device)
+        self.deepspeed = self._initialize(optimizer)
+        _sum_in_the_share(self.deepspeed)
+        self._norm: torch.Tensor | None = None
+        self._phases: Phases | NoPhases = NoPhases()
+        if self.deepspeed.zero_optimization_stage() == 0:
+            # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
+            self.deepspeed.clip_fp32_gradients = self._clip_gradients
+            self._take_step, self.deepspeed.optimizer.step = (
+                self.deepspeed.optimizer.step,
+                self._step_if_finite,
+            )
+        self._tell_monitor, self.deepspeed.monitor.write_events = (
+            self.deepspeed.monitor.write_events,
+            self._lr_only,
+        )
+        self.buffers = self._make_buffers()
+        broadcast(self.buffers.flat, self.replicas)
+        self._share_of_statistics = self._slow_down_statistics() if statistics_move else None
+        self.loss_scale = LossScale(self.deepspeed)
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
+        """One optimizer step from this rank's micro-batches. A step whose gradients are not finite leaves no trace.
+
+        Whether they are is asked once in a step, before the optimizer: the only wait for the device, and DeepSpeed's
+        own at ZeRO 1 to 3.
+
+        Args:
+            batches: `accumulation` micro-batches.
+            step: optimizer steps done so far in the whole run.
+
+        Returns:
+            what happened, over the global batch, and the learning rate of the weights.
+        """
+        assert len(batches) == self.accumulation
+        self.deepspeed.train()
+        lr = self.schedule.apply(self.deepspeed.optimizer, step)
+        buffers_before = self.buffers.flat.clone()
+        losses = torch.zeros(3, device=self.device)
+        for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
+            losses += self._add_gradients(batch.images, targets)
+            with self._phases.phase(OPTIMIZER):
+                self.deepspeed.step()
+        return self._stats(losses, len(batches[0].images), buffers_before), lr
+
+    def _add_gradients(self, images: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Of a micro-batch, to those that are there. The maps are freed with the graph, before the next one's are made."""
+        phase = self._phases.phase
+        with phase(COPY):
+            images = self.to_device_images(images)
+        with phase(FORWARD):
+            maps = self.deepspeed(images)
+            total, parts = self.loss(maps, targets)
+        with phase(BACKWARD):
+            self.deepspeed.backward(total * self._undo_averaging())
+        return parts
+
+    def tell(self, phases: Phases) -> None:
+        """From now on `phases` hears what a step does."""
+        self._phases = phases
+
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Decoded boxes (B, boxes, 5 + K) on the device. Under ZeRO 3 all ranks must call it as often."""
+        self.deepspeed.eval()
+        return self.network.decode(self.deepspeed(self.to_device_images(images)))
+
+    def to_device_images(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, H, W) to the device, channels-last, without waiting."""
+        return self._to_device(images).contiguous(memory_format=torch.channels_last)
+
+    def all_gather(self, item: Any) -> list[Any]:
+        """Every rank's item, on every rank."""
+        return all_gather_objects(item, self.device)
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks among which a step's images are divided."""
+        return self.world.size
+
+    @property
+    def replica(self) -> int:
+        """Which of them this rank is."""
+        return self.world.rank
+
+    @property
+    def replicas(self) -> Any:
+        """Their process group; None for all ranks."""
+        return None
+
+    def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
+        import deepspeed
+
+        config = dict(self.deepspeed_json)
+        return deepspeed.initialize(model=self.network, optimizer=optimizer, config=config)[0]
+
+    def _clip_gradients(self) -> None:
+        self._norm = self._total_norm()
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.deepspeed.gradient_clipping(), self._norm)
+
+    def _total_norm(self) -> torch.Tensor:
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        return self._sum_over_stages(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
+
+    def _step_if_finite(self) -> None:
+        """At ZeRO 0, as DeepSpeed's other optimizers do by themselves."""
+        optimizer, scaled = self.deepspeed.optimizer, self.loss_scale.can_skip
+        if not scaled and not self.deepspeed.gradient_clipping():
+            self._norm = self._total_norm()
+        optimizer.overflow = not scaled and not bool(self._norm.isfinite())  # DeepSpeed looks there
+        if not optimizer.overflow:
+            self._take_step()
+
+    def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def _make_buffers(self) -> Buffers:
+        return Buffers(self.network)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _slow_down_statistics(self) -> float | None:
+        """Lets BatchNorm's statistics move on N replicas as on one that sees the micro-batches one after the other.
+
+        There each micro-batch moves them by the momentum m: s <- (1 - m) s + m x. Micro-batches go round the replicas, so
+        those of one replica move its own by 1 - (1 - m)^N, and what N replicas came to counts by m (1 - m)^(N - 1 - i)
+        of replica i, over the sum of these: algebra, not an approximation.
+
+        Returns:
+            this replica's weight; None where there is one alone, or nothing to move.
+        """
+        n = self.num_replicas
+        if n == 1:
+            return None
+        norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
+        m = norms[0].momentum if norms else 0.5  # a stage without any has only to take part
+        for norm in norms:
+            assert norm.momentum == m, "one momentum for all"
+            norm.momentum = 1 - (1 - m) ** n
+        return m * (1 - m) ** (n - 1 - self.replica) / (1 - (1 - m) ** n)
+
+    def _counted_targets(self, batches: Sequence[Batch]) -> list[Targets]:
+        """The targets on the device, with matches per level and images of the global batch as their counts."""
+        own = [torch.cat((b.targets.num_matches, b.targets.num_images[None])) for b in batches]
+        with self._phases.phase(COPY):
+            counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.replicas)
+            return [
+                Targets(*(self._to_device(t) for t in batch.targets[:-2]), counts[:-1], counts[-1])
+                for batch in batches
+            ]
+
+    def _lr_only(self, events: Sequence[tuple[str, Any, int]]) -> None:
+        """DeepSpeed's events for its monitors. Its loss is per step and not per image, and there in a pipeline only."""
+        self._tell_monitor([event for event in events if event[0] != _LOSS_EVENT])
+
+    def _undo_averaging(self) -> int:
+        """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
+        return self.accumulation * self.num_replicas
+
+    def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
+        """After a step. `losses`: this rank's share of them."""
+        if self._share_of_statistics is not None:
+            # Anchors do not move, and so come out of it to the last bit.
+            moved = (self.buffers.flat - buffers_before).mul_(self._share_of_statistics)
+            torch.add(buffers_before, all_reduce_sum(moved, self.replicas), out=self.buffers.flat)
+        norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
+        applied = self.loss_scale.step_was_applied()
+        if not applied:
+            self.buffers.flat.copy_(buffers_before)  # what is not finite may have been BatchNorm's input
+        losses = all_reduce_sum(losses)
+        if self.deepspeed.monitor.enabled:  # waits for the device, as DeepSpeed's own events do
+            self._tell_monitor([(_LOSS_EVENT, losses.sum().item(), self.deepspeed.global_samples)])
+        return StepStats(losses, norm, self._undo_averaging() * micro_batch, applied)
+
+
+def _sum_in_the_share(deepspeed_engine: Any) -> None:
+    """ZeRO 2 keeps of the gradients a rank's share alone, and adds up micro-batches in it.
+
+    DeepSpeed 0.19.8 does so only where it sums bf16 or fp16 in fp32 (`GradPartitionBufferGroup`). Elsewhere it keeps whole
+    the gradients of parameters at the share's borders, of which a wide layer alone is larger than a share of hundreds,
+    and flattens them anew for the optimizer. With the optimizer in host memory they wait there, part by part.
+    """
+    wrapper = deepspeed_engine.optimizer
+    if deepspeed_engine.zero_optimization_stage() == 2 and not wrapper.cpu_offload:
+        assert callable(wrapper._use_compact_grad_partition_buffer), "as of DeepSpeed 0.19.8"
+        wrapper._use_compact_grad_partition_buffer = lambda group: True
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of every optimizer but Adam's kinds under ZeRO; with SGD it is tested here (tests/support/parity.py)."""
+    return "untested optimizer" not in record.getMessage()

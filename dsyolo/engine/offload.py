@@ -1,0 +1,117 @@
+"""Offload to a folder: optimizer states, EMA and parameters in a file that is mapped to memory.
+
+DeepSpeed's own swapper to NVMe is a compiled op. Here DeepSpeed offloads to the host's memory, and that memory is
+a file's: the kernel keeps in its page cache what fits, and writes and drops the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from dsyolo.base.errors import UserError
+from dsyolo.cluster.world import World, all_gather_objects
+from dsyolo.engine.partitions import Shards
+
+ALIGNMENT = 64  # bytes; that of torch's own allocator
+
+# What torch's optimizers begin with; a first step from zeros is a first step from nothing, to the last bit.
+FIRST_STATE: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
+    "SGD": (("momentum_buffer",), {}),
+    "Adam": (("exp_avg", "exp_avg_sq"), {"step": 0.0}),
+    "AdamW": (("exp_avg", "exp_avg_sq"), {"step": 0.0}),
+}
+
+
+class Folders(NamedTuple):
+    """Where the optimizer's states and the parameters are offloaded to; None: they stay where they are."""
+
+    optimizer: str | None
+    parameters: str | None
+
+
+def move_to_folders(
+    folders: Folders, engine, shards: Shards, ema_tensors: Sequence[torch.Tensor], world: World
+) -> None:
+    """Moves what DeepSpeed offloaded to the host's memory into files. Values, names and identities stay.
+
+    Every rank has a file per folder. It has no name any more once it is mapped, so nothing is left behind
+    however the run ends; and all of it is allocated here, so that a full disk is told now.
+
+    Args:
+        engine: what `deepspeed.initialize` returned, with offload to the CPU.
+        ema_tensors: the average of the masters.
+
+    Raises:
+        UserError: a folder cannot be written, or has not enough room; on every rank.
+    """
+    wrapper = engine.optimizer
+    problems: list[str] = []
+    if folders.optimizer:
+        names, scalars = FIRST_STATE[type(shards.optimizer).__name__]
+        states = shards.make_state(names, scalars)
+        masters = [tensor for key, holding in shards.optimizer_keys() for tensor in (key, holding.master)]
+        tensors = [*masters, *ema_tensors, *(tensor for name in names for tensor in states[name])]
+        _move(tensors, folders.optimizer, world, problems)
+        if shards.stage in (1, 2):
+            wrapper._link_all_hp_params()  # its views of the masters
+    if folders.parameters:
+        flats = wrapper.fp16_partitioned_groups_flat
+        shared = {
+            flat.data_ptr() for flat in flats
+        }  # by the masters, where weights are fp32 on the same device
+        masters = [tensor for pair in shards.optimizer_keys() for tensor in (pair[0], pair[1].master)]
+        _move([*flats, *(m for m in masters if m.data_ptr() in shared)], folders.parameters, world, problems)
+        for buffer in wrapper.param_groups_fp16_flat_cpu_memory:  # of which those were views
+            _accelerator().unpin_memory(buffer)
+        wrapper.param_groups_fp16_flat_cpu_memory = []
+        for group in range(len(wrapper.fp16_partitioned_groups_flat)):
+            wrapper._unflatten_partitioned_parameters(group)
+    told = all_gather_objects(problems, torch.device(_accelerator().current_device_name()))
+    if any(told):
+        raise UserError("Offload to a folder cannot start", [line for lines in told for line in lines])
+
+
+def _move(tensors: Sequence[torch.Tensor], folder: str, world: World, problems: list[str]) -> None:
+    """Gives each tensor a place in one file; those that share memory share it there too."""
+    places: dict[int, int] = {}
+    size = 0
+    for tensor in tensors:
+        if tensor.data_ptr() not in places:
+            places[tensor.data_ptr()] = size
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    try:
+        mapped = _mapped_file(folder, size, world.rank)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+        need = f"rank {world.rank} needs {size / 2**20:.1f} MiB there, and {free / 2**20:.1f} MiB are free"
+        problems.append(f"{folder}: {error.strerror} ({need}). Make room, or name another nvme_path.")
+        return
+    for tensor in tensors:
+        start = places[tensor.data_ptr()]
+        place = mapped[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        place.copy_(tensor.detach())
+        tensor.data = place
+
+
+def _mapped_file(folder: str, size: int, rank: int) -> torch.Tensor:
+    """`size` bytes (uint8) of a new file without a name. Raises OSError where the folder does not take them."""
+    descriptor, path = tempfile.mkstemp(prefix=f"dsyolo-rank{rank}-", suffix=".offload", dir=folder)
+    try:
+        # Blocks that are only promised, as by truncate, would be missed in the middle of a step, by SIGBUS.
+        os.posix_fallocate(descriptor, 0, max(size, 1))
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
+        os.unlink(path)
+
+
+def _accelerator():
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()

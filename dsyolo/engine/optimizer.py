@@ -1,0 +1,109 @@
+"""The optimizer's three groups, and what changes in them from step to step (spec.md, Recipe)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dsyolo.config.run_config import NOMINAL_BATCH
+
+GROUPS = ("weights", "norms", "biases")  # decayed; not decayed; not decayed, with a warm-up of their own
+
+
+def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters by kind: convolution weights, BatchNorm weights, all biases. Each exactly once."""
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for name, parameter in network.named_parameters():
+        kind = "biases" if name.endswith("bias") else "norms" if ".bn." in name else "weights"
+        groups[kind].append(parameter)
+    return groups
+
+
+def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object]) -> torch.optim.Optimizer:
+    """The torch optimizer `name` (SGD, Adam or AdamW) over the three groups.
+
+    Learning rate and weight decay start at 0: `Schedule.apply` sets them before each step, and a step that an
+    engine takes only to make the states changes nothing.
+    """
+    # A pipeline's stage may have none of a kind.
+    groups = [{"params": p, "name": kind} for kind, p in parameter_groups(network).items() if p]
+    settings = {
+        key: value for key, value in params.items() if key not in ("lr", "weight_decay", "torch_adam")
+    }
+    return getattr(torch.optim, name)(groups, lr=0.0, weight_decay=0.0, **settings)
+
+
+def lr_factor(scaling: str, global_batch: int) -> float:
+    """What the learning rate of 64 images is multiplied by for a larger (or smaller) batch.
+
+    linear: Goyal et al. 2017 (arXiv:1706.02677), who went to 8,192 images with a gradual warm-up, as the schedule
+    has; sqrt: Krizhevsky 2014 (arXiv:1404.5997), which keeps the variance of a step, for Adam's kinds.
+    """
+    ratio = global_batch / NOMINAL_BATCH
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[scaling]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, momentum and weight decay at every optimizer step: a pure function of the step.
+
+    After the warm-up, lr(x) = lr * (shape(x) * (1 - lrf) + lrf) with x the share of all steps done and shape
+    linear, 1 - x, or cosine, (1 + cos(pi x)) / 2. During it, the rate of weights rises linearly from 0, that of
+    biases comes from `warmup_bias_lr`, momentum from `warmup_momentum`.
+
+    Args:
+        lr, momentum, weight_decay: the JSON's; weight decay is scaled by `global_batch` / 64.
+        is_adam: Adam's step has the size of its rate, whatever the gradient: its biases warm up from 0 too.
+    """
+
+    total_steps: int
+    warmup_steps: int
+    lr: float
+    lrf: float
+    shape: str
+    momentum: float
+    weight_decay: float
+    global_batch: int
+    warmup_bias_lr: float
+    warmup_momentum: float
+    is_adam: bool
+
+    def explain(self) -> list[str]:
+        """A line for the start of a run, and a warning where it is too short to learn."""
+        line = f"steps: {self.total_steps}, of them {min(self.warmup_steps, self.total_steps)} to warm up"
+        if self.total_steps > self.warmup_steps:
+            return [line]
+        remedy = "Take more epochs, a smaller train_batch_size, or a smaller --warmup_min_images."
+        return [line, f"WARNING: the run ends before the learning rate has risen to its value. {remedy}"]
+
+    def lr_at(self, step: int) -> float:
+        """The rate of weights at step `step` (0-based), without the warm-up."""
+        x = step / max(self.total_steps, 1)
+        falling = (1 + math.cos(math.pi * x)) / 2 if self.shape == "cosine" else 1 - x
+        return self.lr * (falling * (1 - self.lrf) + self.lrf)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Sets every group's values for step `step` (0-based) and returns the rate of the weights."""
+        warm = min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        goal = self.lr_at(step)
+        # None at all is no value to warm up to: SGD then keeps no state.
+        first = self.momentum if self.is_adam or not self.momentum else self.warmup_momentum
+        momentum = _mix(first, self.momentum, warm)
+        for group in optimizer.param_groups:
+            kind = group["name"]
+            start = self.warmup_bias_lr if kind == "biases" and not self.is_adam else 0.0
+            group["lr"] = _mix(start, goal, warm)
+            if not self.is_adam:
+                group["momentum"] = momentum
+            group["weight_decay"] = (
+                self.weight_decay * self.global_batch / NOMINAL_BATCH if kind == "weights" else 0.0
+            )
+        return _mix(0.0, goal, warm)
+
+
+def _mix(start: float, goal: float, share: float) -> float:
+    return start + (goal - start) * share

@@ -1,0 +1,237 @@
+"""The network in stages over ranks: DeepSpeed's pipeline engine behind the same interface as `Engine`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsyolo.base.batch import Batch, StepStats, Targets
+from dsyolo.cluster.world import Place, all_reduce_sum
+from dsyolo.engine.buffers import Buffers, named_buffers
+from dsyolo.engine.engine import Engine
+from dsyolo.engine.partitions import Shards
+from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, Phases
+
+
+class PipelineEngine(Engine):
+    """Trains one stage of a network; the other stages, and replicas of all of them, are on other ranks.
+
+    Invariant: as `Engine`'s, with the micro-batches of a replica passing through its stages.
+
+    Args:
+        stage: this rank's slice of the network, which gives flat tensors, or the last one the raw maps.
+        whole: the whole network on the meta device: its names, shapes and decoding, without memory.
+        place: where this rank stands.
+        others: as `Engine` takes them. The optimizer is over the stage's parameters.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        whole: nn.Module,
+        *others: Any,
+        place: Place,
+        **settings: Any,
+    ) -> None:
+        self.place, self.whole = place, whole
+        self._shown: nn.Module | None = None
+        super().__init__(stage, *others, **settings)
+        self._losses = torch.zeros(3, device=self.device)
+        wrapper = self.deepspeed.optimizer
+        if self.deepspeed.zero_optimization_stage() == 1:
+            self._norm_of_stage, wrapper.scaled_global_norm = wrapper.scaled_global_norm, self._norm_of_stages
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
+        """One optimizer step, as `Engine.train_step`; the first and the last stage get the same micro-batches.
+
+        Args:
+            batches: `accumulation` micro-batches of this replica; for a stage between those two they are not read.
+        """
+        lr = self.schedule.apply(self.deepspeed.optimizer, step)
+        buffers_before = self.buffers.flat.clone()
+        self._losses.zero_()
+        images: list[torch.Tensor | None] = [None] * self.accumulation
+        labels: list[Targets | None] = [None] * self.accumulation
+        if self.place.is_first:
+            with self._phases.phase(COPY):
+                images = [self.to_device_images(batch.images) for batch in batches]
+        if self.place.is_last:
+            labels = self._counted_targets(batches)
+        self.deepspeed.train_batch(iter(zip(images, labels, strict=True)))
+        micro_batch = self.deepspeed.train_micro_batch_size_per_gpu()
+        return self._stats(self._losses.clone(), micro_batch, buffers_before), lr
+
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """As `Engine.predict`, by the whole network: only inside `StageShards.showing`."""
+        assert self._shown is not None
+        with self._compute():
+            return self._shown.decode(self._shown(self.to_device_images(images)))
+
+    def tell(self, phases: Phases) -> None:
+        """As `Engine.tell`. Waiting for a neighbour cannot be told from what it sends: both are communication."""
+        from deepspeed.runtime.pipe import schedule
+
+        super().tell(phases)
+        of = {
+            schedule.LoadMicroBatch: COPY,
+            schedule.ForwardPass: FORWARD,
+            schedule.BackwardPass: BACKWARD,
+            schedule.OptimizerStep: OPTIMIZER,
+        }
+        plain = type(self.deepspeed)._INSTRUCTION_MAP
+        self.deepspeed._INSTRUCTION_MAP = {
+            kind: _within(phases, of[kind], instruction) if kind in of else instruction
+            for kind, instruction in plain.items()
+        }
+
+    @contextmanager
+    def with_whole(self) -> Iterator[nn.Module]:
+        """The whole network on this rank's device, for the weights of all stages to be written into; freed at the end.
+
+        So that every rank validates a share of the images: one pass through the stages at a time would leave all but
+        one of them waiting, and without gradients the whole of a detector takes less than its training stage.
+        """
+        self._shown = copy.deepcopy(self.whole).to_empty(device=self.device).eval()
+        dtype = next(self.network.parameters()).dtype
+        for parameter in self._shown.parameters():
+            parameter.data = parameter.data.to(dtype)
+        try:
+            yield self._shown
+        finally:
+            self._shown = None
+
+    @property
+    def num_replicas(self) -> int:
+        return self.place.replicas
+
+    @property
+    def replica(self) -> int:
+        return self.place.replica
+
+    @property
+    def replicas(self) -> Any:
+        return self.deepspeed.mpu.get_data_parallel_group()
+
+    def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
+        import deepspeed
+        from deepspeed.pipe import PipelineModule
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
+            module = PipelineModule(
+                [self.network if i == self.place.stage else nn.Identity() for i in range(self.place.stages)],
+                num_stages=self.place.stages,
+                loss_fn=self._loss,
+                partition_method="uniform",  # one of these layers is one stage
+            )
+        config = dict(self.deepspeed_json)
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+    def _loss(self, maps: tuple[torch.Tensor, ...], labels: Sequence[torch.Tensor]) -> torch.Tensor:
+        total, parts = self.loss(maps, Targets(*labels))
+        self._losses += parts
+        return total * self._undo_averaging()
+
+    def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(tensor, self.deepspeed.mpu.get_pipe_parallel_group())
+
+    def _norm_of_stages(self) -> torch.Tensor:
+        """In the place of ZeRO 1's, which adds up the stages group by group: a stage without BatchNorm has fewer groups,
+        and the others would wait for it for ever.
+        """
+        wrapper = self.deepspeed.optimizer
+        wrapper._model_parallel_all_reduce = _stay
+        try:
+            own = torch.as_tensor(self._norm_of_stage(), dtype=torch.float32, device=self.device)
+        finally:
+            del wrapper._model_parallel_all_reduce
+        return self._sum_over_stages(torch.where(own < 0, torch.inf, own.square())).sqrt()  # -1: not finite
+
+    def _make_buffers(self) -> Buffers:
+        return StageBuffers(self.network, self.whole, self.place)
+
+    def _compute(self) -> AbstractContextManager:
+        """What DeepSpeed runs its own forward passes in."""
+        if self.deepspeed.torch_autocast_enabled():
+            return torch.autocast(self.device.type, dtype=self.deepspeed.torch_autocast_dtype())
+        return contextlib.nullcontext()
+
+
+def _within(phases: Phases, name: str, instruction: Callable[..., None]) -> Callable[..., None]:
+    def told(*args: Any, **settings: Any) -> None:
+        with phases.phase(name):
+            instruction(*args, **settings)
+
+    return told
+
+
+def _stay(tensor: torch.Tensor, op: Any) -> None:
+    """In the place of a collective."""
+
+
+class StageBuffers(Buffers):
+    """A stage's buffers, and their place among those of the whole network."""
+
+    def __init__(self, stage: nn.Module, whole: nn.Module, place: Place) -> None:
+        super().__init__(stage)
+        self._whole, self._place = whole, place
+        sizes = {name: b.numel() for name, b in whole.named_buffers() if b.is_floating_point()}
+        own = [name for name, b in stage.named_buffers() if b.is_floating_point()]
+        names = list(sizes)
+        first = names.index(own[0]) if own else 0
+        assert names[first : first + len(own)] == own, "a stage's buffers lie together"
+        self._start = sum(sizes[name] for name in names[:first])
+        self._total = sum(sizes.values())
+
+    def gathered(self, flat: torch.Tensor) -> torch.Tensor:
+        if not flat.numel():
+            return flat
+        whole = torch.zeros(self._total, dtype=torch.float32, device=flat.device)
+        if self._place.replica == 0:
+            self.own(whole).copy_(flat)
+        return all_reduce_sum(whole)
+
+    def own(self, gathered: torch.Tensor) -> torch.Tensor:
+        return gathered[self._start : self._start + self.flat.numel()]
+
+    def named(self, gathered: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.zeros(b.shape, dtype=b.dtype) if b.is_meta else b
+            for name, b in named_buffers(self._whole, gathered).items()
+        }
+
+
+class StageShards(Shards):
+    """What this rank owns of its stage; gathering collects the parameters of all stages."""
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        super().__init__(engine)
+        self._engine: PipelineEngine = engine
+        self.shapes = {name: tuple(p.shape) for name, p in engine.whole.named_parameters()}
+
+    @contextmanager
+    def showing(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
+        """Inside, every rank predicts with the whole network, with the values of `tensors` and `buffers`."""
+        with self._engine.with_whole() as network:
+            state = dict(network.named_parameters()) | dict(network.named_buffers())
+            for name, value in self.gather(tensors):
+                state[name].data.copy_(value)
+            for name, value in named_buffers(network, self._engine.buffers.gathered(buffers)).items():
+                state[name].copy_(value)
+            yield
+
+    def showing_trained(self) -> AbstractContextManager[None]:
+        return self.showing(self.masters(), self._engine.buffers.flat)
+
+    def _has_all(self) -> bool:
+        return False
+
+    def _gives(self) -> bool:
+        return not self.replicated or self._all is not self or self._engine.replica == 0

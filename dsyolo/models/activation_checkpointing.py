@@ -1,0 +1,77 @@
+"""Runs a node without keeping what lies between its input and its output: backward runs it again for that.
+
+Invariant: weights, gradients and buffers are those of a plain run, bit for bit, on the same machine.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from dsyolo.models.blocks import BatchNorm
+
+
+def run_recomputed(module: nn.Module, inputs: tuple[torch.Tensor, ...], *, offload: bool) -> torch.Tensor:
+    """`module(*inputs)`, keeping of its activations the inputs alone, in host memory where `offload`.
+
+    There is no randomness in a network, so the generators' states are not kept; and nothing here waits for
+    the device.
+    """
+
+    def call() -> torch.Tensor:
+        return checkpoint(
+            module,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (_Nothing(), _Repetition(module)),
+        )
+
+    if not offload:
+        return call()
+    with saved_tensors_hooks(
+        _to_host, _to_device
+    ):  # meets the inputs alone: the checkpoint has its own inside
+        return call()
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class _Repetition:
+    """While it is entered, the BatchNorms of `module` leave their statistics, which the first pass moved.
+
+    It can be entered again: a backward pass over a kept graph repeats the forward pass once more.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.moves_statistics = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for norm in self.norms:
+            norm.moves_statistics = True
+
+
+def _to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+    # torch's own save_on_cpu waits for the copy and loses the strides of channels-last.
+    pinned = tensor.device.type != "cpu"
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+    return tensor.device, copy.copy_(tensor, non_blocking=pinned)
+
+
+def _to_device(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    device, copy = packed
+    return copy.to(device, non_blocking=True)

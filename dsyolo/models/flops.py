@@ -1,0 +1,58 @@
+"""What each node of a network costs, counted on tensors without memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsyolo.models.network import Network
+
+Shape = tuple[int, ...]
+BACKWARD = 2  # times the work of the forward pass: a gradient for the input, and one for the weights
+
+
+class NodeCost(NamedTuple):
+    """Of one node and one micro-batch, forward only."""
+
+    name: str
+    num_parameters: int
+    flops: int  # two per multiply-add
+    elements: int  # read and written by the node's operations
+    carry: tuple[Shape, ...]  # shapes of what lives after the node
+
+
+def node_costs(network: Network, images_shape: Sequence[int]) -> list[NodeCost]:
+    """Costs of all nodes, in order, for images of the shape (B, 3, H, W). Nothing is computed."""
+    ghost = copy.deepcopy(network).to("meta")
+    carry: tuple = (torch.empty(images_shape, device="meta"),)
+    costs = []
+    with torch.no_grad():
+        for i, name in enumerate(ghost.order):
+            traffic = _Traffic()
+            with FlopCounterMode(display=False) as counter, traffic:
+                carry = ghost.run(carry, i, i + 1)
+            num_parameters = sum(p.numel() for p in ghost.get_submodule(name).parameters())
+            shapes = tuple(tuple(t.shape) for t in tree_leaves(carry))
+            costs.append(NodeCost(name, num_parameters, counter.get_total_flops(), traffic.elements, shapes))
+    return costs
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the elements that operations read and write; views do neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.elements += sum(t.numel() for t in tensors)
+        return out

@@ -1,0 +1,64 @@
+"""What a forward pass without gradients takes at once, counted on fake tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsyolo.models.activation_memory import LOW_PRECISION, fake_copy
+from dsyolo.models.yolov5 import YOLOv5
+
+
+def inference_bytes(
+    network: YOLOv5, images_shapes: Sequence[tuple[int, int, int, int]], precision: str
+) -> list[int]:
+    """For uint8 images of each shape, the most bytes of tensors that are alive at once from the images to decoded boxes.
+
+    Weights and images are left out; copies of weights that autocast keeps are counted.
+    """
+    with FakeTensorMode():
+        fake = fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).eval()
+        return [_count(fake, shape, precision) for shape in images_shapes]
+
+
+def _count(fake: YOLOv5, images_shape: tuple[int, int, int, int], precision: str) -> int:
+    images = torch.empty(images_shape, dtype=torch.uint8)
+    autocast = precision.startswith("autocast")
+    dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast), _Alive() as alive:
+        fake.decode(fake(images))
+    return alive.most
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, from then on until nobody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_place(tensor) for tensor in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if _place(tensor) not in before and _place(tensor) not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, storage._cdata)
+        self.most = max(self.most, sum(self._sizes.values()))
+        return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,98 @@
+"""A network as a sequence of named nodes: the only graph logic.
+
+Between two nodes travels the carry: the tensors that some later node still reads, in the order in which
+they were made. So any slice of the sequence is a pipeline stage, and nothing lives longer than it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dsyolo.models.activation_checkpointing import run_recomputed
+from dsyolo.models.blocks import BatchNorm
+
+
+class Node(NamedTuple):
+    """A module with a name, and the names of the nodes (or of the input) whose outputs it reads."""
+
+    name: str
+    module: nn.Module
+    reads: tuple[str, ...]
+
+
+class Link(NamedTuple):
+    """How one node meets the carry."""
+
+    reads: tuple[int, ...]  # positions in the incoming carry
+    keeps: tuple[int, ...]  # positions that live on; the node's own output is appended
+
+
+def connect(nodes: Sequence[Node], source: str = "images") -> tuple[Link, ...]:
+    """Works out by liveness what each node reads of the carry and what it passes on.
+
+    Invariant: after node i the carry holds exactly the outputs that a node after i reads, and after the last
+    node its output alone.
+
+    Raises:
+        AssertionError: a name is used twice, read before it is made, or never read.
+    """
+    names = [node.name for node in nodes]
+    assert len(set(names) | {source}) == len(nodes) + 1, "a node's name is used twice"
+    last_read = {name: i for i, node in enumerate(nodes) for name in node.reads}
+    carry, links = [source], []
+    for i, node in enumerate(nodes):
+        assert set(node.reads) <= set(carry), f"{node.name} reads {node.reads}, but only {carry} are alive"
+        keeps = tuple(k for k, name in enumerate(carry) if last_read.get(name, -1) > i)
+        links.append(Link(tuple(carry.index(name) for name in node.reads), keeps))
+        carry = [carry[k] for k in keeps] + [node.name]
+    unread = set(names[:-1]) - last_read.keys()
+    assert not unread, f"{sorted(unread)} are made and never read"
+    return tuple(links)
+
+
+class Network(nn.Module):
+    """Runs the nodes in order. Parameters bear the nodes' names, whole or in stages.
+
+    Args:
+        nodes: the sequence; the last one makes the output.
+
+    Attributes:
+        recompute: names of nodes that keep their inputs alone for backward, and then run again.
+        offload_inputs: whether those inputs wait in host memory.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        super().__init__()
+        self.links = connect(nodes)
+        self.order = tuple(node.name for node in nodes)
+        self.recompute: frozenset[str] = frozenset()
+        self.offload_inputs = False
+        for node in nodes:
+            self.add_module(node.name, node.module)
+
+    def blocks(self) -> frozenset[str]:
+        """Names of the nodes with activations inside, which recomputing saves: those with a BatchNorm."""
+        parts = {name: self.get_submodule(name).modules() for name in self.order}
+        return frozenset(
+            name for name, modules in parts.items() if any(isinstance(part, BatchNorm) for part in modules)
+        )
+
+    def run(self, carry: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple:
+        """The carry after nodes `start` .. `stop` - 1, from the carry before them."""
+        for name, link in zip(self.order[start:stop], self.links[start:stop], strict=True):
+            module, inputs = self.get_submodule(name), tuple(carry[k] for k in link.reads)
+            if name in self.recompute and torch.is_grad_enabled():
+                out = run_recomputed(module, inputs, offload=self.offload_inputs)
+            else:
+                out = module(*inputs)
+            carry = (*(carry[k] for k in link.keeps), out)
+        return carry
+
+    def forward(self, images: torch.Tensor):
+        """The last node's output for `images`."""
+        (out,) = self.run((images,), 0, len(self.order))
+        return out

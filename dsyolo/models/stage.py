@@ -1,0 +1,53 @@
+"""A pipeline stage: a slice of a network's sequence, under the network's own names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dsyolo.models.network import Network
+
+Shape = tuple[int, int, int, int]
+
+
+class Stage(nn.Module):
+    """Nodes `start` .. `stop` - 1 of `network`, which keeps the modules of the others.
+
+    What crosses a border is one flat tensor, all of the carry behind each other: k tensors would cost k backward
+    passes through the stage and 2 k messages.
+
+    Args:
+        network: the whole; its modules are shared, not copied.
+        incoming: shapes (B, C, H, W) of the carry before node `start`; for the first stage they are not needed.
+    """
+
+    def __init__(self, network: Network, start: int, stop: int, incoming: Sequence[Shape]) -> None:
+        super().__init__()
+        self._whole = (network,)  # in a tuple, so that its parameters are not ours
+        self.start, self.stop, self.incoming = start, stop, tuple(incoming)
+        for name in network.order[start:stop]:
+            self.add_module(name, network.get_submodule(name))
+
+    def forward(self, x: torch.Tensor):
+        """Images (B, 3, H, W) or the previous stage's flat carry; gives the flat carry, or the network's output."""
+        (network,) = self._whole
+        carry = unpack(x, self.incoming) if self.start else (x,)
+        carry = network.run(carry, self.start, self.stop)
+        return carry[0] if self.stop == len(network.order) else pack(carry)
+
+
+def pack(carry: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors (B, C, H, W) as one flat tensor, each in channels-last order."""
+    flat = [tensor.permute(0, 2, 3, 1).reshape(-1) for tensor in carry]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def unpack(flat: torch.Tensor, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]:
+    """The tensors that `pack` took, as channels-last views."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return tuple(
+        part.view(b, h, w, c).permute(0, 3, 1, 2) for part, (b, c, h, w) in zip(parts, shapes, strict=True)
+    )

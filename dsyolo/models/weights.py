@@ -1,0 +1,226 @@
+"""Weights in and out: names as YOLOv5's own files have them, and safetensors files with what a network needs.
+
+Only safetensors are read: nothing in such a file can run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import pickled, shortened
+from dsyolo.models.yolov5 import P5, P6, VARIANTS, YOLOv5, build_yolov5
+
+METADATA_KEY = "dsyolo"
+MOST_BYTES = 4 << 30
+DTYPES = ("F32", "F16", "BF16", "F64", "I64")  # the last: counts of batches, in YOLOv5's own files
+PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+
+class WeightsInfo(BaseModel):
+    """What a weights file says beside the tensors: all that is needed to rebuild the network."""
+
+    model_config = ConfigDict(frozen=True)
+
+    variant: str
+    names: tuple[str, ...]
+    image_size_px: int = Field(ge=32, le=1 << 14)
+    anchors_px: tuple[tuple[tuple[float, float], ...], ...]
+
+
+def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames `model.<index>.<rest>` to `<node>.<rest>`. The family is told by the highest index.
+
+    Raises:
+        ValueError: a name is not of YOLOv5's form.
+    """
+    indices = {}
+    for name in state_dict:
+        head, _, rest = name.removeprefix("model.").partition(".")
+        if not name.startswith("model.") or not head.isdigit() or not rest:
+            raise ValueError(f"{name!r} is not a YOLOv5 name: those are model.<index>.<...>")
+        indices[name] = (int(head), rest)
+    table = P6 if max((i for i, _ in indices.values()), default=0) >= len(P5) else P5
+    if any(i >= len(table) for i, _ in indices.values()):
+        raise ValueError(f"a YOLOv5 network has at most {len(table)} layers, these names go further")
+    return {f"{table[i].name}.{rest}": state_dict[name] for name, (i, rest) in indices.items()}
+
+
+def to_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames `<node>.<rest>` to `model.<index>.<rest>`, the inverse of `from_yolov5`.
+
+    Raises:
+        ValueError: a name belongs to no node of the family.
+    """
+    nodes = {name.partition(".")[0] for name in state_dict}
+    table = P6 if nodes & ({row.name for row in P6} - {row.name for row in P5}) else P5
+    index = {row.name: i for i, row in enumerate(table)}
+    unknown = sorted(nodes - index.keys())
+    if unknown:
+        raise ValueError(f"no layer of YOLOv5 is called {', '.join(unknown)}")
+    renamed = {}
+    for name, tensor in state_dict.items():
+        node, _, rest = name.partition(".")
+        renamed[f"model.{index[node]}.{rest}"] = tensor
+    return renamed
+
+
+def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: WeightsInfo) -> None:
+    """Writes the tensors as they are under the network's own names, by a rename, so that a reader sees all or nothing."""
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata={METADATA_KEY: info.model_dump_json()})
+        part.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # there only where something failed, as on a full disk
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsInfo | None]:
+    """The tensors of a safetensors file under the network's own names, and its info where there is one.
+
+    Reads files of dsyolo and files with YOLOv5's names alike.
+
+    Raises:
+        UserError: no such file, not safetensors, a pickled file, names of another network, or NaN in it.
+    """
+    headline = f"{path} cannot be used as weights"
+    if path.is_dir():
+        raise UserError(
+            headline, ["it is a folder. Give a .safetensors file, as a run leaves it in weights/."]
+        )
+    if not path.is_file():
+        raise UserError(headline, ["there is no such file. Nothing is downloaded: put the file there."])
+    _refuse_pickled(path, headline)
+    if path.stat().st_size > MOST_BYTES:
+        rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and the largest network has 0.6"
+        raise UserError(headline, [f"{rule}. It is no file of a detector's weights alone."])
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            types = {name: file.get_slice(name).get_dtype() for name in names}
+            if other := [name for name, type_ in types.items() if type_ not in DTYPES]:
+                rule = f"{other[0]} is of type {types[other[0]]}, and weights are {', '.join(DTYPES)}"
+                raise UserError(headline, [f"{rule}. Save them in fp32."])
+            tensors = {name: file.get_tensor(name) for name in names}
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            headline, [f"it is not a whole safetensors file ({error}). Take another copy."]
+        ) from None
+    damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if damaged:
+        what = f"{len(damaged)} of its {len(tensors)} tensors hold NaN or infinity ({damaged[0]} ...)"
+        remedy = "The training that wrote it diverged: take earlier weights, or train with a lower lr"
+        raise UserError(headline, [f"{what}. {remedy}."])
+    if all(name.startswith("model.") for name in tensors):
+        try:
+            tensors = from_yolov5(tensors)
+        except ValueError as error:
+            raise UserError(headline, [f"{error}."]) from None
+    try:
+        return tensors, None if text is None else WeightsInfo.model_validate_json(text)
+    except ValidationError as error:
+        what = shortened(str(error))
+        raise UserError(headline, [f"its metadata is damaged ({what}). Take another copy."]) from None
+
+
+def _refuse_pickled(path: Path, headline: str) -> None:
+    what = f"{path.suffix} files are pickled" if path.suffix in PICKLED_SUFFIXES else ""
+    if not what and (found := pickled(path)):
+        what = f"it is {found}, whatever its name says"
+    if what:
+        remedy = (
+            "Where you trust it, convert it once in the environment that wrote it: "
+            "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
+        )
+        rule = "reading one may run code from it; only safetensors is read"
+        raise UserError(headline, [f"{what}, and {rule}. {remedy}"])
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor on the host holds neither NaN nor infinity."""
+    # Ten times as fast as isfinite().all(): 0.4 s for the largest variant. NaN is the least and the most of all.
+    return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
+
+
+def load_into(network: YOLOv5, path: Path) -> str:
+    """Starts `network` from the tensors of `path` whose names and shapes fit, and tells how many did.
+
+    A detector of other classes fits in all but its last layer, which is what fine-tuning wants.
+
+    Raises:
+        UserError: as `read_weights`; or it is of another network: another variant, or less than half of the tensors fit.
+    """
+    tensors, info = read_weights(path)
+    if info is not None and info.variant != network.variant:
+        rule = f"it is of {info.variant}, but this run trains {network.variant}. Give --model {info.variant}"
+        raise UserError(f"{path} cannot be used as weights", [f"{rule}, or other weights."])
+    own = network.state_dict()
+    fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
+    if 2 * len(fits) < len(own):
+        raise UserError(
+            f"{path} cannot be used as weights",
+            [
+                f"{len(fits)} of the {len(own)} tensors of {network.variant} are in it. Give the weights of {network.variant}."
+            ],
+        )
+    network.load_state_dict(fits, strict=False)
+    told = f"{path}: {len(fits)} of {len(own)} tensors taken"
+    anew = dict.fromkeys(name.partition(".")[0] for name in own if name not in fits)
+    if anew:
+        told += f"; from random values start {', '.join(anew)}"
+    if anew.keys() - {"detect"}:
+        told += f". These are not the weights of a {network.variant}"
+    return told
+
+
+def rebuild(path: Path) -> tuple[YOLOv5, WeightsInfo]:
+    """The network in eval mode that a file of `save_weights` describes.
+
+    Raises:
+        UserError: as `read_weights`; no metadata; or tensors that do not fit it.
+    """
+    tensors, info = read_weights(path)
+    headline = f"{path} cannot be used as weights"
+    if info is None:
+        remedy = "Give a file that dsyolo wrote: a training that starts from these weights writes one"
+        raise UserError(headline, [f"it says nothing of variant and classes. {remedy}."])
+    if info.variant not in VARIANTS:
+        raise UserError(
+            headline, [f"its metadata says {info.variant}, but the variants are {', '.join(VARIANTS)}."]
+        )
+    try:
+        with torch.device("meta"):  # before memory is taken for as many classes as the file says
+            expected = build_yolov5(info.variant, len(info.names)).state_dict()
+        if wrong := [
+            name
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ]:
+            shapes = [tuple(one[wrong[0]].shape) for one in (tensors, expected)]
+            raise ValueError(f"{wrong[0]} is {shapes[0]} and not {shapes[1]}")
+        network = build_yolov5(info.variant, len(info.names))
+        network.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            headline, [f"its tensors do not fit its metadata ({error}). Take another copy."]
+        ) from None
+    return network.eval(), info
+
+
+def describe(network: YOLOv5, names: Sequence[str], image_size_px: int) -> WeightsInfo:
+    """The info to save beside the tensors of `network`."""
+    strides = torch.tensor(network.strides, dtype=torch.float32).view(-1, 1, 1)
+    anchors = (network.anchors.detach().float().cpu() * strides).tolist()
+    return WeightsInfo(
+        variant=network.variant, names=tuple(names), image_size_px=image_size_px, anchors_px=anchors
+    )

@@ -1,0 +1,216 @@
+"""The ten YOLOv5 v6/v7 networks: one table per family, two numbers per variant, and the decoding of maps."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dsyolo.models.blocks import C3, SPPF, Concat, Conv, Detect, Stem, Upsample
+from dsyolo.models.network import Network, Node
+
+
+class Row(NamedTuple):
+    """A line of a family's table. Without `reads` a node reads the one before it."""
+
+    name: str
+    kind: type[nn.Module]
+    channels: int = 0  # at width 1
+    reads: tuple[str, ...] = ()
+    repeats: int = 0  # of a C3 at depth 1
+    kernel: int = 1
+    stride: int = 1
+    shortcut: bool = False
+
+
+def _down(name: str, channels: int, reads: tuple[str, ...] = ()) -> Row:
+    return Row(name, Conv, channels, reads, kernel=3, stride=2)
+
+
+def _c3(name: str, channels: int, repeats: int = 3, *, shortcut: bool = False) -> Row:
+    return Row(name, C3, channels, repeats=repeats, shortcut=shortcut)
+
+
+# A row's position is its index in YOLOv5's own parameter names, `model.<index>.`
+_P4_BACKBONE = (
+    Row("stem", Stem, 64, stride=2),
+    _down("conv2", 128),
+    _c3("p2", 128, 3, shortcut=True),
+    _down("conv3", 256),
+    _c3("p3", 256, 6, shortcut=True),
+    _down("conv4", 512),
+    _c3("p4", 512, 9, shortcut=True),
+)
+P5 = (
+    *_P4_BACKBONE,
+    _down("conv5", 1024),
+    _c3("p5", 1024, 3, shortcut=True),
+    Row("sppf", SPPF, 1024),
+    Row("lat5", Conv, 512),
+    Row("up5", Upsample),
+    Row("join4", Concat, reads=("up5", "p4")),
+    _c3("fuse4", 512),
+    Row("lat4", Conv, 256),
+    Row("up4", Upsample),
+    Row("join3", Concat, reads=("up4", "p3")),
+    _c3("out3", 256),
+    _down("down3", 256),
+    Row("merge4", Concat, reads=("down3", "lat4")),
+    _c3("out4", 512),
+    _down("down4", 512),
+    Row("merge5", Concat, reads=("down4", "lat5")),
+    _c3("out5", 1024),
+    Row("detect", Detect, reads=("out3", "out4", "out5")),
+)
+P6 = (
+    *_P4_BACKBONE,
+    _down("conv5", 768),
+    _c3("p5", 768, 3, shortcut=True),
+    _down("conv6", 1024),
+    _c3("p6", 1024, 3, shortcut=True),
+    Row("sppf", SPPF, 1024),
+    Row("lat6", Conv, 768),
+    Row("up6", Upsample),
+    Row("join5", Concat, reads=("up6", "p5")),
+    _c3("fuse5", 768),
+    Row("lat5", Conv, 512),
+    Row("up5", Upsample),
+    Row("join4", Concat, reads=("up5", "p4")),
+    _c3("fuse4", 512),
+    Row("lat4", Conv, 256),
+    Row("up4", Upsample),
+    Row("join3", Concat, reads=("up4", "p3")),
+    _c3("out3", 256),
+    _down("down3", 256),
+    Row("merge4", Concat, reads=("down3", "lat4")),
+    _c3("out4", 512),
+    _down("down4", 512),
+    Row("merge5", Concat, reads=("down4", "lat5")),
+    _c3("out5", 768),
+    _down("down5", 768),
+    Row("merge6", Concat, reads=("down5", "lat6")),
+    _c3("out6", 1024),
+    Row("detect", Detect, reads=("out3", "out4", "out5", "out6")),
+)
+
+# (L, A, 2) widths and heights in pixels, finest level first
+ANCHORS_P5_PX = (
+    ((10, 13), (16, 30), (33, 23)),
+    ((30, 61), (62, 45), (59, 119)),
+    ((116, 90), (156, 198), (373, 326)),
+)
+ANCHORS_P6_PX = (
+    ((19, 27), (44, 40), (38, 94)),
+    ((96, 68), (86, 152), (180, 137)),
+    ((140, 301), (303, 264), (238, 542)),
+    ((436, 615), (739, 380), (925, 792)),
+)
+
+DEPTH_WIDTH = {"n": (0.33, 0.25), "s": (0.33, 0.5), "m": (0.67, 0.75), "l": (1.0, 1.0), "x": (1.33, 1.25)}
+VARIANTS = tuple(f"yolov5{size}{family}" for family in ("", "6") for size in DEPTH_WIDTH)
+
+
+class YOLOv5(Network):
+    """A YOLOv5 detector. `forward(images)` gives the raw maps, one (B, A, H, W, 5 + K) per level.
+
+    Attributes:
+        variant: its name, as in VARIANTS.
+        num_classes: K.
+        strides: pixels per cell of each level.
+    """
+
+    def __init__(self, variant: str, num_classes: int, nodes: list[Node], strides: tuple[int, ...]) -> None:
+        super().__init__(nodes)
+        self.variant = variant
+        self.num_classes = num_classes
+        self.strides = strides
+
+    @property
+    def anchors(self) -> torch.Tensor:
+        """(L, A, 2) widths and heights in cells of the level."""
+        return self.detect.anchors
+
+    def decode(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Boxes and probabilities of raw maps, as (B, boxes, 5 + K) float32.
+
+        Per box: centre and size in pixels of the input, objectness, class probabilities. Levels in order,
+        each flattened A, H, W. centre = (2 s - 0.5 + cell) * stride, size = (2 s)^2 * anchor (spec.md, Decoding).
+        """
+        decoded = []
+        for raw, anchors, stride in zip(maps, self.anchors.float(), self.strides, strict=True):
+            b, a, h, w, outputs = raw.shape
+            s = raw.float().sigmoid()
+            ys = torch.arange(h, device=raw.device, dtype=torch.float32)
+            xs = torch.arange(w, device=raw.device, dtype=torch.float32)
+            cells = torch.stack((xs.expand(h, w), ys[:, None].expand(h, w)), -1)
+            centres = (s[..., :2] * 2 - 0.5 + cells) * stride
+            sizes = (s[..., 2:4] * 2) ** 2 * (anchors * stride).view(1, a, 1, 1, 2)
+            decoded.append(torch.cat((centres, sizes, s[..., 4:]), -1).view(b, a * h * w, outputs))
+        return torch.cat(decoded, 1)
+
+
+def family(variant: str) -> tuple[Row, ...]:
+    """The table that `variant` is built from."""
+    return P6 if variant.endswith("6") else P5
+
+
+def has_parameters(variant: str) -> tuple[bool, ...]:
+    """Of every node of the variant, in order."""
+    return tuple(row.kind not in (Upsample, Concat) for row in family(variant))
+
+
+def level_strides(variant: str) -> tuple[int, ...]:
+    """Pixels per cell of the variant's levels, finest first."""
+    return (8, 16, 32, 64) if variant.endswith("6") else (8, 16, 32)
+
+
+def anchors_px(variant: str) -> torch.Tensor:
+    """(L, A, 2) float32, the anchors that the variant starts with, in pixels."""
+    return torch.tensor(ANCHORS_P6_PX if variant.endswith("6") else ANCHORS_P5_PX, dtype=torch.float32)
+
+
+def build_yolov5(variant: str, num_classes: int) -> YOLOv5:
+    """Builds a network with torch's default initialisation of convolutions, in train mode.
+
+    Args:
+        variant: `yolov5n` ... `yolov5x6`; the bare `n` ... `x6` will do.
+        num_classes: K, at least 1.
+
+    Raises:
+        ValueError: no such variant, or no class.
+    """
+    variant = variant if variant.startswith("yolov5") else f"yolov5{variant}"
+    if variant not in VARIANTS:
+        raise ValueError(f"model: {variant!r} given, but the variants are {', '.join(VARIANTS)}.")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: {num_classes} given, but a detector needs at least 1 class.")
+    depth, width = DEPTH_WIDTH[variant.removeprefix("yolov5")[0]]
+    strides = level_strides(variant)
+    channels_of: dict[str, int] = {"images": 3}
+    nodes: list[Node] = []
+    previous = "images"
+    for row in family(variant):
+        reads = row.reads or (previous,)
+        inputs = tuple(channels_of[name] for name in reads)
+        outputs = math.ceil(row.channels * width / 8) * 8 if row.channels else sum(inputs)
+        module = (
+            Detect(inputs, num_classes, anchors_px(variant), strides)
+            if row.kind is Detect
+            else _build(row, inputs[0], outputs, depth)
+        )
+        nodes.append(Node(row.name, module, reads))
+        channels_of[row.name] = outputs
+        previous = row.name
+    return YOLOv5(variant, num_classes, nodes, strides)
+
+
+def _build(row: Row, c1: int, c2: int, depth: float) -> nn.Module:
+    if row.kind is C3:
+        return C3(c1, c2, max(round(row.repeats * depth), 1), row.shortcut)
+    if row.kind is Conv:
+        return Conv(c1, c2, row.kernel, row.stride)
+    if row.kind in (Stem, SPPF):
+        return row.kind(c1, c2)
+    return row.kind()

@@ -1,0 +1,116 @@
+"""A step of the engine that trains, as one of thousands of ranks: what it really holds and hands to collectives."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dsyolo.base.batch import Batch
+from dsyolo.config.deepspeed.config import check
+from dsyolo.detection.assigner import Assigner
+from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine.optimizer import Schedule
+from dsyolo.models.yolov5 import YOLOv5, build_yolov5
+from dsyolo.planner.comm_volume import wire_bytes
+from dsyolo.planner.memory_estimate import Load, predict
+
+SIZE_PX, IMAGES = 128, 2  # of a micro-batch: states and what is sent do not depend on them
+SGD = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.937, "nesterov": True}}
+
+
+class Case(NamedTuple):
+    """What is rehearsed. `rank` is 0 under ZeRO 3, whose ranks compare themselves with rank 0: nobody sends it."""
+
+    model: str
+    num_classes: int
+    zero_stage: int
+    ranks: int
+    rank: int
+
+
+class Rehearsed(NamedTuple):
+    """Of one rank, in bytes: parameters, gradients, optimizer and EMA; buckets; what it sends in a step of one micro-batch.
+
+    `..._expected`: as the memory account and the plan have it.
+    """
+
+    rank: int
+    states: int
+    states_expected: int
+    buckets: int
+    buckets_expected: int
+    sent: int
+    sent_expected: int
+
+
+def case_of(model: str, num_classes: int, zero_stage: int, ranks: int) -> Case:
+    """Of a rank in the middle, where ZeRO 2 has a share with borders at both ends."""
+    return Case(model, num_classes, zero_stage, ranks, ranks // 2 if zero_stage in (1, 2) else 0)
+
+
+def rehearse(cases: Sequence[Case], processes: int = 2) -> list[Rehearsed]:
+    """Each in a process of its own, `processes` at a time: a process cannot be a rank of two worlds."""
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        return pool.map(_rehearse, cases, chunksize=1)
+
+
+def _rehearse(case: Case) -> Rehearsed:
+    from dsyolo.engine.comm_timer import Collectives
+    from dsyolo.engine.ema import Ema
+    from dsyolo.engine.fake_world import pretend, sent_bytes
+    from dsyolo.engine.memory_profile import Probe
+    from dsyolo.engine.parallelize import spread
+    from dsyolo.engine.step_timer import HostClock, Phases
+
+    torch.set_num_threads(1)
+    world = pretend(case.rank, case.ranks)
+    source = {
+        "train_micro_batch_size_per_gpu": IMAGES,
+        "zero_optimization": {"stage": case.zero_stage},
+        "optimizer": SGD,
+    }
+    ds = check(source, world_size=case.ranks, accelerator="cpu")
+    network = build_yolov5(case.model, case.num_classes)
+    batch = one_batch(network, IMAGES, SIZE_PX)
+    loss = DetectionLoss(network.anchors, case.num_classes, SIZE_PX)
+    schedule = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, ds.global_batch, 0.1, 0.8, is_adam=False)
+    numels = [parameter.numel() for parameter in network.parameters()]  # ZeRO 3 takes them apart
+    engine, shards, _, groups, _ = spread(
+        network, loss, schedule, ds, world, image_size_px=SIZE_PX, statistics_move=True
+    )
+    ema = Ema(shards, engine.buffers, 0.999, 100)
+    phases = Phases(HostClock())
+    collectives = Collectives(phases)
+    engine.train_step([batch], 0)  # makes the optimizer's states
+    probe = Probe(engine, shards, ema)
+    for batches in phases.steps(iter([[batch]]), 1):
+        with probe.looking():
+            engine.train_step(batches, 1)
+    collectives.close()
+    held = probe.result().account.together
+    zero = engine.deepspeed_json["zero_optimization"]
+    load = Load(groups, 0, 0, 0, engine.replica, engine.num_replicas, True)
+    expected = predict(load, ds, zero).together
+    return Rehearsed(
+        case.rank,
+        held.states,
+        expected.states,
+        held.buckets,
+        expected.buckets,
+        int(sent_bytes(collectives.sizes, case.ranks)),
+        int(wire_bytes(zero, numels, case.ranks, 1)),
+    )
+
+
+def one_batch(network: YOLOv5, images: int, size_px: int) -> Batch:
+    """A micro-batch of noise (images, 3, size_px, size_px) with a box in each image: work of the size of real work."""
+    anchors_px = network.anchors * torch.tensor(network.strides).view(-1, 1, 1)
+    assign = Assigner(anchors_px.numpy(), network.strides, 4.0)
+    boxes = np.full((images, 4), size_px / 4, np.float32)
+    owners = np.arange(images)
+    targets = assign(owners, np.zeros_like(owners), boxes, images, (size_px, size_px))
+    return Batch(torch.randint(0, 256, (images, 3, size_px, size_px), dtype=torch.uint8), targets)

@@ -1,0 +1,147 @@
+"""One way of spreading a training, as settings and as the DeepSpeed JSON that asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dsyolo.config.deepspeed.rules import MOST_IMAGES
+
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
+    "SGD": {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005},
+    "AdamW": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0005},
+}
+PRECISIONS: Mapping[str, Mapping[str, Any]] = {
+    "autocast_bf16": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "autocast_fp16": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True}},
+    "fp32": {},
+}
+# (ZeRO stage, device of the optimizer, device of the parameters)
+SHARDING = (
+    (0, None, None),
+    (1, None, None),
+    (2, None, None),
+    (3, None, None),
+    (1, "cpu", None),
+    (2, "cpu", None),
+    (3, "cpu", "cpu"),
+)
+PIPELINES = (2, 4)
+RECOMPUTES = ("none", "blocks")
+
+
+class Settings(NamedTuple):
+    """Everything that a strategy chooses."""
+
+    zero_stage: int
+    offload_optimizer: str | None
+    offload_param: str | None
+    recompute: str | int  # none, blocks, or the bytes of a budget per micro-batch
+    precision: str
+    micro_batch: int
+    accumulation: int
+    pipeline_stages: int
+    replicas: int
+    optimizer: str
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.replicas
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """What the sizes of micro-batches and precisions are variations of."""
+        recomputes = self.recompute != "none"
+        return self.zero_stage, self.offload_optimizer, self.offload_param, recomputes, self.pipeline_stages
+
+    def deepspeed_json(self) -> dict[str, Any]:
+        """What `--deepspeed_config` takes."""
+        offload = {"offload_optimizer": self.offload_optimizer, "offload_param": self.offload_param}
+        zero = {"stage": self.zero_stage, **{key: {"device": to} for key, to in offload.items() if to}}
+        recompute = self.recompute if isinstance(self.recompute, str) else gib(self.recompute)
+        return {
+            "train_batch_size": self.global_batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            **PRECISIONS[self.precision],
+            "zero_optimization": zero,
+            **({"activation_checkpointing": {"recompute": recompute}} if recompute != "none" else {}),
+            **(
+                {"pipeline": {"stages": self.pipeline_stages, "partition": "balanced"}}
+                if self.pipeline_stages > 1
+                else {}
+            ),
+            "optimizer": {"type": self.optimizer, "params": dict(OPTIMIZERS[self.optimizer])},
+            "gradient_clipping": 10.0,
+        }
+
+    def in_words(self) -> str:
+        """Without sizes of batches."""
+        words = [f"ZeRO {self.zero_stage}"]
+        if self.pipeline_stages > 1:
+            words.insert(0, f"pipeline {self.pipeline_stages} x {self.replicas}")
+        if self.offload_optimizer:
+            words.append("offload" if self.offload_param is None else "offload of all")
+        if self.recompute != "none":
+            words.append("recompute" if self.recompute == "blocks" else "recompute in part")
+        return ", ".join(words)
+
+
+def gib(size: int | str) -> str:
+    """Bytes as the JSON takes them, rounded up."""
+    return f"{-(-int(size) * 1000 // 2**30) / 1000:.3f}GiB"
+
+
+def settings(
+    ranks: int,
+    global_batch: int,
+    optimizer: str,
+    precisions: tuple[str, ...],
+    recomputes: Sequence[str | int] = RECOMPUTES,
+) -> Iterator[Settings]:
+    """All strategies that are looked at: those that need something of their ranks and batch, where they have it.
+
+    A micro-batch is any divisor of a replica's share of the global batch. In a pipeline there are two micro-batches for
+    each stage at least: with fewer its stages wait for most of the time.
+    """
+    for stages in (1, *PIPELINES):
+        if ranks % stages or ranks < stages:
+            continue
+        replicas = ranks // stages
+        if global_batch % replicas:
+            continue
+        share = global_batch // replicas
+        micro_batches = [n for n in range(1, min(share, MOST_IMAGES) + 1) if share % n == 0]
+        for zero_stage, of_optimizer, of_param in SHARDING:
+            if stages > 1 and (zero_stage > 1 or of_optimizer):
+                continue
+            for precision in precisions:
+                is_half = precision in ("bf16", "fp16")
+                if replicas == 1 and zero_stage > is_half and not of_optimizer:
+                    continue  # nobody to share with
+                # DeepSpeed never lowers the scale of fp16 autocast from ZeRO 1 on, and has no ZeRO 0 for half weights
+                if precision == "autocast_fp16" and (zero_stage or stages > 1):
+                    continue
+                if is_half and not zero_stage:
+                    continue
+                for micro_batch in micro_batches:
+                    accumulation = share // micro_batch
+                    if stages > 1 and accumulation < 2 * stages:
+                        continue
+                    for recompute in recomputes:
+                        if stages > 1 and not isinstance(recompute, str):
+                            continue  # a budget is one for the whole network
+                        yield Settings(
+                            zero_stage,
+                            of_optimizer,
+                            of_param,
+                            recompute,
+                            precision,
+                            micro_batch,
+                            accumulation,
+                            stages,
+                            replicas,
+                            optimizer,
+                        )

@@ -1,0 +1,171 @@
+"""Which trainings are run: strategies x numbers of ranks x ways of scaling, each with a DeepSpeed JSON of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsyolo.base.errors import UserError
+from dsyolo.config.deepspeed.config import check
+from dsyolo.config.deepspeed.json_reader import read_json, sane_part, without_auto
+from dsyolo.config.deepspeed.rules import BATCH_KEYS
+from dsyolo.config.run_config import AUTO
+from dsyolo.models.yolov5 import has_parameters
+
+WEAK, STRONG = "weak", "strong"
+HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")
+
+
+class Strategy(NamedTuple):
+    """A DeepSpeed JSON with its sizes of batches taken out.
+
+    Attributes:
+        micro_batch, accumulation: of a replica, under weak scaling on any number of them.
+        global_batch: under strong scaling.
+    """
+
+    name: str
+    source: Mapping[str, Any]
+    stages: int
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+
+    def on(self, replicas: int, scaling: str) -> tuple[int, int]:
+        """(micro-batch, accumulation) of each.
+
+        Raises:
+            UserError: the global batch cannot be divided so.
+        """
+        if scaling == WEAK:
+            return self.micro_batch, self.accumulation
+        if self.global_batch % replicas:
+            rule = f"{self.global_batch} images a step cannot be divided among {replicas} replicas"
+            raise UserError("This size cannot run", [rule])
+        share = self.global_batch // replicas
+        micro_batch = max(n for n in range(1, min(share, self.micro_batch) + 1) if share % n == 0)
+        return micro_batch, share // micro_batch
+
+
+class Case(NamedTuple):
+    """One training. Equal ones are run once, whatever they are run for."""
+
+    strategy: str
+    ranks: int
+    stages: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def replicas(self) -> int:
+        return self.ranks // self.stages
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.replicas
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.strategy}_{self.ranks}ranks_{self.micro_batch}x{self.accumulation}"
+
+
+class Computes(NamedTuple):
+    """What tells two trainings apart whatever they are spread over."""
+
+    precision: str  # as DsConfig has it, or "auto"
+    recompute: str | int
+
+    def differences(self, other: Computes) -> list[str]:
+        """Names of what is not the same."""
+        return [name for name in self._fields if getattr(self, name) != getattr(other, name)]
+
+
+class Wanted(NamedTuple):
+    """A row of the report: a case, or why there is none."""
+
+    strategy: str
+    scaling: str
+    ranks: int
+    case: Case | None
+    why_not: str = ""
+    computes: Computes = Computes("fp32", "none")
+
+
+def read_strategy(
+    path: Path, smallest: int, micro_batch: int | None, accumulation: int | None, problems: list[str]
+) -> Strategy | None:
+    """The strategy of a JSON, whose sizes of batches are read as those of a training on `smallest` ranks.
+
+    Other values that are "auto" stay so: train.py fills them in.
+
+    Args:
+        micro_batch, accumulation: in the place of the JSON's.
+        problems: gets a line for each reason why it cannot be used.
+    """
+    faults: list[str] = []
+    source = read_json(str(path), faults) or {}
+    content, left_open = without_auto(source)
+    sane = sane_part(content, faults)
+    if not micro_batch:
+        rule = "that leaves it to the machine, and so to each size. Give a number, or --micro_batch"
+        faults += [f'{key}: "auto" given, but {rule}.' for key in BATCH_KEYS if (key,) in left_open]
+    if faults:
+        problems += [f"{path}: {fault}" for fault in faults]
+        return None
+    stages = int(sane.get("pipeline", {}).get("stages", 1))
+    train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
+    replicas = max(1, smallest // stages)
+    steps = (
+        accumulation
+        or steps
+        or (max(1, train // ((micro_batch or micro) * replicas)) if train and micro else 1)
+    )
+    micro = micro_batch or micro or (max(1, train // (steps * replicas)) if train else 1)
+    if micro_batch or accumulation or not train:
+        train = micro * steps * replicas
+    # Under weak scaling a rank's images are those of a rank of the smallest world, where that has no room for all stages.
+    steps *= max(1, stages // smallest)
+    rest = {key: copy.deepcopy(value) for key, value in source.items() if key not in BATCH_KEYS}
+    return Strategy(path.stem, rest, stages, micro, steps, train)
+
+
+def wanted(
+    strategies: Sequence[Strategy],
+    scalings: Sequence[str],
+    ranks: Sequence[int],
+    model: str,
+    accelerator: str,
+) -> Iterator[Wanted]:
+    """All rows. A size that a strategy cannot have says why."""
+    for scaling in scalings:
+        for strategy in strategies:
+            for size in ranks:
+                try:
+                    case, computes = _case(strategy, size, scaling, model, accelerator)
+                except UserError as error:
+                    yield Wanted(strategy.name, scaling, size, None, " ".join(error.problems))
+                else:
+                    yield Wanted(strategy.name, scaling, size, case, computes=computes)
+
+
+def deepspeed_json(strategy: Strategy, case: Case) -> dict[str, Any]:
+    """What the case's training gets."""
+    sizes = (case.global_batch, case.micro_batch, case.accumulation)
+    return {**dict(zip(BATCH_KEYS, sizes, strict=True)), **strategy.source}
+
+
+def _case(
+    strategy: Strategy, ranks: int, scaling: str, model: str, accelerator: str
+) -> tuple[Case, Computes]:
+    if ranks % strategy.stages:
+        rule = f"{ranks} ranks are no multiple of its {strategy.stages} stages"
+        raise UserError("This size cannot run", [rule])
+    sizes = strategy.on(ranks // strategy.stages, scaling)
+    case = Case(strategy.name, ranks, strategy.stages, *sizes)
+    content, left_open = without_auto(deepspeed_json(strategy, case))
+    ds = check(content, world_size=ranks, accelerator=accelerator, layers=has_parameters(model))
+    is_open = any(path[-1] == "enabled" and path[0] in HALF_PRECISIONS for path in left_open)
+    return case, Computes(AUTO if is_open else ds.precision, ds.recompute)

@@ -1,0 +1,234 @@
+"""Runs the trainings: through the launcher, as a user would, in rounds, one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+import dsyolo
+from dsyolo.base.environment import all_variables
+from dsyolo.data.formats.yolo import DataSpec, list_images
+from dsyolo.doctor.hosts import Host
+from dsyolo.scaling.cases import Case
+
+GRACE_S = 40  # that a run has to end after it was asked to
+LOOK_S = 0.05
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOST_REASON = 300  # characters
+
+
+class EndRequest:
+    """Inside, signals that ask to end are heard, and no more: what is running is ended and reported in good order.
+
+    Attributes:
+        number: of the first one; 0: none.
+    """
+
+    number = 0
+
+    def __enter__(self) -> EndRequest:
+        before = {number: signal.getsignal(number) for number in ENDS}
+        self._before = {number: hears for number, hears in before.items() if hears != signal.SIG_IGN}  # nohup
+        for number in self._before:
+            signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, hears in self._before.items():
+            signal.signal(number, hears)
+
+    def _hear(self, number: int, _: object) -> None:
+        self.number = self.number or number
+
+
+class Plan(NamedTuple):
+    """What all trainings share.
+
+    Attributes:
+        options: of train.py.
+        warmup, steps: optimizer steps that are dropped, and that count.
+        cores_per_rank: of this machine, which a run is held to, workers included; None: it may use all.
+        launcher_options: of deepspeed.
+        end: tells whether to end before all is done.
+    """
+
+    folder: Path
+    options: Sequence[str]
+    warmup: int
+    steps: int
+    hostfile: Path | None
+    hosts: Sequence[Host]
+    port: int
+    timeout_s: float
+    cores_per_rank: int | None
+    launcher_options: Sequence[str]
+    end: EndRequest
+
+
+class Outcome(NamedTuple):
+    """Of one training: what it left in steps.json, or why it failed."""
+
+    found: dict[str, Any] | None
+    wall_s: float
+    why_not: str = ""
+
+
+def epochs_and_images(case: Case, steps: int, available: int) -> tuple[int, int]:
+    """(epochs, images of each) so that there are `steps` steps at least, and not many more."""
+    needed = case.global_batch * steps
+    images = min(available, needed)
+    return -(-needed // images), images
+
+
+def write_data(data: DataSpec, folder: Path, num_train: int, num_val: int) -> Path:
+    """A data.yaml of the first images of both splits; they stay where they are."""
+    assert data.train
+    assert data.val
+    folder.mkdir(parents=True, exist_ok=True)
+    lists = {}
+    for split, sources, count in (("train", data.train, num_train), ("val", data.val, num_val)):
+        path = folder / f"{split}_{count}.txt"
+        path.write_text("".join(f"{image.resolve()}\n" for image in list_images(sources)[:count]))
+        lists[split] = str(path.resolve())
+    path = folder / f"data_{num_train}.yaml"
+    path.write_text(yaml.safe_dump({**lists, "names": list(data.names)}))
+    return path
+
+
+def run(plan: Plan, case: Case, turn: int, number: int, epochs: int, data: Path, config: Path) -> Outcome:
+    """One training of a case. Its output goes to a file beside its folder.
+
+    Args:
+        turn: the round, from 0 on.
+        number: of runs before it: each gets a port of its own.
+    """
+    name = f"{case.name}_round{turn + 1}"
+    folder = plan.folder / name
+    words = arguments(plan, name, epochs, data, config)
+    command = [*_launcher(plan, case.ranks, number), str(Path(dsyolo.__file__).with_name("train.py")), *words]
+    begin = time.monotonic()
+    log = plan.folder / f"{name}.log"
+    with log.open("wb") as output:
+        status = _wait(plan, case, command, output)
+    wall_s = time.monotonic() - begin
+    file = folder / "steps.json"
+    found = json.loads(file.read_text()) if file.exists() else None
+    if found and (status == 0 or (status is None and _has_enough(found, plan.warmup))):
+        return Outcome(found, wall_s)
+    return Outcome(None, wall_s, f"{_reason(status, log, plan)} See {log}")
+
+
+def arguments(plan: Plan, name: str, epochs: int, data: Path, config: Path) -> list[str]:
+    """Of train.py, for one training."""
+    words = [
+        "--deepspeed_config",
+        str(config),
+        "--data",
+        str(data),
+        "--project",
+        str(plan.folder),
+        "--name",
+        name,
+    ]
+    words += ["--epochs", str(epochs), "--val_every", str(epochs), "--save_every", str(epochs)]
+    return [*words, "--time_account", "steps", *plan.options]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stops what is left of a training: ranks go on saving when their launcher has ended."""
+    end = time.monotonic() + GRACE_S
+    if process.poll() is None:
+        _signal(process.pid, signal.SIGTERM)
+    while _signal(process.pid, 0):
+        process.poll()
+        if time.monotonic() > end:
+            _signal(process.pid, signal.SIGKILL)
+        time.sleep(0.1)
+    process.wait()
+
+
+def _signal(group: int, number: int) -> bool:
+    """Whether there was somebody to hear it."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _has_enough(found: dict[str, Any], warmup: int) -> bool:
+    """Of a training that took too long, was stopped, and has told of its steps."""
+    return all(any(step["step"] > warmup for step in rank["steps"]) for rank in found["ranks"])
+
+
+def _launcher(plan: Plan, ranks: int, number: int) -> list[str]:
+    if ranks == 1 and not plan.hostfile:
+        return [sys.executable]
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--master_port",
+        str(plan.port + number % 50),
+        *plan.launcher_options,
+    ]
+    if not plan.hostfile:
+        return [*launcher, "--num_gpus", str(ranks)]
+    return [*launcher, "--hostfile", str(plan.hostfile), "--include", include(plan.hosts, ranks)]
+
+
+def include(hosts: Sequence[Host], ranks: int) -> str:
+    """The first `ranks` slots of the hosts, host by host, as the launcher's --include takes them."""
+    parts = []
+    for host in hosts:
+        taken = min(ranks, host.slots)
+        if taken:
+            parts.append(f"{host.name}:{','.join(map(str, range(taken)))}")
+        ranks -= taken
+    assert ranks == 0
+    return "@".join(parts)
+
+
+def _wait(plan: Plan, case: Case, command: Sequence[str], output: Any) -> int | None:
+    """The exit status; None where it took too long, or is to end. However this ends, the run has ended then."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
+    process = subprocess.Popen(
+        command,
+        env={**all_variables(), "PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    if plan.cores_per_rank:
+        # Processes that it starts inherit it, and it has started none yet.
+        os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])
+    try:
+        end = time.monotonic() + plan.timeout_s
+        while process.poll() is None and time.monotonic() < end and not plan.end.number:
+            time.sleep(LOOK_S)
+        return process.returncode
+    finally:
+        _end(process)
+
+
+def _reason(status: int | None, log: Path, plan: Plan) -> str:
+    """What the run said last of why it ended."""
+    if status is None:
+        return f"took longer than the {plan.timeout_s:.0f} s of --timeout, before a step was measured."
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("raise ")]
+    telling = [
+        line for line in lines if re.search(r"Error|error:|cannot|memory$|given, but|Stopped|does not", line)
+    ]
+    said = " ".join((telling or lines)[-2:])[:MOST_REASON]
+    remedy = f" dsyolo doctor --hostfile {plan.hostfile} tells more." if plan.hostfile else ""
+    return f"ended with status {status}: {said}{remedy}"

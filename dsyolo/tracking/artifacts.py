@@ -1,0 +1,154 @@
+"""What a run leaves in its folder besides checkpoints and metrics: its settings, its weights, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from dsyolo.base.batch import Detections, Truth
+from dsyolo.detection.metrics import Metrics
+from dsyolo.models.weights import WeightsInfo, save_weights
+from dsyolo.tracking.plots import draw, grid, save
+
+GRID_IMAGES, GRID_COLUMNS, CELL_PX = 12, 4, 400
+SHOWN_SCORE = 0.25  # detections below it would only cover the picture
+
+
+class NullRecord:
+    """Of the ranks that write nothing."""
+
+    keeps_weights = False
+
+    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None: ...
+
+    def validated(
+        self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool
+    ) -> None: ...
+
+    def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def skipped(self, images: Mapping[int, Sequence[str]]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Record:
+    """Of the one rank that writes.
+
+    Args:
+        folder: of the run; made when missing.
+        config: everything resolved, for config.yaml.
+        deepspeed_json: as used, for deepspeed.json.
+        info: goes into the weights files.
+        load_rgb: the original (H, W, 3) image of a validation image's index.
+        draw: given a name and what draws it, does it soon (`Painter.draw`).
+        picture: told the path of each picture that is written, by whoever draws it.
+    """
+
+    keeps_weights = True
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        deepspeed_json: Mapping[str, Any],
+        info: WeightsInfo,
+        load_rgb: Callable[[int], np.ndarray],
+        draw: Callable[[str, Callable[[], None]], None],
+        picture: Callable[[Path], None],
+    ) -> None:
+        self.folder = folder
+        self._info, self._load_rgb = info, load_rgb
+        self._draw, self._picture = draw, picture
+        self._table = ""
+        self._settings = {
+            "config.yaml": yaml.safe_dump(dict(config), sort_keys=False),
+            "deepspeed.json": json.dumps(deepspeed_json, indent=2) + "\n",
+        }
+        self._begin()
+
+    def _begin(self) -> None:
+        (self.folder / "weights").mkdir(parents=True, exist_ok=True)
+        for name, text in self._settings.items():
+            _write(self.folder / name, text)
+
+    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
+        """Writes weights/last.safetensors, and best.safetensors when it is; tells why where it cannot."""
+        if not (self.folder / "config.yaml").exists():
+            warnings.warn(
+                f"{self.folder} was removed while the run was in it: it begins anew there.", stacklevel=2
+            )
+            with contextlib.suppress(OSError):  # told below
+                self._begin()
+        for name in ("last", "best") if is_best else ("last",):
+            path = self.folder / "weights" / f"{name}.safetensors"
+            try:
+                save_weights(path, state, self._info)
+            except (OSError, SafetensorError) as error:
+                why = getattr(error, "strerror", None) or error
+                return f"{path} could not be written: {why}. What was there before is kept."
+        return None
+
+    def validated(self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool) -> None:
+        """Has predictions.jpg drawn, a grid of the first validation images with what was found."""
+        if is_best or not self._table:
+            self._table = metrics.table()
+        shown = list(found[:GRID_IMAGES])
+        self._draw("predictions.jpg", lambda: self._write_grid(shown))
+
+    def _write_grid(self, found: Sequence[tuple[Truth, Detections]]) -> None:
+        cells = []
+        for truth, detections in found:
+            shown = detections.scores > SHOWN_SCORE
+            detections = Detections(*(values[shown] for values in detections))
+            cells.append(draw(self._load_rgb(truth.image_id), detections, self._info.names, truth=truth))
+        path = self.folder / "predictions.jpg"
+        save(path, grid(cells, columns=GRID_COLUMNS, cell_px=CELL_PX))
+        self._picture(path)
+
+    def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Writes memory.json: what each rank was expected to need, and what it needed, in bytes."""
+        _try_to_write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
+
+    def skipped(self, images: Mapping[int, Sequence[str]]) -> None:
+        """Writes skipped_steps.json: by step, the images of the steps in a row that were left out."""
+        _try_to_write(self.folder / "skipped_steps.json", json.dumps(images, indent=1) + "\n")
+
+    def finish(self) -> None:
+        """Prints the best validation and where things are."""
+        names = (
+            "weights/best.safetensors",
+            "weights/last.safetensors",
+            "predictions.jpg",
+            "results.png",
+            "metrics.jsonl",
+        )
+        print(f"\n{self._table}\n")
+        for name in names:
+            if (self.folder / name).exists():
+                print(f"{self.folder / name}")
+
+
+def _try_to_write(path: Path, text: str) -> None:
+    """What a run can do without."""
+    try:
+        _write(path, text)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written: {error.strerror}. The run goes on.", stacklevel=3)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -1,0 +1,210 @@
+"""How fast a run is and why: the times of all ranks' steps put together at each epoch's end, and written down for `dsyolo scale`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from dsyolo.engine.comm_timer import Collectives, CommsLog
+from dsyolo.engine.memory_profile import Measured
+from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, Phases, StepTimes
+from dsyolo.planner.memory_estimate import Terms
+from dsyolo.tracking.resource_usage import Usage
+
+T = TypeVar("T")
+
+LOGGED_STEP = 3  # of a run: the one in which DeepSpeed's comms logger is on. The second measures memory, the first is slow
+SHARES = {name: "data_wait_share" if name == DATA else f"{name}_share" for name in PHASES}
+
+
+class Work(NamedTuple):
+    """What a step computes, and what this rank could.
+
+    Attributes:
+        flops_of_step: of all ranks, by step: three times those of the forward pass. What is recomputed does not count.
+        peak_flops_per_s: of this rank's device.
+    """
+
+    flops_of_step: Callable[[int], float]
+    peak_flops_per_s: float
+
+
+class NoTimeAccount:
+    """Counts nothing and tells nothing."""
+
+    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
+        """As they are."""
+        return steps
+
+    def outside(self, name: str) -> AbstractContextManager[None]:
+        """Around what lies between epochs' steps: validation, checkpoint."""
+        return nullcontext()
+
+    def memory(self, measured: Sequence[Measured]) -> None:
+        """Of all ranks, in a step."""
+
+    def epoch(self) -> dict[str, float]:
+        """What there is to say of the epoch's steps."""
+        return {}
+
+    def finish(self) -> None:
+        """The training is over."""
+
+
+class TimeAccount:
+    """Of one rank; all ranks have one, and call `epoch` and `finish` together.
+
+    Args:
+        all_gather: every rank's item, on every rank.
+        details: what else to keep of each step; None: only epochs are told of.
+    """
+
+    def __init__(
+        self,
+        phases: Phases,
+        collectives: Collectives,
+        work: Work,
+        all_gather: Callable[[Any], list[Any]],
+        details: Details | None = None,
+    ) -> None:
+        self._phases, self._collectives, self._work = phases, collectives, work
+        self._all_gather, self._details = all_gather, details
+        self._memory: dict[str, float] = {}
+
+    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
+        """As they are, each measured from the end of the one before to when the next one is asked for."""
+        timed = self._phases.steps(steps, start)
+        return timed if self._details is None else self._details.of_each(timed, start, self._collectives)
+
+    @contextmanager
+    def outside(self, name: str) -> Iterator[None]:
+        """Around what lies between epochs' steps: validation, checkpoint."""
+        begin = time.perf_counter()
+        yield
+        if self._details:
+            self._details.outside.setdefault(name, []).append(time.perf_counter() - begin)
+
+    def memory(self, measured: Sequence[Measured]) -> None:
+        """Of all ranks, in a step."""
+        self._memory = peak_figures(measured)
+
+    def epoch(self) -> dict[str, float]:
+        """Shares of time by phase, means over ranks; the share of the peak FLOP/s that is used; peak memory by term."""
+        own = self._phases.take()
+        if self._details:
+            self._details.times += own
+        sums = {name: sum(step.seconds[name] for step in own) for name in PHASES}
+        ranks = self._all_gather((sums, self._work.peak_flops_per_s))
+        flops = sum(self._work.flops_of_step(step.step) for step in own)
+        return shares([sums for sums, _ in ranks], flops, sum(peak for _, peak in ranks)) | self._memory
+
+    def finish(self) -> None:
+        """Writes what was kept of each step, on the first rank."""
+        self._collectives.close()
+        if self._details:
+            self._details.times += self._phases.take()  # of an epoch that was not ended
+            self._details.end(self._collectives)
+            self._details.write(self._all_gather(self._details.to_json() | {"memory": self._memory}))
+
+
+class Details:
+    """What is kept of each step of a rank, for `dsyolo scale`.
+
+    Args:
+        path: of the file that the first rank writes; None on the others.
+        about: the run, and this rank.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any], usage: Usage) -> None:
+        self._path, self._about, self._usage = path, dict(about), usage
+        self.times: list[StepTimes] = []
+        self.outside: dict[str, list[float]] = {}
+        self._step = 0
+        self._seen: dict[int, dict[str, Any]] = {}
+        self._comms: dict[str, Any] = {}
+        self._log = CommsLog()
+
+    def of_each(self, steps: Iterator[T], start: int, collectives: Collectives) -> Iterator[T]:
+        """Gives what `steps` gives, and looks around after each."""
+        self._step = start
+        self._about.setdefault("first_step_at", time.time())
+        self._look(collectives)
+        for batches in steps:
+            self._step += 1
+            if self._step == LOGGED_STEP:
+                self._log.start()
+            yield batches
+            if self._step == LOGGED_STEP:
+                self._comms = self._log.stop()
+            self._look(collectives)
+
+    def end(self, collectives: Collectives) -> None:
+        """Of the run, which may have stopped behind a step."""
+        if self._step not in self._seen:
+            self._look(collectives)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, of this rank."""
+        steps = [
+            {"step": one.step, "seconds": one.seconds, "seen": self._seen.get(one.step, {})}
+            for one in self.times
+        ]
+        return {**self._about, "steps": steps, "outside": self.outside, "comms_logger": self._comms}
+
+    def write(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Of all ranks, where it is this one's task."""
+        if self._path and any(rank["steps"] for rank in ranks):
+            self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
+
+    def _look(self, collectives: Collectives) -> None:
+        counted = {
+            "at": time.time(),
+            "collectives": collectives.calls,
+            "collective_bytes": collectives.sizes.total(),
+        }
+        self._seen[self._step] = counted | self._usage.look()
+
+
+def measured_every(log_every: int, steps_of_epoch: int) -> int:
+    """Each how many-th step is measured: one in every epoch at least, which may have a step less than the first."""
+    return min(log_every, max(1, steps_of_epoch // 2))
+
+
+def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s: float) -> dict[str, float]:
+    """Of seconds by phase, one mapping a rank: each phase's mean share, and the share of all ranks' peak that `flops` take."""
+    wholes = [sum(sums.values()) for sums in ranks]
+    if not all(wholes):
+        return {}  # an epoch too short for a step to be measured
+    figures = {
+        key: sum(sums[name] / whole for sums, whole in zip(ranks, wholes, strict=True)) / len(ranks)
+        for name, key in SHARES.items()
+    }
+    seconds = sum(wholes) / len(wholes)
+    if peak_flops_per_s:
+        figures["flop_utilisation"] = flops / seconds / peak_flops_per_s
+    return figures
+
+
+def peak_figures(measured: Sequence[Measured]) -> dict[str, float]:
+    """In GiB, of the rank that needs most: the peak, and each term at its own most."""
+    most = max(measured, key=lambda one: one.peak or one.account.together.total)
+    terms: Terms = most.account.together
+    peak = {} if most.peak is None else {"peak_gib": most.peak / 2**30}
+    return peak | {f"peak_{name}_gib": size / 2**30 for name, size in terms._asdict().items()}
+
+
+def describe(row: Mapping[str, float]) -> str:
+    """An epoch's account in a line; empty where there is none."""
+    if SHARES[COMMUNICATION] not in row:
+        return ""
+    data, communication = (f"{100 * row[SHARES[name]]:.0f} %" for name in (DATA, COMMUNICATION))
+    parts = [f"{row['images_per_s']:.1f} images/s", f"data {data}, communication {communication}"]
+    if "peak_gib" in row:
+        parts.append(f"peak {row['peak_gib']:.2f} GiB (activations {row['peak_activations_gib']:.2f})")
+    if "flop_utilisation" in row:
+        parts.append(f"{100 * row['flop_utilisation']:.0f} % of peak FLOP/s")
+    return "; ".join(parts)

@@ -1,0 +1,315 @@
+"""Builds the parts of a training run from what was read: loaders, engine, records."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dsyolo.base.errors import UserError
+from dsyolo.checkpoint.checkpointer import Checkpoints
+from dsyolo.checkpoint.reader import read_buffers
+from dsyolo.checkpoint.train_state import Progress
+from dsyolo.cluster import world as dist
+from dsyolo.cluster.world import World
+from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.run_config import RunConfig
+from dsyolo.data.dataset import DetectionDataset, Scan, refuse_unknown_classes, scan
+from dsyolo.data.formats.yolo import DataSpec
+from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, largest_size_px
+from dsyolo.data.parallel_map import Crew
+from dsyolo.data.transforms import Augmentation
+from dsyolo.detection.assigner import Assigner
+from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine.batchnorm import synchronise_batchnorm
+from dsyolo.engine.buffers import named_buffers
+from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.engine import Engine
+from dsyolo.engine.memory_profile import peak_memory_gib
+from dsyolo.engine.offload import Folders, move_to_folders
+from dsyolo.engine.optimizer import Schedule, lr_factor
+from dsyolo.engine.parallelize import spread
+from dsyolo.engine.partitions import Shards
+from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
+from dsyolo.models.blocks import freeze_batchnorm
+from dsyolo.models.weights import WeightsInfo, describe, load_into
+from dsyolo.models.yolov5 import YOLOv5, build_yolov5, level_strides
+from dsyolo.planner.memory_estimate import Load
+from dsyolo.tracking.artifacts import NullRecord, Record
+from dsyolo.tracking.tracker import NullTracker, RunTracker, Tracker
+
+
+class Run(NamedTuple):
+    """What is known before anything is built."""
+
+    config: RunConfig
+    ds: DsConfig
+    data: DataSpec
+    world: World
+    folder: Path
+    activations: ActivationPlan
+    goes_on: bool = False  # begins at a checkpoint
+    planned: tuple[str, ...] = ()  # what the JSON left to the machine, in words
+
+
+class Parts(NamedTuple):
+    """What trains on this rank, and what it was given to hold."""
+
+    engine: Engine
+    shards: Shards
+    ema: Ema | NoEma
+    checkpoints: Checkpoints
+    info: WeightsInfo
+    load: Load
+
+
+class Data(NamedTuple):
+    """The splits and this rank's loaders."""
+
+    stream: Stream
+    train: TrainLoader
+    val: EvalLoader
+    train_set: DetectionDataset
+    val_set: DetectionDataset
+
+    def names_of(self, start: int, stop: int) -> dict[int, list[str]]:
+        """The image files of steps `start` + 1 .. `stop`, of all ranks; mosaic and mixup drew others beside them."""
+        positions = {
+            step: range(step * self.stream.global_batch, (step + 1) * self.stream.global_batch)
+            for step in range(start, stop)
+        }
+        return {
+            step + 1: [self.train_set.scan.path(self.stream.at(position)[1]) for position in places]
+            for step, places in positions.items()
+        }
+
+
+def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> ActivationPlan:
+    """What is recomputed, counted on a network without memory, at the largest size of its images.
+
+    Raises:
+        UserError: the budget is too small.
+    """
+    size_px = config.imgsz
+    if config.recipe.multi_scale:
+        size_px = largest_size_px(size_px, level_strides(config.model)[-1])
+    with torch.device("meta"):
+        network = build_yolov5(config.model, num_classes)
+    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
+    return choose(counted, ds.recompute, offload=ds.offload_activations)
+
+
+def build_network(run: Run, checkpoint: Path | None = None) -> tuple[YOLOv5, str]:
+    """The network with its first weights, and what was taken from a file of weights.
+
+    A run that goes on gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
+    """
+    config = run.config
+    torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
+    network = build_yolov5(config.model, run.data.num_classes)
+    taken = ""
+    if checkpoint:
+        saved = named_buffers(network, read_buffers(checkpoint))
+        network.anchors.copy_(saved["detect.anchors"])
+    elif config.weights:
+        taken = load_into(network, Path(config.weights))
+    return network, taken
+
+
+def build_data(run: Run, scans: tuple[Scan, Scan], network: YOLOv5) -> Data:
+    """The loaders of both splits."""
+    config, ds, world = run.config, run.ds, run.world
+    train_scan, val_scan = scans
+    num_workers = dist.num_workers(world, config.workers)
+    pin_memory = dist.pins_memory()
+    train_set = DetectionDataset(train_scan, config.imgsz, cache=config.cache)
+    val_set = DetectionDataset(val_scan, config.imgsz)
+    place = dist.place_in(world, ds.stages)
+    stream = Stream(
+        len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.replica, place.replicas
+    )
+    strides = network.strides
+    anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
+    train_loader = TrainLoader(
+        train_set if place.is_first or place.is_last else None,
+        stream,
+        Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
+        Assigner(anchors_px.numpy(), strides, config.recipe.anchor_t),
+        image_size_px=config.imgsz,
+        stride=strides[-1],
+        multi_scale=config.recipe.multi_scale,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+    val_loader = EvalLoader(
+        val_set,
+        image_size_px=config.imgsz,
+        stride=strides[-1],
+        batch_size=config.val_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        rectangular=config.rect_val,
+    )
+    return Data(stream, train_loader, val_loader, train_set, val_set)
+
+
+def scan_splits(run: Run, crew: Crew | None = None) -> tuple[Scan, Scan]:
+    """Reads both splits, from the cache where they are there, and says what is in them.
+
+    Args:
+        crew: the ranks, each of which reads its share; None: this process reads all.
+
+    Raises:
+        UserError: no usable image in one, or labels of classes that data.yaml does not name.
+    """
+    scans = {
+        split: scan(
+            getattr(run.data, split),
+            run.data.num_classes,
+            workers=dist.num_readers(run.world),
+            progress=run.world.is_first,
+            crew=crew,
+        )
+        for split in ("train", "val")
+    }
+    refuse_unknown_classes(run.data, scans)
+    if run.world.is_first:
+        print("\n".join(f"{split}: {found.summary()}" for split, found in scans.items()))
+    return scans["train"], scans["val"]
+
+
+def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
+    """Builds the engine around the network, and what keeps its state."""
+    config, ds, recipe, world = run.config, run.ds, run.config.recipe, run.world
+    threads = dist.set_threads(world, config.threads)
+    network.recompute = run.activations.recomputed
+    network.offload_inputs = ds.offload_activations
+    num_parameters = sum(p.numel() for p in network.parameters())
+    gains = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
+    loss = DetectionLoss(
+        network.anchors, network.num_classes, config.imgsz, **{gain: getattr(recipe, gain) for gain in gains}
+    )
+    schedule = build_schedule(run, stream)
+    lines = [
+        f"{config.model}: {num_parameters:,} parameters",
+        *ds.explain(),
+        run.activations.explain(),
+        *schedule.explain(),
+    ]
+    if recipe.lr_scaling != "none":
+        factor = schedule.lr / ds.optimizer_params["lr"]
+        lines.append(
+            f"lr: {schedule.lr:g}, {factor:g} times the JSON's for {ds.global_batch} images ({recipe.lr_scaling})"
+        )
+    info = describe(network, run.data.names, config.imgsz)
+    if config.freeze_batchnorm:
+        freeze_batchnorm(network)
+    engine, shards, nodes, groups, about = spread(
+        network,
+        loss,
+        schedule,
+        ds,
+        world,
+        image_size_px=config.imgsz,
+        statistics_move=not (config.freeze_batchnorm or config.sync_batchnorm),
+        activations=run.activations,
+    )
+    if config.sync_batchnorm:
+        synchronise_batchnorm(engine.network, engine.replicas)
+        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
+    ema = (
+        Ema(shards, engine.buffers, config.ema_decay, config.ema_tau)
+        if config.ema
+        else NoEma(shards, engine.buffers)
+    )
+    if any(ds.offload_folders):
+        move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints", engine, shards, ema, world, keep=config.keep_checkpoints
+    )
+    if world.is_first:
+        print("\n".join([*run.planned, *lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
+    place, plan = dist.place_in(world, ds.stages), run.activations
+    in_flight = min(ds.stages - place.stage, ds.accumulation)
+    kept = [
+        plan.stage_bytes(nodes, in_flight, names) for names in (None, frozenset[str](), plan.counted.blocks)
+    ]
+    on_host = plan.host_bytes(nodes, in_flight)
+    load = Load(groups, *kept, place.replica, place.replicas, config.ema, on_host)
+    return Parts(engine, shards, ema, checkpoints, info, load)
+
+
+def build_schedule(run: Run, stream: Stream) -> Schedule:
+    """The schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
+    recipe, params = run.config.recipe, run.ds.optimizer_params
+    is_scaled = recipe.lr_scaling != "none"
+    warmup_images = max(recipe.warmup_epochs * stream.num_images, recipe.warmup_min_images)
+    return Schedule(
+        total_steps=stream.first_step(run.config.epochs),
+        warmup_steps=max(round(warmup_images / stream.global_batch), int(is_scaled)),
+        lr=params["lr"] * lr_factor(recipe.lr_scaling, stream.global_batch),
+        lrf=recipe.lrf,
+        shape=recipe.schedule,
+        momentum=params.get("momentum", 0.0),
+        weight_decay=params.get("weight_decay", 0.0),
+        global_batch=stream.global_batch,
+        warmup_bias_lr=recipe.warmup_bias_lr,
+        warmup_momentum=recipe.warmup_momentum,
+        is_adam=run.ds.optimizer != "SGD",
+    )
+
+
+def build_record(
+    run: Run, data: Data, progress: Progress, parts: Parts
+) -> tuple[Tracker, Record | NullRecord]:
+    """What tells and writes, on the first rank; what does nothing, on the others.
+
+    Raises:
+        UserError: the run's folder cannot be written to.
+    """
+    if not run.world.is_first:
+        return NullTracker(), NullRecord()
+    try:
+        return _build_record(run, data, progress, parts)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Make room" if is_full else "Move away what is there"
+        fault = (
+            f"{error.filename or run.folder}: {error.strerror}. {remedy}, or name another folder by --name."
+        )
+        raise UserError(f"{run.folder} cannot be used", [fault]) from None
+
+
+def _build_record(run: Run, data: Data, progress: Progress, parts: Parts) -> tuple[Tracker, Record]:
+    config, val_set = run.config, data.val_set
+    run.folder.mkdir(parents=True, exist_ok=True)
+    tracker = RunTracker(
+        run.folder,
+        progress,
+        log_every=config.log_every,
+        state=progress.tracking,
+        memory_gib=lambda: peak_memory_gib(parts.engine.device),
+        wandb_mode=config.wandb,
+        wandb_project=config.wandb_project,
+        wandb_name=config.wandb_name or config.name,
+        config=config.dump(),
+    )
+    if run.planned:
+        text = json.dumps(dict(run.ds.source), indent=2) + "\n"
+        (run.folder / "deepspeed_auto.json").write_text(text)
+    record = Record(
+        run.folder,
+        config=config.dump(),
+        deepspeed_json=parts.engine.deepspeed_json,
+        info=parts.info,
+        load_rgb=lambda index: val_set.load(index, max(val_set.truth(index)[0])).image,
+        draw=tracker.painter.draw,
+        picture=tracker.pictures,
+    )
+    return tracker, record

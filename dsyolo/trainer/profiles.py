@@ -1,0 +1,159 @@
+"""What a run tells of its memory and of its time: the two accounts, built once for the loop."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import psutil
+import torch
+
+from dsyolo.cluster import world as dist
+from dsyolo.engine.comm_timer import Collectives
+from dsyolo.engine.memory_profile import Measured, MemoryWatch, NoWatch
+from dsyolo.engine.step_timer import Phases, clock_of_device
+from dsyolo.models.flops import BACKWARD, node_costs
+from dsyolo.models.yolov5 import build_yolov5
+from dsyolo.planner.local_hardware import host_bytes
+from dsyolo.planner.memory_estimate import Account, Load, predict, shortage, table, verdict
+from dsyolo.planner.peak_flops import Peak, peak_of_cpu, peak_of_gpu
+from dsyolo.tracking.artifacts import NullRecord, Record
+from dsyolo.tracking.nvml import Gpu, load_nvml
+from dsyolo.tracking.resource_usage import Usage
+from dsyolo.tracking.throughput import Details, NoTimeAccount, TimeAccount, Work, measured_every
+from dsyolo.tracking.tracker import Tracker
+from dsyolo.trainer.build import Data, Parts, Run
+
+PASSES = 1 + BACKWARD  # what counts of a step's operations, computing again left out
+
+
+def build_memory(
+    run: Run, parts: Parts, tracker: Tracker, record: Record | NullRecord, times: TimeAccount | NoTimeAccount
+) -> MemoryWatch | NoWatch:
+    """Tells what memory each rank is expected to need, and gives what measures it."""
+    ds, zero = run.ds, parts.engine.deepspeed_json["zero_optimization"]
+    loads: list[Load] = parts.engine.all_gather(parts.load)
+    predicted = [predict(load, ds, zero) for load in loads]
+    shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
+    titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
+    if run.world.is_first:
+        largest = max(shown, key=lambda rank: predicted[rank].together.total)
+        print(table((f"{title}, predicted", predicted[rank].together) for rank, title in titles.items()))
+        counted, stages = run.activations.counted, loads[:: ds.data_parallel_size]
+        plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
+        groups = tuple(sizes for load in stages for sizes in load.groups)
+        alone = Load(groups, plain, plain, least, 0, run.world.size, run.config.ema)
+        print(verdict(loads[largest], ds, zero, alone))
+        if warning := _shortage(run, predicted[: run.world.local_size], parts.engine.device.type == "cpu"):
+            print(warning)
+
+    def tell(measured: list[Measured]) -> None:
+        rows = []
+        for rank, title in titles.items():
+            rows.append((f"{title}, predicted", predicted[rank].together))
+            rows.append((f"{title}, measured", measured[rank].account.together))
+        peaks = [one.peak for one in measured if one.peak is not None]
+        most = (
+            f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
+        )
+        tracker.say(f"{table(rows)}\n{most}")
+        times.memory(measured)
+        record.memory(
+            [
+                {
+                    "rank": rank,
+                    "predicted": wanted.to_json(),
+                    "measured": found.account.to_json(),
+                    "peak": found.peak,
+                }
+                for rank, (wanted, found) in enumerate(zip(predicted, measured, strict=True))
+            ]
+        )
+
+    if run.config.memory_account == "off":
+        return NoWatch()
+    again = run.config.memory_account == "epochs"
+    return MemoryWatch(parts.engine, parts.shards, parts.ema, tell, again=again)
+
+
+def _shortage(run: Run, accounts: list[Account], on_cpu: bool) -> str:
+    if "nvme" in (run.ds.offload_optimizer, run.ds.offload_param):
+        accounts = [Account(account.device) for account in accounts]  # the page cache keeps what fits
+    device_bytes = None if on_cpu else dist.memory_of_device(run.world.local_rank)
+    return shortage(accounts, device_bytes, host_bytes())
+
+
+def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAccount | NoTimeAccount:
+    """Tells where the time of steps goes. On an accelerator only some steps are measured, so that events cost nothing.
+
+    Args:
+        start: steps that are done: those of a run that goes on get a file of their own.
+    """
+    config, ds, world = run.config, run.ds, run.world
+    if config.time_account == "off":
+        return NoTimeAccount()
+    in_detail = config.time_account == "steps"
+    on_cpu = parts.engine.device.type == "cpu"
+    every = 1 if on_cpu or in_detail else measured_every(config.log_every, data.stream.first_step(1))
+    phases = Phases(clock_of_device(), every)
+    parts.engine.tell(phases)
+    with torch.device("meta"):
+        network = build_yolov5(config.model, run.data.num_classes)
+    flops = sum(cost.flops for cost in node_costs(network, (1, 3, config.imgsz, config.imgsz)))
+    peak = _peak(run, parts, on_cpu)
+
+    def flops_of_step(step: int) -> float:
+        area = (data.train.size_px(step - 1) / config.imgsz) ** 2  # of multi-scale
+        return PASSES * flops * ds.global_batch * area
+
+    details = None
+    if in_detail:
+        about: dict[str, Any] = {
+            "rank": world.rank,
+            "host": socket.gethostname(),
+            "started_at": psutil.Process().create_time(),
+            "images_per_step": ds.global_batch,
+            "num_images": data.stream.num_images,
+            "threads": torch.get_num_threads(),
+            "cores": len(psutil.Process().cpu_affinity())
+            if hasattr(psutil.Process, "cpu_affinity")
+            else psutil.cpu_count(),
+            "machine_cores": psutil.cpu_count(),
+            "workers": dist.num_workers(world, config.workers),
+            "device": device_name(parts.engine.device) or parts.engine.device.type.upper(),
+            "peak_flops_per_s": peak.flops_per_s,
+            "peak_source": peak.source,
+            "flops_per_image": PASSES * flops,
+        }
+        usage = Usage(of_machine=world.local_rank == 0, **({} if on_cpu else {"gpu": _gpu(parts)}))
+        path = run.folder / (f"steps_{start:08d}.json" if start else "steps.json")
+        details = Details(path if world.is_first else None, about, usage)
+    work = Work(flops_of_step, peak.flops_per_s)
+    return TimeAccount(phases, Collectives(phases), work, parts.engine.all_gather, details)
+
+
+def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
+    precision, found = run.ds.precision, None
+    if on_cpu:
+        # All ranks at once, as they train; what disturbs one of them does not make it a slower machine.
+        dist.barrier()
+        found = max(parts.engine.all_gather(peak_of_cpu(precision)))
+    if found is None and (name := device_name(parts.engine.device)):
+        found = peak_of_gpu(name, precision)
+    found = found or Peak(0.0, "not known")
+    if run.world.is_first:
+        print(f"peak of a rank: {found.source}")
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU, as its driver has it; empty for other devices, whatever else the machine has."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def _gpu(parts: Parts) -> Any:
+    library = load_nvml()
+    if library is None or not torch.cuda.is_available():
+        return lambda: None
+    uuid = getattr(torch.cuda.get_device_properties(parts.engine.device), "uuid", "")
+    return Gpu(library, f"GPU-{uuid}").use

@@ -1,0 +1,59 @@
+"""The folder of a run: whether it can be this one's, and makes it so."""
+
+from __future__ import annotations
+
+from dsyolo.base.errors import UserError
+from dsyolo.checkpoint.manifest import all_checkpoints
+from dsyolo.cluster.preemption import StopRequest
+from dsyolo.cluster.run_lock import BUSY, Claim, set_aside
+from dsyolo.config import run_config
+from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.run_config import RunConfig
+from dsyolo.trainer.build import Run
+
+CLAIM_S = 60  # for another run in the same folder to end, as one that still saves
+
+
+def check_folder(run: RunConfig, goes_on: bool) -> None:
+    """A run needs a folder to write to: a new one of its own; one that goes on its checkpoint and settings.
+
+    Raises:
+        UserError: it is not so.
+    """
+    folder = run.folder
+    inside = [folder / name for name in ("checkpoints", "weights") if folder.is_dir()]
+    for one in (folder, *inside):
+        if problem := cannot_hold_files(one):
+            raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
+    if not goes_on:
+        # What a run left that was stopped before its first checkpoint, `auto` may write over.
+        if run.resume == "never" and (folder / "config.yaml").exists():
+            rule = "it holds a run already. Go on with it by --resume, or name another by --name."
+            raise UserError(f"{folder} cannot be used", [rule])
+        return
+    if not all_checkpoints(folder / "checkpoints"):
+        rule = "it has no checkpoint yet. Remove it, and start without --resume."
+        raise UserError(f"{folder} cannot be resumed", [rule])
+    changed = run_config.differences(RunConfig.load(folder / "config.yaml"), run)
+    if changed:
+        rule = "Leave it out, or start another run by --name."
+        raise UserError(
+            f"{folder} cannot be resumed with other settings", [f"{line}. {rule}" for line in changed]
+        )
+
+
+def claim_folder(run: Run, claim: Claim, request: StopRequest) -> None:
+    """Makes the folder this run's, and looks at it again: another run may have been in it since it was read.
+
+    Raises:
+        UserError: another run is in it, or has changed what this one is to do there.
+    """
+    claim.take(min(CLAIM_S, run.config.meet_timeout_s), request.asked)
+    if run.config.goes_on() != run.goes_on:
+        rule = (
+            "another run has saved there, or removed what was saved, since this one has started. Start again."
+        )
+        raise UserError(f"{run.folder} cannot be used", [rule], BUSY)
+    check_folder(run.config, run.goes_on)
+    if not run.goes_on and (kept := set_aside(run.folder / "weights")):
+        print(f"{run.folder} has weights of a run, but no checkpoint to go on from: they are in {kept} now")

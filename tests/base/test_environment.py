@@ -1,0 +1,87 @@
+"""A rank's place, as each launcher tells it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+from dsyolo.base.environment import read_environment, tell_torch
+from dsyolo.base.errors import UserError
+
+DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8", "MASTER_ADDR": "a"}
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_TASKS_PER_NODE": "8,4",
+    "MASTER_ADDR": "node1",
+}
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({}, (0, 1, 0, 1, None, None)),
+        (DEEPSPEED, (9, 16, 1, 8, "a", 29500)),
+        ({**DEEPSPEED, "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "7"}, (9, 16, 1, 4, "a", 7)),  # torchrun's
+        (SRUN, (9, 12, 1, 4, "node1", 29500)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "6(x2)"}, (9, 12, 1, 6, "node1", 29500)),
+        (
+            {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2),3,1", "SLURM_NODEID": "3"},
+            (9, 12, 1, 1, "node1", 29500),
+        ),
+        ({**SRUN, **DEEPSPEED}, (9, 16, 1, 8, "a", 29500)),  # a launcher that a Slurm job runs knows better
+        # a batch script's own variables are not those of a task
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}, (0, 1, 0, 1, None, None)),
+    ],
+)
+def test_each_launcher_is_understood(given, place):
+    assert read_environment(given)[:6] == place
+
+
+def test_other_variables():
+    found = read_environment({"XDG_CACHE_HOME": "/local", "DS_ACCELERATOR": "cpu"})
+    assert (found.cache, found.accelerator) == (Path("/local"), "cpu")
+    assert read_environment({"DS_ACCELERATOR": ""}).accelerator is None
+    assert read_environment({"XDG_CACHE_HOME": ""}).cache == Path.home() / ".cache"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({**DEEPSPEED, "RANK": "one"}, "RANK: 'one' given, but it must be a whole number."),
+        ({**DEEPSPEED, "RANK": "16"}, "rank 16 of 16: ranks count from 0."),
+        ({"RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE: missing beside RANK. Start ranks by a launcher"),
+        ({**SRUN, "MASTER_ADDR": ""}, "MASTER_ADDR: missing. Set it to the name or address of the machine"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "all"}, "SLURM_STEP_TASKS_PER_NODE: 'all' given"),
+    ],
+)
+def test_what_is_missing_is_told(given, told):
+    with pytest.raises(UserError, match="does not tell this rank its place") as caught:
+        read_environment(given)
+    assert any(told in problem for problem in caught.value.problems), caught.value
+
+
+def test_torch_is_told_of_sruns_place_and_a_launchers_word_stands(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "other"})
+    tell_torch(read_environment(SRUN))
+    assert [os.environ[name] for name in NAMES] == ["9", "12", "1", "other", "29500"]
+
+
+def test_a_run_says_so_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "dsyolo/train.py"), "--data", "x"],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "MASTER_ADDR: missing" in done.stderr
+    assert "Traceback" not in done.stderr

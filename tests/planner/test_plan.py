@@ -1,0 +1,610 @@
+"""`dsyolo plan`: published peaks, exact counts for every micro-batch, bytes on the wire, the ranking and what it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+import torch
+from ranks import free_port, long_but
+from runs import environment, launch, make_place
+
+from dsyolo import cli, train
+from dsyolo.base.errors import UserError
+from dsyolo.cluster.world import World
+from dsyolo.config.command_line import parse
+from dsyolo.config.deepspeed.config import check
+from dsyolo.config.run_config import RunConfig
+from dsyolo.data.loader import Stream
+from dsyolo.models.activation_memory import count_activations
+from dsyolo.models.inference_memory import inference_bytes
+from dsyolo.planner import local_hardware as machine
+from dsyolo.planner.auto import Filled, fill
+from dsyolo.planner.comm_volume import num_messages, wire_bytes
+from dsyolo.planner.dry_run import case_of, rehearse
+from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
+from dsyolo.planner.local_hardware import hardware_here
+from dsyolo.planner.model_profile import Work
+from dsyolo.planner.predict import Planner
+from dsyolo.planner.ranking_report import PUBLISHED_GB
+from dsyolo.planner.search import search
+from dsyolo.planner.simulation import cover, simulate
+from dsyolo.planner.strategy import Settings, settings
+
+PLAIN = Settings(0, None, None, "none", "autocast_fp16", 16, 1, 1, 1, "SGD")
+
+
+def one_gpu(memory_gib: int = 80) -> Hardware:
+    return Hardware(DEVICES["A100-80"], 1, 1, memory_gib * GIB, None, 3e9)
+
+
+@pytest.mark.parametrize("case", PUBLISHED_GB, ids=lambda case: case[0])
+def test_published_peaks_are_predicted(case):
+    model, image_size_px = case
+    found = Planner(Work(model, 80, image_size_px), one_gpu()).predict(PLAIN)
+    assert found.peak_bytes / 1e9 == pytest.approx(PUBLISHED_GB[case], rel=0.05)
+    assert found.peak_bytes == sum(found.terms.values())
+    assert found.fits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "autocast_fp16", "bf16", "fp16"])
+def test_activations_of_any_micro_batch_are_those_that_a_run_counts(precision):
+    work = Work("yolov5n", 5, 128)
+    for images in (2, 7):
+        direct = count_activations(work.network, (images, 3, 128, 128), precision)
+        drawn = work.activations(images, precision)
+        assert drawn.peak_bytes() == direct.peak_bytes()
+        assert drawn.peak_bytes(drawn.blocks) == direct.peak_bytes(direct.blocks)
+
+
+def test_settings_are_all_different_and_all_accepted():
+    work = Work("yolov5n", 80, 64)
+    found = list(settings(8, 64, "AdamW", ("autocast_bf16", "autocast_fp16", "bf16", "fp16", "fp32")))
+    assert len(set(found)) == len(found) > 200
+    for one in found:
+        ds = check(one.deepspeed_json(), world_size=8, accelerator="cuda", layers=work.layers)
+        assert (ds.micro_batch, ds.accumulation, ds.zero_stage) == (
+            one.micro_batch,
+            one.accumulation,
+            one.zero_stage,
+        )
+        assert (ds.precision, ds.stages, ds.recompute) == (one.precision, one.pipeline_stages, one.recompute)
+        assert (ds.optimizer, ds.offload_optimizer, ds.offload_param) == (
+            one.optimizer,
+            one.offload_optimizer,
+            one.offload_param,
+        )
+
+
+def test_bytes_on_the_wire_are_those_that_were_measured():
+    """README, Between hosts: yolov5s on 2 and 4 hosts, ZeRO 0 to 3, in MB."""
+    network = Work("yolov5s", 80, 64).network
+    numels = [p.numel() for p in network.parameters()]
+    measured = {2: (29.1, 29.1, 29.1, 40.8), 4: (43.6, 43.6, 43.6, 61.3)}
+    for ranks, figures in measured.items():
+        for stage, megabytes in enumerate(figures):
+            ds = check(
+                {"train_batch_size": ranks, "zero_optimization": {"stage": stage}},
+                world_size=ranks,
+                accelerator="cpu",
+            )
+            zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
+            got = wire_bytes(zero, numels, ranks, 1)
+            assert got / 1e6 == pytest.approx(megabytes, rel=0.015), (ranks, stage)
+    owners = {"stage": 2, "use_multi_rank_bucket_allreduce": False}
+    once, twice = (wire_bytes(owners, [1000], 2, accumulation) for accumulation in (1, 2))
+    assert (once, twice) == (4000, 6000)
+    assert wire_bytes({"stage": 2}, [1000], 2, 1) == 6000
+
+
+def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_are():
+    """Each stage's replicas are neighbours: on two nodes of two GPUs a stage each, whose activations cross."""
+    pipeline = Settings(1, None, None, "none", "fp32", 4, 4, 2, 1, "SGD")
+    found = Planner(Work("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
+    assert found.wire / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
+    work = Work("yolov5s", 80, 320)
+    a10 = Hardware(DEVICES["A10"], 2, 2, 24 * GIB, None, 1e9)
+    wide = pipeline._replace(replicas=2, accumulation=8)
+    slow, fast, single = (
+        Planner(work, machine).predict(wide).times
+        for machine in (a10, a10._replace(network_bytes_s=2e9), a10._replace(nodes=1, gpus=4))
+    )
+    inside = a10.device.link_bytes_s
+    assert slow.communication == single.communication  # gradients stay in a node
+    assert a10.border_bytes_s(0, 2) == 1e9 / 2  # two pairs share the network
+    assert (slow.bubble - single.bubble) / (fast.bubble - single.bubble) == pytest.approx(
+        (2 / 1e9 - 1 / inside) / (2 / 2e9 - 1 / inside)
+    )
+    ring = Planner(work, a10).predict(wide._replace(pipeline_stages=1, replicas=4))
+    assert ring.times.communication > 5 * single.communication
+    assert a10._replace(gpus=4).border_bytes_s(0, 1) == inside
+    assert a10._replace(gpus=4).border_bytes_s(1, 3) == 1e9  # of the ranks 3 to 5 one leaves each node
+
+
+def plan(capsys, *words: str) -> tuple[int, str, str]:
+    status = cli.main(["plan", *words])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_as_json_every_strategy_has_its_terms(capsys):
+    words = "--model yolov5n --imgsz 640 --global-batch 16 --gpus 1x80GiB --json"
+    status, out, _ = plan(capsys, *words.split())
+    assert status == 0
+    found = json.loads(out)
+    plain = [one for one in found if {**one["settings"], **PLAIN._asdict()} == one["settings"]]
+    assert len(plain) == 1
+    assert plain[0]["peak_gpu_gib"] * GIB / 1e9 == pytest.approx(1.5, rel=0.05)
+    for one in found:
+        assert one["peak_gpu_gib"] == pytest.approx(sum(one["terms_gib"].values()))
+        assert one["fits"] == (not one["why_not"])
+    assert [one["rank"] for one in found] == list(range(1, len(found) + 1))
+
+
+def test_a_cpu_is_its_own_host():
+    cpu = one_gpu()._replace(accelerator="cpu")
+    planner, precisions = Planner(Work("yolov5s", 80, 64), cpu), ("fp32",)
+    found = search(planner, 8, "SGD", precisions)
+    assert len(found.fitting) > 4
+    assert not [one for one in found.fitting + found.others if one.settings.offload_optimizer]
+    plain = PLAIN._replace(precision="fp32", micro_batch=8, zero_stage=1)
+    own, offloaded = (planner.predict(plain._replace(offload_optimizer=device)) for device in (None, "cpu"))
+    assert offloaded.peak_bytes > own.peak_bytes  # copies come on top
+    assert offloaded.host_bytes == 0
+
+
+def test_a_faster_one_without_headroom_says_so(capsys):
+    _, out, _ = plan(capsys, *["--model", "yolov5n", "--gpus", "1x0.7GiB"])
+    assert "faster, but leaves less than 5% of the memory free." in out
+    assert "At most 1 image can be" in out
+
+
+def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "mine.json"
+    words = f"--model yolov5n6 --imgsz 1280 --gpus 1x2GiB --global-batch 64 --write {path}".split()
+    status, out, _ = plan(capsys, *words)
+    images = int(re.search(r"At most (\d+) images can be validated at a time", out)[1])
+    assert status == 0
+    assert f"give --val_batch_size {images}." in out
+    assert f"--data data.yaml --val_batch_size {images}\n" in out
+    assert 8 < images < 16
+    work = Work("yolov5n6", 80, 1280)
+    most = inference_bytes(work.network, [(images, 3, 1280, 1280)], "autocast_bf16")[0]
+    assert work.most_inferred(most, "autocast_bf16") == images
+    assert work.most_inferred(most - 1, "autocast_bf16") == images - 1
+    status, out, err = plan(capsys, *words[:4], "--gpus", "1x0.65GiB", "--write", str(tmp_path / "none.json"))
+    assert (status, (tmp_path / "none.json").exists()) == (1, False)
+    assert "Nothing was written to" in err
+
+    run = run_config(tmp_path, deepspeed_config="auto")
+    small = one_gpu()._replace(accelerator="cpu", memory_bytes=int(1.2 * GIB))
+    monkeypatch.setattr(train, "hardware_here", lambda *_: small)
+    words = f"--deepspeed_config=auto --data={run.data} --model=yolov5n6 --imgsz=1280".split()
+    planned = train.read(words, World(0, 1, 0, 1))
+    assert planned.config.val_batch_size < 16
+    assert any(
+        line.startswith(f"val_batch_size: {planned.config.val_batch_size}, as 16") for line in planned.planned
+    )
+    assert train.read([*words, "--val_batch_size=2"], World(0, 1, 0, 1)).config.val_batch_size == 2
+
+
+def test_what_is_recommended_fits_and_can_be_written_and_used(capsys, tmp_path):
+    path = tmp_path / "configs" / "mine.json"
+    words = (
+        f"--model yolov5l --imgsz 640 --global-batch 64 --gpus 2x12GiB --gpu RTX3090 --write {path}".split()
+    )
+    status, out, _ = plan(capsys, *words)
+    assert status == 0
+    assert f"--num_gpus 2 dsyolo/train.py --deepspeed_config {path} --model yolov5l" in out
+    ds = check(path, world_size=2, accelerator="cuda")
+    assert ds.global_batch == 64
+    first = next(line for line in out.splitlines() if line.startswith(" 1"))
+    assert first.split()[-1] == "yes"
+    assert plan(capsys, *words)[0] == 0  # the same again
+    path.write_text("{}")
+    status, _, err = plan(capsys, *words)
+    assert status == 2
+    assert f"{path} given, but it says something else" in err
+    assert path.read_text() == "{}"
+
+
+def test_a_small_gpu_gets_the_fewest_recomputed_blocks_and_too_small_a_one_is_told(capsys):
+    words = [
+        "--model",
+        "yolov5m",
+        "--global-batch",
+        "8",
+        "--gpus",
+        "1x2.2GiB",
+        "--precision",
+        "autocast_fp16",
+        "--json",
+    ]
+    found = json.loads(plan(capsys, *words)[1])
+    at_once = [
+        one for one in found if one["settings"]["micro_batch"] == 8 and one["settings"]["zero_stage"] == 0
+    ]
+    recompute = {one["settings"]["recompute"]: one["fits"] for one in at_once}
+    assert recompute.pop("none") is False
+    assert recompute.pop("blocks") is True
+    (budget,) = recompute
+    assert recompute[budget] is True
+    status, out, _ = plan(
+        capsys, "--model", "yolov5x6", "--imgsz", "1280", "--global-batch", "2", "--gpus", "2x1GiB"
+    )
+    assert status == 1
+    assert "Nothing fits 2 GPUs of 1.0 GiB. The nearest is " in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "--gpus 8",
+            "--gpus: '8' given, but it must be a number of GPUs and the memory of each, such as 8x24GiB",
+        ),
+        ("--gpus 0x24GiB", "--gpus: '0x24GiB' given"),
+        (
+            "--gpus 8x24GiB --global-batch 60",
+            "--global-batch: 60 given, but 8 GPUs take equal shares of it. Take 56 or 64",
+        ),
+        ("--gpus 1x24GiB --imgsz 650", "--imgsz: 650 given, but yolov5n needs multiples of 32. Take 640."),
+        ("--gpus 1x24GiB --bandwidth 25", "--bandwidth: '25' given, but it must be a rate such as 25GB/s"),
+        ("--gpus 1x16GiB --precision bf16", "--precision: bf16 given, but a T4 has no bf16"),
+        ("--gpus 1x16GiB --classes 0", "--classes: 0 given, but it must be 1 to 10000"),
+    ],
+)
+def test_mistakes_are_told(capsys, words, told):
+    status, _, err = plan(capsys, *words.split())
+    assert status == 2
+    assert told in err
+
+
+def test_amounts_are_read():
+    assert read_gpus("8x24GiB") == (8, 24 * GIB)
+    assert read_rate("200Gb/s") == read_rate("200Gbit/s") == read_rate("25GB/s") == 25e9
+    for text in ("24", "24B", "x"):
+        with pytest.raises(ValueError, match="an amount such as 24GiB"):
+            read_bytes(text)
+    assert read_bytes("1.5GB") == 1_500_000_000
+    assert (read_rate("25GB/s"), read_rate("200Gbit/s")) == (25e9, 25e9)
+
+
+def test_the_loss_holds_what_it_is_said_to():
+    """Between the passes of the network: gradients of the maps, and what is added to the largest of them."""
+    from dsyolo.detection.loss import DetectionLoss
+
+    work = Work("yolov5n", 80, 320)
+    shapes = [(4, 3, 320 // stride, 320 // stride, 85) for stride in work.network.strides]
+    maps = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    loss = DetectionLoss(torch.ones(3, 3, 2), 80, 320)
+    import training
+
+    targets = training.batch(0, 0, 1).targets
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss(tuple(maps), targets)[0].backward()
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    assert most == pytest.approx(work.loss_bytes(4, "fp32"), rel=0.15)
+
+
+# ---- what a JSON leaves to the machine
+
+
+def run_config(tmp_path, **options) -> RunConfig:
+    words = {"data": tmp_path / "data.yaml", "model": "yolov5s", **options}
+    (tmp_path / "data.yaml").write_text("train: .\nval: .\nnames: [a]\n")
+    return parse([word for key, value in words.items() for word in (f"--{key}", str(value))])
+
+
+def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None = None) -> Filled:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return fill(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
+
+
+def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    for recompute in ("none", "blocks", "0.500GiB"):
+        run = run_config(tmp_path, deepspeed_config="auto", recompute=recompute)
+        got = fill(run, lambda: a10, 80)
+        said = got.config.get("activation_checkpointing", {}).get("recompute", "none")
+        assert said == recompute
+        assert ("recompute" in got.lines[0]) == (recompute != "none")
+    activations = float(re.search(r"activations (\d+\.\d+)", got.lines[1])[1])
+    assert 0.25 < activations <= 0.5
+    with pytest.raises(UserError, match="nothing fits"):
+        fill(run.model_copy(update={"recompute": "0.001GiB"}), lambda: a10, 80)
+    words = f"--deepspeed_config=auto --data={run.data} --imgsz=64 --recompute=blocks".split()
+    assert train.read(words, World(0, 2, 0, 2)).ds.recompute == "blocks"  # said once, and so taken
+    (tmp_path / "data.yaml").write_text("train: .\nval: nowhere\nnames: [a]\n")
+    with pytest.raises(UserError, match=r"data\.yaml cannot be used.*\n.*nowhere") as told:
+        train.read(words, World(0, 2, 0, 2))
+    assert "auto cannot be used" not in str(told.value)  # it was not planned yet
+    got = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=3), 80, 64)
+    with pytest.raises(UserError, match="64 when it was saved, and 3 ranks do not divide it"):
+        check(got.config, world_size=3, accelerator="cuda", saved_batch=64, name="auto")
+
+
+def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 64}))
+    whole = run_config(tmp_path, deepspeed_config=path)
+    first, again = (
+        fill(one, lambda: a10, 80) for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
+    )
+    assert (first.is_halved, again.is_halved) == (False, True)
+    sizes = [check(one.config, world_size=2, accelerator="cuda") for one in (first, again)]
+    assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "stage", "given", "expected"),
+    [
+        ("A10", 2, {"bf16": "auto", "fp16": {"enabled": "auto"}}, "bf16"),
+        ("T4", 2, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "fp16"),
+        ("A10", 0, {"bf16": {"enabled": "auto"}}, "fp32"),
+        ("A10", 2, {"bf16": {"enabled": "auto"}, "torch_autocast": {"enabled": "auto"}}, "bf16"),
+        ("A10", 1, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
+        ("T4", 0, {"torch_autocast": {"enabled": "auto", "dtype": "auto"}}, "autocast_fp16"),
+        ("A10", 2, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}, "fp16"),
+        ("T4", 1, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
+        ("T4", 1, {"torch_autocast": {"enabled": "auto"}}, "fp32"),
+        ("A10", 1, {"torch_autocast": {"enabled": "auto", "dtype": "float16"}}, "fp32"),
+        ("old CPU", 0, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
+        ("old CPU", 2, {"torch_autocast": "auto", "bf16": "auto", "fp16": "auto"}, "fp32"),
+    ],
+)
+def test_a_precision_that_is_auto_is_one_that_the_device_has(tmp_path, gpu, stage, given, expected):
+    accelerator = "cpu" if "CPU" in gpu else "cuda"
+    hardware = Hardware(DEVICES.get(gpu, DEVICES["T4"]), 1, 2, 16 * GIB, None, 3e9, accelerator)
+    content = {"train_batch_size": 16, "zero_optimization": {"stage": stage}, **given}
+    got = filled(tmp_path, content, hardware)
+    assert check(got.config, world_size=2, accelerator=accelerator).precision == expected
+
+
+def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    for name, rate in (("auto", 0.01), ("AdamW", 0.001)):
+        optimizer = {"type": name, "params": {"lr": "auto", "weight_decay": "auto"}}
+        got = filled(tmp_path, {"train_batch_size": 16, "optimizer": optimizer}, a10)
+        params = check(got.config, world_size=2, accelerator="cuda").optimizer_params
+        assert (params["lr"], params["weight_decay"]) == (rate, 0.0005)
+        got = filled(tmp_path, {"train_batch_size": 16, "optimizer": {"type": name, "params": "auto"}}, a10)
+        assert check(got.config, world_size=2, accelerator="cuda").optimizer_params == params
+
+
+@pytest.mark.parametrize(("sizes", "ranks"), [((2, 1), 3), ((4, 4), 8), ((1,), 1)])
+def test_every_machine_plans_for_the_whole_world(sizes, ranks):
+    found = {hardware_here(World(0, ranks, 0, size), "cpu")[1:3] for size in sizes}
+    assert len(found) == 1
+    assert {nodes * gpus for nodes, gpus in found} == {ranks}
+
+
+def test_a_gpu_that_is_not_in_the_table_is_asked_for_bf16(monkeypatch):
+    for capability, has_bf16 in (((7, 5), False), ((8, 6), True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Quadro RTX 6000")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
+        monkeypatch.setattr(machine, "memory_of_device", lambda _: 24 * GIB)
+        assert hardware_here(World(0, 1, 0, 1), "cuda").device.has_bf16 == has_bf16
+
+
+def test_a_key_given_twice_is_no_matter_of_auto(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 16, "train_batch_size": 32, "gradient_clipping": "auto"}')
+    got = fill(run_config(tmp_path, deepspeed_config=path), lambda: a10, 80)
+    with pytest.raises(UserError, match="train_batch_size: given twice"):
+        check(got.config, world_size=2, accelerator="cuda")
+
+
+def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    first = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80)
+    assert check(first.config, world_size=2, accelerator="cuda").global_batch == 64
+    assert first.lines[0].startswith("planned for 2 x 24.0 GiB (A10): ZeRO ")
+    halved = run_config(tmp_path, deepspeed_config="auto").model_copy(update={"halve_micro_batch": True})
+    again = fill(halved, lambda: a10, 80)
+    peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
+    assert peaks[1] < 0.65 * peaks[0]
+    assert re.search(r"\(A10\), for \d+\.\d GiB of each, as memory ran out: ZeRO", again.lines[0])
+    cpu = a10._replace(accelerator="cpu", gpus=1)  # states are most of it: less by a fifth is all there is
+    states = run_config(tmp_path, deepspeed_config="auto", model="yolov5l", imgsz=64)
+    wide, least = (
+        fill(one, lambda: cpu, 80) for one in (states, states.model_copy(update={"halve_micro_batch": True}))
+    )
+    peaks = [float(one.lines[1].split()[1]) for one in (wide, least)]
+    assert 0.6 * peaks[0] < peaks[1] < peaks[0]
+    assert least.val_images == 1
+    one = states.model_copy(update={"halve_micro_batch": True, "recompute": "blocks"})
+    with pytest.raises(UserError, match="memory ran out, and no plan needs less"):
+        fill(one, lambda: cpu, 80, 1)
+    odd = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
+    assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
+    goes_on = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
+    assert check(goes_on.config, world_size=2, accelerator="cuda").global_batch == 48
+    with pytest.raises(UserError, match=r"nothing fits 0\.60 GiB a rank, .* for 64 images a step"):
+        fill(
+            run_config(tmp_path, deepspeed_config="auto"),
+            lambda: a10._replace(memory_bytes=int(0.6 * GIB)),
+            80,
+        )
+
+
+def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
+    a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    content = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01}},
+    }
+    got = filled(tmp_path, content, a10)
+    ds = check(got.config, world_size=2, accelerator="cuda")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision) == (64, 32, 1, "bf16")
+    assert got.lines == (
+        "train_batch_size: auto, so 64",
+        "train_micro_batch_size_per_gpu: auto, so 32",
+        "gradient_accumulation_steps: auto, so 1",
+        "bf16.enabled: auto, so true",
+        f"zero_optimization.reduce_bucket_size: auto, so {got.config['zero_optimization']['reduce_bucket_size']}",
+        "optimizer.params.lr: auto, so 0.001",
+    )
+    assert got.config["optimizer"]["params"] == {"lr": 0.001, "weight_decay": 0.01}
+    small = filled(tmp_path, content, a10._replace(memory_bytes=3 * GIB))
+    assert check(small.config, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
+    given = {**content, "train_micro_batch_size_per_gpu": 12}
+    ds = check(filled(tmp_path, given, a10).config, world_size=2, accelerator="cuda")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation) == (72, 12, 3)
+    lower = filled(tmp_path, {**given, "gradient_clipping": "auto"}, a10)
+    assert lower.lines[-1] == "gradient_clipping: auto, so 10.0"
+    piped = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 1},
+        "pipeline": {"stages": 2},
+    }
+    ds = check(filled(tmp_path, piped, a10).config, world_size=2, accelerator="cuda")
+    assert (ds.micro_batch, ds.accumulation) == (16, 4)  # two for each stage, so that they do not wait
+    for wrong, told in (
+        ({"zero_optimization": {"stagee": "auto"}}, "Did you mean stage"),
+        ({"scheduler": "auto"}, "scheduler: "),
+        ({"train_micro_batch_size_per_gpuu": "auto"}, "Did you mean train_micro_batch_size_per_gpu"),
+    ):
+        got = filled(tmp_path, {"train_batch_size": 16, "gradient_clipping": "auto", **wrong}, a10)
+        with pytest.raises(UserError, match=told):
+            check(got.config, world_size=2, accelerator="cuda", name="ds.json")
+    nothing = {"train_batch_size": 8, "activation_checkpointing": {"recompute": "none"}}
+    assert filled(tmp_path, nothing, a10).config == str(tmp_path / "ds.json")
+
+
+def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
+    place = make_place(tmp_path)
+    words = launch(place, "auto", free_port(), deepspeed_config="auto", epochs=1)
+    done = subprocess.run(
+        words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "planned for 2 x " in done.stdout
+    written = place / "runs/auto/deepspeed_auto.json"
+    assert check(written, world_size=2, accelerator="cpu").global_batch == 64
+    assert (place / "runs/auto/weights/last.safetensors").exists()
+
+
+# ---- many ranks, on paper
+
+
+def test_on_thousands_of_ranks_every_image_comes_once_and_states_are_the_formulas():
+    found = simulate("yolov5x", 80, 20_001, [8, 512, 4096], 64, 1)
+    assert [(one.ranks, one.zero_stage) for one in found] == [
+        (n, z) for n in (8, 512, 4096) for z in range(4)
+    ]
+    for one in found:
+        assert (one.coverage.least, one.coverage.most) == (1, 1)
+        assert one.coverage.steps == -(-20_001 // one.global_batch)
+        assert one.global_batch == max(64, one.ranks)
+        assert one.states == pytest.approx([one.formula] * 2, rel=0.01)
+        is_small = (
+            one.zero_stage in (1, 2) and 86_749_405 // one.ranks < 2**18
+        )  # whole buckets are summed then
+        assert 0.9 < one.sent / one.sent_formula / (1.5 if is_small else 1) < 1.01
+        assert one.saved[0] <= 12 * 86_749_405 / one.ranks <= one.saved[1]
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize("ranks", long_but([4096], [8, 100, 4096]))
+def test_the_engine_that_trains_holds_and_sends_what_is_expected_of_thousands_of_ranks(ranks, zero_stage):
+    (found,) = rehearse([case_of("yolov5n", 80, zero_stage, ranks)])
+    (paper,) = [
+        one for one in simulate("yolov5n", 80, 20_001, [ranks], ranks, 1) if one.zero_stage == zero_stage
+    ]
+    assert found.states == pytest.approx(found.states_expected, rel=0.01)
+    assert found.states == pytest.approx(paper.formula, rel=0.01)
+    # beside weights and gradients also BatchNorm's statistics and counts of targets are sent
+    assert found.sent_expected < found.sent < 1.01 * found.sent_expected
+    assert found.buckets <= 1.01 * found.buckets_expected
+
+
+def test_what_a_plan_cannot_be_made_for_is_refused(tmp_path, capsys):
+    (tmp_path / "other").write_bytes(b"\xff\xfe")
+    for words, told in (
+        ("--gpus 8x24GiB --nodes 0", "--nodes: 0 given"),
+        ("--gpus 1x24GiB --imgsz 32", "--imgsz: 32 given, but yolov5n needs 64 at least"),
+        ("--gpus 1x24GiB --model yolov5n6 --imgsz 64", "yolov5n6 needs 128 at least"),
+        ("--gpus 8x24", "an amount such as 24GiB"),
+        ("--gpus 8x24GiB --bandwidth 9GB/s", "it is between nodes, and there is 1"),
+        (f"--gpus 1x24GiB --write {tmp_path}", "is a folder or device"),
+        ("--gpus 1x24GiB --write /dev/full --force", "is a folder or device"),
+        (f"--gpus 1x24GiB --write {tmp_path}/other", "it says something else"),
+    ):
+        status, _, said = plan(capsys, *words.split())
+        assert status == 2, words
+        assert told in said, words
+    assert plan(capsys, "--gpus", "1x24GiB", "--gpu", "h100")[0] == 0
+
+
+def test_messages_cost_time_where_there_are_many(capsys):
+    """A small network on two nodes: ZeRO 3 gathers each layer by itself."""
+    _, out, _ = plan(capsys, *["--gpus", "8x24GiB", "--nodes", "2", "--json"])
+    best = {one["settings"]["zero_stage"]: one["step_s"]["step"] for one in reversed(json.loads(out))}
+    assert best[0] < best[3]
+    sizes = [100_000] * 60
+    zero3 = {"stage": 3, "reduce_bucket_size": 6_000_000, "stage3_param_persistence_threshold": 1000}
+    assert num_messages(zero3, sizes, 2) == 2 * (1 + 2 * 60) + 1
+    assert num_messages({"stage": 1, "reduce_bucket_size": 2_000_000}, sizes, 2) == 3 + 1
+
+
+def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):
+    plain = Stream.micro_batches
+
+    def of_one_rank_less(self, step):
+        return iter(()) if self.rank == 3 else plain(self, step)
+
+    monkeypatch.setattr(Stream, "micro_batches", of_one_rank_less)
+    assert cover(100, 8, 1, 8).least == 0
+    assert cli.main(["simulate", "--model", "yolov5n", "--images", "100", "--ranks", "8", "--json"]) == 1
+    assert cli.main(["simulate", "--ranks", "\u00b2"]) == 2  # a digit, but no number
+
+
+def test_the_simulation_is_printed_and_its_mistakes_told(capsys):
+    words = ["simulate", "--model", "yolov5n", "--images", "200", "--ranks", "2,4"]
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1 + 2 * 4 :] == [
+        "ZeRO 3 sends less, as the last layers' weights stay whole from forward to backward."
+    ]
+    assert cli.main([*words, "--global-batch", "7", "--json"]) == 0
+    assert {row["global_batch"] for row in json.loads(capsys.readouterr().out)} == {8}
+    assert cli.main([*words[:-1], "2,none"]) == 2
+    assert "--ranks: 'none' given, but each is a number from 1 to 4096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "wanted"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79, "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", 39, "A100-40"),
+        ("NVIDIA A10", 23, "A10"),
+        ("NVIDIA A10G", 22, "A10"),
+        ("NVIDIA L40S", 45, "L40S"),
+        ("NVIDIA L4", 23, "L4"),
+        ("NVIDIA GeForce RTX 4090", 24, "RTX4090"),
+        ("NVIDIA H100 80GB HBM3", 80, "H100"),
+        ("Tesla V100-SXM2-32GB", 32, "V100"),
+        ("Tesla T4", 15, "T4"),
+        ("NVIDIA T400", 4, None),
+        ("AMD Instinct MI300X", 192, None),
+    ],
+)
+def test_devices_are_known_by_the_names_that_drivers_give(name, memory_gib, wanted):
+    found = device_named(name, memory_gib * GIB)
+    assert (found.name if found else None) == wanted

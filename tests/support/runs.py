@@ -1,0 +1,78 @@
+"""Whole training runs for tests, as a user starts them, in a folder with a small data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsyolo.data.synthetic import draw_sample
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "dsyolo" / "train.py"
+CONFIG = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.937, "nesterov": True}},
+    "gradient_clipping": 10.0,
+}
+
+
+def make_place(folder: Path) -> Path:
+    """A folder with a data set of 24 + 6 images and a DeepSpeed JSON."""
+    draw_sample(folder / "sample", num_images=30, image_size=(96, 96))
+    (folder / "ds.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def arguments(place: Path, name: str, **options: object) -> list[str]:
+    settings = {
+        "data": place / "sample/data.yaml",
+        "deepspeed_config": place / "ds.json",
+        "imgsz": 64,
+        "epochs": 3,
+        "log_every": 1,
+        "threads": 1,
+        "project": place / "runs",
+        "name": name,
+        **options,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def begin(place: Path, command: Sequence[str], **settings: Any) -> subprocess.Popen[str]:
+    """A process in `place`; what it says can be read while it runs, errors among it unless `settings` say otherwise."""
+    said: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **settings}
+    return subprocess.Popen(command, cwd=place, env=environment(place), text=True, **said)
+
+
+def environment(place: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # the ranks of tests that run one after the other must not meet at one port
+    return {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(place / "cache"), "DS_ACCELERATOR": "cpu"}
+
+
+def alone(place: Path, name: str, *words: str, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TRAIN), *arguments(place, name, **options), *words]
+    return subprocess.run(
+        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
+    )
+
+
+def launch(place: Path, name: str, port: int, *words: str, **options: object) -> list[str]:
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    return [*launcher, str(TRAIN), *arguments(place, name, **options), *words]
+
+
+def rows(place: Path, name: str, kind: str) -> list[dict]:
+    lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(place: Path, name: str) -> list[tuple[float, ...]]:
+    return [(row["step"], row["box"], row["obj"], row["cls"]) for row in rows(place, name, "step")]

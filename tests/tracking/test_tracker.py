@@ -1,0 +1,408 @@
+"""What a run tells: rows, lines, curves and W&B; that it waits for the device rarely, and that it resumes unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dsyolo.base.batch import Detections, StepStats, Truth
+from dsyolo.detection.metrics import Metrics, evaluate
+from dsyolo.tracking import tracker as track
+from dsyolo.tracking.tracker import NullTracker, RunTracker, Tracker
+from dsyolo.tracking.writers import MetricsFile
+
+STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 64
+TIMINGS = ("images_per_s", "data_wait_share", "memory_gib", "train_s", "val_s")
+
+
+@dataclasses.dataclass
+class Progress:
+    """As the loop's, moved by the tests."""
+
+    step: int = 0
+    epoch: int = 0
+    total_steps: int = STEPS_PER_EPOCH * EPOCHS
+    epochs: int = EPOCHS
+    images_seen: int = 0
+
+
+class CountedTensor(torch.Tensor):
+    """Counts how often it is read back."""
+
+    num_reads = 0
+
+    def tolist(self) -> list[float]:
+        CountedTensor.num_reads += 1
+        return super().tolist()
+
+
+def stats_of(step: int) -> StepStats:
+    losses = torch.tensor([1.0, 0.3, 0.7]) / step
+    return StepStats(losses.as_subclass(CountedTensor), torch.tensor(2.5), BATCH)
+
+
+def some_metrics() -> Metrics:
+    box = np.array([[0, 0, 10, 10]], np.float32)
+    truth = Truth(0, (20, 20), box, np.array([0]), 1.0, (0.0, 0.0))
+    return evaluate([truth], [Detections(box, np.array([0.5], np.float32), np.array([0]))], ["cat"])
+
+
+def go_on(tracker: Tracker, progress: Progress, *, until_step: int) -> None:
+    """The loop, without a model. Every second epoch is validated."""
+    while progress.step < until_step:
+        progress.step += 1
+        progress.images_seen += BATCH
+        tracker.step(progress, stats_of(progress.step), lr=0.01 / progress.step, data_wait_s=0.0)
+        if progress.step % STEPS_PER_EPOCH == 0:
+            tracker.epoch(progress, some_metrics() if progress.epoch % 2 else None)
+            progress.epoch += 1
+            tracker.begin(progress)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def without_timings(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows_of(folder)]
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The panels that are drawn, without the seconds that drawing takes."""
+    panels: list[dict[str, Any]] = []
+    monkeypatch.setattr(track, "save_curves", lambda path, drawn_panels: panels.append(drawn_panels))
+    return panels
+
+
+def test_a_step_is_read_back_only_when_it_is_logged(tmp_path: Path):
+    tracker, progress = RunTracker(tmp_path, Progress(), log_every=8), Progress()
+    CountedTensor.num_reads = 0
+    for step in range(1, 20):
+        progress.step = step
+        tracker.step(progress, stats_of(step), 0.01, 0.0)
+    assert CountedTensor.num_reads == 3
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 8, 16]
+    progress.step = progress.total_steps
+    tracker.step(progress, stats_of(progress.step), 0.01, 0.0)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 8, 16, 20]
+    tracker.close()
+
+
+def test_skipped_steps_are_told_once(tmp_path: Path):
+    progress = Progress()
+    tracker = RunTracker(tmp_path, progress, log_every=4)
+    for step in range(1, 9):
+        progress.step = step
+        tracker.step(progress, stats_of(step)._replace(was_applied=step not in (2, 3)), 0.01, 0.0)
+    tracker.close()
+    assert [row.get("skipped_steps") for row in rows_of(tmp_path)] == [None, 2, None]
+
+
+def test_rows_hold_the_losses_of_a_step_and_the_means_of_an_epoch(tmp_path: Path):
+    tracker = RunTracker(tmp_path, Progress(), log_every=10, memory_gib=lambda: 1.5)
+    go_on(tracker, Progress(), until_step=10)
+    tracker.close()
+    first, epoch0, tenth, epoch1 = rows_of(tmp_path)
+    assert (first["kind"], first["step"], first["epoch"]) == ("step", 1, 0)
+    assert (first["box"], first["obj"], first["cls"], first["loss"]) == pytest.approx((1.0, 0.3, 0.7, 2.0))
+    assert (first["lr"], first["memory_gib"], first["grad_norm"]) == (0.01, 1.5, 2.5)
+    assert (epoch0["kind"], epoch0["step"], epoch0["epoch"]) == ("epoch", 5, 0)
+    assert epoch0["box"] == pytest.approx(
+        np.mean([1 / step for step in range(1, 6)])
+    )  # though 2 to 5 have no row
+    assert "map50" not in epoch0
+    assert (tenth["kind"], tenth["step"], tenth["epoch"]) == ("step", 10, 1)
+    assert epoch1["loss"] == pytest.approx(np.mean([2 / step for step in range(6, 11)]))
+    assert (epoch1["map50"], epoch1["map50_95"], epoch1["recall"]) == pytest.approx((1, 1, 1))
+
+
+def test_rates_count_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(track, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    progress = Progress()
+    tracker = RunTracker(tmp_path, progress, log_every=2)
+    clock.now = 100.0  # building the engine
+    tracker.begin(progress)
+    for step in range(1, 5):
+        clock.now += 1.0 if step <= 2 else 4.0
+        progress.step, progress.images_seen = step, step * BATCH
+        tracker.step(progress, stats_of(step), 0.01, data_wait_s=0.5)
+    clock.now += 7.0  # validation
+    tracker.epoch(progress, None)
+    tracker.close()
+    *_, last_step, epoch = rows_of(tmp_path)
+    assert (last_step["images_per_s"], last_step["data_wait_share"]) == (2 * BATCH / 8.0, 1 / 8.0)
+    assert (epoch["images_per_s"], epoch["data_wait_share"]) == (4 * BATCH / 10.0, 2 / 10.0)
+    assert (epoch["train_s"], epoch["val_s"]) == (10.0, 7.0)
+
+
+def test_a_loss_that_is_not_finite_becomes_null(tmp_path: Path):
+    tracker, progress = RunTracker(tmp_path, Progress()), Progress(step=1)
+    tracker.step(progress, StepStats(torch.tensor([float("nan"), 1.0, float("inf")]), None, BATCH), 0.01, 0.0)
+    tracker.close()
+    (row,) = rows_of(tmp_path)
+    assert (row["box"], row["obj"], row["cls"], row["loss"]) == (None, 1.0, None, None)
+    assert "grad_norm" not in row
+
+
+@pytest.mark.parametrize("saved_at", [3, 5, 7, 10])
+def test_a_resumed_file_reads_like_that_of_a_run_never_interrupted(tmp_path: Path, saved_at: int):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    tracker = RunTracker(whole, Progress(), log_every=2)
+    go_on(tracker, Progress(), until_step=20)
+    tracker.close()
+
+    tracker, progress = RunTracker(broken, Progress(), log_every=2), Progress()
+    go_on(tracker, progress, until_step=saved_at)
+    saved, state = dataclasses.replace(progress), json.loads(json.dumps(tracker.state()))
+    go_on(tracker, progress, until_step=saved_at + 6)  # and then it is killed while it writes:
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 1')
+
+    tracker = RunTracker(broken, saved, log_every=2, state=state)
+    go_on(tracker, dataclasses.replace(saved), until_step=20)
+    tracker.close()
+    assert without_timings(broken) == without_timings(whole)
+    assert not list(broken.glob("*.tmp"))
+
+
+def test_a_new_run_drops_the_rows_of_an_old_one(tmp_path: Path):
+    for _ in range(2):
+        tracker = RunTracker(tmp_path, Progress(), log_every=1)
+        go_on(tracker, Progress(), until_step=3)
+        tracker.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+
+
+def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tracker = RunTracker(tmp_path, Progress(), log_every=1, memory_gib=lambda: 1.5)
+    go_on(tracker, Progress(), until_step=10)
+    tracker.close()
+    out, err = capsys.readouterr()
+    first, second = out.splitlines()
+    assert first.startswith("epoch 1/4  box 0.4567  obj 0.1370  cls 0.3197  ")
+    assert "mAP" not in first
+    assert "mAP50 1.0000  mAP50-95 1.0000" in second
+    assert all(part in second for part in ("epoch 2/4", " images/s", "data wait 0%", "1.50 GiB", " s"))
+    assert err == ""
+
+
+def test_on_a_terminal_a_bar_shows_losses_speed_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tracker = RunTracker(tmp_path, Progress(step=5, epoch=1), log_every=1, memory_gib=lambda: 1.5)
+    go_on(tracker, Progress(step=5, epoch=1), until_step=7)
+    tracker.close()
+    shown = terminal.getvalue()
+    assert "5/20" in shown  # where the run goes on
+    last = shown.strip().split("\r")[-1]
+    assert all(part in last for part in ("epoch 2/4", "7/20", "box 0.1429", "images/s", "1.50 GiB"))
+
+
+def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[dict[str, Any]]
+):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(track, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    record = track.save_curves
+
+    def draw_for_a_second(path: Path, panels: dict[str, Any]) -> None:
+        clock.now += 1.0
+        record(path, panels)
+
+    monkeypatch.setattr(track, "save_curves", draw_for_a_second)
+    tracker, progress = RunTracker(tmp_path, Progress(), log_every=100), Progress()
+    for epoch, num_drawn in enumerate([1, 1, 2, 2], start=1):
+        go_on(tracker, progress, until_step=epoch * STEPS_PER_EPOCH)
+        tracker.painter.wait()
+        assert len(drawn) == num_drawn
+        clock.now += 60.0
+    tracker.close()
+    tracker.close()
+    assert len(drawn) == 3
+    assert drawn[-1]["mAP"]["mAP50"] == ([2, 4], pytest.approx([1, 1]))
+    assert drawn[-1]["box loss"]["box"][0] == [1, 2, 3, 4]
+
+
+def test_results_png_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()  # the real drawing
+    tracker = RunTracker(tmp_path, Progress())
+    go_on(tracker, Progress(), until_step=STEPS_PER_EPOCH)
+    tracker.close()
+    picture = cv2.imread(str(tmp_path / "results.png"))
+    assert picture.shape[1] > 1000
+    assert picture.std() > 5
+
+
+def test_all_trackers_have_the_same_methods(tmp_path: Path):
+    methods = {name for name in vars(Tracker) if not name.startswith("_")}
+    assert methods == {"begin", "step", "epoch", "say", "pictures", "state", "close"}
+    for name in methods:
+        signatures = {inspect.signature(getattr(klass, name)) for klass in (Tracker, NullTracker, RunTracker)}
+        assert len(signatures) == 1, name
+    go_on(NullTracker(), Progress(), until_step=10)
+    assert NullTracker().state() == {}
+
+
+class FakeWandb(types.ModuleType):
+    """Records what it is told; fails at the call named `fails`."""
+
+    def __init__(self, fails: str | None = None) -> None:
+        super().__init__("wandb")
+        self.fails, self.init_with, self.logged, self.finished = fails, {}, [], False
+        self.Settings, self.id = dict, "abc123"
+
+    def init(self, **options: Any) -> FakeWandb:
+        self.init_with = options
+        self.id = options["id"] or self.id
+        return self._unless("init")
+
+    def define_metric(self, name: str, **_: Any) -> None: ...
+
+    def log(self, values: dict[str, Any]) -> None:
+        self._unless("log")
+        self.logged.append(values)
+
+    def Image(self, path: str) -> str:
+        return f"image {Path(path).name}"
+
+    def finish(self) -> None:
+        self._unless("finish")
+        self.finished = True
+
+    def _unless(self, call: str) -> FakeWandb:
+        if self.fails == call:
+            raise ConnectionError("no network")
+        return self
+
+
+def test_wandb_gets_figures_and_pictures_and_goes_on_in_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    options: dict[str, Any] = {
+        "wandb_mode": "online",
+        "wandb_project": "p",
+        "wandb_name": "n",
+        "config": {"seed": 0},
+    }
+    progress = Progress()
+    tracker = RunTracker(tmp_path, progress, **options)
+    go_on(tracker, progress, until_step=12)  # the last two are not logged
+    tracker.pictures(tmp_path / "grid.jpg")
+    tracker.close()
+    assert wandb.finished
+    told = wandb.init_with
+    assert (told["project"], told["name"], told["config"], told["dir"]) == (
+        "p",
+        "n",
+        {"seed": 0},
+        str(tmp_path),
+    )
+    assert (told["id"], told["resume"]) == (None, "allow")
+    step, epoch, _, validated, picture = wandb.logged
+    assert (step["step"], step["train/box"], step["train/lr"]) == (1, 1.0, 0.01)
+    assert (epoch["step"], epoch["epoch/lr"]) == (5, 0.01 / 5)
+    assert not any("val/" in name for name in epoch)
+    assert validated["val/map50_95"] == pytest.approx(1)
+    assert picture == {"predictions": "image grid.jpg", "step": 12}
+
+    wandb.id = "another"
+    resumed = RunTracker(tmp_path, progress, **options, state=tracker.state())
+    assert wandb.init_with["id"] == resumed.run_id == tracker.run_id == "abc123"
+    resumed.close()
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_failing_wandb_warns_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        tracker = RunTracker(tmp_path, Progress(), log_every=1, wandb_mode="online")
+        go_on(tracker, Progress(), until_step=10)
+        tracker.pictures(tmp_path / "grid.jpg")
+        tracker.close()
+    assert [str(w.message) for w in warned] == [
+        "W&B failed, and the run goes on without it. ConnectionError: no network"
+    ]
+    assert len(rows_of(tmp_path)) == 12
+
+
+def test_without_wandb_it_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
+    tracker = RunTracker(tmp_path, Progress(), wandb_mode="disabled")
+    go_on(tracker, Progress(), until_step=1)
+    tracker.close()
+    assert tracker.state()["run_id"] is None
+
+
+def log_offline(folder: Path, state: dict[str, Any], until_step: int) -> None:
+    progress = Progress(step=until_step - 5, epoch=until_step // 5 - 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="W&B failed")
+        tracker = RunTracker(folder, progress, wandb_mode="offline", config={"seed": 0}, state=state)
+        go_on(tracker, progress, until_step=until_step)
+        tracker.pictures(folder / "grid.png")
+        tracker.close()
+    print(json.dumps(tracker.state()))
+
+
+def test_the_real_wandb_works_offline(tmp_path: Path):
+    """Each part in a process of its own, as W&B writes its file to the end only when its process ends."""
+    pytest.importorskip("wandb")
+    cv2.imwrite(str(tmp_path / "grid.png"), np.zeros((8, 8, 3), np.uint8))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    state: dict[str, Any] = {}
+    for until_step in (5, 10):
+        call = f"import test_tracker as t; t.log_offline(t.Path({str(tmp_path)!r}), {state!r}, {until_step})"
+        done = subprocess.run(
+            [sys.executable, "-c", call], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        state = json.loads(done.stdout.splitlines()[-1])
+    runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert [path.stem for path in runs] == [f"run-{state['run_id']}"] * len(runs)
+    written = b"".join(path.read_bytes() for path in runs)
+    for name in (b"epoch/box", b"val/map50"):
+        assert name in written, {path: path.stat().st_size for path in runs}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, '{"kind": "step"}', "[]", "7", '{"kind": "step", "step": "x", "epoch": 0}', "\udcff"],
+)
+def test_lines_that_no_run_wrote_are_left_out_of_metrics(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    own = {"kind": "step", "step": 1, "epoch": 0, "box": 0.5}
+    path.write_text(f"{json.dumps(own)}\n{line}\n", errors="surrogateescape")
+    rows = MetricsFile(path, step=5, epoch=1)
+    rows.close()
+    assert rows.read() == [own]
