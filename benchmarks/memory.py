@@ -21,12 +21,12 @@ from dsyolo.cluster import world as dist
 from dsyolo.config.deepspeed.config import check
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.ema import Ema
-from dsyolo.engine.memory_profile import MemoryWatch
+from dsyolo.engine.memory_profile import MemoryProfiler
 from dsyolo.engine.optimizer import Schedule
-from dsyolo.engine.parallelize import spread
+from dsyolo.engine.parallelize import parallelize
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 from dsyolo.planner.dry_run import one_batch
-from dsyolo.planner.memory_estimate import Load, predict, table
+from dsyolo.planner.memory_estimate import RankLoad, predict, table
 
 NUM_CLASSES = 80
 SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)
@@ -34,7 +34,7 @@ SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=
 
 def measure(stage: int, args: argparse.Namespace) -> tuple[Any, Any, int]:
     """(predicted, measured, parameters) of this rank."""
-    world = dist.join()
+    world = dist.init_process_group()
     source = {
         "train_batch_size": args.batch,
         "zero_optimization": {"stage": stage},
@@ -46,17 +46,17 @@ def measure(stage: int, args: argparse.Namespace) -> tuple[Any, Any, int]:
     num_parameters = sum(p.numel() for p in network.parameters())
     loss = DetectionLoss(network.anchors, NUM_CLASSES, args.imgsz)
     batch = one_batch(network, ds.micro_batch, args.imgsz)
-    engine, shards, _, groups, _ = spread(
+    engine, partitions, _, groups, _ = parallelize(
         network, loss, SCHEDULE, ds, world, image_size_px=args.imgsz, statistics_move=True
     )
-    ema = Ema(shards, engine.buffers, 0.999, 100)
+    ema = Ema(partitions, engine.buffers, 0.999, 100)
     found: list = []
-    watch = MemoryWatch(engine, shards, ema, found.append)
+    watch = MemoryProfiler(engine, partitions, ema, found.append)
     for step in range(2):
         with watch.step():
             engine.train_step([batch], step)
         ema.update()
-    load = Load(groups, 0, 0, 0, engine.replica, engine.num_replicas, True)
+    load = RankLoad(groups, 0, 0, 0, engine.dp_rank, engine.dp_size, True)
     wanted = predict(load, ds, engine.deepspeed_json["zero_optimization"])
     return wanted, found[0][world.rank], num_parameters
 

@@ -61,11 +61,11 @@ def stage_time_s(stage: torch.nn.Module, x: torch.Tensor, rounds: int) -> float:
 def run_cut(cut: int, args: argparse.Namespace) -> dict[str, Any]:
     """On a rank: seconds of a step, and of this rank's stage alone."""
     from dsyolo.cluster import world as dist
-    from dsyolo.engine.parallelize import spread
+    from dsyolo.engine.parallelize import parallelize
 
     world = dist.world_from_environment()
     if not torch.distributed.is_initialized():
-        dist.join()
+        dist.init_process_group()
     torch.manual_seed(0)
     network = build_yolov5(args.model, NUM_CLASSES)
     ds = check(
@@ -79,7 +79,9 @@ def run_cut(cut: int, args: argparse.Namespace) -> dict[str, Any]:
         accelerator="cpu",
     )
     loss = DetectionLoss(network.anchors, NUM_CLASSES, args.imgsz)
-    engine, *_ = spread(network, loss, SCHEDULE, ds, world, image_size_px=args.imgsz, statistics_move=True)
+    engine, *_ = parallelize(
+        network, loss, SCHEDULE, ds, world, image_size_px=args.imgsz, statistics_move=True
+    )
     batches = [batch(args.micro, args.imgsz)] * args.num_micro
     engine.train_step(batches, 1)
     steps = []
@@ -146,15 +148,15 @@ def fit_nodes(args: argparse.Namespace) -> None:
 
 
 def _node_times(network: torch.nn.Module, args: argparse.Namespace, autocast: bool) -> np.ndarray:
-    carry: tuple = (batch(args.micro, args.imgsz).images,)
+    boundary: tuple = (batch(args.micro, args.imgsz).images,)
     times = np.zeros(len(network.order))
     for i in range(len(network.order)):
-        inputs = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in carry)
+        inputs = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in boundary)
         begin = time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            carry = network.run(inputs, i, i + 1)
+            boundary = network.run(inputs, i, i + 1)
         times[i] = time.process_time() - begin
-        out = carry[-1] if isinstance(carry[-1], tuple) else carry[-1:]
+        out = boundary[-1] if isinstance(boundary[-1], tuple) else boundary[-1:]
         gradients = [torch.ones_like(o) for o in out]
         begin = time.process_time()
         torch.autograd.backward(out, gradients)

@@ -25,15 +25,15 @@ import torch
 from hosts import Cluster, Traffic, read_traffic
 
 from dsyolo.cluster import world as dist
-from dsyolo.cluster.preemption import StopRequest
+from dsyolo.cluster.preemption import PreemptionHandler
 from dsyolo.cluster.watchdog import Watchdog
 from dsyolo.config.deepspeed.config import check
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.ema import Ema
 from dsyolo.engine.optimizer import Schedule
-from dsyolo.engine.parallelize import spread
+from dsyolo.engine.parallelize import parallelize
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
-from dsyolo.planner.comm_volume import wire_bytes
+from dsyolo.planner.comm_volume import comm_bytes
 from dsyolo.planner.dry_run import one_batch
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
@@ -56,7 +56,7 @@ def planned(stage: int, args: argparse.Namespace) -> float:
         accelerator="cpu",
     )
     zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
-    return wire_bytes(zero, numels, args.hosts, args.accumulation)
+    return comm_bytes(zero, numels, args.hosts, args.accumulation)
 
 
 def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
@@ -71,10 +71,10 @@ def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
     network = build_yolov5(args.model, NUM_CLASSES)
     batch = one_batch(network, IMAGES, SIZE_PX)
     loss = DetectionLoss(network.anchors, NUM_CLASSES, SIZE_PX)
-    engine, shards, *_ = spread(
+    engine, partitions, *_ = parallelize(
         network, loss, SCHEDULE, ds, world, image_size_px=SIZE_PX, statistics_move=True
     )
-    ema, request = Ema(shards, engine.buffers, 0.999, 100), StopRequest(world)
+    ema, request = Ema(partitions, engine.buffers, 0.999, 100), PreemptionHandler(world)
 
     def step(number: int) -> None:
         engine.train_step([batch] * args.accumulation, number)
@@ -97,12 +97,12 @@ def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
 def on_a_rank(args: argparse.Namespace) -> None:
     """Prints what each stage sent and received, as JSON on a line of its own."""
     torch.set_num_threads(1)
-    world = dist.join()
+    world = dist.init_process_group()
     watch = Watchdog(world, late_s=600)
     found = {stage: measure(stage, args, world) for stage in args.stages}
     watch.close()
     print(f"{LINE} {world.rank}: {json.dumps(found)}", flush=True)
-    dist.leave(world)
+    dist.destroy_process_group(world)
 
 
 def across(cluster: Cluster, *words: str, place: Path) -> dict[int, list[Traffic]]:

@@ -18,14 +18,15 @@ from dsyolo.commands import doctor, plan, scale, simulate
 from dsyolo.config.messages import cannot_hold_files, rule_of
 from dsyolo.config.messages import validate as judge
 from dsyolo.config.run_config import RunConfig, max_stride
-from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes, scan
+from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
 from dsyolo.data.formats.convert import convert_coco, convert_voc
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.images import check_image, read_rgb
+from dsyolo.data.index_builder import build_index
 from dsyolo.data.loader import EvalLoader, to_batch
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.detection.boxes import letterbox, unletterbox
-from dsyolo.detection.evaluator import Finder, PlainPredictor, validate
+from dsyolo.detection.evaluator import PlainPredictor, PostProcessor, validate
 from dsyolo.models.weights import WeightsInfo, rebuild
 from dsyolo.scaling import options as scale_options
 from dsyolo.tracking.plots import draw, save
@@ -116,7 +117,7 @@ def run_val(args: argparse.Namespace) -> None:
                 f"names: {', '.join(info.names)} in the weights, {', '.join(data.names)} in the data. They must be the same."
             ],
         )
-    split = scan(data.val, data.num_classes)
+    split = build_index(data.val, data.num_classes)
     refuse_unknown_classes(data, {"val": split})
     size_px = _image_size(args, info)
     loader = EvalLoader(
@@ -274,8 +275,10 @@ def _image_size(args: argparse.Namespace, info: WeightsInfo) -> int:
     return size_px
 
 
-def _finder(args: argparse.Namespace, *, multi_label: bool) -> Finder:
-    return Finder(args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label)
+def _finder(args: argparse.Namespace, *, multi_label: bool) -> PostProcessor:
+    return PostProcessor(
+        args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label
+    )
 
 
 def _listed(counts: Mapping[int, int], names: Sequence[str]) -> str:

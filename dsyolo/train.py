@@ -16,16 +16,16 @@ import torch
 from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.base.stdio import outlive_readers
-from dsyolo.checkpoint.checkpointer import Checkpoints
+from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.latest import newest_whole
 from dsyolo.checkpoint.manifest import read_manifest, saved_progress
-from dsyolo.checkpoint.train_state import Progress
+from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import preemption as stop
 from dsyolo.cluster import world as dist
-from dsyolo.cluster.communicator import ReadingCrew
-from dsyolo.cluster.preemption import Stopped, StopRequest
+from dsyolo.cluster.communicator import ClusterCommunicator
+from dsyolo.cluster.preemption import Preempted, PreemptionHandler
 from dsyolo.cluster.restart import is_out_of_memory
-from dsyolo.cluster.run_lock import Claim
+from dsyolo.cluster.run_lock import RunLock
 from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.watchdog import Watchdog
 from dsyolo.cluster.world import World
@@ -33,10 +33,10 @@ from dsyolo.config import command_line
 from dsyolo.config.deepspeed import config as ds_config
 from dsyolo.config.run_config import AUTO, RunConfig
 from dsyolo.data.formats.yolo import read_data_yaml
-from dsyolo.data.loader import Stream
+from dsyolo.data.loader import StepSampler
 from dsyolo.models.weights import read_weights
 from dsyolo.models.yolov5 import has_parameters
-from dsyolo.planner.auto import Filled, fill
+from dsyolo.planner.auto import PlannedConfig, plan_config
 from dsyolo.planner.local_hardware import hardware_here
 from dsyolo.trainer.build import (
     Run,
@@ -72,13 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             request, watch = join(run)
         return train(run, request, watch)
     except UserError as error:
-        if not world.is_first:
+        if not world.is_main_process:
             time.sleep(GRACE_S)
             return error.status
         print(f"\n{error}\n", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        if world.is_first:
+        if world.is_main_process:
             print(
                 "\nInterrupted. --resume goes on from the run's last checkpoint, if it has one.",
                 file=sys.stderr,
@@ -94,8 +94,8 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     """
     run = command_line.parse(argv)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder, goes_on = run.folder, run.goes_on()
-    saved = saved_progress(folder / "checkpoints") if goes_on else None
+    folder, resumes = run.folder, run.resumes()
+    saved = saved_progress(folder / "checkpoints") if resumes else None
     filled = fill_config(run, world, accelerator, saved)
     is_auto = run.deepspeed_config == AUTO
 
@@ -116,8 +116,8 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
     ds, data, *_ = all_of(
         checked,
         lambda: read_data_yaml(run.data),
-        lambda: check_folder(run, goes_on),
-        lambda: run.weights and not goes_on and read_weights(Path(run.weights)),
+        lambda: check_folder(run, resumes),
+        lambda: run.weights and not resumes and read_weights(Path(run.weights)),
     )
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
@@ -126,10 +126,10 @@ def read(argv: Sequence[str] | None, world: World) -> Run:
         fitting = min(run.val_batch_size, filled.val_images)
         run = run.model_copy(update={"val_batch_size": fitting})
     activations = plan_activations(run, ds, data.num_classes)
-    return Run(run, ds, data, world, folder, activations, goes_on, filled.lines)
+    return Run(run, ds, data, world, folder, activations, resumes, filled.lines)
 
 
-def fill_config(run: RunConfig, world: World, accelerator: str, saved: Progress | None) -> Filled:
+def fill_config(run: RunConfig, world: World, accelerator: str, saved: TrainState | None) -> PlannedConfig:
     """The DeepSpeed JSON with all that it leaves to the machine; untouched where that is nothing.
 
     Raises:
@@ -138,8 +138,10 @@ def fill_config(run: RunConfig, world: World, accelerator: str, saved: Progress 
     try:
         num_classes = read_data_yaml(run.data).num_classes
     except UserError:  # is told with the other mistakes
-        return Filled(run.deepspeed_config)
-    return fill(run, lambda: hardware_here(world, accelerator), num_classes, saved and saved.global_batch)
+        return PlannedConfig(run.deepspeed_config)
+    return plan_config(
+        run, lambda: hardware_here(world, accelerator), num_classes, saved and saved.global_batch
+    )
 
 
 def all_of(*readers: Callable[[], Any]) -> list[Any]:
@@ -157,24 +159,24 @@ def all_of(*readers: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def join(run: Run) -> tuple[StopRequest, Watchdog]:
+def join(run: Run) -> tuple[PreemptionHandler, Watchdog]:
     """Waits for all ranks. From then on all hear what one of them is asked, and that one is lost."""
-    with dist.joined(run.config.meet_timeout_s):
-        return StopRequest(run.world), Watchdog(run.world, late_s=run.config.hang_timeout_s)
+    with dist.process_group(run.config.rendezvous_timeout_s):
+        return PreemptionHandler(run.world), Watchdog(run.world, late_s=run.config.hang_timeout_s)
 
 
-def train(run: Run, request: StopRequest, watch: Watchdog) -> int:
+def train(run: Run, request: PreemptionHandler, watch: Watchdog) -> int:
     """Trains; returns the exit status."""
-    claim = Claim(run.folder)
+    claim = RunLock(run.folder)
     try:
         return learn(run, watch, request, claim)
     except UserError:
         claim.leave()
         raise
-    except Stopped:  # before the first step
+    except Preempted:  # before the first step
         request.close()
         watch.close()
-        dist.leave(run.world)
+        dist.destroy_process_group(run.world)
         stop.leave_at_once(run.world)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -219,33 +221,33 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     )
 
 
-def learn(run: Run, watch: Watchdog, request: StopRequest, claim: Claim) -> int:
+def learn(run: Run, watch: Watchdog, request: PreemptionHandler, claim: RunLock) -> int:
     """Builds everything, trains, and ends with all that was told written down; returns the exit status."""
     world = run.world
     watch.at("waiting for the run's folder")
-    dist.decided_by_first(world, lambda: claim_folder(run, claim, request))
+    dist.run_on_rank0_and_broadcast(world, lambda: claim_folder(run, claim, request))
     check_shared(run.folder, world)
     dist.check_same(
         run.ds.source if run.planned else None,
         "the plan of --deepspeed_config auto",
         "write one by dsyolo plan",
     )
-    crew = ReadingCrew(world, watch.at, request.asked)
-    scans = scan_splits(run, crew)
-    crew.close()
+    communicator = ClusterCommunicator(world, watch.at, request.asked)
+    scans = scan_splits(run, communicator)
+    communicator.close()
     checkpoint = choose_checkpoint(run)
     network, taken = build_network(run, checkpoint)
     data = build_data(run, scans, network)
     parts = build_engine(run, network, data.stream)
-    if world.is_first and taken:
+    if world.is_main_process and taken:
         print(taken)
-    request.heed(wait=True)
+    request.raise_if_requested(wait=True)
     progress = start(run, data.stream, parts.checkpoints, checkpoint)
-    tracker, record = dist.together(lambda: build_record(run, data, progress, parts))
+    tracker, record = dist.all_ranks_or_raise(lambda: build_record(run, data, progress, parts))
     training = Training(run, data, parts, progress, tracker, record, watch, request)
     try:
         end = loop(training)
-    except Stopped:
+    except Preempted:
         end = stopped(training)
     tracker.close()
     if not end.status:
@@ -254,8 +256,8 @@ def learn(run: Run, watch: Watchdog, request: StopRequest, claim: Claim) -> int:
     data.val.close()
     request.close()
     watch.close()
-    dist.leave(world)
-    if end.said and world.is_first:
+    dist.destroy_process_group(world)
+    if end.said and world.is_main_process:
         print(f"\n{end.said}", file=sys.stderr)
     return end.status
 
@@ -267,17 +269,17 @@ def choose_checkpoint(run: Run) -> Path | None:
         UserError: the newest checkpoint is damaged; with `--resume auto`, all are.
     """
     folder = run.folder / "checkpoints"
-    return newest_whole(folder, run.world, set_aside=run.config.resume == "auto") if run.goes_on else None
+    return newest_whole(folder, run.world, set_aside=run.config.resume == "auto") if run.resumes else None
 
 
-def start(run: Run, stream: Stream, checkpoints: Checkpoints, path: Path | None) -> Progress:
+def start(run: Run, stream: StepSampler, checkpoints: Checkpointer, path: Path | None) -> TrainState:
     """Where the run is: at its first step, or at the checkpoint `path`.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of a run with other settings.
     """
-    fresh = Progress(
-        total_steps=stream.first_step(run.config.epochs),
+    fresh = TrainState(
+        total_steps=stream.epoch_start_step(run.config.epochs),
         epochs=run.config.epochs,
         num_images=stream.num_images,
         global_batch=stream.global_batch,

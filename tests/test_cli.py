@@ -153,7 +153,7 @@ def test_numbers_are_judged_as_in_training(place, capsys, option, value, rule):
 
 def test_val_takes_the_settings_of_a_training(place, monkeypatch):
     seen = []
-    loader, finder = cli.EvalLoader, cli.Finder
+    loader, finder = cli.EvalLoader, cli.PostProcessor
     monkeypatch.setattr(cli, "EvalLoader", lambda *a, **k: seen.append(k["rectangular"]) or loader(*a, **k))
     monkeypatch.setattr(cli, "Finder", lambda *a, **k: seen.append(a) or finder(*a, **k))
     words = ("--data", place / "sample/data.yaml", "--workers", 0)

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     targets: Targets
 
 
-class Truth(NamedTuple):
+class GroundTruth(NamedTuple):
     """The labels of one image in the image's own pixels, and how the network's input was made from it."""
 
     image_id: int  # index in the data set
@@ -58,7 +58,7 @@ class EvalBatch(NamedTuple):
     """A batch for validation: letterboxed images and the truth of each."""
 
     images: torch.Tensor  # (B, 3, H, W) uint8, RGB
-    truths: tuple[Truth, ...]
+    ground_truths: tuple[GroundTruth, ...]
 
 
 class Detections(NamedTuple):

@@ -60,7 +60,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     )
 
 
-def tell_torch(place: Environment, *, instead: bool = False) -> None:
+def export_to_torch(place: Environment, *, instead: bool = False) -> None:
     """Sets what torch and DeepSpeed read themselves, for the processes of this one too, where no launcher has.
 
     Args:

@@ -1,1 +1,1 @@
-"""Checkpoints of named tensors: writing, reading, choosing the latest."""
+"""Checkpointer of named tensors: writing, reading, choosing the latest."""

@@ -1,4 +1,4 @@
-"""Checkpoints of named tensors: nothing in them knows of ranks, ZeRO stage or precision.
+"""Checkpointer of named tensors: nothing in them knows of ranks, ZeRO stage or precision.
 
 A checkpoint is a folder `step_<n>`: safetensors files, one written by each rank, and `progress.json` with the
 progress of the run, which file holds which tensor, and each file's checksum. It is written under another name
@@ -31,15 +31,15 @@ from dsyolo.checkpoint.manifest import (
     sha256_of,
 )
 from dsyolo.checkpoint.reader import Reader
-from dsyolo.checkpoint.train_state import Progress
-from dsyolo.cluster.world import World, barrier, problem_of_any, share_of
+from dsyolo.checkpoint.train_state import TrainState
+from dsyolo.cluster.world import World, balanced_owners, barrier, first_problem_of_any_rank
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.offload import FIRST_STATE
-from dsyolo.engine.partitions import Shards
+from dsyolo.engine.partitions import Partitions
 
 
-class Checkpoints:
+class Checkpointer:
     """Saves and loads the whole state of a run in `folder`.
 
     Args:
@@ -48,12 +48,19 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, engine: Engine, shards: Shards, ema: Ema | NoEma, world: World, *, keep: int = 2
+        self,
+        folder: Path,
+        engine: Engine,
+        partitions: Partitions,
+        ema: Ema | NoEma,
+        world: World,
+        *,
+        keep: int = 2,
     ) -> None:
         self.folder, self.keep = folder, keep
-        self._engine, self._shards, self._ema, self._world = engine, shards, ema, world
+        self._engine, self._shards, self._ema, self._world = engine, partitions, ema, world
 
-    def save(self, progress: Progress, *, is_best: bool = False) -> str | None:
+    def save(self, progress: TrainState, *, is_best: bool = False) -> str | None:
         """Writes a checkpoint, all ranks together. The previous ones stay whole whatever happens.
 
         Returns:
@@ -66,7 +73,7 @@ class Checkpoints:
         problem = problem or self._agreed(self._complete, part, progress, is_best, on_first=True)
         if problem is None:
             return None
-        if self._world.is_first:
+        if self._world.is_main_process:
             shutil.rmtree(part, ignore_errors=True)  # on a full disk, room for the rest of the run
         newest = all_checkpoints(self.folder)[-1:]
         kept = f"{newest[0].name} is kept" if newest else "there is none yet"
@@ -76,11 +83,11 @@ class Checkpoints:
         """Does a part of the writing, and tells all ranks where one of them failed."""
         problem = None
         try:
-            if self._world.is_first or not on_first:
+            if self._world.is_main_process or not on_first:
                 work(*args)
         except (OSError, SafetensorError) as error:
             problem = f"rank {self._world.rank}: {getattr(error, 'strerror', None) or error} ({self.folder})"
-        return problem_of_any(problem)
+        return first_problem_of_any_rank(problem)
 
     def _begin(self, part: Path) -> None:
         for old in self.folder.glob(".step_*.part"):  # of runs that were killed
@@ -95,7 +102,7 @@ class Checkpoints:
         # Beside its tensors each rank leaves what the manifest says of them; the first one puts it together.
         (part / f"{file.stem}.json").write_text(json.dumps({"sha256": sha256_of(file), "names": sorted(own)}))
 
-    def load(self, path: Path, *, verified: bool = False) -> Progress:
+    def load(self, path: Path, *, verified: bool = False) -> TrainState:
         """Brings engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
 
         Args:
@@ -107,18 +114,18 @@ class Checkpoints:
         manifest = read_manifest(path, verify=False) if verified else verify(path, self._world)
         reader = Reader(path, manifest)
         self._check_tensors(reader, manifest)
-        shards = self._shards
-        shards.scatter(shards.masters(), lambda name: reader.tensor(f"param/{name}"))
-        shards.publish(shards.masters())
+        partitions = self._shards
+        partitions.scatter(partitions.masters(), lambda name: reader.tensor(f"param/{name}"))
+        partitions.copy_to_model(partitions.masters())
         state_names = sorted(manifest.optimizer_states)
-        for key, tensors in shards.make_state(state_names, manifest.optimizer_scalars).items():
+        for key, tensors in partitions.make_state(state_names, manifest.optimizer_scalars).items():
             if key in state_names:  # else none was needed yet, and zeros lie in a file
-                shards.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
+                partitions.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
         self._engine.loss_scale.load(manifest.loss_scale)
         buffers = self._engine.buffers
         buffers.flat.copy_(buffers.own(reader.tensor("buffers/network")))
         if self._ema.tensors:
-            self._ema.shards.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
+            self._ema.partitions.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
             self._ema.buffers.copy_(buffers.own(reader.tensor("buffers/ema")))
             self._ema.updates = manifest.ema_updates
         barrier()
@@ -156,13 +163,17 @@ class Checkpoints:
 
     def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What this rank writes. All ranks run through the same gathers in the same order."""
-        shards, ema = self._shards, self._ema
-        sources: dict[str, tuple[Shards, Sequence[torch.Tensor]]] = {"param": (shards, shards.masters())}
-        sources |= {f"optimizer/{key}": (shards, state) for key, state in sorted(shards.state().items())}
+        partitions, ema = self._shards, self._ema
+        sources: dict[str, tuple[Partitions, Sequence[torch.Tensor]]] = {
+            "param": (partitions, partitions.masters())
+        }
+        sources |= {
+            f"optimizer/{key}": (partitions, state) for key, state in sorted(partitions.state().items())
+        }
         if ema.tensors:
-            sources["ema"] = (ema.shards, ema.tensors)
+            sources["ema"] = (ema.partitions, ema.tensors)
         sizes = [(name, torch.Size(shape).numel()) for name, shape in self._shards.shapes.items()]
-        owner = share_of(sizes, self._world.size)
+        owner = balanced_owners(sizes, self._world.size)
         for kind, (holders, tensors) in sources.items():
             for name, tensor in holders.gather(tensors):
                 if owner[name] == self._world.rank:
@@ -170,10 +181,10 @@ class Checkpoints:
         buffers = self._engine.buffers
         for name, flat in (("buffers/network", buffers.flat), ("buffers/ema", self._ema.buffers)):
             gathered = buffers.gathered(flat)
-            if self._world.is_first:
+            if self._world.is_main_process:
                 yield name, _host_copy(gathered)
 
-    def _complete(self, part: Path, progress: Progress, is_best: bool) -> None:
+    def _complete(self, part: Path, progress: TrainState, is_best: bool) -> None:
         files, tensors = {}, {}
         for note in sorted(part.glob("tensors-*.json")):
             said = json.loads(note.read_text())

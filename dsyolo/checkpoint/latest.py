@@ -15,7 +15,13 @@ from dsyolo.checkpoint.manifest import (
     headline_of,
     read_manifest,
 )
-from dsyolo.cluster.world import World, all_gather_objects, decided_by_first, device_of_rank, share_of
+from dsyolo.cluster.world import (
+    World,
+    all_gather_objects,
+    balanced_owners,
+    device_of_rank,
+    run_on_rank0_and_broadcast,
+)
 
 
 def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
@@ -27,7 +33,7 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
     Raises:
         UserError: on all ranks; it is damaged, or with `set_aside` all of them are.
     """
-    paths = decided_by_first(world, lambda: all_checkpoints(folder))
+    paths = run_on_rank0_and_broadcast(world, lambda: all_checkpoints(folder))
     for path in reversed(paths):
         try:
             verify(path, world)
@@ -39,8 +45,8 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
                 rule = "No other checkpoint of this run is whole. Put a copy of one here, or begin anew under another --name."
                 faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
                 raise UserError(error.headline, [*faults, rule]) from None
-            said = decided_by_first(world, lambda path=path, error=error: _set_aside(path, error))
-            if world.is_first:
+            said = run_on_rank0_and_broadcast(world, lambda path=path, error=error: _set_aside(path, error))
+            if world.is_main_process:
                 print(said)
     raise UserError(headline_of(folder), ["it has no checkpoint. Start without --resume."])
 
@@ -51,8 +57,8 @@ def verify(path: Path, world: World) -> Manifest:
     Raises:
         UserError: on all ranks; something is missing or damaged.
     """
-    manifest, sizes = decided_by_first(world, lambda: _manifest_and_sizes(path))
-    owner = share_of(sizes, world.size)
+    manifest, sizes = run_on_rank0_and_broadcast(world, lambda: _manifest_and_sizes(path))
+    owner = balanced_owners(sizes, world.size)
     own = [name for name in manifest.files if owner[name] == world.rank]
     told = all_gather_objects(damaged_files(path, manifest, own), device_of_rank())
     if damaged := sorted(line for lines in told for line in lines):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import read_bytes, shortened
-from dsyolo.checkpoint.train_state import Progress
+from dsyolo.checkpoint.train_state import TrainState
 
 FORMAT = 1
 REMEDY = "Remove this folder to use the checkpoint before it."
@@ -28,7 +28,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: int
-    progress: Progress
+    progress: TrainState
     optimizer_scalars: dict[str, float]
     ema_updates: int
     loss_scale: dict[str, float] = {}  # of fp16; see LossScale.state
@@ -52,7 +52,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def saved_progress(folder: Path) -> Progress | None:
+def saved_progress(folder: Path) -> TrainState | None:
     """That of the newest checkpoint in `folder` whose progress can be read; nothing else of it is looked at."""
     for path in reversed(all_checkpoints(folder)):
         try:

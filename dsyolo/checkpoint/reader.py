@@ -45,7 +45,7 @@ class Reader:
 
 
 def read_buffers(path: Path) -> torch.Tensor:
-    """The network's float buffers, flat, in the order of `named_buffers`. Checksums are left to `Checkpoints.load`.
+    """The network's float buffers, flat, in the order of `named_buffers`. Checksums are left to `Checkpointer.load`.
 
     Raises:
         UserError: a file is missing or cannot be read.

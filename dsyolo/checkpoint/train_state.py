@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from dsyolo.base.batch import StepStats
 
 
-class Progress(BaseModel):
+class TrainState(BaseModel):
     """How far a run is. Its attributes change; the trackers read them."""
 
     model_config = ConfigDict(extra="forbid")
@@ -29,7 +29,7 @@ class Progress(BaseModel):
     tracking: dict[str, Any] = {}  # what the tracker wants back
     settings: dict[str, Any] = {}  # what must be the same when the run goes on, by the name that users know
 
-    def advance(self, stats: StepStats) -> Progress:
+    def advance(self, stats: StepStats) -> TrainState:
         """One more optimizer step."""
         self.step += 1
         self.images_seen += stats.num_images

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
-from dsyolo.cluster.preemption import Stopped
+from dsyolo.cluster.preemption import Preempted
 from dsyolo.cluster.world import World
 
 
-class ReadingCrew:
+class ClusterCommunicator:
     """One rank of them.
 
     Args:
@@ -42,7 +42,7 @@ class ReadingCrew:
         if self._group:
             torch_dist.all_gather_object(all_of_them, own, group=self._group)
         if any(asked for asked, _ in all_of_them):
-            raise Stopped
+            raise Preempted
         return [item for _, item in all_of_them]
 
     def given_by(self, rank: int, item: Any) -> Any:

@@ -26,11 +26,11 @@ OVER = 0  # no signal has this number
 _RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """The run ends here, since a rank was asked to stop. Raised on all ranks at the same place."""
 
 
-class StopRequest:
+class PreemptionHandler:
     """Hears SIGTERM, as schedulers send it before they take a machine away, and SIGHUP, as a terminal that ends does.
 
     Ranks hear it at different moments, or only one of them does. So they exchange whether they did, on the host: after
@@ -65,10 +65,10 @@ class StopRequest:
         self._pending = work, asked
         return (self._take() or before) if wait else before
 
-    def heed(self, *, wait: bool = False) -> None:
+    def raise_if_requested(self, *, wait: bool = False) -> None:
         """As `agreed`, but stops by raising Stopped."""
         if self.agreed(wait=wait):
-            raise Stopped
+            raise Preempted
 
     def close(self) -> None:
         """Waits for what is on its way."""
@@ -85,7 +85,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def ends_at_once(world: World) -> Iterator[None]:
-    """Inside, a rank that is asked to stop ends: there is nothing to save yet. Make the `StopRequest` inside too.
+    """Inside, a rank that is asked to stop ends: there is nothing to save yet. Make the `PreemptionHandler` inside too.
 
     A thread hears, since the main one may wait for other ranks in C++, where Python takes no signals.
     """
@@ -123,7 +123,7 @@ def _heeded() -> list[signal.Signals]:
 
 def leave_at_once(world: World) -> NoReturn:
     """Ends this process: without the wait for threads that read, since a slow disk may hold them for minutes."""
-    if world.is_first:
+    if world.is_main_process:
         print("\nStopped as asked before the first step. --resume auto goes on.", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

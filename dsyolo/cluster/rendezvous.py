@@ -28,7 +28,7 @@ LEFT = -1  # instead of a beat's number: this rank has joined
 VERDICT, ALL_HERE = "meeting/verdict", "meeting/all"
 
 
-class Meeting:
+class Rendezvous:
     """Of all ranks at the first one's address, from construction to `close`.
 
     Args:
@@ -138,7 +138,7 @@ class Meeting:
             some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             what = f"Of {self._size} ranks {len(missing)} did not come within {waited_s:.0f} s: {some}."
             self._tell(
-                f"{what} Look at what they say on their hosts, or give them longer by --meet_timeout_s."
+                f"{what} Look at what they say on their hosts, or give them longer by --rendezvous_timeout_s."
             )
 
     def _tell(self, text: str) -> None:

@@ -26,7 +26,7 @@ BUSY = (
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
-class Claim:
+class RunLock:
     """Of the first rank of a run on `folder`; it lasts as long as the process, and is not handed on by fork or exec."""
 
     def __init__(self, folder: Path) -> None:

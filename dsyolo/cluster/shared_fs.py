@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster.world import World, decided_by_first, together
+from dsyolo.cluster.world import World, all_ranks_or_raise, run_on_rank0_and_broadcast
 
 SIGN_S = 10.0  # network file systems show a new file after some seconds
 
@@ -48,9 +48,9 @@ def check_shared(folder: Path, world: World) -> None:
             remedy = "Put --project on storage that all hosts share"
             raise UserError(f"{folder} is not one folder for all hosts", [f"{rule}. {remedy}."])
 
-    sign = decided_by_first(world, leave_a_sign)
+    sign = run_on_rank0_and_broadcast(world, leave_a_sign)
     try:
-        together(look)
+        all_ranks_or_raise(look)
     finally:
-        if world.is_first:
+        if world.is_main_process:
             shutil.rmtree(sign, ignore_errors=True)

@@ -35,7 +35,7 @@ TELLS_OF_FIRST = 1  # the rank that says so when the first one is lost
 T = TypeVar("T")
 
 
-class Seat(NamedTuple):
+class RankInfo(NamedTuple):
     """Where a rank runs."""
 
     rank: int
@@ -56,7 +56,7 @@ class Watchdog:
 
     def __init__(self, world: World, *, late_s: float, end: Callable[[int], Any] = os._exit) -> None:
         self._world, self._late_s, self._end = world, late_s, end
-        self._seat = Seat(world.rank, socket.gethostname(), os.getpid())
+        self._seat = RankInfo(world.rank, socket.gethostname(), os.getpid())
         self._main = threading.get_ident()
         self._where, self._progress, self._count = "starting", 0, 0
         self._closed = threading.Event()
@@ -70,7 +70,7 @@ class Watchdog:
         address = str(read_environment().master_addr)
         keeper = (
             torch_dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-            if world.is_first
+            if world.is_main_process
             else None
         )
         told = all_gather_objects((self._seat, keeper.port if keeper else None), device_of_rank())
@@ -124,7 +124,7 @@ class Watchdog:
                 self._store.set(keys[self._world.rank], json.dumps(self._told()))
                 if self._store.check(["verdict"]):
                     self._finish(json.loads(self._store.get("verdict")))
-                elif self._world.is_first:
+                elif self._world.is_main_process:
                     beats = self._beats(keys)
                     now = time.monotonic()
                     for rank, beat in enumerate(beats):
@@ -150,7 +150,7 @@ class Watchdog:
         """Whether the first rank answers; and, beside it, whether the other processes of this machine live."""
         while not self._closed.wait(BEAT_S):
             silent_s = time.monotonic() - self._answered
-            gone = not self._world.is_first and self._state(self._seats[0]) in ("gone", "dead")
+            gone = not self._world.is_main_process and self._state(self._seats[0]) in ("gone", "dead")
             if silent_s > LOST_S or gone:
                 self._finish({"rank": 0, "text": self._lost_text(0, silent_s, _at(self._first))})
 
@@ -195,7 +195,7 @@ class Watchdog:
         what = f"its process is {state}" if state else f"it has not answered for {silent_s:.0f} s"
         return f"{self._seats[rank]} is lost: {what}. {at}"
 
-    def _state(self, seat: Seat) -> str:
+    def _state(self, seat: RankInfo) -> str:
         """Of a process on this machine: gone, dead, stopped ...; empty: it runs, or is elsewhere."""
         if seat.host != self._seat.host or not os.path.isdir("/proc/self"):
             return ""
@@ -218,7 +218,7 @@ class Watchdog:
                 else "All ranks end. --resume auto goes on from the last checkpoint."
             )
             print(f"\n{verdict['text'].rstrip()}\n{remedy}\n", file=sys.stderr, flush=True)
-        if self._world.size > 1 and self._world.is_first:
+        if self._world.size > 1 and self._world.is_main_process:
             time.sleep(2 * BEAT_S)  # for the others to read it before the store goes
         if again:
             self._wait_for_the_first()
@@ -231,7 +231,7 @@ class Watchdog:
     def _wait_for_the_first(self) -> None:
         """Until its store has gone: whoever starts again before it would meet the old one."""
         end = time.monotonic() + LOST_S
-        while not self._world.is_first and time.monotonic() < end:
+        while not self._world.is_main_process and time.monotonic() < end:
             try:
                 self._store.check(["verdict"])
             except (RuntimeError, OSError):

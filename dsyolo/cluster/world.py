@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from dsyolo.base.environment import Environment, read_environment, tell_torch
+from dsyolo.base.environment import Environment, export_to_torch, read_environment
 from dsyolo.base.errors import UserError
-from dsyolo.cluster.rendezvous import Meeting
+from dsyolo.cluster.rendezvous import Rendezvous
 from dsyolo.engine.gloo import send_only_shares
 
 T = TypeVar("T")
@@ -30,31 +30,31 @@ class World(NamedTuple):
     local_size: int  # ranks on this machine
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
 
-class Place(NamedTuple):
+class ParallelDims(NamedTuple):
     """Where a rank stands in a pipeline and among its replicas; without a pipeline there is one stage."""
 
-    stage: int
-    stages: int
-    replica: int
-    replicas: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
 
     @property
-    def is_first(self) -> bool:
-        return self.stage == 0
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
 
     @property
-    def is_last(self) -> bool:
-        return self.stage == self.stages - 1
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
 
 
-def place_in(world: World, stages: int) -> Place:
+def parallel_dims(world: World, stages: int) -> ParallelDims:
     """The replicas of a stage are neighbours, as in DeepSpeed: gradients are what most bytes are sent for."""
-    replicas = world.size // stages
-    return Place(world.rank // replicas, stages, world.rank % replicas, replicas)
+    dp_size = world.size // stages
+    return ParallelDims(world.rank // dp_size, stages, world.rank % dp_size, dp_size)
 
 
 def world_from_environment() -> World:
@@ -66,28 +66,28 @@ def world_from_environment() -> World:
     return _world(read_environment())
 
 
-def join(meet_timeout_s: float = 300) -> World:
+def init_process_group(rendezvous_timeout_s: float = 300) -> World:
     """As `joined`, where nobody has to watch the ranks afterwards."""
-    with joined(meet_timeout_s) as world:
+    with process_group(rendezvous_timeout_s) as world:
         return world
 
 
 @contextlib.contextmanager
-def joined(meet_timeout_s: float = 300) -> Iterator[World]:
+def process_group(rendezvous_timeout_s: float = 300) -> Iterator[World]:
     """Starts the process group that DeepSpeed uses, alone or as the launcher said.
 
-    Inside, the ranks' meeting still watches them: so nobody is unwatched until what watches a run has begun. Ranks wait `meet_timeout_s` for each other; torchrun's agents see to that themselves.
+    Inside, the ranks' meeting still watches them: so nobody is unwatched until what watches a run has begun. Ranks wait `rendezvous_timeout_s` for each other; torchrun's agents see to that themselves.
     """
     place = read_environment()
     world = _world(place)
     is_alone = world.size == 1 and not place.under_torchrun
     if is_alone:  # nobody has to find it: the launcher's port may be another run's
         place = place._replace(master_addr="127.0.0.1", master_port=_free_port())
-    tell_torch(place, instead=is_alone)
+    export_to_torch(place, instead=is_alone)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    settle_deepspeed()
+    quiet_deepspeed()
     get_accelerator().set_device(world.local_rank)
     if not pins_memory():
         # On a CPU determinism costs nothing: without it the gradient of indexing is summed in any order.
@@ -96,8 +96,12 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
     backend = get_accelerator().communication_backend_name()
     meeting = None
     if world.size > 1 and not place.under_torchrun:
-        meeting = Meeting(
-            world.rank, world.size, str(place.master_addr), place.master_port or 0, wait_s=meet_timeout_s
+        meeting = Rendezvous(
+            world.rank,
+            world.size,
+            str(place.master_addr),
+            place.master_port or 0,
+            wait_s=rendezvous_timeout_s,
         )
         meeting.wait()
     deepspeed.init_distributed(backend, verbose=False)
@@ -107,7 +111,7 @@ def joined(meet_timeout_s: float = 300) -> Iterator[World]:
         meeting.close()
 
 
-def settle_deepspeed() -> None:
+def quiet_deepspeed() -> None:
     """Leaves out what DeepSpeed would do at every start, or say at every step.
 
     Its shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no compiler, and a
@@ -120,7 +124,7 @@ def settle_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
 
 
-def leave(world: World) -> None:
+def destroy_process_group(world: World) -> None:
     """Leaves the process group, so that no rank is torn down while another still talks to it.
 
     Where the JSON's `comms_logger` is on, the first rank prints what it saw: DeepSpeed leaves that to the program.
@@ -170,9 +174,9 @@ def all_gather_objects(item: Any, device: torch.device) -> list[Any]:
     ]
 
 
-def decided_by_first(world: World, work: Callable[[], T]) -> T:
+def run_on_rank0_and_broadcast(world: World, work: Callable[[], T]) -> T:
     """Runs `work` on the first rank alone; gives its small result, or raises its UserError, on all of them."""
-    result, error = _attempted(work) if world.is_first else (None, None)
+    result, error = _attempted(work) if world.is_main_process else (None, None)
     _agreed(error)
     return all_gather_objects(result, device_of_rank())[0]
 
@@ -190,12 +194,12 @@ def check_same(item: Any, what: str, remedy: str) -> None:
         raise UserError("The ranks do not agree", [f"{what}: {rule}."])
 
 
-def problem_of_any(problem: str | None) -> str | None:
+def first_problem_of_any_rank(problem: str | None) -> str | None:
     """The first rank's own where it has one, else the next's: the same on all ranks."""
     return next(filter(None, all_gather_objects(problem, device_of_rank())), None)
 
 
-def together(work: Callable[[], T]) -> T:
+def all_ranks_or_raise(work: Callable[[], T]) -> T:
     """Runs `work` on every rank; where it raises a UserError on one, it is raised on all."""
     result, error = _attempted(work)
     _agreed(error)
@@ -239,7 +243,7 @@ def device_of_rank() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def share_of(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
+def balanced_owners(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
     """Which rank has which name: each, the largest first, goes to the rank with the least. The same on every rank."""
     loads = [0] * world_size
     owner = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.run_config import AUTO, MODELS
-from dsyolo.doctor.context import Options
+from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import check_options, examine
 from dsyolo.doctor.findings import can_start, table, to_json
 
@@ -38,7 +38,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     Raises:
         UserError: a mistake in the command line.
     """
-    options = Options(
+    options = DoctorOptions(
         hostfile=args.hostfile,
         deepspeed_config=None if args.deepspeed_config == Path(AUTO) else args.deepspeed_config,
         data=args.data,

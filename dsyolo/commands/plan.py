@@ -13,7 +13,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.run_config import MODELS, max_stride
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
-from dsyolo.planner.model_profile import Work
+from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
 from dsyolo.planner.search import search
@@ -72,7 +72,7 @@ def run_plan(args: argparse.Namespace) -> int:
         UserError: a mistake in the command line.
     """
     hardware = _hardware(args)
-    work = Work(args.model, args.classes, args.imgsz)
+    work = ModelProfile(args.model, args.classes, args.imgsz)
     has_bf16 = hardware.device.has_bf16
     precisions = (
         [args.precision] if args.precision else [p for p in PRECISIONS if has_bf16 or "bf16" not in p]

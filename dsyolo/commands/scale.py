@@ -17,12 +17,20 @@ from dsyolo.base.stdio import outlive_readers
 from dsyolo.config.command_line import parse
 from dsyolo.data.formats.yolo import DataSpec, list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
-from dsyolo.scaling.cases import Case, deepspeed_json, wanted
+from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted
 from dsyolo.scaling.html_report import page
 from dsyolo.scaling.options import SCALINGS, Sizes, check
 from dsyolo.scaling.report import Report, build, to_json
-from dsyolo.scaling.results import Measured, put_together
-from dsyolo.scaling.runs import EndRequest, Outcome, Plan, arguments, epochs_and_images, run, write_data
+from dsyolo.scaling.results import CaseResult, put_together
+from dsyolo.scaling.runs import (
+    EndRequest,
+    Outcome,
+    ScalingPlan,
+    arguments,
+    epochs_and_images,
+    run,
+    write_data,
+)
 from dsyolo.scaling.tables import rate_table, title, to_markdown
 
 DRAWN_IMAGES, VAL_IMAGES = 400, 64
@@ -86,15 +94,15 @@ def _options(args: argparse.Namespace, accelerator: str) -> list[str]:
 def _run_all(
     args: argparse.Namespace,
     asked: Sizes,
-    cases: Sequence[Case],
+    cases: Sequence[ScalingCase],
     data: DataSpec,
     num_images: int,
     folder: Path,
     end: EndRequest,
-) -> dict[Case, list[Outcome]]:
+) -> dict[ScalingCase, list[Outcome]]:
     """All cases in turn, round by round, until the end is asked for; a case that has failed does not run again."""
     options = _options(args, asked.accelerator)
-    plan = Plan(
+    plan = ScalingPlan(
         folder,
         options,
         args.warmup,
@@ -108,8 +116,8 @@ def _run_all(
         end,
     )
     sources = {strategy.name: strategy for strategy in asked.strategies}
-    outcomes: dict[Case, list[Outcome]] = {case: [] for case in cases}
-    files: dict[Case, tuple[int, Path, Path]] = {}
+    outcomes: dict[ScalingCase, list[Outcome]] = {case: [] for case in cases}
+    files: dict[ScalingCase, tuple[int, Path, Path]] = {}
     for case in cases:
         epochs, images = epochs_and_images(case, args.warmup + args.steps, num_images)
         config = folder / f"{case.name}.json"
@@ -134,8 +142,8 @@ def _run_all(
 
 
 def _judge(
-    outcomes: dict[Case, list[Outcome]], warmup: int, num_images: int
-) -> tuple[dict[Case, Measured], dict[Case, str]]:
+    outcomes: dict[ScalingCase, list[Outcome]], warmup: int, num_images: int
+) -> tuple[dict[ScalingCase, CaseResult], dict[ScalingCase, str]]:
     measured, failed = {}, {}
     for case, rounds in outcomes.items():
         found = [one.found for one in rounds if one.found]
@@ -161,7 +169,7 @@ def _settings(args: argparse.Namespace, asked: Sizes) -> dict[str, Any]:
     }
 
 
-def _notes(args: argparse.Namespace, asked: Sizes, measured: dict[Case, Measured]) -> list[str]:
+def _notes(args: argparse.Namespace, asked: Sizes, measured: dict[ScalingCase, CaseResult]) -> list[str]:
     about = next(iter(measured.values())).about if measured else {}
     notes = []
     if about:

@@ -8,7 +8,7 @@ import json
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.config import MIN_SHARE_ELEMENTS
 from dsyolo.config.run_config import MODELS
-from dsyolo.planner.dry_run import Rehearsed, case_of, rehearse
+from dsyolo.planner.dry_run import DryRunResult, dry_run, dry_run_case
 from dsyolo.planner.simulation import Scale, simulate
 
 COCO_IMAGES = 118287  # of COCO's train2017
@@ -62,7 +62,7 @@ def run_simulate(args: argparse.Namespace) -> int:
         raise UserError("The command line cannot be used", problems)
     found = simulate(args.model, args.num_classes, args.images, ranks, args.global_batch, args.micro_batch)
     rehearsed = (
-        rehearse([case_of(args.model, args.num_classes, one.zero_stage, one.ranks) for one in found])
+        dry_run([dry_run_case(args.model, args.num_classes, one.zero_stage, one.ranks) for one in found])
         if args.engine
         else None
     )
@@ -78,7 +78,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     return 0 if all(one.coverage[1:] == (1, 1) for one in found) else 1
 
 
-def _engine_table(found: list[Scale], rehearsed: list[Rehearsed]) -> str:
+def _engine_table(found: list[Scale], rehearsed: list[DryRunResult]) -> str:
     """What the engine held and sent, beside what was expected of it: one micro-batch a step."""
     lines = ["ranks  ZeRO  of rank  states MiB  expected  buckets MiB  expected  MB sent  expected"]
     for one, real in zip(found, rehearsed, strict=True):

@@ -36,17 +36,17 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     problems: list[str] = []
     fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
     given = read_options({**fields, **Recipe.model_fields}, argv, unknown_option, problems)
-    goes_on = _goes_on(given)
-    base = _resumed(given, problems) if goes_on else {}
+    resumes = _resumes(given)
+    base = _resumed(given, problems) if resumes else {}
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
     values = {**base, **given}
     if recipe_base is None or "hyp" in given:
         recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
     recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)
-    if "data" not in values and not goes_on:
+    if "data" not in values and not resumes:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
-    problems += _missing_files(values, goes_on)
+    problems += _missing_files(values, resumes)
     values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
     run = validate(RunConfig, values, "--", unknown_option, problems)
     if problems or run is None:
@@ -59,7 +59,7 @@ def _folder(given: Mapping[str, Any]) -> Path:
     return Path(*(given.get(key, fields[key].default) for key in ("project", "name")))
 
 
-def _goes_on(given: Mapping[str, Any]) -> bool:
+def _resumes(given: Mapping[str, Any]) -> bool:
     resume = given.get("resume")
     return resume == "always" or (resume == "auto" and has_checkpoint(_folder(given)))
 
@@ -73,13 +73,13 @@ def _resumed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     return RunConfig.load(path).dump()
 
 
-def _missing_files(values: Mapping[str, Any], goes_on: bool) -> list[str]:
+def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:
     """Of the three files that a run reads, those that are not there. A resumed run needs no weights."""
     fields = RunConfig.model_fields
     problems = []
     for key in ("deepspeed_config", "data", "weights"):
         value = values.get(key, fields[key].default)
-        needed = isinstance(value, str) and not (key == "weights" and goes_on)
+        needed = isinstance(value, str) and not (key == "weights" and resumes)
         needed = needed and (key, value) != ("deepspeed_config", AUTO)
         if not needed or Path(value).is_file():
             continue

@@ -158,13 +158,13 @@ class RunConfig(BaseModel):
     hang_timeout_s: float = _knob(
         600, "seconds without progress until all ranks end and the late one is named", "machine", ge=5
     )
-    meet_timeout_s: float = _knob(
+    rendezvous_timeout_s: float = _knob(
         300, "seconds that ranks wait for one that has not come when the run starts", "machine", ge=5
     )
-    memory_account: Literal["start", "epochs", "off"] = _knob(
+    memory_profile: Literal["start", "epochs", "off"] = _knob(
         "start", "when the memory of a step is measured, term by term", "machine"
     )
-    time_account: Literal["epochs", "steps", "off"] = _knob(
+    time_profile: Literal["epochs", "steps", "off"] = _knob(
         "epochs",
         "where the time goes, told after every epoch; steps: each one's in steps.json too",
         "machine",
@@ -232,7 +232,7 @@ class RunConfig(BaseModel):
         """Of the run."""
         return Path(self.project, self.name)
 
-    def goes_on(self) -> bool:
+    def resumes(self) -> bool:
         """Whether the run begins at a checkpoint, as its folder is now."""
         return self.resume == "always" or (self.resume == "auto" and has_checkpoint(self.folder))
 

@@ -12,21 +12,11 @@ from dsyolo.base.batch import Sample
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.yolo import DataSpec
 from dsyolo.data.images import read_rgb, scaled_hw
-from dsyolo.data.index_builder import Record, Scan, default_cache_dir, scan, scan_file
+from dsyolo.data.index import DatasetIndex
 from dsyolo.detection.boxes import PAD_GREY
 
-__all__ = [
-    "DetectionDataset",
-    "Record",
-    "Scan",
-    "default_cache_dir",
-    "refuse_unknown_classes",
-    "scan",
-    "scan_file",
-]
 
-
-def refuse_unknown_classes(data: DataSpec, scans: Mapping[str, Scan], num_shown: int = 3) -> None:
+def refuse_unknown_classes(data: DataSpec, scans: Mapping[str, DatasetIndex], num_shown: int = 3) -> None:
     """Without the objects of a class that was forgotten, a detector would learn that they are background.
 
     Raises:
@@ -58,14 +48,14 @@ class DetectionDataset:
 
     def __init__(
         self,
-        scan: Scan,
+        index: DatasetIndex,
         image_size: int,
         *,
         cache: Literal["none", "ram"] = "none",
         cache_bytes: int = 2 << 30,
     ) -> None:
         assert cache in ("none", "ram"), cache
-        self.scan = scan
+        self.index = index
         self.image_size = image_size
         self._cache_bytes = cache_bytes if cache == "ram" else 0
         self._kept_bytes = 0
@@ -73,16 +63,16 @@ class DetectionDataset:
         self._warned: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.scan)
+        return len(self.index)
 
     @property
     def num_classes(self) -> int:
-        return self.scan.num_classes
+        return self.index.num_classes
 
     @property
     def sizes_hw(self) -> np.ndarray:
         """(N, 2) int32: the size of every image file in px."""
-        return self.scan.sizes_hw
+        return self.index.sizes_hw
 
     def load(self, index: int, long_side_px: int | None = None) -> Sample:
         """The image with its long side exactly `long_side_px` (None: the image size), labels in its pixels.
@@ -97,27 +87,27 @@ class DetectionDataset:
             height, width = scaled_hw(self._size_hw(index), long_side_px)
             grey = np.full((height, width, 3), PAD_GREY, np.uint8)
             return Sample(grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-        labels = self.scan.labels(index)
+        labels = self.index.labels(index)
         wh = np.array(image.shape[1::-1], np.float32)
         polygons = tuple(None if polygon is None else polygon * wh for polygon in labels.polygons)
         return Sample(image, labels.boxes_xyxy * np.tile(wh, 2), labels.classes.copy(), polygons)
 
-    def truth(self, index: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    def ground_truth(self, index: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
         """(height, width) of the file in px, boxes_xyxy (N, 4) float32 in its pixels, classes (N,) int64."""
         height, width = self._size_hw(index)
-        labels = self.scan.labels(index)
+        labels = self.index.labels(index)
         wh = np.array([width, height, width, height], np.float32)
         return (height, width), labels.boxes_xyxy * wh, labels.classes.copy()
 
     def _size_hw(self, index: int) -> tuple[int, int]:
-        height, width = self.scan.sizes_hw[index]
+        height, width = self.index.sizes_hw[index]
         return int(height), int(width)
 
     def _image(self, index: int, long_side_px: int) -> np.ndarray | None:
         cacheable = self._cache_bytes > 0 and long_side_px == self.image_size
         if cacheable and index in self._kept:
             return self._kept[index].copy()  # the caller may write to what it gets
-        image = read_rgb(self.scan.path(index), self._size_hw(index), long_side_px)
+        image = read_rgb(self.index.path(index), self._size_hw(index), long_side_px)
         if image is not None and cacheable and self._kept_bytes + image.nbytes <= self._cache_bytes:
             self._kept[index] = image.copy()
             self._kept_bytes += image.nbytes
@@ -127,7 +117,7 @@ class DetectionDataset:
         if index not in self._warned:
             self._warned.add(index)
             warnings.warn(
-                f"{self.scan.path(index)} can no longer be read as it was when scanned: a grey image takes its place",
+                f"{self.index.path(index)} can no longer be read as it was when scanned: a grey image takes its place",
                 stacklevel=3,
             )
 

@@ -17,7 +17,7 @@ from dsyolo.data.labels import UNKNOWN_CLASS, Labels, Problem, by_reason, no_lab
 ARRAYS = ("path_bytes", "path_offsets", "sizes_hw", "offsets", "boxes", "classes", "points", "point_offsets")
 
 
-class Record(NamedTuple):
+class ImageRecord(NamedTuple):
     """What is known of one image after reading it."""
 
     path: str
@@ -27,7 +27,7 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Scan:
+class DatasetIndex:
     """The usable images of a split and their labels. N images, T boxes, P polygon points.
 
     The i-th image has the boxes `offsets[i]` to `offsets[i + 1]`; the t-th box the polygon points
@@ -95,7 +95,9 @@ class Scan:
         return "\n".join([f"{text}; {len(self.problems):,} problems:", *by_reason(self.problems, num_files)])
 
 
-def build_scan(records: Iterable[Record], num_classes: int, problems: Sequence[Problem] = ()) -> Scan:
+def assemble_index(
+    records: Iterable[ImageRecord], num_classes: int, problems: Sequence[Problem] = ()
+) -> DatasetIndex:
     """Put records together, in their order; those without a size are left out."""
     problems = list(problems)
     paths: list[bytes] = []
@@ -114,7 +116,7 @@ def build_scan(records: Iterable[Record], num_classes: int, problems: Sequence[P
         points += [polygon for polygon in polygons if polygon is not None]
         num_points += [0 if polygon is None else len(polygon) for polygon in polygons]
     none = no_labels()
-    return Scan(
+    return DatasetIndex(
         num_classes=num_classes,
         path_bytes=np.frombuffer(b"".join(paths), np.uint8),
         path_offsets=_offsets([len(path) for path in paths]),
@@ -128,13 +130,13 @@ def build_scan(records: Iterable[Record], num_classes: int, problems: Sequence[P
     )
 
 
-def join_scans(parts: Sequence[Scan], problems: Sequence[Problem] = ()) -> Scan:
+def merge_indexes(parts: Sequence[DatasetIndex], problems: Sequence[Problem] = ()) -> DatasetIndex:
     """One scan of several, at least one, in their order; `problems` come before theirs."""
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
     for name in (name for name in ARRAYS if name.endswith("offsets")):
         joined[name] = _offsets(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
     told = (*problems, *itertools.chain.from_iterable(part.problems for part in parts))
-    return Scan(parts[0].num_classes, **joined, problems=told)
+    return DatasetIndex(parts[0].num_classes, **joined, problems=told)
 
 
 def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -16,10 +16,10 @@ from pathlib import Path
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.yolo import label_path, list_images
 from dsyolo.data.images import check_image
-from dsyolo.data.index import Record, Scan, build_scan, join_scans
+from dsyolo.data.index import DatasetIndex, ImageRecord, assemble_index, merge_indexes
 from dsyolo.data.index_cache import default_cache_dir, load_cache, save_cache
 from dsyolo.data.labels import Problem, no_labels, read_labels
-from dsyolo.data.parallel_map import Alone, Crew, each_alone, shared_out
+from dsyolo.data.parallel_map import Communicator, LocalCommunicator, parallel_map, run_on_all_ranks
 
 FORMAT_VERSION = 2  # raise it whenever what a scan keeps or how it checks changes
 
@@ -27,15 +27,15 @@ NO_ROW_LEFT = "no label row can be used (image left out)"
 LISTED_TWICE = "image listed more than once (repeat left out)"
 
 
-def scan(
+def build_index(
     sources: Iterable[str | Path],
     num_classes: int,
     cache_dir: str | Path | None = None,
     *,
     workers: int | None = None,
     progress: bool = True,
-    crew: Crew | None = None,
-) -> Scan:
+    communicator: Communicator | None = None,
+) -> DatasetIndex:
     """Read and check all images and labels of folders and list files, or take the result from the cache.
 
     Any number of runs may do this at once: a cache file is replaced as a whole, and the last one wins.
@@ -51,47 +51,49 @@ def scan(
     """
     sources = [Path(os.path.abspath(source)) for source in sources]
     workers = workers or min(16, os.cpu_count() or 1)
-    crew = crew or Alone()
-    listed = each_alone(
-        crew, lambda: [os.path.abspath(image) for image in list_images(sources)], "listing the images"
+    communicator = communicator or LocalCommunicator()
+    listed = run_on_all_ranks(
+        communicator, lambda: [os.path.abspath(image) for image in list_images(sources)], "listing the images"
     )
     repeats = [image for image, count in Counter(listed).items() if count > 1]
     images = sorted(set(listed))
-    _check_same(crew, images, sources)
-    digests = shared_out(
-        crew, _stamp, images, _digest, "looking for changed files", num_threads=workers, bar=progress
+    _check_same(communicator, images, sources)
+    digests = parallel_map(
+        communicator, _stamp, images, _digest, "looking for changed files", num_threads=workers, bar=progress
     )
     key = _digest([f"{FORMAT_VERSION} {num_classes}", *digests])
     name = hashlib.sha256("\n".join([str(num_classes), *map(str, sources)]).encode(errors="surrogateescape"))
     cache_file = Path(cache_dir or default_cache_dir()) / f"scan-{name.hexdigest()[:24]}.npz"
-    cached = each_alone(crew, lambda: load_cache(cache_file, key), "reading the scan's cache")
-    found = _whoever_has_it(crew, cached)
+    cached = run_on_all_ranks(communicator, lambda: load_cache(cache_file, key), "reading the scan's cache")
+    found = _whoever_has_it(communicator, cached)
     if found is None:
-        parts = shared_out(
-            crew,
-            partial(scan_file, num_classes=num_classes),
+        parts = parallel_map(
+            communicator,
+            partial(read_image_record, num_classes=num_classes),
             images,
-            partial(build_scan, num_classes=num_classes),
+            partial(assemble_index, num_classes=num_classes),
             "reading the data set",
             num_threads=workers,
             bar=progress,
         )
-        found = join_scans(parts, [Problem(image, 0, LISTED_TWICE, "") for image in repeats])
+        found = merge_indexes(parts, [Problem(image, 0, LISTED_TWICE, "") for image in repeats])
     if not len(found):
         raise UserError(
             f"None of the {len(images)} images in {', '.join(map(str, sources))} can be used",
             [str(problem) for problem in found.problems[:10]],
         )
-    keeps = cached is None and crew.keeps_cache
-    each_alone(
-        crew, lambda: save_cache(cache_file, key, found) if keeps else None, "writing the scan's cache"
+    keeps = cached is None and communicator.keeps_cache
+    run_on_all_ranks(
+        communicator,
+        lambda: save_cache(cache_file, key, found) if keeps else None,
+        "writing the scan's cache",
     )
     return found
 
 
-def _check_same(crew: Crew, images: Sequence[str], sources: Sequence[Path]) -> None:
+def _check_same(communicator: Communicator, images: Sequence[str], sources: Sequence[Path]) -> None:
     """All members must list the same files, since each reads a share of them for all."""
-    seen = crew.exchange((len(images), _digest(images)))
+    seen = communicator.exchange((len(images), _digest(images)))
     others = [rank for rank, what in enumerate(seen) if what != seen[0]]
     if others:
         first, other = seen[0][0], seen[others[0]][0]
@@ -102,26 +104,26 @@ def _check_same(crew: Crew, images: Sequence[str], sources: Sequence[Path]) -> N
         raise UserError("The ranks do not see the same data set", [f"{where}: {counts}. {rule}."])
 
 
-def _whoever_has_it(crew: Crew, cached: Scan | None) -> Scan | None:
+def _whoever_has_it(communicator: Communicator, cached: DatasetIndex | None) -> DatasetIndex | None:
     """The scan from this machine's cache, or else from that of another one; None where no member has it."""
-    have = crew.exchange(cached is not None)
+    have = communicator.exchange(cached is not None)
     if all(have) or not any(have):
         return cached
-    return crew.given_by(have.index(True), cached)
+    return communicator.given_by(have.index(True), cached)
 
 
-def scan_file(image: str | Path, num_classes: int) -> Record:
+def read_image_record(image: str | Path, num_classes: int) -> ImageRecord:
     """Read and check one image and its label file. Depends on nothing else, so that any worker or rank can do it."""
     image = str(image)
     size_hw, reason, detail = check_image(image)
     if size_hw is None:
-        return Record(image, None, no_labels(), (Problem(image, 0, reason, detail),))
+        return ImageRecord(image, None, no_labels(), (Problem(image, 0, reason, detail),))
     labels, problems = read_labels(label_path(image), num_classes)
     if problems and not len(labels.classes):
         # Its objects are there, though none can be used: as a background it would teach that they are not.
         problems.append(Problem(image, 0, NO_ROW_LEFT, ""))
         size_hw = None
-    return Record(image, size_hw, labels, tuple(problems))
+    return ImageRecord(image, size_hw, labels, tuple(problems))
 
 
 def _stamp(image: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dsyolo.base.environment import read_environment
-from dsyolo.data.index import ARRAYS, Scan
+from dsyolo.data.index import ARRAYS, DatasetIndex
 from dsyolo.data.labels import Problem
 
 
@@ -24,7 +24,7 @@ def default_cache_dir() -> Path:
     return read_environment().cache / "dsyolo"
 
 
-def save_cache(cache_file: Path, key: str, found: Scan) -> None:
+def save_cache(cache_file: Path, key: str, found: DatasetIndex) -> None:
     """SHA-256 of the rest, then an .npz: a reader sees the old file or the new one, never a part.
 
     A file that cannot be written costs a warning and no more.
@@ -52,7 +52,7 @@ def save_cache(cache_file: Path, key: str, found: Scan) -> None:
         )
 
 
-def load_cache(cache_file: Path, key: str) -> Scan | None:
+def load_cache(cache_file: Path, key: str) -> DatasetIndex | None:
     """What was saved for `key`; None where there is nothing, and, with a warning, where the file is damaged."""
     try:
         raw = cache_file.read_bytes()
@@ -68,7 +68,9 @@ def load_cache(cache_file: Path, key: str) -> Scan | None:
             if header["key"] != key:
                 return None
             problems = tuple(Problem(*problem) for problem in header["problems"])
-            return Scan(header["num_classes"], **{name: stored[name] for name in ARRAYS}, problems=problems)
+            return DatasetIndex(
+                header["num_classes"], **{name: stored[name] for name in ARRAYS}, problems=problems
+            )
     except (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         warnings.warn(f"{cache_file} is not used, and all files are read again: {error}", stacklevel=3)
         return None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dsyolo.base.batch import Batch, EvalBatch, Sample, Targets, Truth
+from dsyolo.base.batch import Batch, EvalBatch, GroundTruth, Sample, Targets
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.transforms import Augmentation, augment
 from dsyolo.data.workers import limit_opencv, of_loader
@@ -28,7 +28,7 @@ MULTI_SCALE_RANGE = (0.5, 1.5)
 Assign = Callable[[np.ndarray, np.ndarray, np.ndarray, int, tuple[int, int]], Targets]
 
 
-class Key(NamedTuple):
+class SampleKey(NamedTuple):
     """All that a training sample depends on, besides the run's seed."""
 
     epoch: int
@@ -36,7 +36,7 @@ class Key(NamedTuple):
     size_px: int
 
 
-class Stream:
+class StepSampler:
     """The order of samples of a run.
 
     Args:
@@ -54,7 +54,7 @@ class Stream:
         self.rank, self.world_size = rank, world_size
         self.accumulation = global_batch // (micro_batch * world_size)
 
-    def first_step(self, epoch: int) -> int:
+    def epoch_start_step(self, epoch: int) -> int:
         """The first step all of whose images belong to `epoch` or later; the steps before it train the epochs before it."""
         return -(-epoch * self.num_images // self.global_batch)
 
@@ -86,7 +86,7 @@ class _TrainSamples(Dataset):
     def __init__(self, dataset: DetectionDataset, how: Augmentation, seed: int) -> None:
         self.dataset, self.how, self.seed = dataset, how, seed
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getitem__(self, key: SampleKey) -> Sample:
         rng = np.random.default_rng((self.seed, key.epoch, key.index))
         return augment(self.dataset.load, key.index, len(self.dataset), key.size_px, rng, self.how)
 
@@ -109,7 +109,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: DetectionDataset | None,
-        stream: Stream,
+        stream: StepSampler,
         how: Augmentation,
         assign: Assign,
         *,
@@ -133,7 +133,7 @@ class TrainLoader:
 
         Workers go on into the next epoch meanwhile; asking for another step than the next one restarts them.
         """
-        for step in range(start, self._stream.first_step(epoch + 1)):
+        for step in range(start, self._stream.epoch_start_step(epoch + 1)):
             if self._samples is None:
                 yield []
                 continue
@@ -178,10 +178,10 @@ class TrainLoader:
             )
         )
 
-    def _keys(self, step: int) -> Iterator[list[Key]]:
+    def _keys(self, step: int) -> Iterator[list[SampleKey]]:
         size_px = self.size_px(step)
         for group in self._stream.micro_batches(step):
-            yield [Key(epoch, index, size_px) for epoch, index in group]
+            yield [SampleKey(epoch, index, size_px) for epoch, index in group]
 
 
 def largest_size_px(size_px: int, stride: int) -> int:
@@ -195,7 +195,7 @@ class _Keys:
     def __init__(self, loader: TrainLoader, step: int) -> None:
         self._loader, self._step = loader, step
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         step = self._step
         while True:
             yield from self._loader._keys(step)
@@ -222,13 +222,13 @@ class _EvalSamples(Dataset):
     def __init__(self, dataset: DetectionDataset, image_size_px: int) -> None:
         self.dataset, self.image_size_px = dataset, image_size_px
 
-    def __getitem__(self, key: tuple[int, tuple[int, int]]) -> tuple[np.ndarray, Truth]:
+    def __getitem__(self, key: tuple[int, tuple[int, int]]) -> tuple[np.ndarray, GroundTruth]:
         index, shape_hw = key
-        size_hw, boxes_xyxy, classes = self.dataset.truth(index)
+        size_hw, boxes_xyxy, classes = self.dataset.ground_truth(index)
         scaled = self.dataset.load(index, self.image_size_px).image
         image, scale, pad_xy = letterbox(scaled, shape_hw)
         scale *= max(scaled.shape[:2]) / max(size_hw)
-        return image, Truth(index, size_hw, boxes_xyxy, classes, scale, pad_xy)
+        return image, GroundTruth(index, size_hw, boxes_xyxy, classes, scale, pad_xy)
 
 
 class EvalLoader:
@@ -284,7 +284,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[EvalBatch]:
         limit_opencv()
         for batch, is_real in zip(self._loader, self._is_real, strict=True):
-            yield EvalBatch(batch.images, batch.truths if is_real else ())
+            yield EvalBatch(batch.images, batch.ground_truths if is_real else ())
 
 
 def _rectangles(sizes_hw: np.ndarray, size_px: int, stride: int, rectangular: bool) -> list[tuple[int, int]]:
@@ -295,8 +295,8 @@ def _rectangles(sizes_hw: np.ndarray, size_px: int, stride: int, rectangular: bo
     return [tuple(row) for row in (np.ceil(scaled / stride) * stride).astype(int).tolist()]
 
 
-def _collate_eval(items: Sequence[tuple[np.ndarray, Truth]]) -> EvalBatch:
-    return EvalBatch(_stack([image for image, _ in items]), tuple(truth for _, truth in items))
+def _collate_eval(items: Sequence[tuple[np.ndarray, GroundTruth]]) -> EvalBatch:
+    return EvalBatch(_stack([image for image, _ in items]), tuple(ground_truth for _, ground_truth in items))
 
 
 def to_batch(image_rgb: np.ndarray) -> torch.Tensor:

@@ -23,7 +23,7 @@ R = TypeVar("R")
 P = TypeVar("P")
 
 
-class Crew(Protocol):
+class Communicator(Protocol):
     """One member's view of the processes that read together. All make the same calls in the same order."""
 
     rank: int
@@ -41,7 +41,7 @@ class Crew(Protocol):
         """This member has made progress, and is there now."""
 
 
-class Alone:
+class LocalCommunicator:
     """A crew of one."""
 
     rank, size = 0, 1
@@ -57,7 +57,7 @@ class Alone:
     def at(self, where: str) -> None: ...
 
 
-def each_alone(crew: Crew, work: Callable[[], R], what: str) -> R:
+def run_on_all_ranks(communicator: Communicator, work: Callable[[], R], what: str) -> R:
     """What `work` gives this member, once all members are done with theirs.
 
     Raises:
@@ -65,13 +65,13 @@ def each_alone(crew: Crew, work: Callable[[], R], what: str) -> R:
     """
     results: list[R] = []
     tasks = [lambda: results.append(work())]
-    for _ in _meetings(crew, tasks, what, crew.size, lambda: len(results), num_threads=1):
+    for _ in _meetings(communicator, tasks, what, communicator.size, lambda: len(results), num_threads=1):
         pass
     return results[0]
 
 
-def shared_out(
-    crew: Crew,
+def parallel_map(
+    communicator: Communicator,
     work: Callable[[T], R],
     items: Sequence[T],
     pack: Callable[[list[R]], P],
@@ -96,11 +96,13 @@ def shared_out(
     def task(index: int) -> tuple[int, P]:
         return index, pack([tally.counted(work(item)) for item in chunks[index]])
 
-    own = [lambda index=index: task(index) for index in range(crew.rank, len(chunks), crew.size)]
+    own = [
+        lambda index=index: task(index) for index in range(communicator.rank, len(chunks), communicator.size)
+    ]
     packs: dict[int, P] = {}
     with tqdm(total=len(items), desc=what, unit=" files", delay=BAR_AFTER_S, disable=not bar) as shown:
         for num_done, results in _meetings(
-            crew, own, what, len(items), lambda: tally.count, num_threads=num_threads
+            communicator, own, what, len(items), lambda: tally.count, num_threads=num_threads
         ):
             packs |= dict(results)
             shown.update(num_done - shown.n)
@@ -108,7 +110,7 @@ def shared_out(
 
 
 def _meetings(
-    crew: Crew,
+    communicator: Communicator,
     tasks: Sequence[Callable[[], R]],
     what: str,
     num_all: int,
@@ -129,18 +131,20 @@ def _meetings(
     try:
         running = {pool.submit(task) for task in tasks}
         while not all_done:
-            done, running = wait(running, timeout=crew.meets_every_s)
+            done, running = wait(running, timeout=communicator.meets_every_s)
             if not running and not is_waiting:
                 is_waiting = (
                     True  # one step further than those that are not: of these is who holds up the others
                 )
-                crew.at(f"{what}, waiting for the other ranks")
-            meeting = crew.exchange((count(), bool(running), *_outcome(done)))
+                communicator.at(f"{what}, waiting for the other ranks")
+            meeting = communicator.exchange((count(), bool(running), *_outcome(done)))
             counts, are_busy, results, errors = zip(*meeting, strict=True)
             _raise_first(errors)
             num_done, all_done = sum(counts), not any(are_busy)
             if num_done > num_before:
-                crew.at(f"{what}: {counts[crew.rank]:,} here, {num_done:,} of {num_all:,} together")
+                communicator.at(
+                    f"{what}: {counts[communicator.rank]:,} here, {num_done:,} of {num_all:,} together"
+                )
                 num_before = num_done
             yield num_done, [result for part in results for result in part]
     finally:

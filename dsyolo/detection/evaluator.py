@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dsyolo.base.batch import Detections, EvalBatch, Truth
+from dsyolo.base.batch import Detections, EvalBatch, GroundTruth
 from dsyolo.cluster.restart import is_out_of_memory
 from dsyolo.detection.boxes import cxcywh_to_xyxy, nms, unletterbox
 from dsyolo.detection.metrics import Metrics, evaluate
@@ -16,10 +16,10 @@ from dsyolo.detection.metrics import Metrics, evaluate
 MAX_CANDIDATES = 5_000
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) -> decoded (B, boxes, 5 + K)
-Found = tuple[Truth, Detections]
+Found = tuple[GroundTruth, Detections]
 
 
-class Finder:
+class PostProcessor:
     """Detections from decoded boxes.
 
     Args:
@@ -64,7 +64,7 @@ class Finder:
         return Detections(boxes[keep], score[keep], kind[keep])
 
 
-class InParts:
+class OomSafePredictor:
     """Predicts with half as many images at a time where memory runs out, and keeps to it.
 
     Args:
@@ -99,24 +99,26 @@ class InParts:
             )
 
 
-def find_all(predict: Predict, batches: Iterable[EvalBatch], finder: Finder) -> list[Found]:
+def detect_all(predict: Predict, batches: Iterable[EvalBatch], finder: PostProcessor) -> list[Found]:
     """The detections in every image of `batches`, in pixels of the original images."""
     found = []
     for batch in batches:
         decoded = predict(batch.images)
-        for truth, one in zip(
-            batch.truths, decoded, strict=False
+        for ground_truth, one in zip(
+            batch.ground_truths, decoded, strict=False
         ):  # a batch that fills up a round has no truths
             inside = finder(one)
-            boxes = unletterbox(inside.boxes_xyxy, truth.scale, truth.pad_xy, truth.size_hw)
-            found.append((truth, inside._replace(boxes_xyxy=boxes)))
+            boxes = unletterbox(
+                inside.boxes_xyxy, ground_truth.scale, ground_truth.pad_xy, ground_truth.size_hw
+            )
+            found.append((ground_truth, inside._replace(boxes_xyxy=boxes)))
     return found
 
 
 def validate(
     predict: Predict,
     batches: Iterable[EvalBatch],
-    finder: Finder,
+    finder: PostProcessor,
     class_names: Sequence[str],
     all_gather: Callable[[Any], list[Any]],
 ) -> tuple[Metrics, list[Found]]:
@@ -128,10 +130,10 @@ def validate(
     Returns:
         the metrics, and what was found in each image, by image.
     """
-    own = find_all(predict, batches, finder)
+    own = detect_all(predict, batches, finder)
     found = sorted((pair for part in all_gather(own) for pair in part), key=lambda pair: pair[0].image_id)
-    truths, detections = [pair[0] for pair in found], [pair[1] for pair in found]
-    return evaluate(truths, detections, class_names), found
+    ground_truths, detections = [pair[0] for pair in found], [pair[1] for pair in found]
+    return evaluate(ground_truths, detections, class_names), found
 
 
 class PlainPredictor:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from dsyolo.base.batch import Detections, Truth
+from dsyolo.base.batch import Detections, GroundTruth
 
 MAX_DETECTIONS = (
     300  # per image: YOLO's convention. COCO's own is 100, worth about 0.2 points of mAP on COCO.
@@ -80,7 +80,7 @@ _FIGURES = {"precision": "P", "recall": "R", "map50": "mAP50", "map50_95": "mAP5
 
 
 def evaluate(
-    truths: Sequence[Truth], detections: Sequence[Detections], class_names: Sequence[str]
+    ground_truths: Sequence[GroundTruth], detections: Sequence[Detections], class_names: Sequence[str]
 ) -> Metrics:
     """Compare what was found with the labels.
 
@@ -90,12 +90,16 @@ def evaluate(
         class_names: of all K classes.
     """
     num_classes = len(class_names)
-    assert len(truths) == len(detections), f"{len(truths)} truths but {len(detections)} detections"
-    order = sorted(range(len(truths)), key=lambda i: truths[i].image_id)
-    assert len({truth.image_id for truth in truths}) == len(truths), "an image was evaluated twice"
-    truths = [truths[i] for i in order]
+    assert len(ground_truths) == len(detections), (
+        f"{len(ground_truths)} truths but {len(detections)} detections"
+    )
+    order = sorted(range(len(ground_truths)), key=lambda i: ground_truths[i].image_id)
+    assert len({ground_truth.image_id for ground_truth in ground_truths}) == len(ground_truths), (
+        "an image was evaluated twice"
+    )
+    ground_truths = [ground_truths[i] for i in order]
     found = _Boxes.concatenate([_best(detections[i]) for i in order])
-    labels = _Boxes.concatenate([(t.boxes_xyxy, np.ones(len(t.classes)), t.classes) for t in truths])
+    labels = _Boxes.concatenate([(t.boxes_xyxy, np.ones(len(t.classes)), t.classes) for t in ground_truths])
     for boxes in (found, labels):
         assert boxes.classes.size == 0 or 0 <= boxes.classes.min() <= boxes.classes.max() < num_classes
 
@@ -105,7 +109,9 @@ def evaluate(
     )
     has_labels = num_labels > 0
     found = found.where(has_labels[found.classes])  # others count neither for COCO nor in the mean F1
-    precision_curves, is_true_positive = _run_coco(truths, labels, found, class_names)  # (T, R, K), (D,)
+    precision_curves, is_true_positive = _run_coco(
+        ground_truths, labels, found, class_names
+    )  # (T, R, K), (D,)
     ap = precision_curves.mean(axis=1)  # (T, K)
     confidence, precision, recall = _at_best_f1(found.scores, found.classes, is_true_positive, num_labels)
 
@@ -124,7 +130,7 @@ def evaluate(
         precision=mean(precision),
         recall=mean(recall),
         confidence=confidence,
-        num_images=len(truths),
+        num_images=len(ground_truths),
         num_labels=int(num_labels.sum()),
         per_class=rows,
     )
@@ -184,13 +190,13 @@ def _best(detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _run_coco(
-    truths: Sequence[Truth], labels: _Boxes, found: _Boxes, class_names: Sequence[str]
+    ground_truths: Sequence[GroundTruth], labels: _Boxes, found: _Boxes, class_names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision (10 IoUs, 101 recalls, K), 0 for a class without labels; whether each found box is right at IoU 0.5."""
     num_classes = len(class_names)
     if not len(labels.classes) or not len(found.classes):
         return np.zeros((10, 101, num_classes)), np.zeros(len(found.classes), bool)
-    images = [{"id": i, "height": t.size_hw[0], "width": t.size_hw[1]} for i, t in enumerate(truths)]
+    images = [{"id": i, "height": t.size_hw[0], "width": t.size_hw[1]} for i, t in enumerate(ground_truths)]
     categories = [{"id": k, "name": name} for k, name in enumerate(class_names)]
     sides = [
         COCO(

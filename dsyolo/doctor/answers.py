@@ -82,7 +82,7 @@ class Split(BaseModel):
     buckets: list[str]
 
 
-class Data(Answer):
+class DataAnswer(Answer):
     """The data set: fingerprints, or at a second look the images of some buckets."""
 
     digest: str = ""
@@ -129,7 +129,7 @@ class Interface(BaseModel):
     is_loopback: bool
 
 
-class Network(Answer):
+class NetworkAnswer(Answer):
     """Interfaces, addresses that asked names have here, and the one that the host's own name gives gloo."""
 
     interfaces: dict[str, Interface] = {}
@@ -144,7 +144,7 @@ class Port(Answer):
     holder: str | None = None
 
 
-class Link(BaseModel):
+class LinkAnswer(BaseModel):
     """From a rank to the one after it."""
 
     to: int
@@ -159,7 +159,7 @@ class Result(Answer):
     text: str = ""
     unreached: list[int] = []
     sees_token: bool | None = None
-    links: list[Link] = []
+    links: list[LinkAnswer] = []
 
 
 ANSWERS: dict[str, type[Answer]] = {
@@ -172,8 +172,8 @@ ANSWERS: dict[str, type[Answer]] = {
     "deepspeed_json": DeepSpeedJson,
     "disk": Disk,
     "locks": Locks,
-    "network": Network,
+    "network": NetworkAnswer,
     "port": Port,
-    "data": Data,
+    "data": DataAnswer,
     "result": Result,
 }

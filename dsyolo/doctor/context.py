@@ -16,7 +16,7 @@ A = TypeVar("A", bound=Answer)
 V = TypeVar("V", bound=Hashable)
 
 
-class Options(NamedTuple):
+class DoctorOptions(NamedTuple):
     """The command line of `dsyolo doctor`."""
 
     hostfile: Path | None
@@ -33,7 +33,7 @@ class Options(NamedTuple):
     fix: bool
 
 
-class Case(NamedTuple):
+class DoctorContext(NamedTuple):
     """All that is known.
 
     Attributes:
@@ -41,7 +41,7 @@ class Case(NamedTuple):
         num_parameters: of the model, None where it is not given.
     """
 
-    options: Options
+    options: DoctorOptions
     hosts: Sequence[Host]
     crossing: Crossing
     replies: Mapping[str, Reply]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from dsyolo.doctor.answers import Data, Split
+from dsyolo.doctor.answers import DataAnswer, Split
 from dsyolo.doctor.ask import Reply
-from dsyolo.doctor.context import Case, common
+from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, Finding
 from dsyolo.doctor.software import parted
 
@@ -24,9 +24,9 @@ class Difference(NamedTuple):
     buckets: tuple[int, ...]  # all that differ
 
 
-def data_set(case: Case) -> Iterator[Finding]:
+def data_set(case: DoctorContext) -> Iterator[Finding]:
     """Problems of data.yaml on each host, and what the fingerprints cover where they are the same."""
-    found = dict(case.each(Data))
+    found = dict(case.each(DataAnswer))
     for host in case.names:
         section = case.replies[host].sections.get("data")
         if section is not None and section.error:
@@ -60,9 +60,9 @@ def _covers(split: Split) -> str:
     return f"{split.num_images:,} images (names, sizes{part}, labels' content{text})"
 
 
-def differences(case: Case) -> list[Difference]:
+def differences(case: DoctorContext) -> list[Difference]:
     """Hosts whose images or labels are not those of most hosts."""
-    found = {host: section.splits for host, section in case.each(Data) if section.splits}
+    found = {host: section.splits for host, section in case.each(DataAnswer) if section.splits}
     splits = sorted({name for one in found.values() for name in one}, reverse=True)
     result = []
     for split in splits:
@@ -105,5 +105,5 @@ def named(differences: list[Difference], replies: Mapping[str, Reply]) -> Iterat
 
 
 def _listed(replies: Mapping[str, Reply], host: str, split: str) -> Mapping[str, str]:
-    section = replies[host].get(Data) if host in replies else None
+    section = replies[host].get(DataAnswer) if host in replies else None
     return section.listed.get(split, {}) if section else {}

@@ -22,7 +22,7 @@ from dsyolo.doctor import probe, software
 from dsyolo.doctor import resources as machine
 from dsyolo.doctor.answers import Devices, Hello
 from dsyolo.doctor.ask import Asked, Reply, ask, probing
-from dsyolo.doctor.context import Case, Options
+from dsyolo.doctor.context import DoctorContext, DoctorOptions
 from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, joined
 from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
 from dsyolo.doctor.launcher import try_launcher
@@ -32,7 +32,7 @@ LOCAL = "this machine"
 NUM_CLASSES = 80  # of the model whose checkpoints are counted: a few hundred kilobytes more or less
 
 
-def examine(options: Options) -> tuple[list[Finding], list[str]]:
+def examine(options: DoctorOptions) -> tuple[list[Finding], list[str]]:
     """All findings in the order of the table, and the hosts."""
     remote = options.hostfile is not None
     hosts, findings = read_hostfile(options.hostfile) if options.hostfile else (_this_machine(options), [])
@@ -49,7 +49,7 @@ def examine(options: Options) -> tuple[list[Finding], list[str]]:
         replies = ask(asked, crossing, options.timeout_s)
         told, master = launcher.result() if launcher else ([], "127.0.0.1")
     source, ds = _json(options, world_size, replies)
-    case = Case(options, hosts, crossing, replies, ds, num_parameters)
+    case = DoctorContext(options, hosts, crossing, replies, ds, num_parameters)
     findings += told
     findings += _judged(case, source, master)
     if differences := data_set.differences(case):
@@ -59,7 +59,7 @@ def examine(options: Options) -> tuple[list[Finding], list[str]]:
     return joined(in_order(findings), case.names), case.names
 
 
-def _this_machine(options: Options) -> list[Host]:
+def _this_machine(options: DoctorOptions) -> list[Host]:
     """As the launcher takes it: a rank for each GPU; on a CPU one, or as many as --num_gpus says."""
     is_cpu = all_variables().get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     return [Host(LOCAL, options.num_gpus or (1 if is_cpu else torch.cuda.device_count()))]
@@ -75,7 +75,7 @@ def _model(name: str | None) -> tuple[list[bool] | None, int | None]:
 
 
 def _requests(
-    options: Options, hosts: Sequence[Host], world_size: int, layers: list[bool] | None
+    options: DoctorOptions, hosts: Sequence[Host], world_size: int, layers: list[bool] | None
 ) -> dict[str, dict[str, Any]]:
     """What each host is asked."""
     sections = ["python", "devices", "packages", "sources", "compilers", "disk", "locks", "network"]
@@ -100,7 +100,7 @@ def _requests(
 
 
 def _json(
-    options: Options, world_size: int, replies: Mapping[str, Reply]
+    options: DoctorOptions, world_size: int, replies: Mapping[str, Reply]
 ) -> tuple[dict[str, Any], DsConfig | None]:
     """The JSON, and what it comes to. What is wrong with it the hosts themselves tell."""
     if options.deepspeed_config is None:
@@ -115,7 +115,7 @@ def _json(
         return source, None
 
 
-def _judged(case: Case, source: Mapping[str, Any], master: str | None) -> Iterator[Finding]:
+def _judged(case: DoctorContext, source: Mapping[str, Any], master: str | None) -> Iterator[Finding]:
     yield from _one_host_elsewhere(case)
     yield from network.reached(case)
     yield from software.python(case)
@@ -135,7 +135,7 @@ def _judged(case: Case, source: Mapping[str, Any], master: str | None) -> Iterat
     yield from network.port(case)
 
 
-def _one_host_elsewhere(case: Case) -> Iterator[Finding]:
+def _one_host_elsewhere(case: DoctorContext) -> Iterator[Finding]:
     """With a hostfile of one host the launcher goes nowhere: it starts that host's ranks on this machine."""
     if case.options.hostfile is None or len(case.hosts) > 1:
         return
@@ -148,7 +148,7 @@ def _one_host_elsewhere(case: Case) -> Iterator[Finding]:
 
 
 def _second_look(
-    case: Case, requests: Mapping[str, Mapping[str, Any]], differences: list[data_set.Difference]
+    case: DoctorContext, requests: Mapping[str, Mapping[str, Any]], differences: list[data_set.Difference]
 ) -> Iterator[Finding]:
     """Asks the hosts whose data sets differ for the names of files."""
     remote = case.options.hostfile is not None
@@ -159,7 +159,7 @@ def _second_look(
     yield from data_set.named(differences, ask(asked, case.crossing, case.options.timeout_s))
 
 
-def _network(case: Case, findings: Sequence[Finding], master: str | None) -> Iterator[Finding]:
+def _network(case: DoctorContext, findings: Sequence[Finding], master: str | None) -> Iterator[Finding]:
     """Lets ranks of all hosts talk, where nothing stands in the way that is known already."""
     needed = ("hostfile", "launcher", "ssh", "torch", "dsyolo", "interface", "master", "port", "names")
     failed = dict.fromkeys(f.check for f in findings if f.verdict == FAIL and f.check in needed)
@@ -190,7 +190,7 @@ def _network(case: Case, findings: Sequence[Finding], master: str | None) -> Ite
 NETWORK_S = 55  # more than the life of a rank of the network's probe
 
 
-def check_options(options: Options) -> None:
+def check_options(options: DoctorOptions) -> None:
     """Mistakes of the command line. What it names and is not there is a finding instead.
 
     Raises:

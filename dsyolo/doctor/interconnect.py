@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from dsyolo.doctor.answers import Hello, Interface, Link, Network, Port, Python, Result
+from dsyolo.doctor.answers import Hello, Interface, LinkAnswer, NetworkAnswer, Port, Python, Result
 from dsyolo.doctor.ask import Reply
-from dsyolo.doctor.context import Case
+from dsyolo.doctor.context import DoctorContext
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 from dsyolo.doctor.hosts import shown_env
 
@@ -19,7 +19,7 @@ IFNAME = "GLOO_SOCKET_IFNAME"
 MEND_FIRST = "Mend what failed above, and look again."
 
 
-def reached(case: Case) -> Iterator[Finding]:
+def reached(case: DoctorContext) -> Iterator[Finding]:
     """Every host answered, whole, and is another one than the others."""
     remote = case.options.hostfile is not None
     for name, reply in case.replies.items():
@@ -40,11 +40,11 @@ def reached(case: Case) -> Iterator[Finding]:
             yield Finding("hostfile", host, FAIL, text, remedy)
 
 
-def interfaces(case: Case) -> Iterator[Finding]:
+def interfaces(case: DoctorContext) -> Iterator[Finding]:
     """The address that gloo gives to each host's ranks must be one that the others can reach."""
     addresses, several = own_addresses(case), len(case.hosts) > 1
     pythons = dict(case.each(Python))
-    for host, network in case.each(Network):
+    for host, network in case.each(NetworkAnswer):
         given = pythons[host].environment.get(IFNAME) if host in pythons else None
         usable = [name for name, one in network.interfaces.items() if _is_usable(one)]
         choice = f"{IFNAME}={usable[0] if len(usable) == 1 else '|'.join(usable) or 'eth0'}"
@@ -69,11 +69,11 @@ def interfaces(case: Case) -> Iterator[Finding]:
             yield Finding("interface", host, OK, text if several else text.replace("none,", "loopback,"))
 
 
-def own_addresses(case: Case) -> dict[str, str]:
+def own_addresses(case: DoctorContext) -> dict[str, str]:
     """By host, the address that its ranks listen at."""
     pythons = dict(case.each(Python))
     found: dict[str, str] = {}
-    for host, network in case.each(Network):
+    for host, network in case.each(NetworkAnswer):
         given = pythons[host].environment.get(IFNAME) if host in pythons else None
         one = network.interfaces.get(given.split(",")[0]) if given else None
         address = (one.address if one else None) if given else network.own
@@ -97,18 +97,18 @@ def _is_usable(interface: Interface) -> bool:
     return bool(interface.address) and interface.is_up and not interface.is_loopback
 
 
-def _has_address(network: Network, name: str) -> bool:
+def _has_address(network: NetworkAnswer, name: str) -> bool:
     one = network.interfaces.get(name)
     return one is not None and one.address is not None and one.is_up
 
 
-def names(case: Case, master: str | None) -> Iterator[Finding]:
+def names(case: DoctorContext, master: str | None) -> Iterator[Finding]:
     """All hosts find the first one by its name, and not themselves."""
     if len(case.hosts) < 2:
         return
     first = case.names[0].rpartition("@")[2]
     wanted = [first, *([master] if master and master != first else [])]
-    for host, network in case.each(Network):
+    for host, network in case.each(NetworkAnswer):
         for name in wanted:
             addresses, needed = network.names.get(name, []), name == master
             verdict = FAIL if needed else WARNING
@@ -124,13 +124,15 @@ def names(case: Case, master: str | None) -> Iterator[Finding]:
                 yield Finding("names", host, OK, f"{name} is {'itself' if same else listed}")
 
 
-def meeting_place(case: Case, master: str | None) -> Iterator[Finding]:
+def meeting_place(case: DoctorContext, master: str | None) -> Iterator[Finding]:
     """The address that all ranks meet at is the first host's, and of no other: Docker's bridge is the same on all."""
-    found = {name: {one.address for one in net.interfaces.values()} for name, net in case.each(Network)}
+    found = {name: {one.address for one in net.interfaces.values()} for name, net in case.each(NetworkAnswer)}
     first = case.names[0]
     if master is None or len(case.hosts) < 2 or first not in found:
         return
-    addresses = dict(case.each(Network))[first].names.get(master, []) if not is_address(master) else [master]
+    addresses = (
+        dict(case.each(NetworkAnswer))[first].names.get(master, []) if not is_address(master) else [master]
+    )
     others = [name for name in found if name != first and found[name] & set(addresses)]
     taken = set(addresses).union(*(found[name] for name in others))
     own = ", ".join(sorted(a for a in found[first] if a and a not in taken and not _is_loopback([a])))
@@ -150,7 +152,7 @@ def _is_loopback(addresses: Sequence[str]) -> bool:
     return all(is_address(one) and ipaddress.ip_address(one).is_loopback for one in addresses)
 
 
-def port(case: Case) -> Iterator[Finding]:
+def port(case: DoctorContext) -> Iterator[Finding]:
     """The first rank must be able to listen at the master port."""
     for host, found in case.each(Port):
         number = case.options.master_port
@@ -170,7 +172,7 @@ class Rank(NamedTuple):
     key: str  # of its reply
 
 
-def links(case: Case, ranks: Sequence[Rank], replies: Mapping[str, Reply]) -> Iterator[Finding]:
+def links(case: DoctorContext, ranks: Sequence[Rank], replies: Mapping[str, Reply]) -> Iterator[Finding]:
     """What the network's probe found: who cannot be reached, whether runs have one folder, slow links."""
     results = {i: replies[rank.key].get(Result) for i, rank in enumerate(ranks)}
     silent = [i for i, result in results.items() if result is None]
@@ -200,7 +202,7 @@ def links(case: Case, ranks: Sequence[Rank], replies: Mapping[str, Reply]) -> It
 
 
 def _runs_folder(
-    case: Case, ranks: Sequence[Rank], results: Mapping[int, Result | None]
+    case: DoctorContext, ranks: Sequence[Rank], results: Mapping[int, Result | None]
 ) -> Iterator[Finding]:
     """Ranks of all hosts write into one checkpoint."""
     if len({rank.host for rank in ranks}) < 2:
@@ -216,7 +218,9 @@ def _runs_folder(
                 yield Finding("project", ranks[i].host, FAIL, text, remedy)
 
 
-def _speeds(case: Case, ranks: Sequence[Rank], measured: Sequence[tuple[int, Link]]) -> Iterator[Finding]:
+def _speeds(
+    case: DoctorContext, ranks: Sequence[Rank], measured: Sequence[tuple[int, LinkAnswer]]
+) -> Iterator[Finding]:
     usual = statistics.median(link.bytes_per_s for _, link in measured)
     for i, link in measured:
         source, target = ranks[i].host, ranks[link.to].host
@@ -234,7 +238,7 @@ def _speeds(case: Case, ranks: Sequence[Rank], measured: Sequence[tuple[int, Lin
             yield Finding("link", "", OK, text)
 
 
-def _step_cost(case: Case, link: Link) -> str:
+def _step_cost(case: DoctorContext, link: LinkAnswer) -> str:
     """Seconds that a ring of all hosts takes to sum the gradients of a step, none of it hidden."""
     if case.num_parameters is None:
         return ""

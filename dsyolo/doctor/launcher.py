@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from dsyolo.base.environment import all_variables
-from dsyolo.doctor.context import Options
+from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 from dsyolo.doctor.hosts import Host
 from dsyolo.doctor.interconnect import is_address
 
 
-def try_launcher(options: Options, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
+def try_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
     """The two ways of the launcher to its hosts, tried; and the address that ranks will meet at."""
     first = hosts[0].name
     with ThreadPoolExecutor(2) as pool:
@@ -39,7 +39,7 @@ def _plain_ssh(host: str, limit_s: float) -> str | None:
     return words[0] if words and is_address(words[0]) else None
 
 
-def _pdsh(options: Options, hosts: Sequence[Host]) -> Finding:
+def _pdsh(options: DoctorOptions, hosts: Sequence[Host]) -> Finding:
     if shutil.which("pdsh") is None:
         return Finding("launcher", "", FAIL, "pdsh is not installed", "Install the package pdsh here.")
     names = ",".join(host.name for host in hosts)

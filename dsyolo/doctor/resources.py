@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dsyolo.doctor.answers import Devices, Disk, Hello
-from dsyolo.doctor.context import Case, common
+from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 from dsyolo.planner.memory_estimate import STATES
 
@@ -20,7 +20,7 @@ MOST_SHARING = 8  # ranks of a core: each takes some 400 MiB before it has a mod
 VAL_BATCH, PREFETCHED = 16, 2  # of the validation's loader
 
 
-def slots(case: Case) -> Iterator[Finding]:
+def slots(case: DoctorContext) -> Iterator[Finding]:
     """A rank for each GPU, or ranks that share the cores."""
     found = dict(case.each(Devices))
     if not found:
@@ -50,7 +50,7 @@ def slots(case: Case) -> Iterator[Finding]:
             yield Finding("slots", host.name, OK, text)
 
 
-def disk(case: Case) -> Iterator[Finding]:
+def disk(case: DoctorContext) -> Iterator[Finding]:
     """Room for the checkpoints of a run and for the cache of the labels."""
     need, what = runs_bytes(case)
     for host, section in case.each(Disk):
@@ -75,7 +75,7 @@ def disk(case: Case) -> Iterator[Finding]:
                 yield Finding("disk", host, OK, text + (f", {_size(least)} needed" if least else ""))
 
 
-def runs_bytes(case: Case) -> tuple[int | None, str]:
+def runs_bytes(case: DoctorContext) -> tuple[int | None, str]:
     """Bytes that the folder of a run comes to, and of what; None without --model."""
     if case.num_parameters is None:
         return None, ""
@@ -85,7 +85,7 @@ def runs_bytes(case: Case) -> tuple[int | None, str]:
     return KEPT * checkpoint + 2 * tensor, f"for {KEPT} checkpoints of {_size(checkpoint)} and two of weights"
 
 
-def shared_memory(case: Case) -> Iterator[Finding]:
+def shared_memory(case: DoctorContext) -> Iterator[Finding]:
     """Room for the batches that loader processes have made and ranks have not taken yet."""
     devices = dict(case.each(Devices))
     for host, section in case.each(Disk):
@@ -109,7 +109,7 @@ def shared_memory(case: Case) -> Iterator[Finding]:
             yield Finding("shm", host, verdict, text, "" if verdict == OK else remedy)
 
 
-def _batches_bytes(case: Case, ranks: int, devices: Devices) -> tuple[int | None, int]:
+def _batches_bytes(case: DoctorContext, ranks: int, devices: Devices) -> tuple[int | None, int]:
     """Bytes of training's and of validation's batches that can wait at once on a host. See data/loader.py."""
     if case.ds is None:
         return None, 0
@@ -122,7 +122,7 @@ def _batches_bytes(case: Case, ranks: int, devices: Devices) -> tuple[int | None
     return waiting * ahead * case.ds.micro_batch, waiting * PREFETCHED * VAL_BATCH
 
 
-def clock(case: Case) -> Iterator[Finding]:
+def clock(case: DoctorContext) -> Iterator[Finding]:
     """Against this machine's. The time that the question took is no difference, so small ones do not show."""
     if len(case.hosts) < 2:
         return

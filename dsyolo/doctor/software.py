@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsyolo.doctor.answers import Compilers, DeepSpeedJson, Locks, Package, Packages, Python, Sources
-from dsyolo.doctor.context import Case, common
+from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 
 # Imported on each host: runs begin with these. Of the others the version is enough.
@@ -45,7 +45,7 @@ OPTIMIZER_OPS = {
 }
 
 
-def python(case: Case) -> Iterator[Finding]:
+def python(case: DoctorContext) -> Iterator[Finding]:
     """The same minor version everywhere."""
     found = dict(case.each(Python))
     if not found:
@@ -61,7 +61,7 @@ def python(case: Case) -> Iterator[Finding]:
         yield Finding("python", name, WARNING if same else FAIL, f"{text}, but {most} on {there}", remedy)
 
 
-def packages(case: Case) -> Iterator[Finding]:
+def packages(case: DoctorContext) -> Iterator[Finding]:
     """torch and deepspeed the same and at the same place; of the others, the same versions."""
     found = {host: section.packages for host, section in case.each(Packages)}
     for name in IMPORTED if found else ():
@@ -99,7 +99,7 @@ def _imported(name: str, found: Mapping[str, Package]) -> Iterator[Finding]:
             yield Finding(name, host, OK, f"{one.version} in {one.path}")
 
 
-def sources(case: Case) -> Iterator[Finding]:
+def sources(case: DoctorContext) -> Iterator[Finding]:
     """dsyolo the same, file by file."""
     found = dict(case.each(Sources))
     for host in case.names:
@@ -125,7 +125,7 @@ def sources(case: Case) -> Iterator[Finding]:
             yield Finding("dsyolo", host, OK, f"{len(one.files)} files{same} in {one.folder}")
 
 
-def deepspeed_json(case: Case) -> Iterator[Finding]:
+def deepspeed_json(case: DoctorContext) -> Iterator[Finding]:
     """Without a fault for so many ranks, and the same everywhere."""
     name, path = "deepspeed_config", case.options.deepspeed_config
     for host, reply in case.replies.items():
@@ -155,7 +155,7 @@ def parted(problem: str, otherwise: str) -> tuple[str, str]:
     return (fault, remedy) if stop else (fault.rstrip("."), otherwise)
 
 
-def ops(case: Case, source: Mapping[str, Any]) -> Iterator[Finding]:
+def ops(case: DoctorContext, source: Mapping[str, Any]) -> Iterator[Finding]:
     """dsyolo needs no compiled op; for what needs one there must be a compiler, whatever else is said of it."""
     needed = dict(_needed_ops(source))
     for host, one in case.each(Compilers):
@@ -188,7 +188,7 @@ def _needed_ops(source: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "optimizer.type", OPTIMIZER_OPS[kind.lower()]
 
 
-def locks(case: Case) -> Iterator[Finding]:
+def locks(case: DoctorContext) -> Iterator[Finding]:
     """Builds of ops that were killed left their locks. dsyolo builds none, but others who share the folder do."""
     for host, section in case.each(Locks):
         if not section.locks:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from dsyolo.engine.step_timer import COMMUNICATION, Phases
+from dsyolo.engine.step_timer import COMMUNICATION, StepTimer
 
 NAMES = (
     "all_reduce",
@@ -31,7 +31,7 @@ NAMES = (
 TAKEN = {"all_gather_function": "all_gather_into_tensor", "reduce_scatter_function": "reduce_scatter_tensor"}
 
 
-class Collectives:
+class CommTimer:
     """Counts the collectives of steps as communication, with the waiting for other ranks in it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Collectives:
         calls: so far.
     """
 
-    def __init__(self, phases: Phases) -> None:
+    def __init__(self, phases: StepTimer) -> None:
         from deepspeed.comm import comm as deepspeed_comm
 
         self._phases = phases
@@ -85,7 +85,7 @@ def _bytes_of(argument: Any) -> int:
 class _Timed:
     """A collective that goes on: the time in which somebody waits for it is communication."""
 
-    def __init__(self, work: Any, phases: Phases) -> None:
+    def __init__(self, work: Any, phases: StepTimer) -> None:
         self._work, self._phases = work, phases
 
     def wait(self, *args: Any) -> Any:

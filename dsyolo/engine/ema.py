@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from dsyolo.engine.buffers import Buffers
-from dsyolo.engine.partitions import Shards
+from dsyolo.engine.partitions import Partitions
 
 
 class Ema:
@@ -27,29 +27,29 @@ class Ema:
         tensors: the average, one per holding of `shards`.
     """
 
-    def __init__(self, shards: Shards, buffers: Buffers, decay: float, tau: float) -> None:
-        self.shards = shards.to_average()
+    def __init__(self, partitions: Partitions, buffers: Buffers, decay: float, tau: float) -> None:
+        self.partitions = partitions.to_average()
         self._live_buffers = buffers
         self._decay, self._tau = decay, tau
         self.updates = 0
-        self.tensors = [master.clone() for master in self.shards.masters()]
+        self.tensors = [master.clone() for master in self.partitions.masters()]
         self.buffers = buffers.flat.clone()
 
     def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
         """The average as the network's state, fp32 on the host; empty where not `keep`. All ranks must call it."""
-        return _state_dict(self.shards, self.tensors, self._live_buffers, self.buffers, keep)
+        return _state_dict(self.partitions, self.tensors, self._live_buffers, self.buffers, keep)
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step."""
         self.updates += 1
         weight = 1 - self._decay * (1 - math.exp(-self.updates / self._tau))
-        torch._foreach_lerp_(self.tensors, self.shards.masters(), weight)
+        torch._foreach_lerp_(self.tensors, self.partitions.masters(), weight)
         self.buffers.lerp_(self._live_buffers.flat, weight)
 
     def swapped(self) -> AbstractContextManager[None]:
         """Inside, the network computes with the average; after it, with the trained weights again."""
-        return self.shards.showing(self.tensors, self.buffers)
+        return self.partitions.swap_parameters(self.tensors, self.buffers)
 
 
 class NoEma:
@@ -57,8 +57,8 @@ class NoEma:
 
     updates = 0
 
-    def __init__(self, shards: Shards, buffers: Buffers) -> None:
-        self.shards, self._live_buffers = shards, buffers
+    def __init__(self, partitions: Partitions, buffers: Buffers) -> None:
+        self.partitions, self._live_buffers = partitions, buffers
         self.tensors: list[torch.Tensor] = []
         self.buffers = buffers.flat[:0]
 
@@ -68,18 +68,18 @@ class NoEma:
     def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
         """The weights as `Ema.state_dict` gives them."""
         live = self._live_buffers
-        return _state_dict(self.shards, self.shards.masters(), live, live.flat, keep)
+        return _state_dict(self.partitions, self.partitions.masters(), live, live.flat, keep)
 
     def swapped(self) -> AbstractContextManager[None]:
         """Inside, the network computes with the trained weights."""
-        return self.shards.showing_trained()
+        return self.partitions.swap_trained_parameters()
 
 
 def _state_dict(
-    shards: Shards, tensors: list[torch.Tensor], buffers: Buffers, flat: torch.Tensor, keep: bool
+    partitions: Partitions, tensors: list[torch.Tensor], buffers: Buffers, flat: torch.Tensor, keep: bool
 ) -> dict[str, torch.Tensor]:
     weights = {
-        name: tensor.to("cpu", copy=True).contiguous() for name, tensor in shards.gather(tensors) if keep
+        name: tensor.to("cpu", copy=True).contiguous() for name, tensor in partitions.gather(tensors) if keep
     }
     gathered = buffers.gathered(flat)
     if not keep:

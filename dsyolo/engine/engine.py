@@ -14,7 +14,7 @@ from dsyolo.cluster.world import World, all_gather_objects, all_reduce_sum, broa
 from dsyolo.engine.buffers import Buffers
 from dsyolo.engine.loss_scale import LossScale
 from dsyolo.engine.optimizer import Schedule
-from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, NoPhases, Phases
+from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, NoStepTimer, StepTimer
 
 _LOSS_EVENT = "Train/Samples/train_loss"
 
@@ -65,7 +65,7 @@ class Engine:
         self.deepspeed = self._initialize(optimizer)
         _sum_in_the_share(self.deepspeed)
         self._norm: torch.Tensor | None = None
-        self._phases: Phases | NoPhases = NoPhases()
+        self._phases: StepTimer | NoStepTimer = NoStepTimer()
         if self.deepspeed.zero_optimization_stage() == 0:
             # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
             self.deepspeed.clip_fp32_gradients = self._clip_gradients
@@ -78,7 +78,7 @@ class Engine:
             self._lr_only,
         )
         self.buffers = self._make_buffers()
-        broadcast(self.buffers.flat, self.replicas)
+        broadcast(self.buffers.flat, self.dp_group)
         self._share_of_statistics = self._slow_down_statistics() if statistics_move else None
         self.loss_scale = LossScale(self.deepspeed)
 
@@ -118,7 +118,7 @@ class Engine:
             self.deepspeed.backward(total * self._undo_averaging())
         return parts
 
-    def tell(self, phases: Phases) -> None:
+    def tell(self, phases: StepTimer) -> None:
         """From now on `phases` hears what a step does."""
         self._phases = phases
 
@@ -137,17 +137,17 @@ class Engine:
         return all_gather_objects(item, self.device)
 
     @property
-    def num_replicas(self) -> int:
+    def dp_size(self) -> int:
         """Ranks among which a step's images are divided."""
         return self.world.size
 
     @property
-    def replica(self) -> int:
+    def dp_rank(self) -> int:
         """Which of them this rank is."""
         return self.world.rank
 
     @property
-    def replicas(self) -> Any:
+    def dp_group(self) -> Any:
         """Their process group; None for all ranks."""
         return None
 
@@ -194,7 +194,7 @@ class Engine:
         Returns:
             this replica's weight; None where there is one alone, or nothing to move.
         """
-        n = self.num_replicas
+        n = self.dp_size
         if n == 1:
             return None
         norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -202,13 +202,13 @@ class Engine:
         for norm in norms:
             assert norm.momentum == m, "one momentum for all"
             norm.momentum = 1 - (1 - m) ** n
-        return m * (1 - m) ** (n - 1 - self.replica) / (1 - (1 - m) ** n)
+        return m * (1 - m) ** (n - 1 - self.dp_rank) / (1 - (1 - m) ** n)
 
     def _counted_targets(self, batches: Sequence[Batch]) -> list[Targets]:
         """The targets on the device, with matches per level and images of the global batch as their counts."""
         own = [torch.cat((b.targets.num_matches, b.targets.num_images[None])) for b in batches]
         with self._phases.phase(COPY):
-            counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.replicas)
+            counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.dp_group)
             return [
                 Targets(*(self._to_device(t) for t in batch.targets[:-2]), counts[:-1], counts[-1])
                 for batch in batches
@@ -220,14 +220,14 @@ class Engine:
 
     def _undo_averaging(self) -> int:
         """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
-        return self.accumulation * self.num_replicas
+        return self.accumulation * self.dp_size
 
     def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
         """After a step. `losses`: this rank's share of them."""
         if self._share_of_statistics is not None:
             # Anchors do not move, and so come out of it to the last bit.
             moved = (self.buffers.flat - buffers_before).mul_(self._share_of_statistics)
-            torch.add(buffers_before, all_reduce_sum(moved, self.replicas), out=self.buffers.flat)
+            torch.add(buffers_before, all_reduce_sum(moved, self.dp_group), out=self.buffers.flat)
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
         applied = self.loss_scale.step_was_applied()
         if not applied:

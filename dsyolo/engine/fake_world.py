@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch.distributed as torch_dist
 
-from dsyolo.base.environment import read_environment, tell_torch
-from dsyolo.cluster.world import World, settle_deepspeed
+from dsyolo.base.environment import export_to_torch, read_environment
+from dsyolo.cluster.world import World, quiet_deepspeed
 
 
 def pretend(rank: int, ranks: int) -> World:
@@ -27,8 +27,8 @@ def pretend(rank: int, ranks: int) -> World:
             "MASTER_ADDR": "127.0.0.1",
         }
     )
-    tell_torch(place)
-    settle_deepspeed()
+    export_to_torch(place)
+    quiet_deepspeed()
     torch_dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     deepspeed.init_distributed("gloo", verbose=False)
     return World(rank, ranks, 0, 1)

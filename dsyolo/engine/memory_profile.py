@@ -19,8 +19,8 @@ import torch
 
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
-from dsyolo.engine.partitions import Shards
-from dsyolo.planner.memory_estimate import Account, Terms
+from dsyolo.engine.partitions import Partitions
+from dsyolo.planner.memory_estimate import MemoryEstimate, MemoryTerms
 
 EVERY = 8  # of the parameters' gradients, one is an occasion to look: a look takes some milliseconds
 
@@ -38,39 +38,43 @@ def peak_memory_gib(device: torch.device) -> float:
     return process_memory_gib() if device.type == "cpu" else get_accelerator().max_memory_allocated() / 2**30
 
 
-class Measured(NamedTuple):
+class MemoryMeasurement(NamedTuple):
     """Of one rank in one step: the most that each term came to, and of all together.
 
     Where nobody tells what comes and goes, `peak` is None and activations are 0.
     """
 
-    account: Account
+    account: MemoryEstimate
     peak: int | None  # bytes; at no moment is everything at its most
 
 
-def held(engine: Engine, shards: Shards, ema: Ema | NoEma) -> Account:
+def held(engine: Engine, partitions: Partitions, ema: Ema | NoEma) -> MemoryEstimate:
     """The bytes that this rank holds now, but for activations."""
     wrapper = engine.deepspeed.optimizer
-    keys = [key for key, _ in shards.optimizer_keys()]
+    keys = [key for key, _ in partitions.optimizer_keys()]
     parameters = list(engine.network.parameters())
     own = [getattr(p, "ds_tensor", p.data) for p in parameters]
     own += [p.data for p in parameters if getattr(p, "ds_persist", False)]
     buckets = [bucket.buffer for bucket in getattr(wrapper, "ipg_buckets", {}).values()]
     gradients = [(tensor.grad, getattr(tensor, "grad_accum", None)) for tensor in chain(parameters, keys)]
     gradients += [getattr(wrapper, name, None) for name in _GRADIENTS]
-    states = [list(shards.optimizer.state[key].values()) for key in keys]
+    states = [list(partitions.optimizer.state[key].values()) for key in keys]
     seen: set[int] = set()
     parts = {
         "parameters": _sizes(own, seen),
         "ema": _sizes(ema.tensors, seen),
-        "optimizer": _sizes([keys, shards.masters(), states], seen),
+        "optimizer": _sizes([keys, partitions.masters(), states], seen),
         "buckets": _sizes(buckets, seen),
         "gradients": _sizes(gradients, seen),
     }
     rest = _sizes([[p.data for p in parameters], list(vars(wrapper).values())], seen)
     parts["buckets"] = [a + b for a, b in zip(parts["buckets"], rest, strict=True)]
-    device, host = (Terms(**{name: sizes[i] for name, sizes in parts.items()}) for i in (0, 1))
-    return Account(device, host) if engine.device.type != "cpu" else Account(Account(device, host).together)
+    device, host = (MemoryTerms(**{name: sizes[i] for name, sizes in parts.items()}) for i in (0, 1))
+    return (
+        MemoryEstimate(device, host)
+        if engine.device.type != "cpu"
+        else MemoryEstimate(MemoryEstimate(device, host).together)
+    )
 
 
 # Where ZeRO's optimizers keep gradients beside those of the parameters themselves.
@@ -107,7 +111,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-class MemoryWatch:
+class MemoryProfiler:
     """Measures the second step of a run, all ranks together, and hands what it found to `tell`.
 
     The first one makes the optimizer's states.
@@ -120,13 +124,13 @@ class MemoryWatch:
     def __init__(
         self,
         engine: Engine,
-        shards: Shards,
+        partitions: Partitions,
         ema: Ema | NoEma,
-        tell: Callable[[list[Measured]], None],
+        tell: Callable[[list[MemoryMeasurement]], None],
         *,
         again: bool = False,
     ) -> None:
-        self._parts = engine, shards, ema
+        self._parts = engine, partitions, ema
         self._tell, self._again = tell, again
         self._steps_left = 2
 
@@ -148,7 +152,7 @@ class MemoryWatch:
         self._tell(self._parts[0].all_gather(probe.result()))
 
 
-class NoWatch:
+class NoMemoryProfiler:
     """In the place of a watch: measures nothing."""
 
     def begin_epoch(self) -> None:
@@ -162,8 +166,8 @@ class NoWatch:
 class Probe:
     """Looks at what a rank holds whenever a forward pass has ended or a gradient is there, in one step."""
 
-    def __init__(self, engine: Engine, shards: Shards, ema: Ema | NoEma) -> None:
-        self._parts = engine, shards, ema
+    def __init__(self, engine: Engine, partitions: Partitions, ema: Ema | NoEma) -> None:
+        self._parts = engine, partitions, ema
         self._peaks = _peaks_of(engine.device)
         self._looks: list[_Look] = []
 
@@ -201,14 +205,15 @@ class Probe:
         self._peaks.mark()
         self._looks.append(_Look(held(*self._parts), in_passes))
 
-    def result(self) -> Measured:
+    def result(self) -> MemoryMeasurement:
         """The most of each term. Activations: what the allocator gave out beyond what is held, between two looks."""
         device, host = (
-            Terms(*map(max, zip(*(look.account[i] for look in self._looks), strict=True))) for i in (0, 1)
+            MemoryTerms(*map(max, zip(*(look.account[i] for look in self._looks), strict=True)))
+            for i in (0, 1)
         )
         peaks = self._peaks.above_start()
         if peaks is None:
-            return Measured(Account(device, host), None)
+            return MemoryMeasurement(MemoryEstimate(device, host), None)
         start = self._looks[0].account.device.total
         # What the optimizer's step takes in passing, after the last look, are no activations; nor are buckets and
         # gradients that came between two looks.
@@ -217,12 +222,12 @@ class Probe:
             for peak, (look, after) in zip(peaks[:-1], pairwise(self._looks), strict=True)
             if look.in_passes
         ]
-        account = Account(device._replace(activations=max(beyond)), host)
-        return Measured(account, start + max(peaks))
+        account = MemoryEstimate(device._replace(activations=max(beyond)), host)
+        return MemoryMeasurement(account, start + max(peaks))
 
 
 class _Look(NamedTuple):
-    account: Account
+    account: MemoryEstimate
     in_passes: bool  # between it and the next one runs a forward or backward pass, and nothing of ZeRO's
 
 

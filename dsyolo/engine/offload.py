@@ -16,7 +16,7 @@ import torch
 
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World, all_gather_objects
-from dsyolo.engine.partitions import Shards
+from dsyolo.engine.partitions import Partitions
 
 ALIGNMENT = 64  # bytes; that of torch's own allocator
 
@@ -28,7 +28,7 @@ FIRST_STATE: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
 }
 
 
-class Folders(NamedTuple):
+class OffloadFolders(NamedTuple):
     """Where the optimizer's states and the parameters are offloaded to; None: they stay where they are."""
 
     optimizer: str | None
@@ -36,7 +36,7 @@ class Folders(NamedTuple):
 
 
 def move_to_folders(
-    folders: Folders, engine, shards: Shards, ema_tensors: Sequence[torch.Tensor], world: World
+    folders: OffloadFolders, engine, partitions: Partitions, ema_tensors: Sequence[torch.Tensor], world: World
 ) -> None:
     """Moves what DeepSpeed offloaded to the host's memory into files. Values, names and identities stay.
 
@@ -53,19 +53,19 @@ def move_to_folders(
     wrapper = engine.optimizer
     problems: list[str] = []
     if folders.optimizer:
-        names, scalars = FIRST_STATE[type(shards.optimizer).__name__]
-        states = shards.make_state(names, scalars)
-        masters = [tensor for key, holding in shards.optimizer_keys() for tensor in (key, holding.master)]
+        names, scalars = FIRST_STATE[type(partitions.optimizer).__name__]
+        states = partitions.make_state(names, scalars)
+        masters = [tensor for key, holding in partitions.optimizer_keys() for tensor in (key, holding.master)]
         tensors = [*masters, *ema_tensors, *(tensor for name in names for tensor in states[name])]
         _move(tensors, folders.optimizer, world, problems)
-        if shards.stage in (1, 2):
+        if partitions.stage in (1, 2):
             wrapper._link_all_hp_params()  # its views of the masters
     if folders.parameters:
         flats = wrapper.fp16_partitioned_groups_flat
         shared = {
             flat.data_ptr() for flat in flats
         }  # by the masters, where weights are fp32 on the same device
-        masters = [tensor for pair in shards.optimizer_keys() for tensor in (pair[0], pair[1].master)]
+        masters = [tensor for pair in partitions.optimizer_keys() for tensor in (pair[0], pair[1].master)]
         _move([*flats, *(m for m in masters if m.data_ptr() in shared)], folders.parameters, world, problems)
         for buffer in wrapper.param_groups_fp16_flat_cpu_memory:  # of which those were views
             _accelerator().unpin_memory(buffer)

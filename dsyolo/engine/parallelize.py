@@ -9,30 +9,30 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dsyolo.cluster.world import World, pins_memory, place_in
+from dsyolo.cluster.world import World, parallel_dims, pins_memory
 from dsyolo.config.deepspeed.config import DsConfig
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.optimizer import Schedule, build_optimizer
-from dsyolo.engine.partitions import Shards
-from dsyolo.engine.pipeline import PipelineEngine, StageShards
+from dsyolo.engine.partitions import Partitions
+from dsyolo.engine.pipeline import PipelineEngine, StagePartitions
 from dsyolo.models.activation_memory import ActivationPlan, count_activations
 from dsyolo.models.flops import node_costs
 from dsyolo.models.network import Network
 from dsyolo.models.partition import ACCELERATOR, CPU, balanced_cuts, stage_table
-from dsyolo.models.stage import Stage
+from dsyolo.models.stage import PipelineStage
 
 
-class Spread(NamedTuple):
+class Parallelized(NamedTuple):
     """The engine of this rank, what it owns of the parameters, and what there is to say about it."""
 
     engine: Engine
-    shards: Shards
+    partitions: Partitions
     nodes: tuple[str, ...]  # of the network, on this rank
     groups: tuple[tuple[int, ...], ...]  # elements of each parameter on this rank, in the optimizer's groups
     lines: list[str]
 
 
-def spread(
+def parallelize(
     network: Network,
     loss: nn.Module,
     schedule: Schedule,
@@ -42,7 +42,7 @@ def spread(
     image_size_px: int,
     statistics_move: bool,
     activations: ActivationPlan | None = None,
-) -> Spread:
+) -> Parallelized:
     """Builds optimizer and engine around `network`, which all ranks built from the same seed.
 
     Args:
@@ -60,16 +60,16 @@ def spread(
         optimizer = build_optimizer(network, ds.optimizer, ds.optimizer_params)
         groups = _sizes(optimizer)  # ZeRO 3 takes the parameters apart
         engine = Engine(network, loss, optimizer, schedule, **settings)
-        return Spread(engine, Shards(engine), network.order, groups, [])
+        return Parallelized(engine, Partitions(engine), network.order, groups, [])
     whole = copy.deepcopy(network).to("meta")
     shape = (ds.micro_batch, 3, image_size_px, image_size_px)
     costs = node_costs(whole, shape)
     balance = ACCELERATOR if pins_memory() else CPU
     cuts = balanced_cuts(costs, ds.stages, balance) if ds.partition == "balanced" else ds.partition
-    place = place_in(world, ds.stages)
+    place = parallel_dims(world, ds.stages)
     bounds = [0, *cuts, len(costs)]
-    start, stop = bounds[place.stage : place.stage + 2]
-    stage = Stage(network, start, stop, costs[start - 1].carry if start else ())
+    start, stop = bounds[place.pp_rank : place.pp_rank + 2]
+    stage = PipelineStage(network, start, stop, costs[start - 1].boundary if start else ())
     for name in set(network.order) - set(network.order[start:stop]):
         network.get_submodule(name).to("meta")  # other ranks have them
     optimizer = build_optimizer(stage, ds.optimizer, ds.optimizer_params)
@@ -79,7 +79,7 @@ def spread(
     kept = [plan.stage_bytes(network.order[first:last]) for first, last in pairwise(bounds)]
     table = stage_table(costs, cuts, balance, 4 if ds.precision == "fp32" else 2, kept)
     nodes = network.order[start:stop]
-    return Spread(pipeline, StageShards(pipeline), nodes, groups, table.splitlines())
+    return Parallelized(pipeline, StagePartitions(pipeline), nodes, groups, table.splitlines())
 
 
 def _sizes(optimizer: torch.optim.Optimizer) -> tuple[tuple[int, ...], ...]:

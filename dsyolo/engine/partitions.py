@@ -20,7 +20,7 @@ from dsyolo.engine.engine import Engine
 GATHER_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time, while tensors are gathered
 
 
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """A run of elements of the parameter `name`, flattened, and where it lies in the holding."""
 
     name: str
@@ -29,14 +29,14 @@ class Piece(NamedTuple):
     numel: int
 
 
-class Holding(NamedTuple):
+class FlatPartition(NamedTuple):
     """A fp32 master tensor of this rank and the pieces of parameters that it is made of."""
 
     master: torch.Tensor
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Fragment, ...]
 
 
-class Shards:
+class Partitions:
     """All holdings of this rank.
 
     Attributes:
@@ -59,32 +59,34 @@ class Shards:
             stage
         ]()
 
-    def _whole(self) -> list[Holding]:
-        return [Holding(p.detach(), (Piece(name, 0, 0, p.numel()),)) for name, p in self._params.items()]
+    def _whole(self) -> list[FlatPartition]:
+        return [
+            FlatPartition(p.detach(), (Fragment(name, 0, 0, p.numel()),)) for name, p in self._params.items()
+        ]
 
-    def _partitioned(self) -> list[Holding]:
-        pieces: dict[int, list[Piece]] = {}
+    def _partitioned(self) -> list[FlatPartition]:
+        pieces: dict[int, list[Fragment]] = {}
         for name, p in self._params.items():
             mapping = p._hp_mapping  # None where another rank owns the parameter
             if mapping is not None:
                 there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                piece = Piece(name, there.start, here.start, here.numel)
+                piece = Fragment(name, there.start, here.start, here.numel)
                 pieces.setdefault(mapping.param_group_index, []).append(piece)
         masters = self._wrapper.single_partition_of_fp32_groups
-        return [Holding(master.detach(), tuple(pieces.get(i, ()))) for i, master in enumerate(masters)]
+        return [FlatPartition(master.detach(), tuple(pieces.get(i, ()))) for i, master in enumerate(masters)]
 
-    def _sharded(self) -> list[Holding]:
+    def _sharded(self) -> list[FlatPartition]:
         masters = self._wrapper.fp32_partitioned_groups_flat
-        pieces: list[list[Piece]] = [[] for _ in masters]
+        pieces: list[list[Fragment]] = [[] for _ in masters]
         for name, p in self._params.items():
             group, offset, padded = self._wrapper.grad_position[self._wrapper.get_param_id(p)]
             start = torch.distributed.get_rank() * padded
             numel = min(padded, p.ds_numel - start)
             if numel > 0:
-                pieces[group].append(Piece(name, start, offset, numel))
-        return [Holding(master.detach(), tuple(p)) for master, p in zip(masters, pieces, strict=True)]
+                pieces[group].append(Fragment(name, start, offset, numel))
+        return [FlatPartition(master.detach(), tuple(p)) for master, p in zip(masters, pieces, strict=True)]
 
-    def optimizer_keys(self) -> list[tuple[torch.nn.Parameter, Holding]]:
+    def optimizer_keys(self) -> list[tuple[torch.nn.Parameter, FlatPartition]]:
         """The tensors by which the torch optimizer knows its state, one per holding."""
         if self.stage == 0:
             keys = list(self._params.values())
@@ -94,11 +96,11 @@ class Shards:
             keys = list(self._wrapper.single_partition_of_fp32_groups)
         return list(zip(keys, self.holdings, strict=True))
 
-    def to_average(self) -> Shards:
+    def to_average(self) -> Partitions:
         """What this rank averages for the EMA: what it holds, or its share of that where all replicas hold the same."""
-        if not self.replicated or self._engine.num_replicas == 1:
+        if not self.replicated or self._engine.dp_size == 1:
             return self
-        ranks, rank = self._engine.num_replicas, self._engine.replica
+        ranks, rank = self._engine.dp_size, self._engine.dp_rank
         total = sum(holding.master.numel() for holding in self.holdings)
         first, last = total * rank // ranks, total * (rank + 1) // ranks
         part = copy.copy(self)
@@ -107,8 +109,8 @@ class Shards:
             end = begin + holding.master.numel()
             start, stop = max(first, begin) - begin, min(last, end) - begin
             if start < stop:
-                piece = Piece(holding.pieces[0].name, start, 0, stop - start)
-                part.holdings.append(Holding(holding.master.view(-1)[start:stop], (piece,)))
+                piece = Fragment(holding.pieces[0].name, start, 0, stop - start)
+                part.holdings.append(FlatPartition(holding.master.view(-1)[start:stop], (piece,)))
             begin = end
         return part
 
@@ -122,7 +124,7 @@ class Shards:
         Yields:
             (name, fp32 tensor of the parameter's shape), in the order of `names` (default: all).
         """
-        where: dict[str, list[tuple[Piece, torch.Tensor]]] = {}
+        where: dict[str, list[tuple[Fragment, torch.Tensor]]] = {}
         for holding, tensor in zip(self.holdings, tensors, strict=True):
             for piece in holding.pieces:
                 where.setdefault(piece.name, []).append((piece, tensor))
@@ -150,40 +152,40 @@ class Shards:
                 tensor.view(-1)[piece.offset : piece.offset + piece.numel].copy_(part)
 
     @contextmanager
-    def showing(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
+    def swap_parameters(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
         """Inside, the engine predicts with the values of `tensors`, one per holding, and with `buffers`."""
         live = self._engine.buffers.flat
         # Under ZeRO 0 in fp32 the masters are the network's own parameters, which publishing overwrites.
         masters = self._all.masters()
         kept = [master.clone() for master in masters] if self.replicated else masters
         kept_buffers = live.clone()
-        self.publish(tensors)
+        self.copy_to_model(tensors)
         live.copy_(buffers)
         try:
             yield
         finally:
-            self._all.publish(kept)
+            self._all.copy_to_model(kept)
             live.copy_(kept_buffers)
 
-    def showing_trained(self) -> AbstractContextManager[None]:
+    def swap_trained_parameters(self) -> AbstractContextManager[None]:
         """Inside, the engine predicts with the weights that are trained."""
         return nullcontext()
 
     @torch.no_grad()
-    def publish(self, tensors: Sequence[torch.Tensor]) -> None:
+    def copy_to_model(self, tensors: Sequence[torch.Tensor]) -> None:
         """Makes the network compute with the values of `tensors`, without touching the masters.
 
         Under ZeRO 0 in fp32 the network's parameters are the masters: there `tensors` must be other ones, kept
         by the caller together with a copy to come back to.
         """
         if self.stage == 3:
-            self._publish_sharded(tensors)
+            self._copy_sharded_to_model(tensors)
             return
         for name, value in self.gather(tensors):
             if name in self._params:
                 self._params[name].data.copy_(value)
 
-    def _publish_sharded(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _copy_sharded_to_model(self, tensors: Sequence[torch.Tensor]) -> None:
         persistent = self._wrapper.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from dsyolo.base.batch import Batch, StepStats, Targets
-from dsyolo.cluster.world import Place, all_reduce_sum
+from dsyolo.cluster.world import ParallelDims, all_reduce_sum
 from dsyolo.engine.buffers import Buffers, named_buffers
 from dsyolo.engine.engine import Engine
-from dsyolo.engine.partitions import Shards
-from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, Phases
+from dsyolo.engine.partitions import Partitions
+from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, StepTimer
 
 
 class PipelineEngine(Engine):
@@ -37,7 +37,7 @@ class PipelineEngine(Engine):
         stage: nn.Module,
         whole: nn.Module,
         *others: Any,
-        place: Place,
+        place: ParallelDims,
         **settings: Any,
     ) -> None:
         self.place, self.whole = place, whole
@@ -59,10 +59,10 @@ class PipelineEngine(Engine):
         self._losses.zero_()
         images: list[torch.Tensor | None] = [None] * self.accumulation
         labels: list[Targets | None] = [None] * self.accumulation
-        if self.place.is_first:
+        if self.place.is_first_stage:
             with self._phases.phase(COPY):
                 images = [self.to_device_images(batch.images) for batch in batches]
-        if self.place.is_last:
+        if self.place.is_last_stage:
             labels = self._counted_targets(batches)
         self.deepspeed.train_batch(iter(zip(images, labels, strict=True)))
         micro_batch = self.deepspeed.train_micro_batch_size_per_gpu()
@@ -70,12 +70,12 @@ class PipelineEngine(Engine):
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """As `Engine.predict`, by the whole network: only inside `StageShards.showing`."""
+        """As `Engine.predict`, by the whole network: only inside `StagePartitions.showing`."""
         assert self._shown is not None
         with self._compute():
             return self._shown.decode(self._shown(self.to_device_images(images)))
 
-    def tell(self, phases: Phases) -> None:
+    def tell(self, phases: StepTimer) -> None:
         """As `Engine.tell`. Waiting for a neighbour cannot be told from what it sends: both are communication."""
         from deepspeed.runtime.pipe import schedule
 
@@ -109,15 +109,15 @@ class PipelineEngine(Engine):
             self._shown = None
 
     @property
-    def num_replicas(self) -> int:
-        return self.place.replicas
+    def dp_size(self) -> int:
+        return self.place.dp_size
 
     @property
-    def replica(self) -> int:
-        return self.place.replica
+    def dp_rank(self) -> int:
+        return self.place.dp_rank
 
     @property
-    def replicas(self) -> Any:
+    def dp_group(self) -> Any:
         return self.deepspeed.mpu.get_data_parallel_group()
 
     def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -126,8 +126,11 @@ class PipelineEngine(Engine):
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
             module = PipelineModule(
-                [self.network if i == self.place.stage else nn.Identity() for i in range(self.place.stages)],
-                num_stages=self.place.stages,
+                [
+                    self.network if i == self.place.pp_rank else nn.Identity()
+                    for i in range(self.place.pp_size)
+                ],
+                num_stages=self.place.pp_size,
                 loss_fn=self._loss,
                 partition_method="uniform",  # one of these layers is one stage
             )
@@ -164,7 +167,7 @@ class PipelineEngine(Engine):
         return contextlib.nullcontext()
 
 
-def _within(phases: Phases, name: str, instruction: Callable[..., None]) -> Callable[..., None]:
+def _within(phases: StepTimer, name: str, instruction: Callable[..., None]) -> Callable[..., None]:
     def told(*args: Any, **settings: Any) -> None:
         with phases.phase(name):
             instruction(*args, **settings)
@@ -179,7 +182,7 @@ def _stay(tensor: torch.Tensor, op: Any) -> None:
 class StageBuffers(Buffers):
     """A stage's buffers, and their place among those of the whole network."""
 
-    def __init__(self, stage: nn.Module, whole: nn.Module, place: Place) -> None:
+    def __init__(self, stage: nn.Module, whole: nn.Module, place: ParallelDims) -> None:
         super().__init__(stage)
         self._whole, self._place = whole, place
         sizes = {name: b.numel() for name, b in whole.named_buffers() if b.is_floating_point()}
@@ -194,7 +197,7 @@ class StageBuffers(Buffers):
         if not flat.numel():
             return flat
         whole = torch.zeros(self._total, dtype=torch.float32, device=flat.device)
-        if self._place.replica == 0:
+        if self._place.dp_rank == 0:
             self.own(whole).copy_(flat)
         return all_reduce_sum(whole)
 
@@ -208,7 +211,7 @@ class StageBuffers(Buffers):
         }
 
 
-class StageShards(Shards):
+class StagePartitions(Partitions):
     """What this rank owns of its stage; gathering collects the parameters of all stages."""
 
     def __init__(self, engine: PipelineEngine) -> None:
@@ -217,7 +220,7 @@ class StageShards(Shards):
         self.shapes = {name: tuple(p.shape) for name, p in engine.whole.named_parameters()}
 
     @contextmanager
-    def showing(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
+    def swap_parameters(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
         """Inside, every rank predicts with the whole network, with the values of `tensors` and `buffers`."""
         with self._engine.with_whole() as network:
             state = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -227,11 +230,11 @@ class StageShards(Shards):
                 state[name].copy_(value)
             yield
 
-    def showing_trained(self) -> AbstractContextManager[None]:
-        return self.showing(self.masters(), self._engine.buffers.flat)
+    def swap_trained_parameters(self) -> AbstractContextManager[None]:
+        return self.swap_parameters(self.masters(), self._engine.buffers.flat)
 
     def _has_all(self) -> bool:
         return False
 
     def _gives(self) -> bool:
-        return not self.replicated or self._all is not self or self._engine.replica == 0
+        return not self.replicated or self._all is not self or self._engine.dp_rank == 0

@@ -89,7 +89,7 @@ class DeviceClock:
         stamp.synchronize()
 
 
-class NoPhases:
+class NoStepTimer:
     """Measures nothing."""
 
     inside = False
@@ -103,7 +103,7 @@ class NoPhases:
         return steps
 
 
-class Phases:
+class StepTimer:
     """Divides the time of steps among phases. One inside another takes its time from it.
 
     Args:

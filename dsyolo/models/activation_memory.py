@@ -209,15 +209,15 @@ def _count(
     autocast = precision.startswith("autocast")
     dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
     ledger = _Ledger([images, *fake.parameters(), *fake.buffers()])
-    carry: tuple[torch.Tensor, ...] = (images,)
+    boundary: tuple[torch.Tensor, ...] = (images,)
     nodes = []
     with torch.autocast("cpu", dtype, enabled=autocast):
         for i, name in enumerate(fake.order):
-            inputs = ledger.numbers(carry[k] for k in fake.links[i].reads)
+            inputs = ledger.numbers(boundary[k] for k in fake.links[i].reads)
             saved: list[torch.Tensor] = []
             with saved_tensors_hooks(saved.append, _unused):
-                carry = fake.run(carry, i, i + 1)
-            outputs = ledger.numbers(_tensors(carry[-1]))
+                boundary = fake.run(boundary, i, i + 1)
+            outputs = ledger.numbers(_tensors(boundary[-1]))
             kernels = {p.shape for p in fake.get_submodule(name).parameters() if p.ndim > 1}
             casts = ledger.numbers(t for t in saved if t.shape in kernels and t.dtype == dtype)
             nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs, casts))

@@ -24,21 +24,21 @@ class NodeCost(NamedTuple):
     num_parameters: int
     flops: int  # two per multiply-add
     elements: int  # read and written by the node's operations
-    carry: tuple[Shape, ...]  # shapes of what lives after the node
+    boundary: tuple[Shape, ...]  # shapes of what lives after the node
 
 
 def node_costs(network: Network, images_shape: Sequence[int]) -> list[NodeCost]:
     """Costs of all nodes, in order, for images of the shape (B, 3, H, W). Nothing is computed."""
     ghost = copy.deepcopy(network).to("meta")
-    carry: tuple = (torch.empty(images_shape, device="meta"),)
+    boundary: tuple = (torch.empty(images_shape, device="meta"),)
     costs = []
     with torch.no_grad():
         for i, name in enumerate(ghost.order):
             traffic = _Traffic()
             with FlopCounterMode(display=False) as counter, traffic:
-                carry = ghost.run(carry, i, i + 1)
+                boundary = ghost.run(boundary, i, i + 1)
             num_parameters = sum(p.numel() for p in ghost.get_submodule(name).parameters())
-            shapes = tuple(tuple(t.shape) for t in tree_leaves(carry))
+            shapes = tuple(tuple(t.shape) for t in tree_leaves(boundary))
             costs.append(NodeCost(name, num_parameters, counter.get_total_flops(), traffic.elements, shapes))
     return costs
 

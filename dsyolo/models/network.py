@@ -24,14 +24,14 @@ class Node(NamedTuple):
     reads: tuple[str, ...]
 
 
-class Link(NamedTuple):
+class NodeLink(NamedTuple):
     """How one node meets the carry."""
 
     reads: tuple[int, ...]  # positions in the incoming carry
     keeps: tuple[int, ...]  # positions that live on; the node's own output is appended
 
 
-def connect(nodes: Sequence[Node], source: str = "images") -> tuple[Link, ...]:
+def connect(nodes: Sequence[Node], source: str = "images") -> tuple[NodeLink, ...]:
     """Works out by liveness what each node reads of the carry and what it passes on.
 
     Invariant: after node i the carry holds exactly the outputs that a node after i reads, and after the last
@@ -43,12 +43,14 @@ def connect(nodes: Sequence[Node], source: str = "images") -> tuple[Link, ...]:
     names = [node.name for node in nodes]
     assert len(set(names) | {source}) == len(nodes) + 1, "a node's name is used twice"
     last_read = {name: i for i, node in enumerate(nodes) for name in node.reads}
-    carry, links = [source], []
+    boundary, links = [source], []
     for i, node in enumerate(nodes):
-        assert set(node.reads) <= set(carry), f"{node.name} reads {node.reads}, but only {carry} are alive"
-        keeps = tuple(k for k, name in enumerate(carry) if last_read.get(name, -1) > i)
-        links.append(Link(tuple(carry.index(name) for name in node.reads), keeps))
-        carry = [carry[k] for k in keeps] + [node.name]
+        assert set(node.reads) <= set(boundary), (
+            f"{node.name} reads {node.reads}, but only {boundary} are alive"
+        )
+        keeps = tuple(k for k, name in enumerate(boundary) if last_read.get(name, -1) > i)
+        links.append(NodeLink(tuple(boundary.index(name) for name in node.reads), keeps))
+        boundary = [boundary[k] for k in keeps] + [node.name]
     unread = set(names[:-1]) - last_read.keys()
     assert not unread, f"{sorted(unread)} are made and never read"
     return tuple(links)
@@ -81,16 +83,16 @@ class Network(nn.Module):
             name for name, modules in parts.items() if any(isinstance(part, BatchNorm) for part in modules)
         )
 
-    def run(self, carry: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple:
+    def run(self, boundary: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple:
         """The carry after nodes `start` .. `stop` - 1, from the carry before them."""
         for name, link in zip(self.order[start:stop], self.links[start:stop], strict=True):
-            module, inputs = self.get_submodule(name), tuple(carry[k] for k in link.reads)
+            module, inputs = self.get_submodule(name), tuple(boundary[k] for k in link.reads)
             if name in self.recompute and torch.is_grad_enabled():
                 out = run_recomputed(module, inputs, offload=self.offload_inputs)
             else:
                 out = module(*inputs)
-            carry = (*(carry[k] for k in link.keeps), out)
-        return carry
+            boundary = (*(boundary[k] for k in link.keeps), out)
+        return boundary
 
     def forward(self, images: torch.Tensor):
         """The last node's output for `images`."""

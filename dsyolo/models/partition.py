@@ -18,7 +18,7 @@ class Balance(NamedTuple):
     """Of a kind of device, in floating-point operations of a forward pass."""
 
     per_element: float  # an element read or written costs as much as so many
-    per_crossing: float  # an element sent to the next stage, and its gradient back, costs as much as so many
+    per_boundary: float  # an element sent to the next stage, and its gradient back, costs as much as so many
 
 
 # Fitted to forward and backward of every node of yolov5s, 4 x 320 px, one thread of an AMD EPYC, 2026-11-23:
@@ -40,7 +40,7 @@ def balanced_cuts(costs: Sequence[NodeCost], stages: int, balance: Balance) -> t
     """
     num = len(costs)
     works = [cost.flops + balance.per_element * cost.elements for cost in costs]
-    crossing = [0.0, *(balance.per_crossing * crossing_elements(costs, i) for i in range(1, num)), 0.0]
+    crossing = [0.0, *(balance.per_boundary * boundary_elements(costs, i) for i in range(1, num)), 0.0]
 
     @cache
     def best(start: int, left: int) -> tuple[float, float, tuple[int, ...]]:
@@ -59,9 +59,9 @@ def balanced_cuts(costs: Sequence[NodeCost], stages: int, balance: Balance) -> t
     return best(0, stages)[2]
 
 
-def crossing_elements(costs: Sequence[NodeCost], cut: int) -> int:
+def boundary_elements(costs: Sequence[NodeCost], cut: int) -> int:
     """Elements that one micro-batch sends over the border before node `cut`."""
-    return sum(math.prod(shape) for shape in costs[cut - 1].carry)
+    return sum(math.prod(shape) for shape in costs[cut - 1].boundary)
 
 
 def stage_table(
@@ -83,7 +83,7 @@ def stage_table(
     for stage, (start, stop) in enumerate(pairwise(bounds)):
         part = costs[start:stop]
         layers = f"{start}-{stop - 1} {part[0].name}..{part[-1].name}"
-        sent = crossing_elements(costs, stop) * bytes_each / 2**20 if stop < len(costs) else 0.0
+        sent = boundary_elements(costs, stop) * bytes_each / 2**20 if stop < len(costs) else 0.0
         lines.append(
             f"{stage:5d}  {layers:18s}{sum(c.num_parameters for c in part):12,}  {sum(works[start:stop]) / sum(works):5.1%}"
             f"  {sum(c.flops for c in part) / 1e9:6.2f}  {activations[stage] / 2**20:15.1f}"

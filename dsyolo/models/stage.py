@@ -13,7 +13,7 @@ from dsyolo.models.network import Network
 Shape = tuple[int, int, int, int]
 
 
-class Stage(nn.Module):
+class PipelineStage(nn.Module):
     """Nodes `start` .. `stop` - 1 of `network`, which keeps the modules of the others.
 
     What crosses a border is one flat tensor, all of the carry behind each other: k tensors would cost k backward
@@ -34,14 +34,14 @@ class Stage(nn.Module):
     def forward(self, x: torch.Tensor):
         """Images (B, 3, H, W) or the previous stage's flat carry; gives the flat carry, or the network's output."""
         (network,) = self._whole
-        carry = unpack(x, self.incoming) if self.start else (x,)
-        carry = network.run(carry, self.start, self.stop)
-        return carry[0] if self.stop == len(network.order) else pack(carry)
+        boundary = unpack(x, self.incoming) if self.start else (x,)
+        boundary = network.run(boundary, self.start, self.stop)
+        return boundary[0] if self.stop == len(network.order) else pack(boundary)
 
 
-def pack(carry: Sequence[torch.Tensor]) -> torch.Tensor:
+def pack(boundary: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors (B, C, H, W) as one flat tensor, each in channels-last order."""
-    flat = [tensor.permute(0, 2, 3, 1).reshape(-1) for tensor in carry]
+    flat = [tensor.permute(0, 2, 3, 1).reshape(-1) for tensor in boundary]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 

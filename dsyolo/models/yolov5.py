@@ -12,7 +12,7 @@ from dsyolo.models.blocks import C3, SPPF, Concat, Conv, Detect, Stem, Upsample
 from dsyolo.models.network import Network, Node
 
 
-class Row(NamedTuple):
+class LayerRow(NamedTuple):
     """A line of a family's table. Without `reads` a node reads the one before it."""
 
     name: str
@@ -25,17 +25,17 @@ class Row(NamedTuple):
     shortcut: bool = False
 
 
-def _down(name: str, channels: int, reads: tuple[str, ...] = ()) -> Row:
-    return Row(name, Conv, channels, reads, kernel=3, stride=2)
+def _down(name: str, channels: int, reads: tuple[str, ...] = ()) -> LayerRow:
+    return LayerRow(name, Conv, channels, reads, kernel=3, stride=2)
 
 
-def _c3(name: str, channels: int, repeats: int = 3, *, shortcut: bool = False) -> Row:
-    return Row(name, C3, channels, repeats=repeats, shortcut=shortcut)
+def _c3(name: str, channels: int, repeats: int = 3, *, shortcut: bool = False) -> LayerRow:
+    return LayerRow(name, C3, channels, repeats=repeats, shortcut=shortcut)
 
 
 # A row's position is its index in YOLOv5's own parameter names, `model.<index>.`
 _P4_BACKBONE = (
-    Row("stem", Stem, 64, stride=2),
+    LayerRow("stem", Stem, 64, stride=2),
     _down("conv2", 128),
     _c3("p2", 128, 3, shortcut=True),
     _down("conv3", 256),
@@ -47,22 +47,22 @@ P5 = (
     *_P4_BACKBONE,
     _down("conv5", 1024),
     _c3("p5", 1024, 3, shortcut=True),
-    Row("sppf", SPPF, 1024),
-    Row("lat5", Conv, 512),
-    Row("up5", Upsample),
-    Row("join4", Concat, reads=("up5", "p4")),
+    LayerRow("sppf", SPPF, 1024),
+    LayerRow("lat5", Conv, 512),
+    LayerRow("up5", Upsample),
+    LayerRow("join4", Concat, reads=("up5", "p4")),
     _c3("fuse4", 512),
-    Row("lat4", Conv, 256),
-    Row("up4", Upsample),
-    Row("join3", Concat, reads=("up4", "p3")),
+    LayerRow("lat4", Conv, 256),
+    LayerRow("up4", Upsample),
+    LayerRow("join3", Concat, reads=("up4", "p3")),
     _c3("out3", 256),
     _down("down3", 256),
-    Row("merge4", Concat, reads=("down3", "lat4")),
+    LayerRow("merge4", Concat, reads=("down3", "lat4")),
     _c3("out4", 512),
     _down("down4", 512),
-    Row("merge5", Concat, reads=("down4", "lat5")),
+    LayerRow("merge5", Concat, reads=("down4", "lat5")),
     _c3("out5", 1024),
-    Row("detect", Detect, reads=("out3", "out4", "out5")),
+    LayerRow("detect", Detect, reads=("out3", "out4", "out5")),
 )
 P6 = (
     *_P4_BACKBONE,
@@ -70,29 +70,29 @@ P6 = (
     _c3("p5", 768, 3, shortcut=True),
     _down("conv6", 1024),
     _c3("p6", 1024, 3, shortcut=True),
-    Row("sppf", SPPF, 1024),
-    Row("lat6", Conv, 768),
-    Row("up6", Upsample),
-    Row("join5", Concat, reads=("up6", "p5")),
+    LayerRow("sppf", SPPF, 1024),
+    LayerRow("lat6", Conv, 768),
+    LayerRow("up6", Upsample),
+    LayerRow("join5", Concat, reads=("up6", "p5")),
     _c3("fuse5", 768),
-    Row("lat5", Conv, 512),
-    Row("up5", Upsample),
-    Row("join4", Concat, reads=("up5", "p4")),
+    LayerRow("lat5", Conv, 512),
+    LayerRow("up5", Upsample),
+    LayerRow("join4", Concat, reads=("up5", "p4")),
     _c3("fuse4", 512),
-    Row("lat4", Conv, 256),
-    Row("up4", Upsample),
-    Row("join3", Concat, reads=("up4", "p3")),
+    LayerRow("lat4", Conv, 256),
+    LayerRow("up4", Upsample),
+    LayerRow("join3", Concat, reads=("up4", "p3")),
     _c3("out3", 256),
     _down("down3", 256),
-    Row("merge4", Concat, reads=("down3", "lat4")),
+    LayerRow("merge4", Concat, reads=("down3", "lat4")),
     _c3("out4", 512),
     _down("down4", 512),
-    Row("merge5", Concat, reads=("down4", "lat5")),
+    LayerRow("merge5", Concat, reads=("down4", "lat5")),
     _c3("out5", 768),
     _down("down5", 768),
-    Row("merge6", Concat, reads=("down5", "lat6")),
+    LayerRow("merge6", Concat, reads=("down5", "lat6")),
     _c3("out6", 1024),
-    Row("detect", Detect, reads=("out3", "out4", "out5", "out6")),
+    LayerRow("detect", Detect, reads=("out3", "out4", "out5", "out6")),
 )
 
 # (L, A, 2) widths and heights in pixels, finest level first
@@ -151,7 +151,7 @@ class YOLOv5(Network):
         return torch.cat(decoded, 1)
 
 
-def family(variant: str) -> tuple[Row, ...]:
+def family(variant: str) -> tuple[LayerRow, ...]:
     """The table that `variant` is built from."""
     return P6 if variant.endswith("6") else P5
 
@@ -206,7 +206,7 @@ def build_yolov5(variant: str, num_classes: int) -> YOLOv5:
     return YOLOv5(variant, num_classes, nodes, strides)
 
 
-def _build(row: Row, c1: int, c2: int, depth: float) -> nn.Module:
+def _build(row: LayerRow, c1: int, c2: int, depth: float) -> nn.Module:
     if row.kind is C3:
         return C3(c1, c2, max(round(row.repeats * depth), 1), row.shortcut)
     if row.kind is Conv:

@@ -14,17 +14,17 @@ from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.yolov5 import level_strides
 from dsyolo.planner.hardware import GIB, Hardware
-from dsyolo.planner.model_profile import Work
+from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.ranking_report import terms
 from dsyolo.planner.search import HEADROOM, Ranking, search
-from dsyolo.planner.strategy import OPTIMIZERS, RECOMPUTES, Settings
+from dsyolo.planner.strategy import OPTIMIZERS, RECOMPUTES, StrategySettings
 
 PRECISION_BLOCKS = ("bf16", "fp16", "torch_autocast")
 AGAIN = 0.6  # of the memory that the first plan needed: what is planned for after memory ran out
 
 
-class Filled(NamedTuple):
+class PlannedConfig(NamedTuple):
     """A configuration without any "auto".
 
     Attributes:
@@ -40,9 +40,9 @@ class Filled(NamedTuple):
     val_images: int | None = None
 
 
-def fill(
+def plan_config(
     run: RunConfig, find: Callable[[], Hardware], num_classes: int, saved_batch: int | None = None
-) -> Filled:
+) -> PlannedConfig:
     """The configuration of a run on this hardware. The same on all ranks whose hardware is told alike.
 
     Args:
@@ -57,18 +57,18 @@ def fill(
     problems: list[str] = []
     source = read_json(run.deepspeed_config, problems)
     if source is None or problems:
-        return Filled(run.deepspeed_config)  # mistakes are told when it is checked
+        return PlannedConfig(run.deepspeed_config)  # mistakes are told when it is checked
     content, paths = without_auto(source)
     if not paths:
-        return Filled(run.deepspeed_config)
+        return PlannedConfig(run.deepspeed_config)
     return _fill_values(run, find(), num_classes, content, paths, saved_batch)
 
 
-def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch: int | None) -> Filled:
+def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch: int | None) -> PlannedConfig:
     batch = saved_batch or open_batch({}, hardware.ranks)
     if batch % hardware.ranks:
-        return Filled({BATCH_KEYS[0]: batch})  # which is refused, with the ranks that would do
-    work = Work(run.model, num_classes, _size_px(run))
+        return PlannedConfig({BATCH_KEYS[0]: batch})  # which is refused, with the ranks that would do
+    work = ModelProfile(run.model, num_classes, _size_px(run))
     chosen = read_recompute(run.recompute)
     recomputes = RECOMPUTES if chosen is None else (chosen,)
 
@@ -98,12 +98,12 @@ def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch:
     one, content = best.settings, best.settings.deepspeed_json()
     line = (
         f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){what}: "
-        f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.replicas}"
+        f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.dp_size}"
     )
     lines = [line, terms(best)]
     if val_images < run.val_batch_size:
         lines.append(f"val_batch_size: {val_images}, as {run.val_batch_size} images would not fit")
-    return Filled(content, tuple(lines), run.halve_micro_batch, val_images)
+    return PlannedConfig(content, tuple(lines), run.halve_micro_batch, val_images)
 
 
 def _fill_values(
@@ -113,13 +113,13 @@ def _fill_values(
     content: dict[str, Any],
     paths: Sequence[tuple[str, ...]],
     saved_batch: int | None,
-) -> Filled:
+) -> PlannedConfig:
     """Values of the batch are planned, precision follows from the device, and every other one gets dsyolo's own value."""
     _fill_precision(hardware, content, paths)
     if {("optimizer", "params"), ("optimizer", "params", "weight_decay")} & set(paths):
         content["optimizer"].setdefault("params", {})["weight_decay"] = OPTIMIZERS["SGD"]["weight_decay"]
     is_halved = _fill_batch(run, hardware, num_classes, content, saved_batch)
-    work = Work(run.model, num_classes, _size_px(run))
+    work = ModelProfile(run.model, num_classes, _size_px(run))
     try:
         ds = check(
             content,
@@ -130,7 +130,7 @@ def _fill_values(
             saved_batch=saved_batch,
         )
     except UserError:  # is told when it is checked
-        return Filled(content, is_halved=is_halved)
+        return PlannedConfig(content, is_halved=is_halved)
     used = ds.deepspeed_json(work.num_parameters, cpu=hardware.accelerator == "cpu")
     used |= {"optimizer": {"type": ds.optimizer, "params": dict(ds.optimizer_params)}}
     lines = []
@@ -145,7 +145,7 @@ def _fill_values(
             block[key] = value
         said = json.dumps(value) if value is not None else "left out, and its default holds"
         lines.append(f"{'.'.join(path)}: auto, so {said}")
-    return Filled(content, tuple(lines), is_halved)
+    return PlannedConfig(content, tuple(lines), is_halved)
 
 
 def _fill_precision(hardware: Hardware, content: dict[str, Any], paths: Sequence[tuple[str, ...]]) -> None:
@@ -199,7 +199,7 @@ def _largest_micro_batch(
 
     In a pipeline there are two micro-batches for each stage where the share has so many: else its stages wait.
     """
-    work = Work(run.model, num_classes, _size_px(run))
+    work = ModelProfile(run.model, num_classes, _size_px(run))
     options = {"world_size": hardware.ranks, "accelerator": hardware.accelerator, "layers": work.layers}
     whole = check({**content, BATCH_KEYS[2]: 1}, **options, recompute=run.recompute)
     planner, share = Planner(work, hardware, ema=run.ema), whole.global_batch // whole.data_parallel_size
@@ -212,9 +212,9 @@ def _largest_micro_batch(
     return 1
 
 
-def _settings_of(ds: DsConfig, micro_batch: int, accumulation: int) -> Settings:
+def _settings_of(ds: DsConfig, micro_batch: int, accumulation: int) -> StrategySettings:
     on_host = {None: None, "cpu": "cpu", "nvme": "cpu"}
-    return Settings(
+    return StrategySettings(
         ds.zero_stage,
         on_host[ds.offload_optimizer],
         on_host[ds.offload_param],

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def wire_bytes(
+def comm_bytes(
     zero: Mapping[str, Any],
     numels: Sequence[int],
     ranks: int,
@@ -64,6 +64,6 @@ def num_messages(zero: Mapping[str, Any], numels: Sequence[int], accumulation: i
     return accumulation * (buckets + 2 * gathered) + 1
 
 
-def crossing_bytes(elements: int, images: int, each: int) -> int:
+def boundary_bytes(elements: int, images: int, each: int) -> int:
     """Of activations that cross a border between two stages; their gradients come back, as many."""
     return elements * images * each

@@ -15,14 +15,14 @@ from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.optimizer import Schedule
 from dsyolo.models.yolov5 import YOLOv5, build_yolov5
-from dsyolo.planner.comm_volume import wire_bytes
-from dsyolo.planner.memory_estimate import Load, predict
+from dsyolo.planner.comm_volume import comm_bytes
+from dsyolo.planner.memory_estimate import RankLoad, predict
 
 SIZE_PX, IMAGES = 128, 2  # of a micro-batch: states and what is sent do not depend on them
 SGD = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.937, "nesterov": True}}
 
 
-class Case(NamedTuple):
+class DryRunCase(NamedTuple):
     """What is rehearsed. `rank` is 0 under ZeRO 3, whose ranks compare themselves with rank 0: nobody sends it."""
 
     model: str
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     rank: int
 
 
-class Rehearsed(NamedTuple):
+class DryRunResult(NamedTuple):
     """Of one rank, in bytes: parameters, gradients, optimizer and EMA; buckets; what it sends in a step of one micro-batch.
 
     `..._expected`: as the memory account and the plan have it.
@@ -47,24 +47,24 @@ class Rehearsed(NamedTuple):
     sent_expected: int
 
 
-def case_of(model: str, num_classes: int, zero_stage: int, ranks: int) -> Case:
+def dry_run_case(model: str, num_classes: int, zero_stage: int, ranks: int) -> DryRunCase:
     """Of a rank in the middle, where ZeRO 2 has a share with borders at both ends."""
-    return Case(model, num_classes, zero_stage, ranks, ranks // 2 if zero_stage in (1, 2) else 0)
+    return DryRunCase(model, num_classes, zero_stage, ranks, ranks // 2 if zero_stage in (1, 2) else 0)
 
 
-def rehearse(cases: Sequence[Case], processes: int = 2) -> list[Rehearsed]:
+def dry_run(cases: Sequence[DryRunCase], processes: int = 2) -> list[DryRunResult]:
     """Each in a process of its own, `processes` at a time: a process cannot be a rank of two worlds."""
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
         return pool.map(_rehearse, cases, chunksize=1)
 
 
-def _rehearse(case: Case) -> Rehearsed:
-    from dsyolo.engine.comm_timer import Collectives
+def _rehearse(case: DryRunCase) -> DryRunResult:
+    from dsyolo.engine.comm_timer import CommTimer
     from dsyolo.engine.ema import Ema
     from dsyolo.engine.fake_world import pretend, sent_bytes
     from dsyolo.engine.memory_profile import Probe
-    from dsyolo.engine.parallelize import spread
-    from dsyolo.engine.step_timer import HostClock, Phases
+    from dsyolo.engine.parallelize import parallelize
+    from dsyolo.engine.step_timer import HostClock, StepTimer
 
     torch.set_num_threads(1)
     world = pretend(case.rank, case.ranks)
@@ -79,30 +79,30 @@ def _rehearse(case: Case) -> Rehearsed:
     loss = DetectionLoss(network.anchors, case.num_classes, SIZE_PX)
     schedule = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, ds.global_batch, 0.1, 0.8, is_adam=False)
     numels = [parameter.numel() for parameter in network.parameters()]  # ZeRO 3 takes them apart
-    engine, shards, _, groups, _ = spread(
+    engine, partitions, _, groups, _ = parallelize(
         network, loss, schedule, ds, world, image_size_px=SIZE_PX, statistics_move=True
     )
-    ema = Ema(shards, engine.buffers, 0.999, 100)
-    phases = Phases(HostClock())
-    collectives = Collectives(phases)
+    ema = Ema(partitions, engine.buffers, 0.999, 100)
+    phases = StepTimer(HostClock())
+    collectives = CommTimer(phases)
     engine.train_step([batch], 0)  # makes the optimizer's states
-    probe = Probe(engine, shards, ema)
+    probe = Probe(engine, partitions, ema)
     for batches in phases.steps(iter([[batch]]), 1):
         with probe.looking():
             engine.train_step(batches, 1)
     collectives.close()
     held = probe.result().account.together
     zero = engine.deepspeed_json["zero_optimization"]
-    load = Load(groups, 0, 0, 0, engine.replica, engine.num_replicas, True)
+    load = RankLoad(groups, 0, 0, 0, engine.dp_rank, engine.dp_size, True)
     expected = predict(load, ds, zero).together
-    return Rehearsed(
+    return DryRunResult(
         case.rank,
         held.states,
         expected.states,
         held.buckets,
         expected.buckets,
         int(sent_bytes(collectives.sizes, case.ranks)),
-        int(wire_bytes(zero, numels, case.ranks, 1)),
+        int(comm_bytes(zero, numels, case.ranks, 1)),
     )
 
 

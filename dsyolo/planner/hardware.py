@@ -93,7 +93,7 @@ class Hardware(NamedTuple):
         inside = self.device.link_bytes_s
         return inside if self.is_on_one_node(first, ranks) else min(inside, self.network_bytes_s)
 
-    def border_bytes_s(self, stage: int, replicas: int) -> float:
+    def border_bytes_s(self, stage: int, dp_size: int) -> float:
         """Of each pair of GPUs from a stage of a pipeline to the next one, while all replicas send.
 
         A stage's replicas are neighbours (`place_in`), so their partners are `replicas` ranks away. Pairs that leave a
@@ -102,10 +102,10 @@ class Hardware(NamedTuple):
         inside = self.device.link_bytes_s
         if self.nodes == 1:
             return inside
-        if replicas >= self.gpus:
+        if dp_size >= self.gpus:
             return min(inside, self.network_bytes_s / self.gpus)
-        ranks = range(stage * replicas, (stage + 1) * replicas)
-        leaving = Counter(r // self.gpus for r in ranks if not self.is_on_one_node(r, replicas + 1))
+        ranks = range(stage * dp_size, (stage + 1) * dp_size)
+        leaving = Counter(r // self.gpus for r in ranks if not self.is_on_one_node(r, dp_size + 1))
         return min(inside, self.network_bytes_s / max(leaving.values())) if leaving else inside
 
     def flops(self, precision: str) -> float:

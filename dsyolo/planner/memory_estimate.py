@@ -19,7 +19,7 @@ ALIGNMENT = 2  # elements: DeepSpeed pads a group of weights to a multiple of it
 STATES = {"SGD": 1, "Adam": 2, "AdamW": 2}  # tensors that the optimizer keeps for each weight
 
 
-class Terms(NamedTuple):
+class MemoryTerms(NamedTuple):
     """Bytes. What is small is left out: BatchNorm's buffers, images, targets, scalars."""
 
     parameters: int = 0  # that the network computes with
@@ -40,23 +40,23 @@ class Terms(NamedTuple):
         return self.parameters + self.gradients + self.optimizer + self.ema
 
 
-class Account(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Of one rank. Where the device is the CPU, `host` is what was offloaded all the same."""
 
-    device: Terms
-    host: Terms = Terms()
+    device: MemoryTerms
+    host: MemoryTerms = MemoryTerms()
 
     @property
-    def together(self) -> Terms:
+    def together(self) -> MemoryTerms:
         """Wherever it lies."""
-        return Terms(*(a + b for a, b in zip(self.device, self.host, strict=True)))
+        return MemoryTerms(*(a + b for a, b in zip(self.device, self.host, strict=True)))
 
     def to_json(self) -> dict[str, dict[str, int]]:
         """Bytes by place and term."""
         return {"device": self.device._asdict(), "host": self.host._asdict()}
 
 
-class Load(NamedTuple):
+class RankLoad(NamedTuple):
     """What a rank trains, whatever the strategy.
 
     Attributes:
@@ -70,8 +70,8 @@ class Load(NamedTuple):
     activations: int
     activations_plain: int
     activations_least: int
-    replica: int
-    replicas: int
+    dp_rank: int
+    dp_size: int
     ema: bool
     activations_host: int = 0
 
@@ -80,7 +80,7 @@ class Load(NamedTuple):
         return sum(map(sum, self.groups))
 
 
-def predict(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
+def predict(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
     """The account of a rank.
 
     Args:
@@ -89,24 +89,24 @@ def predict(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
     by_stage = (_nothing_sharded, _states_sharded, _states_sharded, _all_sharded)
     account = by_stage[ds.zero_stage](load, ds, zero)
     if not load.ema:
-        account = Account(*(terms._replace(ema=0) for terms in account))
-    return Account(
+        account = MemoryEstimate(*(terms._replace(ema=0) for terms in account))
+    return MemoryEstimate(
         account.device._replace(activations=load.activations),
         account.host._replace(activations=load.activations_host),
     )
 
 
-def _nothing_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
+def _nothing_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
     whole = 4 * load.num_elements
     # All-reduced as one tensor, flattened from the gradients; the average is shared by the replicas.
-    bucket = whole if load.replicas > 1 else 0
-    return Account(Terms(whole, whole, _num_states(ds) * whole, whole // load.replicas, bucket))
+    bucket = whole if load.dp_size > 1 else 0
+    return MemoryEstimate(MemoryTerms(whole, whole, _num_states(ds) * whole, whole // load.dp_size, bucket))
 
 
-def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
+def _states_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
     """ZeRO 1 and 2."""
     weight, summed = _weight_bytes(ds), _gradient_bytes(ds)
-    step = ALIGNMENT * load.replicas
+    step = ALIGNMENT * load.dp_size
     shares = [math.ceil(sum(group) / step) * ALIGNMENT for group in load.groups]
     share = sum(shares)
     own = 4 * share * (1 + _num_states(ds))
@@ -116,51 +116,53 @@ def _states_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
         gradients = max(weight, summed) * load.num_elements
     else:
         gradients = summed * share + weight * _waiting(load, zero, shares)
-    device = Terms(weight * share * load.replicas, gradients, own, 4 * share, buckets)
+    device = MemoryTerms(weight * share * load.dp_size, gradients, own, 4 * share, buckets)
     if not ds.offload_optimizer:
-        return Account(device)
+        return MemoryEstimate(device)
     # The optimizer gets its gradients in fp32, and its weights come back through a copy.
     largest = weight * max(map(max, load.groups))
     waiting = 0
     if ds.zero_stage == 2:
-        met = sum(_met(group, size, load.replica) for group, size in zip(load.groups, shares, strict=True))
+        met = sum(_met(group, size, load.dp_rank) for group, size in zip(load.groups, shares, strict=True))
         waiting = summed * share if summed != weight else weight * met if ds.accumulation > 1 else 0
-    host = Terms(0, 4 * share + waiting, own, 4 * share, largest + weight * share)
+    host = MemoryTerms(0, 4 * share + waiting, own, 4 * share, largest + weight * share)
     stays = gradients if ds.zero_stage == 1 else 0
-    return Account(device._replace(gradients=stays, optimizer=0, ema=0, buckets=buckets + largest), host)
+    return MemoryEstimate(
+        device._replace(gradients=stays, optimizer=0, ema=0, buckets=buckets + largest), host
+    )
 
 
-def _all_sharded(load: Load, ds: DsConfig, zero: dict[str, Any]) -> Account:
+def _all_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
     """ZeRO 3."""
     weight, summed = _weight_bytes(ds), _gradient_bytes(ds)
     numels = [numel for group in load.groups for numel in group]
-    share = sum(math.ceil(numel / load.replicas) for numel in numels)
+    share = sum(math.ceil(numel / load.dp_size) for numel in numels)
     whole = 0  # that are never freed
     for numel in numels:
         if numel <= zero["stage3_param_persistence_threshold"]:
             fits = whole + numel <= zero.get("stage3_model_persistence_threshold", math.inf)
             # As it was gathered: with what fills up the last rank's part.
-            whole += math.ceil(numel / load.replicas) * load.replicas if fits else 0
+            whole += math.ceil(numel / load.dp_size) * load.dp_size if fits else 0
     gathered = min(load.num_elements, max(int(zero["stage3_max_live_parameters"]), max(numels)))
     # What arrives is one flat tensor, from which each weight is copied: no look at what is held sees it.
     arriving = min(load.num_elements, int(zero.get("stage3_prefetch_bucket_size", 0)))
-    if load.replicas == 1:  # its share is the whole, and is used as it is
+    if load.dp_size == 1:  # its share is the whole, and is used as it is
         gathered, arriving = gathered if ds.offload_param else 0, 0
-    device = Terms(
+    device = MemoryTerms(
         weight * (share + whole),
         summed * share + weight * _waiting(load, zero),
         4 * share * (1 + _num_states(ds)),
         4 * share,
         _bucket_bytes(zero, weight) + weight * (gathered + arriving),
     )
-    host = Terms()
+    host = MemoryTerms()
     if ds.offload_optimizer:
-        host = Terms(0, device.gradients + 4 * share, device.optimizer, device.ema)
+        host = MemoryTerms(0, device.gradients + 4 * share, device.optimizer, device.ema)
         device = device._replace(gradients=0, optimizer=0, ema=0)
     if ds.offload_param:
         host = host._replace(parameters=weight * share)
         device = device._replace(parameters=weight * whole)
-    return Account(device, host)
+    return MemoryEstimate(device, host)
 
 
 def _num_states(ds: DsConfig) -> int:
@@ -187,7 +189,7 @@ def _bucket_bytes(zero: dict[str, Any], weight_bytes: int) -> int:
     return int(zero["reduce_bucket_size"]) * weight_bytes * (2 if zero.get("overlap_comm") else 1)
 
 
-def _waiting(load: Load, zero: dict[str, Any], shares: Sequence[int] | None = None) -> int:
+def _waiting(load: RankLoad, zero: dict[str, Any], shares: Sequence[int] | None = None) -> int:
     """The most elements of a micro-batch's gradients that lie whole at once, outside of buckets.
 
     There are some without `contiguous_gradients` alone: then a bucket is the list of the gradients themselves, until it
@@ -204,7 +206,7 @@ def _waiting(load: Load, zero: dict[str, Any], shares: Sequence[int] | None = No
         foreign = 0
         for numel in reversed(group):  # as backward makes them
             start = stop - numel
-            is_own = shares is not None and _reaches(start, stop, shares[i], load.replica)
+            is_own = shares is not None and _reaches(start, stop, shares[i], load.dp_rank)
             if listed + numel > zero["reduce_bucket_size"]:
                 listed = foreign = 0
             listed += numel
@@ -215,17 +217,17 @@ def _waiting(load: Load, zero: dict[str, Any], shares: Sequence[int] | None = No
     return most
 
 
-def _reaches(start: int, stop: int, share: int, replica: int) -> bool:
-    return start < share * (replica + 1) and stop > share * replica
+def _reaches(start: int, stop: int, share: int, dp_rank: int) -> bool:
+    return start < share * (dp_rank + 1) and stop > share * dp_rank
 
 
-def _met(group: Sequence[int], share: int, replica: int) -> int:
+def _met(group: Sequence[int], share: int, dp_rank: int) -> int:
     """Elements of the parameters of a flattened group that reach into a rank's share of it."""
     bounds = pairwise(accumulate(group, initial=0))
-    return sum(stop - start for start, stop in bounds if _reaches(start, stop, share, replica))
+    return sum(stop - start for start, stop in bounds if _reaches(start, stop, share, dp_rank))
 
 
-def verdict(load: Load, ds: DsConfig, zero: dict[str, Any], alone: Load) -> str:
+def verdict(load: RankLoad, ds: DsConfig, zero: dict[str, Any], alone: RankLoad) -> str:
     """What the strategy saves of the memory of a rank, in a sentence.
 
     Args:
@@ -259,7 +261,7 @@ def verdict(load: Load, ds: DsConfig, zero: dict[str, Any], alone: Load) -> str:
     return f"memory: {amount(account.together.total)} {unit} on {whose}, {amount(base)} without all this: {', '.join(says)}"
 
 
-def shortage(accounts: Sequence[Account], device_bytes: int | None, host_bytes: int) -> str:
+def shortage(accounts: Sequence[MemoryEstimate], device_bytes: int | None, host_bytes: int) -> str:
     """A warning where less memory is there than the ranks of a machine are expected to need; empty where there is enough.
 
     Args:
@@ -281,11 +283,13 @@ def shortage(accounts: Sequence[Account], device_bytes: int | None, host_bytes: 
     return f"WARNING: this run is expected to need {' and '.join(short)}. It may run out of memory. {remedy}."
 
 
-def table(rows: Iterable[tuple[str, Terms]]) -> str:
+def table(rows: Iterable[tuple[str, MemoryTerms]]) -> str:
     """A line for each (title, terms), in MiB."""
     rows = list(rows)
     width = max(len(title) for title, _ in rows)
-    head = f"{'memory, MiB':{width}}  " + "  ".join(f"{name:>11}" for name in (*Terms._fields, "together"))
+    head = f"{'memory, MiB':{width}}  " + "  ".join(
+        f"{name:>11}" for name in (*MemoryTerms._fields, "together")
+    )
     lines = [
         f"{title:{width}}  " + "  ".join(f"{size / 2**20:11.1f}" for size in (*terms, terms.total))
         for title, terms in rows

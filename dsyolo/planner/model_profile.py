@@ -16,7 +16,7 @@ ANCHORS = 3
 SAME_BYTES = {"autocast_fp16": "autocast_bf16", "fp16": "bf16"}
 
 
-class Work:
+class ModelProfile:
     """Of one network and size of images.
 
     Args:
@@ -89,7 +89,7 @@ class Work:
         return each * channels * (sum(cells) + max(cells)) + 8 * sum(cells)
 
 
-class Stage(NamedTuple):
+class StageProfile(NamedTuple):
     """Of a pipeline; of one stage it is the whole network."""
 
     nodes: tuple[str, ...]

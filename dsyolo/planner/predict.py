@@ -14,13 +14,13 @@ from dsyolo.config.deepspeed.config import DsConfig, check
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
 from dsyolo.models.flops import BACKWARD
-from dsyolo.models.partition import ACCELERATOR, balanced_cuts, crossing_elements
-from dsyolo.models.stage import Stage as Slice
-from dsyolo.planner.comm_volume import crossing_bytes, num_messages, wire_bytes
+from dsyolo.models.partition import ACCELERATOR, balanced_cuts, boundary_elements
+from dsyolo.models.stage import PipelineStage as Slice
+from dsyolo.planner.comm_volume import boundary_bytes, comm_bytes, num_messages
 from dsyolo.planner.hardware import HOST_BYTES_S, REACHED_BANDWIDTH, Hardware
-from dsyolo.planner.memory_estimate import Account, Load, predict
-from dsyolo.planner.model_profile import Stage, Work
-from dsyolo.planner.strategy import Settings
+from dsyolo.planner.memory_estimate import MemoryEstimate, RankLoad, predict
+from dsyolo.planner.model_profile import ModelProfile, StageProfile
+from dsyolo.planner.strategy import StrategySettings
 
 WORKSPACE_BYTES = (
     64 * 2**20
@@ -46,7 +46,7 @@ class Times(NamedTuple):
         return sum(self)
 
 
-class Strategy(NamedTuple):
+class StrategyEstimate(NamedTuple):
     """What one choice of settings comes to.
 
     Attributes:
@@ -56,7 +56,7 @@ class Strategy(NamedTuple):
         wire: bytes that a GPU sends in a step, and receives.
     """
 
-    settings: Settings
+    settings: StrategySettings
     terms: dict[str, int]
     host_bytes: int
     val_images: int
@@ -81,12 +81,12 @@ class Planner:
         ema: keep averaged weights.
     """
 
-    def __init__(self, work: Work, hardware: Hardware, *, ema: bool = True) -> None:
+    def __init__(self, work: ModelProfile, hardware: Hardware, *, ema: bool = True) -> None:
         self.work, self.hardware, self.ema = work, hardware, ema
         self._plans: dict[tuple[str, int, str | int], ActivationPlan] = {}
-        self._stages: dict[int, list[Stage]] = {}
+        self._stages: dict[int, list[StageProfile]] = {}
 
-    def predict(self, settings: Settings) -> Strategy:
+    def predict(self, settings: StrategySettings) -> StrategyEstimate:
         """Of settings that `check` accepts.
 
         Raises:
@@ -111,7 +111,7 @@ class Planner:
         host_bytes = hardware.gpus * max(host for _, host in needs)
         val_images = self._val_images(settings, terms)
         times, wire = self._times(settings, ds, zero, stages, plan)
-        return Strategy(
+        return StrategyEstimate(
             settings,
             terms,
             host_bytes,
@@ -123,19 +123,19 @@ class Planner:
             or ("" if val_images else "no room to validate an image"),
         )
 
-    def smallest_recompute(self, settings: Settings, free_bytes: int) -> Settings | None:
+    def smallest_recompute(self, settings: StrategySettings, free_bytes: int) -> StrategySettings | None:
         """The fewest blocks whose recomputation leaves the activations within `free_bytes`; None: not even all do."""
         found = settings._replace(recompute=free_bytes)
         plan = self._plan(found)
         return found if plan.recomputed and plan.peak_bytes <= free_bytes else None
 
-    def stages(self, num: int) -> list[Stage]:
+    def stages(self, num: int) -> list[StageProfile]:
         """The network in so many stages, cut as a run cuts it."""
         if num not in self._stages:
             costs, network = self.work.costs, self.work.network
             bounds = [0, *balanced_cuts(costs, num, ACCELERATOR), len(costs)]
             self._stages[num] = [
-                Stage(
+                StageProfile(
                     tuple(network.order[start:stop]),
                     tuple(
                         tuple(p.numel() for p in group)
@@ -144,13 +144,13 @@ class Planner:
                     ),
                     sum(cost.flops for cost in costs[start:stop]),
                     sum(cost.elements for cost in costs[start:stop]),
-                    crossing_elements(costs, stop) if stop < len(costs) else 0,
+                    boundary_elements(costs, stop) if stop < len(costs) else 0,
                 )
                 for start, stop in pairwise(bounds)
             ]
         return self._stages[num]
 
-    def _plan(self, settings: Settings) -> ActivationPlan:
+    def _plan(self, settings: StrategySettings) -> ActivationPlan:
         key = settings.precision, settings.micro_batch, settings.recompute
         if key not in self._plans:
             counted = self.work.activations(settings.micro_batch, settings.precision)
@@ -162,8 +162,8 @@ class Planner:
         return self._plans[key]
 
     def _accounts(
-        self, stage: Stage, index: int, plan: ActivationPlan, ds: DsConfig, zero: dict[str, Any]
-    ) -> list[Account]:
+        self, stage: StageProfile, index: int, plan: ActivationPlan, ds: DsConfig, zero: dict[str, Any]
+    ) -> list[MemoryEstimate]:
         """Of some ranks of a stage: shares differ by little, and most at the ends and in the middle."""
         in_flight = min(ds.stages - index, ds.accumulation)
         kept = plan.stage_bytes(stage.nodes, in_flight)
@@ -173,12 +173,12 @@ class Planner:
             if ds.zero_stage == 2 and ds.offload_optimizer
             else [0]
         )
-        loads = [Load(stage.groups, kept, kept, kept, rank, ranks, self.ema) for rank in some]
+        loads = [RankLoad(stage.groups, kept, kept, kept, rank, ranks, self.ema) for rank in some]
         accounts = [predict(load, ds, zero) for load in loads]
         is_cpu = self.hardware.accelerator == "cpu"  # which is its own host
-        return [Account(account.together) for account in accounts] if is_cpu else accounts
+        return [MemoryEstimate(account.together) for account in accounts] if is_cpu else accounts
 
-    def _terms(self, account: Account, settings: Settings, stage: int) -> dict[str, int]:
+    def _terms(self, account: MemoryEstimate, settings: StrategySettings, stage: int) -> dict[str, int]:
         images, is_last = settings.micro_batch, stage == settings.pipeline_stages - 1
         channels, height, width = self.work.image_shape
         return {
@@ -188,7 +188,7 @@ class Planner:
             "workspace": WORKSPACE_BYTES,
         }
 
-    def _val_images(self, settings: Settings, terms: dict[str, int]) -> int:
+    def _val_images(self, settings: StrategySettings, terms: dict[str, int]) -> int:
         """Beside the states. At ZeRO 0 gradients stay meanwhile, at ZeRO 3 weights are gathered, in a pipeline each rank gets the whole network."""
         stays = ["parameters", "optimizer", "ema", "workspace"]
         stays += {0: ["gradients"], 3: ["buckets"]}.get(settings.zero_stage, [])
@@ -197,7 +197,7 @@ class Planner:
             rest += 4 * self.work.num_parameters
         return self.work.most_inferred(self.hardware.usable_bytes - rest, settings.precision)
 
-    def _why_not(self, settings: Settings, terms: dict[str, int], host_bytes: int) -> str:
+    def _why_not(self, settings: StrategySettings, terms: dict[str, int], host_bytes: int) -> str:
         budget, kept = settings.recompute, terms["activations"]
         if isinstance(budget, int) and kept > budget:
             return f"all blocks computed again leave {kept / 2**30:.2f} GiB of activations, of {budget / 2**30:.2f}"
@@ -211,10 +211,10 @@ class Planner:
 
     def _times(
         self,
-        settings: Settings,
+        settings: StrategySettings,
         ds: DsConfig,
         zero: dict[str, Any],
-        stages: list[Stage],
+        stages: list[StageProfile],
         plan: ActivationPlan,
     ) -> tuple[Times, int]:
         """Seconds of a step, and bytes that a GPU sends in it.
@@ -222,13 +222,13 @@ class Planner:
         Gradients travel while the last micro-batch goes backward, weights while nothing else happens. A pipeline of stage
         times t with m micro-batches takes sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
         """
-        hardware, replicas, accumulation = self.hardware, settings.replicas, settings.accumulation
+        hardware, dp_size, accumulation = self.hardware, settings.dp_size, settings.accumulation
         gradient_bytes = weight_bytes = 2 if settings.precision in ("bf16", "fp16") else 4
         again = self._share_recomputed(plan)
         passes = [self._pass_s(settings, stage, 1 + BACKWARD + again) for stage in stages]
         each = 4 if settings.precision == "fp32" else 2
-        borders = [crossing_bytes(stage.crossing, settings.micro_batch, each) for stage in stages]
-        crossings = [2 * size / hardware.border_bytes_s(i, replicas) for i, size in enumerate(borders)]
+        borders = [boundary_bytes(stage.crossing, settings.micro_batch, each) for stage in stages]
+        crossings = [2 * size / hardware.border_bytes_s(i, dp_size) for i, size in enumerate(borders)]
         stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
         whole = sum(stage_s) + (accumulation - 1) * max(stage_s)
         busy = accumulation * sum(passes) / len(passes)
@@ -236,24 +236,24 @@ class Planner:
             [self.work.numels] if len(stages) == 1 else [[n for g in s.groups for n in g] for s in stages]
         )
         sizes = {"gradient_bytes": gradient_bytes, "weight_bytes": weight_bytes}
-        wires = [wire_bytes(zero, own, replicas, accumulation, **sizes) for own in numels]
-        firsts = range(0, len(stages) * replicas, replicas)
-        link = min(hardware.ring_bytes_s(first, replicas) for first in firsts)
+        wires = [comm_bytes(zero, own, dp_size, accumulation, **sizes) for own in numels]
+        firsts = range(0, len(stages) * dp_size, dp_size)
+        link = min(hardware.ring_bytes_s(first, dp_size) for first in firsts)
         elements = max(map(sum, numels))
-        reduced = (replicas - 1) / replicas * elements * gradient_bytes / link
+        reduced = (dp_size - 1) / dp_size * elements * gradient_bytes / link
         hidden = passes[0] * BACKWARD / (1 + BACKWARD + again) if len(stages) == 1 else 0.0
         communication = max(wires) / link - min(reduced, hidden)
-        if replicas > 1:
-            is_inside = all(hardware.is_on_one_node(first, replicas) for first in firsts)
+        if dp_size > 1:
+            is_inside = all(hardware.is_on_one_node(first, dp_size) for first in firsts)
             messages = max(num_messages(zero, own, accumulation) for own in numels)
             communication += (LATENCY_S if is_inside else LATENCY_BETWEEN_S) * messages
-        offload = self._offload_s(settings, elements / replicas, gradient_bytes, weight_bytes)
+        offload = self._offload_s(settings, elements / dp_size, gradient_bytes, weight_bytes)
         # Activations go on, over a border that the last stage has not, and gradients to the stage before.
         crossed = [accumulation * (on + back) for on, back in zip(borders, [0, *borders], strict=False)]
         sent = max(map(sum, zip(wires, crossed, strict=True)))
         return Times(busy, communication, whole - busy, offload), int(sent)
 
-    def _pass_s(self, settings: Settings, stage: Stage, times: float) -> float:
+    def _pass_s(self, settings: StrategySettings, stage: StageProfile, times: float) -> float:
         """Of a micro-batch through a stage: `times` its forward pass.
 
         That takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth, but no
@@ -265,7 +265,9 @@ class Planner:
         launched = LAUNCH_S * KERNELS * sum(map(len, stage.groups)) / PARAMETERS_OF_CONV
         return max(settings.micro_batch * image_s, launched) * times
 
-    def _offload_s(self, settings: Settings, share: float, gradient_bytes: int, weight_bytes: int) -> float:
+    def _offload_s(
+        self, settings: StrategySettings, share: float, gradient_bytes: int, weight_bytes: int
+    ) -> float:
         """Of `share` elements to the host, its optimizer, and back."""
         if not settings.offload_optimizer:
             return 0.0

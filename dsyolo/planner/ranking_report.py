@@ -7,8 +7,8 @@ from typing import Any
 
 from dsyolo.config.run_config import RunConfig
 from dsyolo.planner.hardware import GIB, Hardware
-from dsyolo.planner.model_profile import Work
-from dsyolo.planner.predict import Strategy
+from dsyolo.planner.model_profile import ModelProfile
+from dsyolo.planner.predict import StrategyEstimate
 from dsyolo.planner.search import AS_FAST, HEADROOM, Ranking
 
 # Peaks of the memory that torch's allocator reserved, in GB, as published for YOLOv5's own loop: 16 images a GPU, fp16 AMP,
@@ -39,7 +39,7 @@ def table(ranking: Ranking, most: int = 40) -> str:
     lines = [head]
     for number, one in enumerate(shown, 1):
         s = one.settings
-        sizes = f"{s.micro_batch} x {s.accumulation} x {s.replicas}"
+        sizes = f"{s.micro_batch} x {s.accumulation} x {s.dp_size}"
         lines.append(
             f"{number:2}  {s.in_words():{width}} {s.precision:13} {sizes:>19} {one.peak_bytes / GIB:8.2f} "
             f"{one.host_bytes / GIB:8.1f} {one.wire / 1e9:7.2f} {one.times.step:7.3f} {one.images_s:8.0f} {shares(one):>13}  "
@@ -49,12 +49,12 @@ def table(ranking: Ranking, most: int = 40) -> str:
     return "\n".join(lines)
 
 
-def shares(strategy: Strategy) -> str:
+def shares(strategy: StrategyEstimate) -> str:
     """Of a step's time, in percent, by what takes it."""
     return " / ".join(f"{100 * seconds / strategy.times.step:.0f}" for seconds in strategy.times)
 
 
-def terms(strategy: Strategy) -> str:
+def terms(strategy: StrategyEstimate) -> str:
     """Of the GPU that needs most, in a line."""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in strategy.terms.items() if size)
     return f"peak {strategy.peak_bytes / GIB:.2f} GiB: {parts}"
@@ -71,7 +71,7 @@ def recommendation(ranking: Ranking, hardware: Hardware) -> str:
     ]
     lines = [
         f"Take {s.in_words()} in {s.precision}, {s.micro_batch} images a GPU x {s.accumulation} accumulation "
-        f"x {s.replicas}: {best.images_s:.0f} images/s ({', '.join(share)}), {free / GIB:.1f} GiB free.",
+        f"x {s.dp_size}: {best.images_s:.0f} images/s ({', '.join(share)}), {free / GIB:.1f} GiB free.",
         terms(best) + ".",
     ]
     if option := val_option(best):
@@ -81,13 +81,13 @@ def recommendation(ranking: Ranking, hardware: Hardware) -> str:
     return "\n".join(lines)
 
 
-def val_option(best: Strategy) -> str:
+def val_option(best: StrategyEstimate) -> str:
     """What its command needs so that validation fits; empty where it does by itself."""
     usual = RunConfig.model_fields["val_batch_size"].default
     return f" --val_batch_size {best.val_images}" if best.val_images < usual else ""
 
 
-def why(one: Strategy, best: Strategy) -> str:
+def why(one: StrategyEstimate, best: StrategyEstimate) -> str:
     """Why `one` is not the best."""
     if not one.fits:
         return f"{one.why_not}, at {one.settings.micro_batch} images a GPU."
@@ -125,7 +125,7 @@ def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
     )
 
 
-def to_json(ranking: Ranking, work: Work, hardware: Hardware) -> list[dict[str, Any]]:
+def to_json(ranking: Ranking, work: ModelProfile, hardware: Hardware) -> list[dict[str, Any]]:
     """All strategies: those that fit by rank, then the others."""
     return [
         {

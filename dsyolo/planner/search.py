@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from dsyolo.planner.predict import Planner, Strategy
-from dsyolo.planner.strategy import RECOMPUTES, Settings, settings
+from dsyolo.planner.predict import Planner, StrategyEstimate
+from dsyolo.planner.strategy import RECOMPUTES, StrategySettings, settings
 
 HEADROOM = 0.05  # of a GPU's memory that a recommendation leaves free: predictions are off by as much
 AS_FAST = 0.01  # strategies whose steps differ by less are equally fast: then the simpler one is taken
@@ -15,16 +15,16 @@ AS_FAST = 0.01  # strategies whose steps differ by less are equally fast: then t
 class Ranking(NamedTuple):
     """Strategies that fit, the recommended one first, and those that do not, the nearest first."""
 
-    fitting: list[Strategy]
-    others: list[Strategy]
+    fitting: list[StrategyEstimate]
+    others: list[StrategyEstimate]
 
     @property
-    def best(self) -> Strategy | None:
+    def best(self) -> StrategyEstimate | None:
         return self.fitting[0] if self.fitting else None
 
-    def families(self) -> list[Strategy]:
+    def families(self) -> list[StrategyEstimate]:
         """The best of each way of spreading, whatever its precision and micro-batch, in the order of the ranking."""
-        found: dict[tuple, Strategy] = {}
+        found: dict[tuple, StrategyEstimate] = {}
         for strategy in (*self.fitting, *self.others):
             found.setdefault(strategy.settings.family, strategy)
         return list(found.values())
@@ -38,9 +38,9 @@ def search(
     recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Ranking:
     """Predicts all; where a size fits with all blocks recomputed and not with none, the fewest blocks are looked for too."""
-    found: dict[Settings, Strategy] = {}
+    found: dict[StrategySettings, StrategyEstimate] = {}
     # By kind: the last size that was looked at, and whether a device has room for it.
-    fitting: dict[Settings, tuple[int, bool]] = {}
+    fitting: dict[StrategySettings, tuple[int, bool]] = {}
     for one in settings(planner.hardware.ranks, global_batch, optimizer, tuple(precisions), recomputes):
         if one.offload_optimizer and planner.hardware.accelerator == "cpu":
             continue  # from a host to itself
@@ -56,7 +56,7 @@ def search(
     return rank(found.values(), planner.hardware.usable_bytes)
 
 
-def rank(strategies: Iterable[Strategy], usable_bytes: int) -> Ranking:
+def rank(strategies: Iterable[StrategyEstimate], usable_bytes: int) -> Ranking:
     """The fastest first, and of equally fast ones the simplest; those with headroom before those without."""
     strategies = list(strategies)
     fitting = [s for s in strategies if s.fits]
@@ -68,12 +68,12 @@ def rank(strategies: Iterable[Strategy], usable_bytes: int) -> Ranking:
     )
 
 
-def _by_speed(strategies: list[Strategy]) -> list[Strategy]:
+def _by_speed(strategies: list[StrategyEstimate]) -> list[StrategyEstimate]:
     if not strategies:
         return []
     fastest = min(s.times.step for s in strategies)
 
-    def key(strategy: Strategy) -> tuple:
+    def key(strategy: StrategyEstimate) -> tuple:
         one = strategy.settings
         slower = max(0, int((strategy.times.step / fastest - 1) / AS_FAST))
         parts = bool(one.offload_optimizer), one.pipeline_stages > 1, one.recompute != "none"
@@ -82,7 +82,7 @@ def _by_speed(strategies: list[Strategy]) -> list[Strategy]:
     return sorted(strategies, key=key)
 
 
-def _between(planner: Planner, found: dict[Settings, Strategy]) -> list[Settings]:
+def _between(planner: Planner, found: dict[StrategySettings, StrategyEstimate]) -> list[StrategySettings]:
     result = []
     for one, strategy in found.items():
         recomputing = found.get(one._replace(recompute="blocks"))

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dsyolo.cluster.world import share_of
+from dsyolo.cluster.world import balanced_owners
 from dsyolo.config.deepspeed.config import check
-from dsyolo.data.loader import Stream
+from dsyolo.data.loader import StepSampler
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.yolov5 import YOLOv5, build_yolov5
-from dsyolo.planner.comm_volume import wire_bytes
-from dsyolo.planner.memory_estimate import Load, predict
+from dsyolo.planner.comm_volume import comm_bytes
+from dsyolo.planner.memory_estimate import RankLoad, predict
 
 KINDS_SAVED = 3  # fp32 weights, momentum and EMA of every parameter
 
@@ -75,9 +75,9 @@ def simulate(
 def cover(num_images: int, global_batch: int, micro_batch: int, ranks: int) -> Coverage:
     """Asks the sampler of every rank what it gives, and counts how often each image of epoch 0 comes."""
     counts = np.zeros(num_images, np.int64)
-    steps = Stream(num_images, 0, global_batch, micro_batch, 0, ranks).first_step(1)
+    steps = StepSampler(num_images, 0, global_batch, micro_batch, 0, ranks).epoch_start_step(1)
     for rank in range(ranks):
-        stream = Stream(num_images, 0, global_batch, micro_batch, rank, ranks)
+        stream = StepSampler(num_images, 0, global_batch, micro_batch, rank, ranks)
         drawn = [
             index
             for step in range(steps)
@@ -109,11 +109,11 @@ def _scale(
     zero = ds.deepspeed_json(elements, cpu=False)["zero_optimization"]
     groups = tuple(tuple(p.numel() for p in group) for group in parameter_groups(network).values() if group)
     accounts = [
-        predict(Load(groups, 0, 0, 0, replica, ranks, True), ds, zero)
-        for replica in (0, ranks // 2, ranks - 1)
+        predict(RankLoad(groups, 0, 0, 0, dp_rank, ranks, True), ds, zero)
+        for dp_rank in (0, ranks // 2, ranks - 1)
     ]
     states = [account.together.states for account in accounts]
-    sent = wire_bytes(zero, numels, ranks, ds.accumulation)
+    sent = comm_bytes(zero, numels, ranks, ds.accumulation)
     ring = (ranks - 1) / ranks * 4 * elements
     times = {2: 1 + ds.accumulation, 3: 3 * ds.accumulation}.get(stage, 2)
     return Scale(
@@ -148,6 +148,6 @@ def _saved(network: YOLOv5, ranks: int) -> tuple[int, int]:
     """Bytes of a checkpoint's tensors by the rank that writes them: whole names go to the rank with the least."""
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     loads: Counter[int] = Counter()
-    for name, rank in share_of(list(sizes.items()), ranks).items():
+    for name, rank in balanced_owners(list(sizes.items()), ranks).items():
         loads[rank] += 4 * KINDS_SAVED * sizes[name]
     return min(loads.values()) if len(loads) == ranks else 0, max(loads.values())

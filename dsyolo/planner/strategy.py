@@ -32,7 +32,7 @@ PIPELINES = (2, 4)
 RECOMPUTES = ("none", "blocks")
 
 
-class Settings(NamedTuple):
+class StrategySettings(NamedTuple):
     """Everything that a strategy chooses."""
 
     zero_stage: int
@@ -43,12 +43,12 @@ class Settings(NamedTuple):
     micro_batch: int
     accumulation: int
     pipeline_stages: int
-    replicas: int
+    dp_size: int
     optimizer: str
 
     @property
     def global_batch(self) -> int:
-        return self.micro_batch * self.accumulation * self.replicas
+        return self.micro_batch * self.accumulation * self.dp_size
 
     @property
     def family(self) -> tuple[Any, ...]:
@@ -81,7 +81,7 @@ class Settings(NamedTuple):
         """Without sizes of batches."""
         words = [f"ZeRO {self.zero_stage}"]
         if self.pipeline_stages > 1:
-            words.insert(0, f"pipeline {self.pipeline_stages} x {self.replicas}")
+            words.insert(0, f"pipeline {self.pipeline_stages} x {self.dp_size}")
         if self.offload_optimizer:
             words.append("offload" if self.offload_param is None else "offload of all")
         if self.recompute != "none":
@@ -100,7 +100,7 @@ def settings(
     optimizer: str,
     precisions: tuple[str, ...],
     recomputes: Sequence[str | int] = RECOMPUTES,
-) -> Iterator[Settings]:
+) -> Iterator[StrategySettings]:
     """All strategies that are looked at: those that need something of their ranks and batch, where they have it.
 
     A micro-batch is any divisor of a replica's share of the global batch. In a pipeline there are two micro-batches for
@@ -109,17 +109,17 @@ def settings(
     for stages in (1, *PIPELINES):
         if ranks % stages or ranks < stages:
             continue
-        replicas = ranks // stages
-        if global_batch % replicas:
+        dp_size = ranks // stages
+        if global_batch % dp_size:
             continue
-        share = global_batch // replicas
+        share = global_batch // dp_size
         micro_batches = [n for n in range(1, min(share, MOST_IMAGES) + 1) if share % n == 0]
         for zero_stage, of_optimizer, of_param in SHARDING:
             if stages > 1 and (zero_stage > 1 or of_optimizer):
                 continue
             for precision in precisions:
                 is_half = precision in ("bf16", "fp16")
-                if replicas == 1 and zero_stage > is_half and not of_optimizer:
+                if dp_size == 1 and zero_stage > is_half and not of_optimizer:
                     continue  # nobody to share with
                 # DeepSpeed never lowers the scale of fp16 autocast from ZeRO 1 on, and has no ZeRO 0 for half weights
                 if precision == "autocast_fp16" and (zero_stage or stages > 1):
@@ -133,7 +133,7 @@ def settings(
                     for recompute in recomputes:
                         if stages > 1 and not isinstance(recompute, str):
                             continue  # a budget is one for the whole network
-                        yield Settings(
+                        yield StrategySettings(
                             zero_stage,
                             of_optimizer,
                             of_param,
@@ -142,6 +142,6 @@ def settings(
                             micro_batch,
                             accumulation,
                             stages,
-                            replicas,
+                            dp_size,
                             optimizer,
                         )

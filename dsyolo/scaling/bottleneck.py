@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsyolo.scaling.cases import WEAK, Wanted
-from dsyolo.scaling.results import COMPUTING, Measured
+from dsyolo.scaling.results import COMPUTING, CaseResult
 
 SOME, MUCH = 0.05, 0.15  # shares of a step that are worth a word
 REMEDY = {
@@ -27,12 +27,12 @@ OF = {
 }
 
 
-def efficiency(one: Measured, ranks: int, base: Measured, base_ranks: int) -> float:
+def efficiency(one: CaseResult, ranks: int, base: CaseResult, base_ranks: int) -> float:
     """Images/s of a rank against those of a rank of the base, under weak and under strong scaling."""
     return (one.images_per_s / ranks) / (base.images_per_s / base_ranks)
 
 
-def bottleneck(one: Measured, ranks: int, base: Measured | None, base_ranks: int, scaling: str) -> str:
+def bottleneck(one: CaseResult, ranks: int, base: CaseResult | None, base_ranks: int, scaling: str) -> str:
     """What holds this size back, in a sentence or two.
 
     Args:
@@ -51,7 +51,7 @@ def bottleneck(one: Measured, ranks: int, base: Measured | None, base_ranks: int
     return f"{said} {lost(one, ranks, base, base_ranks, scaling)}{_others(one)}"
 
 
-def lost(one: Measured, ranks: int, base: Measured, base_ranks: int, scaling: str) -> str:
+def lost(one: CaseResult, ranks: int, base: CaseResult, base_ranks: int, scaling: str) -> str:
     """Where the time goes that a perfectly scaling step would not take."""
     share = 1.0 if scaling == WEAK else base_ranks / ranks
     ideal_s = base.step_s * share
@@ -86,11 +86,11 @@ def unlike(one: Wanted, base: Wanted) -> str:
     return f" Its speedup and efficiency are against {base.strategy}, which has {' and '.join(parts)}: they tell of that too."
 
 
-def _is_on_cpu(one: Measured) -> bool:
+def _is_on_cpu(one: CaseResult) -> bool:
     return one.about["device"] == "CPU"
 
 
-def _others(one: Measured) -> str:
+def _others(one: CaseResult) -> str:
     """What was not the run's own."""
     use = one.use
     if use.cpu is None or use.cpu_own is None or use.cpu - use.cpu_own < SOME:

@@ -18,7 +18,7 @@ WEAK, STRONG = "weak", "strong"
 HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
-class Strategy(NamedTuple):
+class ScalingStrategy(NamedTuple):
     """A DeepSpeed JSON with its sizes of batches taken out.
 
     Attributes:
@@ -33,7 +33,7 @@ class Strategy(NamedTuple):
     accumulation: int
     global_batch: int
 
-    def on(self, replicas: int, scaling: str) -> tuple[int, int]:
+    def on(self, dp_size: int, scaling: str) -> tuple[int, int]:
         """(micro-batch, accumulation) of each.
 
         Raises:
@@ -41,15 +41,15 @@ class Strategy(NamedTuple):
         """
         if scaling == WEAK:
             return self.micro_batch, self.accumulation
-        if self.global_batch % replicas:
-            rule = f"{self.global_batch} images a step cannot be divided among {replicas} replicas"
+        if self.global_batch % dp_size:
+            rule = f"{self.global_batch} images a step cannot be divided among {dp_size} replicas"
             raise UserError("This size cannot run", [rule])
-        share = self.global_batch // replicas
+        share = self.global_batch // dp_size
         micro_batch = max(n for n in range(1, min(share, self.micro_batch) + 1) if share % n == 0)
         return micro_batch, share // micro_batch
 
 
-class Case(NamedTuple):
+class ScalingCase(NamedTuple):
     """One training. Equal ones are run once, whatever they are run for."""
 
     strategy: str
@@ -59,12 +59,12 @@ class Case(NamedTuple):
     accumulation: int
 
     @property
-    def replicas(self) -> int:
+    def dp_size(self) -> int:
         return self.ranks // self.stages
 
     @property
     def global_batch(self) -> int:
-        return self.micro_batch * self.accumulation * self.replicas
+        return self.micro_batch * self.accumulation * self.dp_size
 
     @property
     def name(self) -> str:
@@ -89,14 +89,14 @@ class Wanted(NamedTuple):
     strategy: str
     scaling: str
     ranks: int
-    case: Case | None
+    case: ScalingCase | None
     why_not: str = ""
     computes: Computes = Computes("fp32", "none")
 
 
 def read_strategy(
     path: Path, smallest: int, micro_batch: int | None, accumulation: int | None, problems: list[str]
-) -> Strategy | None:
+) -> ScalingStrategy | None:
     """The strategy of a JSON, whose sizes of batches are read as those of a training on `smallest` ranks.
 
     Other values that are "auto" stay so: train.py fills them in.
@@ -117,23 +117,23 @@ def read_strategy(
         return None
     stages = int(sane.get("pipeline", {}).get("stages", 1))
     train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
-    replicas = max(1, smallest // stages)
+    dp_size = max(1, smallest // stages)
     steps = (
         accumulation
         or steps
-        or (max(1, train // ((micro_batch or micro) * replicas)) if train and micro else 1)
+        or (max(1, train // ((micro_batch or micro) * dp_size)) if train and micro else 1)
     )
-    micro = micro_batch or micro or (max(1, train // (steps * replicas)) if train else 1)
+    micro = micro_batch or micro or (max(1, train // (steps * dp_size)) if train else 1)
     if micro_batch or accumulation or not train:
-        train = micro * steps * replicas
+        train = micro * steps * dp_size
     # Under weak scaling a rank's images are those of a rank of the smallest world, where that has no room for all stages.
     steps *= max(1, stages // smallest)
     rest = {key: copy.deepcopy(value) for key, value in source.items() if key not in BATCH_KEYS}
-    return Strategy(path.stem, rest, stages, micro, steps, train)
+    return ScalingStrategy(path.stem, rest, stages, micro, steps, train)
 
 
 def wanted(
-    strategies: Sequence[Strategy],
+    strategies: Sequence[ScalingStrategy],
     scalings: Sequence[str],
     ranks: Sequence[int],
     model: str,
@@ -151,20 +151,20 @@ def wanted(
                     yield Wanted(strategy.name, scaling, size, case, computes=computes)
 
 
-def deepspeed_json(strategy: Strategy, case: Case) -> dict[str, Any]:
+def deepspeed_json(strategy: ScalingStrategy, case: ScalingCase) -> dict[str, Any]:
     """What the case's training gets."""
     sizes = (case.global_batch, case.micro_batch, case.accumulation)
     return {**dict(zip(BATCH_KEYS, sizes, strict=True)), **strategy.source}
 
 
 def _case(
-    strategy: Strategy, ranks: int, scaling: str, model: str, accelerator: str
-) -> tuple[Case, Computes]:
+    strategy: ScalingStrategy, ranks: int, scaling: str, model: str, accelerator: str
+) -> tuple[ScalingCase, Computes]:
     if ranks % strategy.stages:
         rule = f"{ranks} ranks are no multiple of its {strategy.stages} stages"
         raise UserError("This size cannot run", [rule])
     sizes = strategy.on(ranks // strategy.stages, scaling)
-    case = Case(strategy.name, ranks, strategy.stages, *sizes)
+    case = ScalingCase(strategy.name, ranks, strategy.stages, *sizes)
     content, left_open = without_auto(deepspeed_json(strategy, case))
     ds = check(content, world_size=ranks, accelerator=accelerator, layers=has_parameters(model))
     is_open = any(path[-1] == "enabled" and path[0] in HALF_PRECISIONS for path in left_open)

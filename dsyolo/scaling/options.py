@@ -18,7 +18,7 @@ from dsyolo.config.messages import cannot_hold_files, did_you_mean
 from dsyolo.config.run_config import AUTO, MODELS, max_stride
 from dsyolo.doctor.findings import FAIL
 from dsyolo.doctor.hosts import Host, read_hostfile
-from dsyolo.scaling.cases import STRONG, WEAK, Strategy, read_strategy
+from dsyolo.scaling.cases import STRONG, WEAK, ScalingStrategy, read_strategy
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
 # What is given to train.py by the command itself.
@@ -32,7 +32,7 @@ OWN = frozenset(
         "epochs",
         "val_every",
         "save_every",
-        "time_account",
+        "time_profile",
         "resume",
         "model",
         "imgsz",
@@ -105,7 +105,7 @@ class Sizes(NamedTuple):
     """What was asked for, checked."""
 
     ranks: list[int]
-    strategies: list[Strategy]
+    strategies: list[ScalingStrategy]
     hosts: list[Host]
     accelerator: str
 
@@ -186,7 +186,7 @@ def _check_machine(args: argparse.Namespace, most: int, accelerator: str, proble
         problems.append("--cores: this system cannot hold a process to cores. Leave it out.")
 
 
-def _strategies(args: argparse.Namespace, smallest: int, problems: list[str]) -> list[Strategy]:
+def _strategies(args: argparse.Namespace, smallest: int, problems: list[str]) -> list[ScalingStrategy]:
     is_list = args.strategies is not None
     option = "--strategies" if is_list else "--deepspeed_config"
     names = args.strategies.split(",") if is_list else [str(args.deepspeed_config)]

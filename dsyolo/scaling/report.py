@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsyolo.scaling import bottleneck as words
-from dsyolo.scaling.cases import Case, Wanted
+from dsyolo.scaling.cases import ScalingCase, Wanted
 from dsyolo.scaling.fit import Fit, fit
-from dsyolo.scaling.results import Measured
+from dsyolo.scaling.results import CaseResult
 
 
-class Row(NamedTuple):
+class ReportRow(NamedTuple):
     """One size of one strategy under one scaling."""
 
     wanted: Wanted
-    measured: Measured | None
+    measured: CaseResult | None
     why_not: str
     base_ranks: int | None  # what it is compared with; None where it did not run
     base_strategy: str
@@ -29,7 +29,7 @@ class Group(NamedTuple):
 
     strategy: str
     scaling: str
-    rows: list[Row]
+    rows: list[ReportRow]
     fit: Fit
 
 
@@ -43,8 +43,8 @@ class Report(NamedTuple):
 
 def build(
     wanted: Sequence[Wanted],
-    measured: Mapping[Case, Measured],
-    failed: Mapping[Case, str],
+    measured: Mapping[ScalingCase, CaseResult],
+    failed: Mapping[ScalingCase, str],
     settings: Mapping[str, Any],
     notes: Sequence[str],
 ) -> Report:
@@ -60,7 +60,7 @@ def build(
 
 
 def _base(
-    own: Sequence[Wanted], wanted: Sequence[Wanted], measured: Mapping[Case, Measured]
+    own: Sequence[Wanted], wanted: Sequence[Wanted], measured: Mapping[ScalingCase, CaseResult]
 ) -> Wanted | None:
     """The strategy's smallest size; of a pipeline, that of one without stages, since it has none so small itself.
 
@@ -80,8 +80,11 @@ def _base(
 
 
 def _row(
-    one: Wanted, measured: Mapping[Case, Measured], failed: Mapping[Case, str], base: Wanted | None
-) -> Row:
+    one: Wanted,
+    measured: Mapping[ScalingCase, CaseResult],
+    failed: Mapping[ScalingCase, str],
+    base: Wanted | None,
+) -> ReportRow:
     found = measured.get(one.case) if one.case else None
     if found is None or base is None or base.case is None:
         why_not = (
@@ -89,7 +92,7 @@ def _row(
             if one.case or one.why_not
             else one.why_not
         )
-        return Row(one, None, why_not, None, "", None, None, "")
+        return ReportRow(one, None, why_not, None, "", None, None, "")
     at = measured[base.case]
     speedup = found.images_per_s / at.images_per_s
     efficiency = words.efficiency(found, one.ranks, at, base.ranks)
@@ -99,7 +102,7 @@ def _row(
         found, one.ranks, None if is_base or not comparable else at, base.ranks, one.scaling
     )
     said += words.unlike(one, base)
-    return Row(one, found, "", base.ranks, base.strategy, speedup, efficiency, said)
+    return ReportRow(one, found, "", base.ranks, base.strategy, speedup, efficiency, said)
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def _row_json(row: ReportRow) -> dict[str, Any]:
     place = {"ranks": row.wanted.ranks}
     one = row.measured
     if one is None:
@@ -147,7 +150,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "checkpoint_s": one.checkpoint_s,
         "startup_s": one.startup_s,
         "wall_s": one.wall_s,
-        "flop_utilisation": one.utilisation,
+        "mfu": one.utilisation,
         "use": one.use._asdict(),
         "collectives_a_step": one.collectives,
         "collective_mb_a_step": one.collective_mb,

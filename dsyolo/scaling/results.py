@@ -36,7 +36,7 @@ class Use(NamedTuple):
     gpu_w: float | None
 
 
-class Measured(NamedTuple):
+class CaseResult(NamedTuple):
     """Of all rounds of a case.
 
     Attributes:
@@ -75,7 +75,7 @@ class Measured(NamedTuple):
         return self.images_per_step / self.step_s
 
 
-def put_together(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float], warmup: int) -> Measured:
+def put_together(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float], warmup: int) -> CaseResult:
     """Of one case; `found` are the contents of its rounds' steps.json.
 
     Raises:
@@ -99,7 +99,7 @@ def put_together(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float], w
     counted = [_per_step(rank, warmup) for one in found for rank in one["ranks"]]
     peak = sum(rank["peak_flops_per_s"] for rank in found[0]["ranks"])
     flops = first["flops_per_image"] * first["images_per_step"]
-    return Measured(
+    return CaseResult(
         rounds,
         split,
         first["images_per_step"],

@@ -19,7 +19,7 @@ import dsyolo
 from dsyolo.base.environment import all_variables
 from dsyolo.data.formats.yolo import DataSpec, list_images
 from dsyolo.doctor.hosts import Host
-from dsyolo.scaling.cases import Case
+from dsyolo.scaling.cases import ScalingCase
 
 GRACE_S = 40  # that a run has to end after it was asked to
 LOOK_S = 0.05
@@ -51,7 +51,7 @@ class EndRequest:
         self.number = self.number or number
 
 
-class Plan(NamedTuple):
+class ScalingPlan(NamedTuple):
     """What all trainings share.
 
     Attributes:
@@ -83,7 +83,7 @@ class Outcome(NamedTuple):
     why_not: str = ""
 
 
-def epochs_and_images(case: Case, steps: int, available: int) -> tuple[int, int]:
+def epochs_and_images(case: ScalingCase, steps: int, available: int) -> tuple[int, int]:
     """(epochs, images of each) so that there are `steps` steps at least, and not many more."""
     needed = case.global_batch * steps
     images = min(available, needed)
@@ -105,7 +105,9 @@ def write_data(data: DataSpec, folder: Path, num_train: int, num_val: int) -> Pa
     return path
 
 
-def run(plan: Plan, case: Case, turn: int, number: int, epochs: int, data: Path, config: Path) -> Outcome:
+def run(
+    plan: ScalingPlan, case: ScalingCase, turn: int, number: int, epochs: int, data: Path, config: Path
+) -> Outcome:
     """One training of a case. Its output goes to a file beside its folder.
 
     Args:
@@ -128,7 +130,7 @@ def run(plan: Plan, case: Case, turn: int, number: int, epochs: int, data: Path,
     return Outcome(None, wall_s, f"{_reason(status, log, plan)} See {log}")
 
 
-def arguments(plan: Plan, name: str, epochs: int, data: Path, config: Path) -> list[str]:
+def arguments(plan: ScalingPlan, name: str, epochs: int, data: Path, config: Path) -> list[str]:
     """Of train.py, for one training."""
     words = [
         "--deepspeed_config",
@@ -141,7 +143,7 @@ def arguments(plan: Plan, name: str, epochs: int, data: Path, config: Path) -> l
         name,
     ]
     words += ["--epochs", str(epochs), "--val_every", str(epochs), "--save_every", str(epochs)]
-    return [*words, "--time_account", "steps", *plan.options]
+    return [*words, "--time_profile", "steps", *plan.options]
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -171,7 +173,7 @@ def _has_enough(found: dict[str, Any], warmup: int) -> bool:
     return all(any(step["step"] > warmup for step in rank["steps"]) for rank in found["ranks"])
 
 
-def _launcher(plan: Plan, ranks: int, number: int) -> list[str]:
+def _launcher(plan: ScalingPlan, ranks: int, number: int) -> list[str]:
     if ranks == 1 and not plan.hostfile:
         return [sys.executable]
     launcher = [
@@ -197,7 +199,7 @@ def include(hosts: Sequence[Host], ranks: int) -> str:
     return "@".join(parts)
 
 
-def _wait(plan: Plan, case: Case, command: Sequence[str], output: Any) -> int | None:
+def _wait(plan: ScalingPlan, case: ScalingCase, command: Sequence[str], output: Any) -> int | None:
     """The exit status; None where it took too long, or is to end. However this ends, the run has ended then."""
     path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
     process = subprocess.Popen(
@@ -220,7 +222,7 @@ def _wait(plan: Plan, case: Case, command: Sequence[str], output: Any) -> int | 
         _end(process)
 
 
-def _reason(status: int | None, log: Path, plan: Plan) -> str:
+def _reason(status: int | None, log: Path, plan: ScalingPlan) -> str:
     """What the run said last of why it ended."""
     if status is None:
         return f"took longer than the {plan.timeout_s:.0f} s of --timeout, before a step was measured."

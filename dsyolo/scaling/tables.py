@@ -81,7 +81,7 @@ def rate_table(group: Group) -> Table:
         rows.append(
             [
                 str(row.wanted.ranks),
-                f"{case.micro_batch} x {case.accumulation} x {case.replicas}",
+                f"{case.micro_batch} x {case.accumulation} x {case.dp_size}",
                 f"{one.step_s:.3f} ({low:.3f} to {high:.3f})",
                 f"{one.images_per_s:.1f}",
                 f"{row.speedup:.2f}",

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from dsyolo.base.batch import Detections, Truth
+from dsyolo.base.batch import Detections, GroundTruth
 from dsyolo.detection.metrics import Metrics
 from dsyolo.models.weights import WeightsInfo, save_weights
 from dsyolo.tracking.plots import draw, grid, save
@@ -24,7 +24,7 @@ GRID_IMAGES, GRID_COLUMNS, CELL_PX = 12, 4, 400
 SHOWN_SCORE = 0.25  # detections below it would only cover the picture
 
 
-class NullRecord:
+class NullArtifacts:
     """Of the ranks that write nothing."""
 
     keeps_weights = False
@@ -32,7 +32,7 @@ class NullRecord:
     def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None: ...
 
     def validated(
-        self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool
+        self, metrics: Metrics, found: Sequence[tuple[GroundTruth, Detections]], is_best: bool
     ) -> None: ...
 
     def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None: ...
@@ -42,7 +42,7 @@ class NullRecord:
     def finish(self) -> None: ...
 
 
-class Record:
+class RunArtifacts:
     """Of the one rank that writes.
 
     Args:
@@ -51,7 +51,7 @@ class Record:
         deepspeed_json: as used, for deepspeed.json.
         info: goes into the weights files.
         load_rgb: the original (H, W, 3) image of a validation image's index.
-        draw: given a name and what draws it, does it soon (`Painter.draw`).
+        draw: given a name and what draws it, does it soon (`BackgroundPlotter.draw`).
         picture: told the path of each picture that is written, by whoever draws it.
     """
 
@@ -100,19 +100,28 @@ class Record:
                 return f"{path} could not be written: {why}. What was there before is kept."
         return None
 
-    def validated(self, metrics: Metrics, found: Sequence[tuple[Truth, Detections]], is_best: bool) -> None:
+    def validated(
+        self, metrics: Metrics, found: Sequence[tuple[GroundTruth, Detections]], is_best: bool
+    ) -> None:
         """Has predictions.jpg drawn, a grid of the first validation images with what was found."""
         if is_best or not self._table:
             self._table = metrics.table()
         shown = list(found[:GRID_IMAGES])
         self._draw("predictions.jpg", lambda: self._write_grid(shown))
 
-    def _write_grid(self, found: Sequence[tuple[Truth, Detections]]) -> None:
+    def _write_grid(self, found: Sequence[tuple[GroundTruth, Detections]]) -> None:
         cells = []
-        for truth, detections in found:
+        for ground_truth, detections in found:
             shown = detections.scores > SHOWN_SCORE
             detections = Detections(*(values[shown] for values in detections))
-            cells.append(draw(self._load_rgb(truth.image_id), detections, self._info.names, truth=truth))
+            cells.append(
+                draw(
+                    self._load_rgb(ground_truth.image_id),
+                    detections,
+                    self._info.names,
+                    ground_truth=ground_truth,
+                )
+            )
         path = self.folder / "predictions.jpg"
         save(path, grid(cells, columns=GRID_COLUMNS, cell_px=CELL_PX))
         self._picture(path)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 
 
-class Painter:
+class BackgroundPlotter:
     """One thread that draws. Of each picture only the latest version waits; what waits at the end is drawn then.
 
     What fails costs a warning: a picture is nothing to stop a run for.
@@ -18,7 +18,7 @@ class Painter:
         self._is_busy = self._is_closed = False
         self._changed = threading.Condition()
         # ends with the program where that breaks, instead of keeping it alive
-        self._thread = threading.Thread(target=self._work, name="painter", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="background-plotter", daemon=True)
 
     def draw(self, name: str, work: Callable[[], None]) -> None:
         """Has `work` done soon, instead of what waits under that name. After `close` at once."""

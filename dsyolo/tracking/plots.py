@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dsyolo.base.batch import Detections, Truth
+from dsyolo.base.batch import Detections, GroundTruth
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 CURVES = ("#1f6fd6", "#e2641a", "#1c9a6b", "#8a3fc0")  # dark enough for thin lines on white
@@ -33,7 +33,11 @@ def colour(klass: int) -> tuple[int, int, int]:
 
 
 def draw(
-    image_rgb: np.ndarray, detections: Detections, class_names: Sequence[str], *, truth: Truth | None = None
+    image_rgb: np.ndarray,
+    detections: Detections,
+    class_names: Sequence[str],
+    *,
+    ground_truth: GroundTruth | None = None,
 ) -> np.ndarray:
     """A copy of the image with a box, class and score per detection, the best on top.
 
@@ -44,7 +48,7 @@ def draw(
     """
     picture = np.ascontiguousarray(image_rgb).copy()
     line_px = max(round(sum(picture.shape[:2]) * 0.0018), 1)
-    for box in [] if truth is None else truth.boxes_xyxy:
+    for box in [] if ground_truth is None else ground_truth.boxes_xyxy:
         _dashed_box(picture, box, max(line_px // 2, 1))
     worst_first = np.argsort(detections.scores, kind="stable").tolist()
     for i in worst_first:

@@ -14,7 +14,7 @@ from dsyolo.tracking.nvml import GpuUse
 LOOK_S = 0.5  # at least between two looks at what is not a counter
 
 
-class Usage:
+class ResourceUsage:
     """Of one rank; the first of a machine also looks at the machine.
 
     Args:

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from dsyolo.engine.comm_timer import Collectives, CommsLog
-from dsyolo.engine.memory_profile import Measured
-from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, Phases, StepTimes
-from dsyolo.planner.memory_estimate import Terms
-from dsyolo.tracking.resource_usage import Usage
+from dsyolo.engine.comm_timer import CommsLog, CommTimer
+from dsyolo.engine.memory_profile import MemoryMeasurement
+from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimer, StepTimes
+from dsyolo.planner.memory_estimate import MemoryTerms
+from dsyolo.tracking.resource_usage import ResourceUsage
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ LOGGED_STEP = 3  # of a run: the one in which DeepSpeed's comms logger is on. Th
 SHARES = {name: "data_wait_share" if name == DATA else f"{name}_share" for name in PHASES}
 
 
-class Work(NamedTuple):
+class StepFlops(NamedTuple):
     """What a step computes, and what this rank could.
 
     Attributes:
@@ -33,7 +33,7 @@ class Work(NamedTuple):
     peak_flops_per_s: float
 
 
-class NoTimeAccount:
+class NoTimeProfile:
     """Counts nothing and tells nothing."""
 
     def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
@@ -44,7 +44,7 @@ class NoTimeAccount:
         """Around what lies between epochs' steps: validation, checkpoint."""
         return nullcontext()
 
-    def memory(self, measured: Sequence[Measured]) -> None:
+    def memory(self, measured: Sequence[MemoryMeasurement]) -> None:
         """Of all ranks, in a step."""
 
     def epoch(self) -> dict[str, float]:
@@ -55,7 +55,7 @@ class NoTimeAccount:
         """The training is over."""
 
 
-class TimeAccount:
+class TimeProfile:
     """Of one rank; all ranks have one, and call `epoch` and `finish` together.
 
     Args:
@@ -65,11 +65,11 @@ class TimeAccount:
 
     def __init__(
         self,
-        phases: Phases,
-        collectives: Collectives,
-        work: Work,
+        phases: StepTimer,
+        collectives: CommTimer,
+        work: StepFlops,
         all_gather: Callable[[Any], list[Any]],
-        details: Details | None = None,
+        details: StepDetails | None = None,
     ) -> None:
         self._phases, self._collectives, self._work = phases, collectives, work
         self._all_gather, self._details = all_gather, details
@@ -88,7 +88,7 @@ class TimeAccount:
         if self._details:
             self._details.outside.setdefault(name, []).append(time.perf_counter() - begin)
 
-    def memory(self, measured: Sequence[Measured]) -> None:
+    def memory(self, measured: Sequence[MemoryMeasurement]) -> None:
         """Of all ranks, in a step."""
         self._memory = peak_figures(measured)
 
@@ -111,7 +111,7 @@ class TimeAccount:
             self._details.write(self._all_gather(self._details.to_json() | {"memory": self._memory}))
 
 
-class Details:
+class StepDetails:
     """What is kept of each step of a rank, for `dsyolo scale`.
 
     Args:
@@ -119,7 +119,7 @@ class Details:
         about: the run, and this rank.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any], usage: Usage) -> None:
+    def __init__(self, path: Path | None, about: Mapping[str, Any], usage: ResourceUsage) -> None:
         self._path, self._about, self._usage = path, dict(about), usage
         self.times: list[StepTimes] = []
         self.outside: dict[str, list[float]] = {}
@@ -128,7 +128,7 @@ class Details:
         self._comms: dict[str, Any] = {}
         self._log = CommsLog()
 
-    def of_each(self, steps: Iterator[T], start: int, collectives: Collectives) -> Iterator[T]:
+    def of_each(self, steps: Iterator[T], start: int, collectives: CommTimer) -> Iterator[T]:
         """Gives what `steps` gives, and looks around after each."""
         self._step = start
         self._about.setdefault("first_step_at", time.time())
@@ -142,7 +142,7 @@ class Details:
                 self._comms = self._log.stop()
             self._look(collectives)
 
-    def end(self, collectives: Collectives) -> None:
+    def end(self, collectives: CommTimer) -> None:
         """Of the run, which may have stopped behind a step."""
         if self._step not in self._seen:
             self._look(collectives)
@@ -160,7 +160,7 @@ class Details:
         if self._path and any(rank["steps"] for rank in ranks):
             self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
 
-    def _look(self, collectives: Collectives) -> None:
+    def _look(self, collectives: CommTimer) -> None:
         counted = {
             "at": time.time(),
             "collectives": collectives.calls,
@@ -185,14 +185,14 @@ def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s:
     }
     seconds = sum(wholes) / len(wholes)
     if peak_flops_per_s:
-        figures["flop_utilisation"] = flops / seconds / peak_flops_per_s
+        figures["mfu"] = flops / seconds / peak_flops_per_s
     return figures
 
 
-def peak_figures(measured: Sequence[Measured]) -> dict[str, float]:
+def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
     """In GiB, of the rank that needs most: the peak, and each term at its own most."""
     most = max(measured, key=lambda one: one.peak or one.account.together.total)
-    terms: Terms = most.account.together
+    terms: MemoryTerms = most.account.together
     peak = {} if most.peak is None else {"peak_gib": most.peak / 2**30}
     return peak | {f"peak_{name}_gib": size / 2**30 for name, size in terms._asdict().items()}
 
@@ -205,6 +205,6 @@ def describe(row: Mapping[str, float]) -> str:
     parts = [f"{row['images_per_s']:.1f} images/s", f"data {data}, communication {communication}"]
     if "peak_gib" in row:
         parts.append(f"peak {row['peak_gib']:.2f} GiB (activations {row['peak_activations_gib']:.2f})")
-    if "flop_utilisation" in row:
-        parts.append(f"{100 * row['flop_utilisation']:.0f} % of peak FLOP/s")
+    if "mfu" in row:
+        parts.append(f"{100 * row['mfu']:.0f} % of peak FLOP/s")
     return "; ".join(parts)

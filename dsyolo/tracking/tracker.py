@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dsyolo.base.batch import StepStats
 from dsyolo.detection.metrics import Metrics
 from dsyolo.engine.memory_profile import process_memory_gib
-from dsyolo.tracking.background_plotter import Painter
+from dsyolo.tracking.background_plotter import BackgroundPlotter
 from dsyolo.tracking.plots import save_curves
 from dsyolo.tracking.throughput import describe as describe_pace
 from dsyolo.tracking.writers import MetricsFile, WandbRun
@@ -40,7 +40,7 @@ PLOT_SHARE = (
 )
 
 
-class ProgressLike(Protocol):
+class TrainStateLike(Protocol):
     """Where a run is. `epoch` is 0-based and the current one, also in `Tracker.epoch`, which ends it."""
 
     step: int  # optimizer steps done
@@ -53,14 +53,14 @@ class ProgressLike(Protocol):
 class Tracker(Protocol):
     """What the loop tells. No method fails for what lies outside the run, such as the network."""
 
-    def begin(self, progress: ProgressLike) -> None:
+    def begin(self, progress: TrainStateLike) -> None:
         """Training (again) starts here: the time since the last call, as for a checkpoint, is not training's."""
 
-    def step(self, progress: ProgressLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
+    def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
         """After each optimizer step; `data_wait_s` is how long it waited for its batches."""
 
     def epoch(
-        self, progress: ProgressLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
+        self, progress: TrainStateLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
     ) -> None:
         """After each epoch and its validation; `metrics` is None where there was none. `pace`: where its time went."""
 
@@ -80,12 +80,12 @@ class Tracker(Protocol):
 class NullTracker:
     """Of the ranks that tell nothing."""
 
-    def begin(self, progress: ProgressLike) -> None: ...
+    def begin(self, progress: TrainStateLike) -> None: ...
 
-    def step(self, progress: ProgressLike, stats: StepStats, lr: float, data_wait_s: float) -> None: ...
+    def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None: ...
 
     def epoch(
-        self, progress: ProgressLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
+        self, progress: TrainStateLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
     ) -> None: ...
 
     def say(self, text: str) -> None: ...
@@ -118,7 +118,7 @@ class RunTracker:
     def __init__(
         self,
         folder: Path,
-        start: ProgressLike,
+        start: TrainStateLike,
         *,
         log_every: int = 10,
         state: Mapping[str, Any] | None = None,
@@ -153,7 +153,7 @@ class RunTracker:
         if state.get("num_summed"):
             self._loss_sum, self._num_summed = torch.tensor(state["loss_sum"]), state["num_summed"]
         self._lr, self._step = 0.0, start.step
-        self.painter = Painter()
+        self.plotter = BackgroundPlotter()
         self._next_plot = 0.0
         self._num_skipped = 0  # since the last logged step
         self._closed = False
@@ -164,11 +164,11 @@ class RunTracker:
         """Of W&B; None without it."""
         return self._wandb.run_id
 
-    def begin(self, progress: ProgressLike) -> None:
+    def begin(self, progress: TrainStateLike) -> None:
         self._in_epoch = _Window(progress)
         self._since_log = _Window(progress)
 
-    def step(self, progress: ProgressLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
+    def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
         self._lr, self._step = lr, progress.step
         if stats.was_applied:  # else they may be NaN, and with them the epoch's
             self._sum(stats.losses.detach())
@@ -179,7 +179,7 @@ class RunTracker:
         if progress.step == 1 or progress.step % self.log_every == 0 or progress.step == progress.total_steps:
             self._log_step(progress, stats)
 
-    def _log_step(self, progress: ProgressLike, stats: StepStats) -> None:
+    def _log_step(self, progress: TrainStateLike, stats: StepStats) -> None:
         losses = _losses(stats.losses.tolist())  # waits for the device
         self._in_epoch.stop()  # only now is the step done
         self._since_log.stop()
@@ -195,7 +195,7 @@ class RunTracker:
         self._bar.set_postfix_str(_describe(row), refresh=False)
 
     def epoch(
-        self, progress: ProgressLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
+        self, progress: TrainStateLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
     ) -> None:
         now = time.perf_counter()
         row = _losses((self._loss_sum / self._num_summed).tolist()) if self._num_summed else {}
@@ -211,14 +211,14 @@ class RunTracker:
         self.say(f"{line}\n{' ' * (7 + 2 * width)}  {account}" if account else line)
         self._loss_sum, self._num_summed = None, 0
         if now >= self._next_plot:
-            self.painter.draw("results.png", self._plot)
+            self.plotter.draw("results.png", self._plot)
         self.begin(progress)
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)  # above the bar, where there is one
         sys.stdout.flush()  # a log file is read while the run goes on
 
-    def _tell(self, kind: str, progress: ProgressLike, row: dict[str, Any]) -> None:
+    def _tell(self, kind: str, progress: TrainStateLike, row: dict[str, Any]) -> None:
         place = {"step": progress.step, "epoch": progress.epoch}
         self._rows.append({"kind": kind, **place, **row})
         group = {name: "val" if name in FIGURES else "train" if kind == "step" else "epoch" for name in row}
@@ -236,8 +236,8 @@ class RunTracker:
             return
         self._closed = True
         self._bar.close()
-        self.painter.draw("results.png", self._plot)
-        self.painter.close()
+        self.plotter.draw("results.png", self._plot)
+        self.plotter.close()
         self._rows.close()
         self._wandb.close()
 
@@ -261,12 +261,12 @@ class RunTracker:
 class _Window:
     """Images, seconds and waiting between two moments of training."""
 
-    def __init__(self, progress: ProgressLike) -> None:
+    def __init__(self, progress: TrainStateLike) -> None:
         self.start = self.last = time.perf_counter()
         self._images_before = self._images = progress.images_seen
         self._data_wait_s = 0.0
 
-    def step(self, progress: ProgressLike, data_wait_s: float) -> None:
+    def step(self, progress: TrainStateLike, data_wait_s: float) -> None:
         self._images = progress.images_seen
         self._data_wait_s += data_wait_s
         self.stop()

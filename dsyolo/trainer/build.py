@@ -11,17 +11,19 @@ from typing import NamedTuple
 import torch
 
 from dsyolo.base.errors import UserError
-from dsyolo.checkpoint.checkpointer import Checkpoints
+from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.reader import read_buffers
-from dsyolo.checkpoint.train_state import Progress
+from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import world as dist
 from dsyolo.cluster.world import World
 from dsyolo.config.deepspeed.config import DsConfig
 from dsyolo.config.run_config import RunConfig
-from dsyolo.data.dataset import DetectionDataset, Scan, refuse_unknown_classes, scan
+from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
 from dsyolo.data.formats.yolo import DataSpec
-from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, largest_size_px
-from dsyolo.data.parallel_map import Crew
+from dsyolo.data.index import DatasetIndex
+from dsyolo.data.index_builder import build_index
+from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader, largest_size_px
+from dsyolo.data.parallel_map import Communicator
 from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.loss import DetectionLoss
@@ -30,16 +32,16 @@ from dsyolo.engine.buffers import named_buffers
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.memory_profile import peak_memory_gib
-from dsyolo.engine.offload import Folders, move_to_folders
+from dsyolo.engine.offload import OffloadFolders, move_to_folders
 from dsyolo.engine.optimizer import Schedule, lr_factor
-from dsyolo.engine.parallelize import spread
-from dsyolo.engine.partitions import Shards
+from dsyolo.engine.parallelize import parallelize
+from dsyolo.engine.partitions import Partitions
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
 from dsyolo.models.blocks import freeze_batchnorm
 from dsyolo.models.weights import WeightsInfo, describe, load_into
 from dsyolo.models.yolov5 import YOLOv5, build_yolov5, level_strides
-from dsyolo.planner.memory_estimate import Load
-from dsyolo.tracking.artifacts import NullRecord, Record
+from dsyolo.planner.memory_estimate import RankLoad
+from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
 from dsyolo.tracking.tracker import NullTracker, RunTracker, Tracker
 
 
@@ -52,7 +54,7 @@ class Run(NamedTuple):
     world: World
     folder: Path
     activations: ActivationPlan
-    goes_on: bool = False  # begins at a checkpoint
+    resumes: bool = False  # begins at a checkpoint
     planned: tuple[str, ...] = ()  # what the JSON left to the machine, in words
 
 
@@ -60,17 +62,17 @@ class Parts(NamedTuple):
     """What trains on this rank, and what it was given to hold."""
 
     engine: Engine
-    shards: Shards
+    partitions: Partitions
     ema: Ema | NoEma
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
     info: WeightsInfo
-    load: Load
+    load: RankLoad
 
 
-class Data(NamedTuple):
+class DataParts(NamedTuple):
     """The splits and this rank's loaders."""
 
-    stream: Stream
+    stream: StepSampler
     train: TrainLoader
     val: EvalLoader
     train_set: DetectionDataset
@@ -83,7 +85,7 @@ class Data(NamedTuple):
             for step in range(start, stop)
         }
         return {
-            step + 1: [self.train_set.scan.path(self.stream.at(position)[1]) for position in places]
+            step + 1: [self.train_set.build_index.path(self.stream.at(position)[1]) for position in places]
             for step, places in positions.items()
         }
 
@@ -120,22 +122,22 @@ def build_network(run: Run, checkpoint: Path | None = None) -> tuple[YOLOv5, str
     return network, taken
 
 
-def build_data(run: Run, scans: tuple[Scan, Scan], network: YOLOv5) -> Data:
+def build_data(run: Run, scans: tuple[DatasetIndex, DatasetIndex], network: YOLOv5) -> DataParts:
     """The loaders of both splits."""
     config, ds, world = run.config, run.ds, run.world
-    train_scan, val_scan = scans
+    train_index, val_index = scans
     num_workers = dist.num_workers(world, config.workers)
     pin_memory = dist.pins_memory()
-    train_set = DetectionDataset(train_scan, config.imgsz, cache=config.cache)
-    val_set = DetectionDataset(val_scan, config.imgsz)
-    place = dist.place_in(world, ds.stages)
-    stream = Stream(
-        len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.replica, place.replicas
+    train_set = DetectionDataset(train_index, config.imgsz, cache=config.cache)
+    val_set = DetectionDataset(val_index, config.imgsz)
+    place = dist.parallel_dims(world, ds.stages)
+    stream = StepSampler(
+        len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.dp_rank, place.dp_size
     )
     strides = network.strides
     anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
     train_loader = TrainLoader(
-        train_set if place.is_first or place.is_last else None,
+        train_set if place.is_first_stage or place.is_last_stage else None,
         stream,
         Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
         Assigner(anchors_px.numpy(), strides, config.recipe.anchor_t),
@@ -156,10 +158,10 @@ def build_data(run: Run, scans: tuple[Scan, Scan], network: YOLOv5) -> Data:
         pin_memory=pin_memory,
         rectangular=config.rect_val,
     )
-    return Data(stream, train_loader, val_loader, train_set, val_set)
+    return DataParts(stream, train_loader, val_loader, train_set, val_set)
 
 
-def scan_splits(run: Run, crew: Crew | None = None) -> tuple[Scan, Scan]:
+def scan_splits(run: Run, communicator: Communicator | None = None) -> tuple[DatasetIndex, DatasetIndex]:
     """Reads both splits, from the cache where they are there, and says what is in them.
 
     Args:
@@ -169,22 +171,22 @@ def scan_splits(run: Run, crew: Crew | None = None) -> tuple[Scan, Scan]:
         UserError: no usable image in one, or labels of classes that data.yaml does not name.
     """
     scans = {
-        split: scan(
+        split: build_index(
             getattr(run.data, split),
             run.data.num_classes,
             workers=dist.num_readers(run.world),
-            progress=run.world.is_first,
-            crew=crew,
+            progress=run.world.is_main_process,
+            communicator=communicator,
         )
         for split in ("train", "val")
     }
     refuse_unknown_classes(run.data, scans)
-    if run.world.is_first:
+    if run.world.is_main_process:
         print("\n".join(f"{split}: {found.summary()}" for split, found in scans.items()))
     return scans["train"], scans["val"]
 
 
-def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
+def build_engine(run: Run, network: YOLOv5, stream: StepSampler) -> Parts:
     """Builds the engine around the network, and what keeps its state."""
     config, ds, recipe, world = run.config, run.ds, run.config.recipe, run.world
     threads = dist.set_threads(world, config.threads)
@@ -210,7 +212,7 @@ def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
     info = describe(network, run.data.names, config.imgsz)
     if config.freeze_batchnorm:
         freeze_batchnorm(network)
-    engine, shards, nodes, groups, about = spread(
+    engine, partitions, nodes, groups, about = parallelize(
         network,
         loss,
         schedule,
@@ -221,37 +223,37 @@ def build_engine(run: Run, network: YOLOv5, stream: Stream) -> Parts:
         activations=run.activations,
     )
     if config.sync_batchnorm:
-        synchronise_batchnorm(engine.network, engine.replicas)
+        synchronise_batchnorm(engine.network, engine.dp_group)
         lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
     ema = (
-        Ema(shards, engine.buffers, config.ema_decay, config.ema_tau)
+        Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)
         if config.ema
-        else NoEma(shards, engine.buffers)
+        else NoEma(partitions, engine.buffers)
     )
     if any(ds.offload_folders):
-        move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
-    checkpoints = Checkpoints(
-        run.folder / "checkpoints", engine, shards, ema, world, keep=config.keep_checkpoints
+        move_to_folders(OffloadFolders(*ds.offload_folders), engine.deepspeed, partitions, ema.tensors, world)
+    checkpoints = Checkpointer(
+        run.folder / "checkpoints", engine, partitions, ema, world, keep=config.keep_checkpoints
     )
-    if world.is_first:
+    if world.is_main_process:
         print("\n".join([*run.planned, *lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
-    place, plan = dist.place_in(world, ds.stages), run.activations
-    in_flight = min(ds.stages - place.stage, ds.accumulation)
+    place, plan = dist.parallel_dims(world, ds.stages), run.activations
+    in_flight = min(ds.stages - place.pp_rank, ds.accumulation)
     kept = [
         plan.stage_bytes(nodes, in_flight, names) for names in (None, frozenset[str](), plan.counted.blocks)
     ]
     on_host = plan.host_bytes(nodes, in_flight)
-    load = Load(groups, *kept, place.replica, place.replicas, config.ema, on_host)
-    return Parts(engine, shards, ema, checkpoints, info, load)
+    load = RankLoad(groups, *kept, place.dp_rank, place.dp_size, config.ema, on_host)
+    return Parts(engine, partitions, ema, checkpoints, info, load)
 
 
-def build_schedule(run: Run, stream: Stream) -> Schedule:
+def build_schedule(run: Run, stream: StepSampler) -> Schedule:
     """The schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
     recipe, params = run.config.recipe, run.ds.optimizer_params
     is_scaled = recipe.lr_scaling != "none"
     warmup_images = max(recipe.warmup_epochs * stream.num_images, recipe.warmup_min_images)
     return Schedule(
-        total_steps=stream.first_step(run.config.epochs),
+        total_steps=stream.epoch_start_step(run.config.epochs),
         warmup_steps=max(round(warmup_images / stream.global_batch), int(is_scaled)),
         lr=params["lr"] * lr_factor(recipe.lr_scaling, stream.global_batch),
         lrf=recipe.lrf,
@@ -266,15 +268,15 @@ def build_schedule(run: Run, stream: Stream) -> Schedule:
 
 
 def build_record(
-    run: Run, data: Data, progress: Progress, parts: Parts
-) -> tuple[Tracker, Record | NullRecord]:
+    run: Run, data: DataParts, progress: TrainState, parts: Parts
+) -> tuple[Tracker, RunArtifacts | NullArtifacts]:
     """What tells and writes, on the first rank; what does nothing, on the others.
 
     Raises:
         UserError: the run's folder cannot be written to.
     """
-    if not run.world.is_first:
-        return NullTracker(), NullRecord()
+    if not run.world.is_main_process:
+        return NullTracker(), NullArtifacts()
     try:
         return _build_record(run, data, progress, parts)
     except OSError as error:
@@ -286,7 +288,9 @@ def build_record(
         raise UserError(f"{run.folder} cannot be used", [fault]) from None
 
 
-def _build_record(run: Run, data: Data, progress: Progress, parts: Parts) -> tuple[Tracker, Record]:
+def _build_record(
+    run: Run, data: DataParts, progress: TrainState, parts: Parts
+) -> tuple[Tracker, RunArtifacts]:
     config, val_set = run.config, data.val_set
     run.folder.mkdir(parents=True, exist_ok=True)
     tracker = RunTracker(
@@ -303,13 +307,13 @@ def _build_record(run: Run, data: Data, progress: Progress, parts: Parts) -> tup
     if run.planned:
         text = json.dumps(dict(run.ds.source), indent=2) + "\n"
         (run.folder / "deepspeed_auto.json").write_text(text)
-    record = Record(
+    record = RunArtifacts(
         run.folder,
         config=config.dump(),
         deepspeed_json=parts.engine.deepspeed_json,
         info=parts.info,
-        load_rgb=lambda index: val_set.load(index, max(val_set.truth(index)[0])).image,
-        draw=tracker.painter.draw,
+        load_rgb=lambda index: val_set.load(index, max(val_set.ground_truth(index)[0])).image,
+        draw=tracker.plotter.draw,
         picture=tracker.pictures,
     )
     return tracker, record

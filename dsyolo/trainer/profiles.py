@@ -9,45 +9,49 @@ import psutil
 import torch
 
 from dsyolo.cluster import world as dist
-from dsyolo.engine.comm_timer import Collectives
-from dsyolo.engine.memory_profile import Measured, MemoryWatch, NoWatch
-from dsyolo.engine.step_timer import Phases, clock_of_device
+from dsyolo.engine.comm_timer import CommTimer
+from dsyolo.engine.memory_profile import MemoryMeasurement, MemoryProfiler, NoMemoryProfiler
+from dsyolo.engine.step_timer import StepTimer, clock_of_device
 from dsyolo.models.flops import BACKWARD, node_costs
 from dsyolo.models.yolov5 import build_yolov5
 from dsyolo.planner.local_hardware import host_bytes
-from dsyolo.planner.memory_estimate import Account, Load, predict, shortage, table, verdict
+from dsyolo.planner.memory_estimate import MemoryEstimate, RankLoad, predict, shortage, table, verdict
 from dsyolo.planner.peak_flops import Peak, peak_of_cpu, peak_of_gpu
-from dsyolo.tracking.artifacts import NullRecord, Record
+from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
 from dsyolo.tracking.nvml import Gpu, load_nvml
-from dsyolo.tracking.resource_usage import Usage
-from dsyolo.tracking.throughput import Details, NoTimeAccount, TimeAccount, Work, measured_every
+from dsyolo.tracking.resource_usage import ResourceUsage
+from dsyolo.tracking.throughput import NoTimeProfile, StepDetails, StepFlops, TimeProfile, measured_every
 from dsyolo.tracking.tracker import Tracker
-from dsyolo.trainer.build import Data, Parts, Run
+from dsyolo.trainer.build import DataParts, Parts, Run
 
 PASSES = 1 + BACKWARD  # what counts of a step's operations, computing again left out
 
 
 def build_memory(
-    run: Run, parts: Parts, tracker: Tracker, record: Record | NullRecord, times: TimeAccount | NoTimeAccount
-) -> MemoryWatch | NoWatch:
+    run: Run,
+    parts: Parts,
+    tracker: Tracker,
+    record: RunArtifacts | NullArtifacts,
+    times: TimeProfile | NoTimeProfile,
+) -> MemoryProfiler | NoMemoryProfiler:
     """Tells what memory each rank is expected to need, and gives what measures it."""
     ds, zero = run.ds, parts.engine.deepspeed_json["zero_optimization"]
-    loads: list[Load] = parts.engine.all_gather(parts.load)
+    loads: list[RankLoad] = parts.engine.all_gather(parts.load)
     predicted = [predict(load, ds, zero) for load in loads]
     shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
     titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
-    if run.world.is_first:
+    if run.world.is_main_process:
         largest = max(shown, key=lambda rank: predicted[rank].together.total)
         print(table((f"{title}, predicted", predicted[rank].together) for rank, title in titles.items()))
         counted, stages = run.activations.counted, loads[:: ds.data_parallel_size]
         plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
         groups = tuple(sizes for load in stages for sizes in load.groups)
-        alone = Load(groups, plain, plain, least, 0, run.world.size, run.config.ema)
+        alone = RankLoad(groups, plain, plain, least, 0, run.world.size, run.config.ema)
         print(verdict(loads[largest], ds, zero, alone))
         if warning := _shortage(run, predicted[: run.world.local_size], parts.engine.device.type == "cpu"):
             print(warning)
 
-    def tell(measured: list[Measured]) -> None:
+    def tell(measured: list[MemoryMeasurement]) -> None:
         rows = []
         for rank, title in titles.items():
             rows.append((f"{title}, predicted", predicted[rank].together))
@@ -70,32 +74,32 @@ def build_memory(
             ]
         )
 
-    if run.config.memory_account == "off":
-        return NoWatch()
-    again = run.config.memory_account == "epochs"
-    return MemoryWatch(parts.engine, parts.shards, parts.ema, tell, again=again)
+    if run.config.memory_profile == "off":
+        return NoMemoryProfiler()
+    again = run.config.memory_profile == "epochs"
+    return MemoryProfiler(parts.engine, parts.partitions, parts.ema, tell, again=again)
 
 
-def _shortage(run: Run, accounts: list[Account], on_cpu: bool) -> str:
+def _shortage(run: Run, accounts: list[MemoryEstimate], on_cpu: bool) -> str:
     if "nvme" in (run.ds.offload_optimizer, run.ds.offload_param):
-        accounts = [Account(account.device) for account in accounts]  # the page cache keeps what fits
+        accounts = [MemoryEstimate(account.device) for account in accounts]  # the page cache keeps what fits
     device_bytes = None if on_cpu else dist.memory_of_device(run.world.local_rank)
     return shortage(accounts, device_bytes, host_bytes())
 
 
-def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAccount | NoTimeAccount:
+def build_time_profile(run: Run, data: DataParts, parts: Parts, start: int) -> TimeProfile | NoTimeProfile:
     """Tells where the time of steps goes. On an accelerator only some steps are measured, so that events cost nothing.
 
     Args:
         start: steps that are done: those of a run that goes on get a file of their own.
     """
     config, ds, world = run.config, run.ds, run.world
-    if config.time_account == "off":
-        return NoTimeAccount()
-    in_detail = config.time_account == "steps"
+    if config.time_profile == "off":
+        return NoTimeProfile()
+    in_detail = config.time_profile == "steps"
     on_cpu = parts.engine.device.type == "cpu"
-    every = 1 if on_cpu or in_detail else measured_every(config.log_every, data.stream.first_step(1))
-    phases = Phases(clock_of_device(), every)
+    every = 1 if on_cpu or in_detail else measured_every(config.log_every, data.stream.epoch_start_step(1))
+    phases = StepTimer(clock_of_device(), every)
     parts.engine.tell(phases)
     with torch.device("meta"):
         network = build_yolov5(config.model, run.data.num_classes)
@@ -125,11 +129,11 @@ def build_time_account(run: Run, data: Data, parts: Parts, start: int) -> TimeAc
             "peak_source": peak.source,
             "flops_per_image": PASSES * flops,
         }
-        usage = Usage(of_machine=world.local_rank == 0, **({} if on_cpu else {"gpu": _gpu(parts)}))
+        usage = ResourceUsage(of_machine=world.local_rank == 0, **({} if on_cpu else {"gpu": _gpu(parts)}))
         path = run.folder / (f"steps_{start:08d}.json" if start else "steps.json")
-        details = Details(path if world.is_first else None, about, usage)
-    work = Work(flops_of_step, peak.flops_per_s)
-    return TimeAccount(phases, Collectives(phases), work, parts.engine.all_gather, details)
+        details = StepDetails(path if world.is_main_process else None, about, usage)
+    work = StepFlops(flops_of_step, peak.flops_per_s)
+    return TimeProfile(phases, CommTimer(phases), work, parts.engine.all_gather, details)
 
 
 def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
@@ -141,7 +145,7 @@ def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
     if found is None and (name := device_name(parts.engine.device)):
         found = peak_of_gpu(name, precision)
     found = found or Peak(0.0, "not known")
-    if run.world.is_first:
+    if run.world.is_main_process:
         print(f"peak of a rank: {found.source}")
     return found
 

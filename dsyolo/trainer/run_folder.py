@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.manifest import all_checkpoints
-from dsyolo.cluster.preemption import StopRequest
-from dsyolo.cluster.run_lock import BUSY, Claim, set_aside
+from dsyolo.cluster.preemption import PreemptionHandler
+from dsyolo.cluster.run_lock import BUSY, RunLock, set_aside
 from dsyolo.config import run_config
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.run_config import RunConfig
@@ -14,7 +14,7 @@ from dsyolo.trainer.build import Run
 CLAIM_S = 60  # for another run in the same folder to end, as one that still saves
 
 
-def check_folder(run: RunConfig, goes_on: bool) -> None:
+def check_folder(run: RunConfig, resumes: bool) -> None:
     """A run needs a folder to write to: a new one of its own; one that goes on its checkpoint and settings.
 
     Raises:
@@ -25,7 +25,7 @@ def check_folder(run: RunConfig, goes_on: bool) -> None:
     for one in (folder, *inside):
         if problem := cannot_hold_files(one):
             raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
-    if not goes_on:
+    if not resumes:
         # What a run left that was stopped before its first checkpoint, `auto` may write over.
         if run.resume == "never" and (folder / "config.yaml").exists():
             rule = "it holds a run already. Go on with it by --resume, or name another by --name."
@@ -42,18 +42,18 @@ def check_folder(run: RunConfig, goes_on: bool) -> None:
         )
 
 
-def claim_folder(run: Run, claim: Claim, request: StopRequest) -> None:
+def claim_folder(run: Run, claim: RunLock, request: PreemptionHandler) -> None:
     """Makes the folder this run's, and looks at it again: another run may have been in it since it was read.
 
     Raises:
         UserError: another run is in it, or has changed what this one is to do there.
     """
-    claim.take(min(CLAIM_S, run.config.meet_timeout_s), request.asked)
-    if run.config.goes_on() != run.goes_on:
+    claim.take(min(CLAIM_S, run.config.rendezvous_timeout_s), request.asked)
+    if run.config.resumes() != run.resumes:
         rule = (
             "another run has saved there, or removed what was saved, since this one has started. Start again."
         )
         raise UserError(f"{run.folder} cannot be used", [rule], BUSY)
-    check_folder(run.config, run.goes_on)
-    if not run.goes_on and (kept := set_aside(run.folder / "weights")):
+    check_folder(run.config, run.resumes)
+    if not run.resumes and (kept := set_aside(run.folder / "weights")):
         print(f"{run.folder} has weights of a run, but no checkpoint to go on from: they are in {kept} now")

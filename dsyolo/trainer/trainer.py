@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 import torch
 
-from dsyolo.checkpoint.train_state import Progress
+from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import preemption as stop
 from dsyolo.cluster import world as dist
-from dsyolo.cluster.preemption import Stopped, StopRequest
+from dsyolo.cluster.preemption import Preempted, PreemptionHandler
 from dsyolo.cluster.watchdog import Watchdog
-from dsyolo.detection.evaluator import Finder, InParts, validate
-from dsyolo.engine.memory_profile import MemoryWatch, NoWatch
-from dsyolo.tracking.artifacts import NullRecord, Record
-from dsyolo.tracking.throughput import NoTimeAccount, TimeAccount
+from dsyolo.detection.evaluator import OomSafePredictor, PostProcessor, validate
+from dsyolo.engine.memory_profile import MemoryProfiler, NoMemoryProfiler
+from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
+from dsyolo.tracking.throughput import NoTimeProfile, TimeProfile
 from dsyolo.tracking.tracker import Tracker
-from dsyolo.trainer.build import Data, Parts, Run
-from dsyolo.trainer.profiles import build_memory, build_time_account
+from dsyolo.trainer.build import DataParts, Parts, Run
+from dsyolo.trainer.profiles import build_memory, build_time_profile
 
 VALIDATING = "validating"  # where a rank is
 DIVERGED, NOT_SAVED = 65, 74  # exit statuses: EX_DATAERR and EX_IOERR of sysexits.h
@@ -27,13 +27,13 @@ class Training(NamedTuple):
     """All that the loop works with."""
 
     run: Run
-    data: Data
+    data: DataParts
     parts: Parts
-    progress: Progress
+    progress: TrainState
     tracker: Tracker
-    record: Record | NullRecord
+    record: RunArtifacts | NullArtifacts
     watch: Watchdog
-    request: StopRequest
+    request: PreemptionHandler
 
 
 class End(NamedTuple):
@@ -50,21 +50,23 @@ def loop(training: Training) -> End:
         Stopped: after a step or in a validation, with the weights of the last step in place.
     """
     run, data, parts, progress, tracker, record, *_ = training
-    times = build_time_account(run, data, parts, progress.step)
+    times = build_time_profile(run, data, parts, progress.step)
     memory = build_memory(run, parts, tracker, record, times)
     try:
         end = _epochs(training, times, memory)
-    except Stopped:
+    except Preempted:
         times.finish()
         raise
     times.finish()
     return end
 
 
-def _epochs(training: Training, times: TimeAccount | NoTimeAccount, memory: MemoryWatch | NoWatch) -> End:
+def _epochs(
+    training: Training, times: TimeProfile | NoTimeProfile, memory: MemoryProfiler | NoMemoryProfiler
+) -> End:
     run, data, parts, progress, tracker, record, watch, request = training
     config, engine, ema, checkpoints = run.config, parts.engine, parts.ema, parts.checkpoints
-    finder = Finder(config.score_threshold, config.iou_threshold, config.max_detections)
+    finder = PostProcessor(config.score_threshold, config.iou_threshold, config.max_detections)
 
     # Under ZeRO 3 every pass gathers weights from all ranks, and none can pass through more often.
     def tell(line: str) -> None:
@@ -73,17 +75,20 @@ def _epochs(training: Training, times: TimeAccount | NoTimeAccount, memory: Memo
     inferred = (
         engine.predict
         if run.ds.zero_stage == 3
-        else InParts(engine.predict, tell, dist.free_memory_of_device)
+        else OomSafePredictor(engine.predict, tell, dist.free_memory_of_device)
     )
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         watch.at(VALIDATING)
-        request.heed()
+        request.raise_if_requested()
         return inferred(images)
 
     for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
         progress.epoch = epoch
-        if data.stream.first_step(epoch) == data.stream.first_step(epoch + 1) and epoch + 1 < config.epochs:
+        if (
+            data.stream.epoch_start_step(epoch) == data.stream.epoch_start_step(epoch + 1)
+            and epoch + 1 < config.epochs
+        ):
             continue  # of a data set smaller than a batch: an earlier step has trained its images
         tracker.begin(progress)
         memory.begin_epoch()
@@ -97,7 +102,7 @@ def _epochs(training: Training, times: TimeAccount | NoTimeAccount, memory: Memo
             if progress.skipped_in_a_row == config.max_skipped_steps:
                 record.skipped(data.names_of(progress.step - progress.skipped_in_a_row, progress.step))
                 return End(DIVERGED, diverged(progress, run))
-            request.heed()
+            request.raise_if_requested()
             watch.at(f"loading step {progress.step + 1}")
         metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
         if (epoch + 1) % config.val_every == 0 or is_last:
@@ -112,7 +117,7 @@ def _epochs(training: Training, times: TimeAccount | NoTimeAccount, memory: Memo
             watch.at("saving")
             with times.outside("checkpoint"):
                 state = ema.state_dict(keep=record.keeps_weights)
-                problem = dist.problem_of_any(record.weights(state, is_best))
+                problem = dist.first_problem_of_any_rank(record.weights(state, is_best))
                 problem = checkpoints.save(progress, is_best=is_best) or problem
             if problem and is_last:
                 return End(NOT_SAVED, f"{problem} Make room: --resume auto does the end again.")
@@ -132,7 +137,7 @@ def stopped(training: Training) -> End:
     return End(NOT_SAVED if problem else stop.STATUS, f"{said} --resume auto goes on.")
 
 
-def diverged(progress: Progress, run: Run) -> str:
+def diverged(progress: TrainState, run: Run) -> str:
     """What there is to say where too many steps in a row had to be skipped."""
     what = f"loss or gradients of the last {progress.skipped_in_a_row} steps were not finite, so none changed the weights"
     where = f"The images of these steps are named in {run.folder / 'skipped_steps.json'}"

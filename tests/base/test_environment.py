@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT
 
-from dsyolo.base.environment import read_environment, tell_torch
+from dsyolo.base.environment import export_to_torch, read_environment
 from dsyolo.base.errors import UserError
 
 DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8", "MASTER_ADDR": "a"}
@@ -71,7 +71,7 @@ def test_what_is_missing_is_told(given, told):
 
 def test_torch_is_told_of_sruns_place_and_a_launchers_word_stands(monkeypatch):
     monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "other"})
-    tell_torch(read_environment(SRUN))
+    export_to_torch(read_environment(SRUN))
     assert [os.environ[name] for name in NAMES] == ["9", "12", "1", "other", "29500"]
 
 

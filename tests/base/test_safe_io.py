@@ -26,7 +26,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.checkpoint import manifest as manifests
 from dsyolo.checkpoint.manifest import Manifest, read_manifest
 from dsyolo.checkpoint.reader import read_buffers
-from dsyolo.checkpoint.train_state import Progress
+from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.config import command_line
 from dsyolo.config import run_config as config
 from dsyolo.config.deepspeed.config import check
@@ -157,7 +157,7 @@ def saved(tmp_path) -> Path:
     folder.mkdir()
     name = "tensors-00000-of-00001.safetensors"
     save_file({"buffers/network": torch.ones(3)}, folder / name)
-    progress = Progress(total_steps=9, epochs=3, num_images=24, global_batch=8, seed=0, step=3)
+    progress = TrainState(total_steps=9, epochs=3, num_images=24, global_batch=8, seed=0, step=3)
     manifest = Manifest(
         format=manifests.FORMAT,
         progress=progress,
@@ -466,15 +466,15 @@ def load_tampered(folder: Path) -> list[tuple[str, bool]]:
     """What loading says of each kind of tampering, and whether the weights are as before."""
     import training
 
-    engine, shards, ema, checkpoints = training.build(1, folder)
+    engine, partitions, ema, checkpoints = training.build(1, folder)
     training.train(engine, ema, 0, 1)
-    progress = Progress(total_steps=9, epochs=3, num_images=24, global_batch=8, seed=0, step=1)
+    progress = TrainState(total_steps=9, epochs=3, num_images=24, global_batch=8, seed=0, step=1)
     checkpoints.save(progress)
     path = folder / "step_00000001"
     (file,) = path.glob("*.safetensors")
     whole, manifest = load_file(file), (path / "progress.json").read_text()
     training.train(engine, ema, 1, 2)
-    before = training.whole(shards, shards.masters())
+    before = training.whole(partitions, partitions.masters())
     told = []
     name = "stem.conv.weight"
     for key, tensor in (
@@ -494,7 +494,7 @@ def load_tampered(folder: Path) -> list[tuple[str, bool]]:
             checkpoints.load(path)
             told.append(("loaded", False))
         except UserError as error:
-            after = training.whole(shards, shards.masters())
+            after = training.whole(partitions, partitions.masters())
             told.append((str(error), all(torch.equal(after[key], one) for key, one in before.items())))
     return told
 

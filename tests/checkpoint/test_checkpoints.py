@@ -15,14 +15,14 @@ from dsyolo.base.errors import UserError
 from dsyolo.checkpoint import manifest
 from dsyolo.checkpoint.latest import newest_whole
 from dsyolo.checkpoint.manifest import Manifest, all_checkpoints, read_manifest
-from dsyolo.checkpoint.train_state import Progress
+from dsyolo.checkpoint.train_state import TrainState
 
 DISK_BYTES = 36 << 20  # a checkpoint of yolov5n with momentum and average takes 21 MiB
 
 
-def progress(step: int) -> Progress:
+def progress(step: int) -> TrainState:
     place = {"step": step, "epoch": (step - 1) // 4}
-    return Progress(total_steps=20, epochs=5, num_images=32, global_batch=8, seed=0, **place)
+    return TrainState(total_steps=20, epochs=5, num_images=32, global_batch=8, seed=0, **place)
 
 
 def names(folder: Path) -> list[str]:
@@ -129,7 +129,7 @@ def choose(folder: Path, set_aside: bool) -> tuple[str, list[str]]:
     """The name of the checkpoint that this rank takes, or why none, and the files that it read for that."""
     from dsyolo.cluster import world as dist
 
-    world, read, plain = dist.join(), [], manifest.sha256_of
+    world, read, plain = dist.init_process_group(), [], manifest.sha256_of
 
     def noted(path: Path) -> str:
         read.append(path.name)

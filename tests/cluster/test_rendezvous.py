@@ -99,7 +99,7 @@ def test_a_port_that_is_taken_is_told_with_the_option():
     first = Attending(0, 2, port)
     first.come()
     with pytest.raises(UserError) as caught:
-        meeting.Meeting(0, 2, "127.0.0.1", port, wait_s=1)
+        meeting.Rendezvous(0, 2, "127.0.0.1", port, wait_s=1)
     first.process.kill()
     first.process.communicate()
     (problem,) = caught.value.problems
@@ -110,7 +110,7 @@ def test_a_port_that_is_taken_is_told_with_the_option():
 def joined() -> int:
     from dsyolo.cluster import world as dist
 
-    world = dist.join()
+    world = dist.init_process_group()
     time.sleep(1.5 * world.rank)  # nobody is taken for lost who has joined
     return int(dist.all_gather_objects(world.rank, dist.device_of_rank())[-1])
 

@@ -14,7 +14,7 @@ from runs import TRAIN, alone, arguments, begin, make_place
 
 from dsyolo.base.errors import UserError
 from dsyolo.cluster import run_lock as claim
-from dsyolo.cluster.run_lock import Claim, set_aside
+from dsyolo.cluster.run_lock import RunLock, set_aside
 
 HOLDER = """
 import sys, time
@@ -52,10 +52,10 @@ def place(tmp_path_factory):
 def test_a_folder_is_had_by_one_process_and_free_once_that_is_killed(tmp_path):
     with Holder(tmp_path) as holder:
         with pytest.raises(UserError, match=f"a run is in it: process {holder.pid} on "):
-            Claim(tmp_path).take(0.3)
+            RunLock(tmp_path).take(0.3)
         holder.kill()
         holder.wait()
-        Claim(tmp_path).take(0)
+        RunLock(tmp_path).take(0)
     assert f"process {os.getpid()} on " in (tmp_path / claim.FILE).read_text()
 
 
@@ -63,17 +63,17 @@ def test_whoever_waits_gets_it_or_gives_up_when_asked(tmp_path, capsys):
     with Holder(tmp_path) as holder:
         begin = time.monotonic()
         with pytest.raises(UserError):
-            Claim(tmp_path).take(60, is_over=lambda: time.monotonic() > begin + 0.3)
+            RunLock(tmp_path).take(60, is_over=lambda: time.monotonic() > begin + 0.3)
         assert "waiting for it, 60 s at most" in capsys.readouterr().out
         holder.stdin.write("end\n")
         holder.stdin.close()
-        Claim(tmp_path).take(20)
+        RunLock(tmp_path).take(20)
     assert time.monotonic() - begin < 20
 
 
 def test_a_second_run_in_a_folder_is_refused(place):
     with Holder(place / "runs/taken") as holder:
-        done = alone(place, "taken", "--resume", "auto", meet_timeout_s=5)
+        done = alone(place, "taken", "--resume", "auto", rendezvous_timeout_s=5)
         assert done.returncode == claim.BUSY, done.stdout + done.stderr
         assert f"a run is in it: process {holder.pid}" in done.stderr
         assert "--name" in done.stderr

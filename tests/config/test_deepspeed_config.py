@@ -631,7 +631,7 @@ def test_top_level_knows_every_key_of_deepspeed() -> None:
     for table in (ds_keys.FP16, ds_keys.BF16, ds_keys.TORCH_AUTOCAST):
         inner |= table.keys()
     section = ds_keys.TOP_LEVEL["data_types"]
-    assert isinstance(section, ds_keys.Section)
+    assert isinstance(section, ds_keys.JsonSection)
     assert names - inner - section.keys.keys() <= ds_keys.TOP_LEVEL.keys()
     removed = [
         node.value

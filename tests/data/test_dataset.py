@@ -17,14 +17,17 @@ from dsyolo.base.errors import UserError
 from dsyolo.data import images, labels
 from dsyolo.data import index as scanned
 from dsyolo.data import index_builder as scan_module
-from dsyolo.data.dataset import DetectionDataset, Scan, default_cache_dir, scan, scan_file
+from dsyolo.data.dataset import DetectionDataset
+from dsyolo.data.index import DatasetIndex
+from dsyolo.data.index_builder import build_index, read_image_record
+from dsyolo.data.index_cache import default_cache_dir
 
 
-def read(root: Path, **options) -> Scan:
-    return scan([root / "images"], NUM_CLASSES, root / "cache", progress=False, **options)
+def read(root: Path, **options) -> DatasetIndex:
+    return build_index([root / "images"], NUM_CLASSES, root / "cache", progress=False, **options)
 
 
-def reasons(found: Scan) -> list[tuple[str, str]]:
+def reasons(found: DatasetIndex) -> list[tuple[str, str]]:
     return [(Path(problem.file).name, problem.reason) for problem in found.problems]
 
 
@@ -114,7 +117,7 @@ def test_missing_and_repeated_images_of_a_list(tmp_path):
     good = add(tmp_path, "good.jpg")
     listing = tmp_path / "train.txt"
     listing.write_text(f"{good}\n./images/gone.jpg\n./images/good.jpg\n")
-    found = scan([listing], NUM_CLASSES, tmp_path / "cache", progress=False)
+    found = build_index([listing], NUM_CLASSES, tmp_path / "cache", progress=False)
     assert len(found) == 1
     assert reasons(found) == [("good.jpg", scan_module.LISTED_TWICE), ("gone.jpg", images.NOT_FOUND)]
 
@@ -146,7 +149,7 @@ def test_backgrounds_and_polygons(tmp_path):
 def test_scan_file_is_what_scan_is_made_of(tmp_path):
     names = [f"{i}.jpg" for i in range(5)]
     paths = [str(add(tmp_path, name)) for name in names]
-    alone = scanned.build_scan([scan_file(path, NUM_CLASSES) for path in paths], NUM_CLASSES)
+    alone = scanned.assemble_index([read_image_record(path, NUM_CLASSES) for path in paths], NUM_CLASSES)
     together = read(tmp_path, workers=3)
     for name in scanned.ARRAYS:
         np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
@@ -191,7 +194,7 @@ def test_the_long_side_is_exact_and_boxes_scale_with_the_image(tmp_path, suffix,
 def test_truth_is_in_pixels_of_the_file(tmp_path):
     add(tmp_path, "a.png")
     found = read(tmp_path)
-    size_hw, boxes_xyxy, classes = DetectionDataset(found, 32).truth(0)
+    size_hw, boxes_xyxy, classes = DetectionDataset(found, 32).ground_truth(0)
     assert size_hw == (48, 64)
     assert classes.tolist() == [0]
     np.testing.assert_allclose(boxes_xyxy, [[16, 12, 48, 36]])
@@ -276,7 +279,7 @@ def test_any_change_of_the_files_reads_again(tmp_path, reads, change):
     elif change == "new":
         add(tmp_path, "b.jpg")
     reads.clear()
-    scan(
+    build_index(
         [tmp_path / "images"],
         4 if change == "num_classes" else NUM_CLASSES,
         tmp_path / "cache",
@@ -314,7 +317,7 @@ def test_the_default_cache_is_outside_the_data(tmp_path, monkeypatch):
     assert default_cache_dir() == tmp_path / "xdg" / "dsyolo"
     add(tmp_path / "data", "a.jpg")
     before = sorted((tmp_path / "data").rglob("*"))
-    scan([tmp_path / "data" / "images"], NUM_CLASSES, progress=False)
+    build_index([tmp_path / "data" / "images"], NUM_CLASSES, progress=False)
     assert sorted((tmp_path / "data").rglob("*")) == before
     assert len(list((tmp_path / "xdg" / "dsyolo").iterdir())) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -24,7 +24,7 @@ class Drawn:
     def __len__(self) -> int:
         return len(self.sizes_hw)
 
-    def truth(self, index: int):
+    def ground_truth(self, index: int):
         return tuple(self.sizes_hw[index].tolist()), self.boxes[index], np.array([index], np.int64)
 
     def load(self, index: int, long_side_px: int) -> Sample:
@@ -68,26 +68,27 @@ def eval_batches(sizes_hw=SIZES_HW, *, rank=0, world_size=1, batch_size=2, recta
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_validate_the_same_batches_each_image_once(world_size):
     whole = {
-        tuple(truth.image_id for truth in batch.truths): batch.images for batch in eval_batches(batch_size=2)
+        tuple(ground_truth.image_id for ground_truth in batch.ground_truths): batch.images
+        for batch in eval_batches(batch_size=2)
     }
     assert sorted(image for ids in whole for image in ids) == list(range(len(SIZES_HW)))
     ranks = [eval_batches(rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(batches) for batches in ranks} == {-(-len(whole) // world_size)}  # ranks wait for each other
     dealt = [batch for turn in zip(*ranks, strict=True) for batch in turn]
-    real = [batch for batch in dealt if batch.truths]
-    assert [tuple(t.image_id for t in batch.truths) for batch in real] == list(whole)
+    real = [batch for batch in dealt if batch.ground_truths]
+    assert [tuple(t.image_id for t in batch.ground_truths) for batch in real] == list(whole)
     assert all(a.images.equal(b) for a, b in zip(real, whole.values(), strict=True))
     for filler in dealt[len(real) :]:
-        assert filler.truths == ()
+        assert filler.ground_truths == ()
         assert len(filler.images) > 0  # a rank has to run it
 
 
 def test_the_input_of_an_image_does_not_depend_on_the_batch_size():
     def inputs(batch_size: int) -> dict[int, torch.Tensor]:
         return {
-            truth.image_id: image
+            ground_truth.image_id: image
             for batch in eval_batches(batch_size=batch_size)
-            for image, truth in zip(batch.images, batch.truths, strict=False)
+            for image, ground_truth in zip(batch.images, batch.ground_truths, strict=False)
         }
 
     alone = inputs(1)
@@ -97,13 +98,13 @@ def test_the_input_of_an_image_does_not_depend_on_the_batch_size():
 
 def test_more_ranks_than_batches():
     ranks = [eval_batches([(100, 200)], rank=rank, world_size=3) for rank in range(3)]
-    assert [[len(batch.truths) for batch in batches] for batches in ranks] == [[1], [0], [0]]
+    assert [[len(batch.ground_truths) for batch in batches] for batches in ranks] == [[1], [0], [0]]
 
 
 def test_workers_make_the_same_validation_batches():
     for one, other in zip(eval_batches(), eval_batches(num_workers=2), strict=True):
         assert one.images.equal(other.images)
-        assert [t.image_id for t in one.truths] == [t.image_id for t in other.truths]
+        assert [t.image_id for t in one.ground_truths] == [t.image_id for t in other.ground_truths]
 
 
 def test_a_loader_can_be_gone_through_again():
@@ -117,7 +118,7 @@ def test_a_loader_can_be_gone_through_again():
         num_workers=1,
         pin_memory=False,
     )
-    first, second = ([[t.image_id for t in batch.truths] for batch in loader] for _ in range(2))
+    first, second = ([[t.image_id for t in batch.ground_truths] for batch in loader] for _ in range(2))
     assert first == second
     assert sorted(i for batch in first for i in batch) == list(range(len(SIZES_HW)))
 
@@ -125,9 +126,9 @@ def test_a_loader_can_be_gone_through_again():
 def test_rectangles_are_small_multiples_of_the_stride():
     shapes = set()
     for batch in eval_batches(batch_size=1):
-        (truth,) = batch.truths
+        (ground_truth,) = batch.ground_truths
         shape = tuple(batch.images.shape[2:])
-        need = [side * 128 / max(truth.size_hw) for side in truth.size_hw]
+        need = [side * 128 / max(ground_truth.size_hw) for side in ground_truth.size_hw]
         for side, needed in zip(shape, need, strict=True):
             assert side % STRIDE == 0
             assert needed - 0.5 <= side < needed + STRIDE + 0.5
@@ -142,14 +143,16 @@ def test_rectangles_are_small_multiples_of_the_stride():
 def test_the_truth_says_where_boxes_are_in_the_input_and_how_they_go_back(rectangular):
     for batch in eval_batches(batch_size=4, rectangular=rectangular):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        for image, truth in zip(batch.images, batch.truths, strict=True):
-            high, wide = truth.size_hw
+        for image, ground_truth in zip(batch.images, batch.ground_truths, strict=True):
+            high, wide = ground_truth.size_hw
             expected = [[0.25 * wide, 0.25 * high, 0.75 * wide, 0.5 * high]]
-            assert truth.boxes_xyxy.tolist() == expected
-            assert truth.size_hw == SIZES_HW[truth.image_id]
-            assert truth.classes.tolist() == [truth.image_id]
-            inside = truth.boxes_xyxy * truth.scale + np.array([*truth.pad_xy, *truth.pad_xy])
-            back = unletterbox(inside, truth.scale, truth.pad_xy, truth.size_hw)
+            assert ground_truth.boxes_xyxy.tolist() == expected
+            assert ground_truth.size_hw == SIZES_HW[ground_truth.image_id]
+            assert ground_truth.classes.tolist() == [ground_truth.image_id]
+            inside = ground_truth.boxes_xyxy * ground_truth.scale + np.array(
+                [*ground_truth.pad_xy, *ground_truth.pad_xy]
+            )
+            back = unletterbox(inside, ground_truth.scale, ground_truth.pad_xy, ground_truth.size_hw)
             np.testing.assert_allclose(back, expected, rtol=1e-5)
             rows, columns = np.nonzero(image[0].numpy() > 180)  # the white box, as painted
             seen = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]

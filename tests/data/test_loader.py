@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dsyolo.base.batch import Batch
-from dsyolo.data.dataset import DetectionDataset, scan
-from dsyolo.data.loader import EvalLoader, Stream, TrainLoader, to_batch
+from dsyolo.data.dataset import DetectionDataset
+from dsyolo.data.index_builder import build_index
+from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader, to_batch
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner
@@ -34,7 +35,7 @@ RUNS = [(23, 8, 2), (5, 16, 4), (16, 8, 2), (1, 4, 1), (10, 3, 3)]
 def dataset(tmp_path_factory) -> DetectionDataset:
     folder = tmp_path_factory.mktemp("sample")
     draw_sample(folder / "data", num_images=16, val_share=0.25, image_size=(120, 100))
-    found = scan([folder / "data" / "images" / "train"], 5, folder / "cache", progress=False)
+    found = build_index([folder / "data" / "images" / "train"], 5, folder / "cache", progress=False)
     assert len(found) == 12
     return DetectionDataset(found, SIZE_PX)
 
@@ -42,15 +43,15 @@ def dataset(tmp_path_factory) -> DetectionDataset:
 # ---- the stream
 
 
-def groups(stream: Stream, first: int, stop: int) -> list[list[tuple[int, int]]]:
+def groups(stream: StepSampler, first: int, stop: int) -> list[list[tuple[int, int]]]:
     return [group for step in range(first, stop) for group in stream.micro_batches(step)]
 
 
 @pytest.mark.parametrize(("num_images", "global_batch", "micro"), RUNS)
 def test_every_image_comes_once_an_epoch(num_images, global_batch, micro):
-    stream = Stream(num_images, 3, global_batch, micro, 0, 1)
+    stream = StepSampler(num_images, 3, global_batch, micro, 0, 1)
     epochs = 6
-    stop = stream.first_step(epochs)
+    stop = stream.epoch_start_step(epochs)
     seen = [sample for group in groups(stream, 0, stop) for sample in group]
     counts = Counter(seen)
     assert set(counts.values()) == {1}
@@ -62,20 +63,22 @@ def test_every_image_comes_once_an_epoch(num_images, global_batch, micro):
 
 @pytest.mark.parametrize(("num_images", "global_batch", "micro"), RUNS)
 def test_the_steps_of_epochs_follow_each_other_without_gap(num_images, global_batch, micro):
-    stream = Stream(num_images, 3, global_batch, micro, 0, 1)
-    assert stream.first_step(0) == 0
+    stream = StepSampler(num_images, 3, global_batch, micro, 0, 1)
+    assert stream.epoch_start_step(0) == 0
     for epoch in range(1, 8):
-        first = stream.first_step(epoch)
-        assert first >= stream.first_step(epoch - 1)
+        first = stream.epoch_start_step(epoch)
+        assert first >= stream.epoch_start_step(epoch - 1)
         assert stream.at(first * global_batch)[0] >= epoch  # nothing older is left
         assert stream.at((first - 1) * global_batch)[0] < epoch
 
 
 @pytest.mark.parametrize(("num_images", "global_batch", "micro"), [(23, 8, 2), (5, 16, 4), (3, 8, 1)])
 def test_ranks_share_the_same_groups(num_images, global_batch, micro):
-    whole = groups(Stream(num_images, 3, global_batch, micro, 0, 1), 0, 5)
+    whole = groups(StepSampler(num_images, 3, global_batch, micro, 0, 1), 0, 5)
     for world_size in (1, 2, 4):
-        ranks = [Stream(num_images, 3, global_batch, micro, rank, world_size) for rank in range(world_size)]
+        ranks = [
+            StepSampler(num_images, 3, global_batch, micro, rank, world_size) for rank in range(world_size)
+        ]
         for step in range(5):
             parts = [list(stream.micro_batches(step)) for stream in ranks]
             assert {len(part) for part in parts} == {global_batch // micro // world_size}
@@ -86,7 +89,7 @@ def test_ranks_share_the_same_groups(num_images, global_batch, micro):
 
 def test_the_order_is_of_the_seed_and_the_epoch():
     def order(seed: int, epoch: int) -> list[int]:
-        stream = Stream(40, seed, 4, 4, 0, 1)
+        stream = StepSampler(40, seed, 4, 4, 0, 1)
         return [stream.at(epoch * 40 + place)[1] for place in range(40)]
 
     assert order(0, 0) == order(0, 0)
@@ -111,7 +114,7 @@ def make_loader(
 ) -> TrainLoader:
     return TrainLoader(
         dataset,
-        Stream(len(dataset), seed, 4, micro, rank, world_size),
+        StepSampler(len(dataset), seed, 4, micro, rank, world_size),
         how,
         ASSIGN,
         image_size_px=size_px,
@@ -125,10 +128,10 @@ def make_loader(
 def run(loader: TrainLoader, epochs: range, start: int | None = None) -> list[list[Batch]]:
     """The micro-batches of each step, as the loop of the entry asks for them."""
     steps: list[list[Batch]] = []
-    first = loader._stream.first_step(epochs[0]) if start is None else start
+    first = loader._stream.epoch_start_step(epochs[0]) if start is None else start
     for epoch in epochs:
         steps += loader.steps(epoch, first)
-        first = max(first, loader._stream.first_step(epoch + 1))
+        first = max(first, loader._stream.epoch_start_step(epoch + 1))
     loader.close()
     return steps
 
@@ -294,13 +297,13 @@ def test_validation_reads_a_real_data_set(dataset):
         num_workers=0,
         pin_memory=False,
     )
-    truths = [truth for batch in loader for truth in batch.truths]
-    assert sorted(truth.image_id for truth in truths) == list(range(12))
-    for truth in truths:
-        size_hw, boxes, classes = dataset.truth(truth.image_id)
-        assert truth.size_hw == size_hw
-        assert (truth.boxes_xyxy == boxes).all()
-        assert (truth.classes == classes).all()
+    ground_truths = [ground_truth for batch in loader for ground_truth in batch.ground_truths]
+    assert sorted(ground_truth.image_id for ground_truth in ground_truths) == list(range(12))
+    for ground_truth in ground_truths:
+        size_hw, boxes, classes = dataset.ground_truth(ground_truth.image_id)
+        assert ground_truth.size_hw == size_hw
+        assert (ground_truth.boxes_xyxy == boxes).all()
+        assert (ground_truth.classes == classes).all()
 
 
 FORKS_THAT_HANG = """

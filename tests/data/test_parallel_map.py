@@ -13,12 +13,12 @@ from ranks import run_ranks
 
 from dsyolo.base.errors import UserError
 from dsyolo.cluster import world as dist
-from dsyolo.cluster.communicator import ReadingCrew
-from dsyolo.cluster.preemption import Stopped
+from dsyolo.cluster.communicator import ClusterCommunicator
+from dsyolo.cluster.preemption import Preempted
 from dsyolo.data import index_builder as scan_module
 from dsyolo.data import parallel_map as crew_module
-from dsyolo.data.index import ARRAYS, Scan
-from dsyolo.data.index_builder import scan
+from dsyolo.data.index import ARRAYS, DatasetIndex
+from dsyolo.data.index_builder import build_index
 
 NUM_FILES = 5 * crew_module.CHUNK + 7  # more chunks than ranks, and one that is not full
 TIMEOUT_S = 4.0  # of a meeting, in the test of a slow disk
@@ -41,7 +41,7 @@ def listing(tmp_path_factory):
     return root / "list.txt"
 
 
-def told(found: Scan) -> dict:
+def told(found: DatasetIndex) -> dict:
     return {name: getattr(found, name) for name in ARRAYS} | {"problems": found.problems}
 
 
@@ -63,9 +63,9 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
     reads, said = [], []
     check = scan_module.check_image
     # every rank stands for a machine of its own, with a cache of its own
-    world = dist.join()._replace(local_rank=0, local_size=1)
+    world = dist.init_process_group()._replace(local_rank=0, local_size=1)
     timeout = timedelta(seconds=timeout_s) if timeout_s else None
-    crew = ReadingCrew(world, said.append, lambda: False, timeout)
+    communicator = ClusterCommunicator(world, said.append, lambda: False, timeout)
 
     def counted(path):
         reads.append(path)
@@ -79,8 +79,13 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
     try:
         for _ in range(2):
             reads.clear()
-            found = scan(
-                [source], NUM_CLASSES, cache_dir / f"of{world.rank}", workers=2, progress=False, crew=crew
+            found = build_index(
+                [source],
+                NUM_CLASSES,
+                cache_dir / f"of{world.rank}",
+                workers=2,
+                progress=False,
+                communicator=communicator,
             )
             results.append((told(found), len(reads)))
     except UserError as error:
@@ -91,7 +96,7 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
     if slow_s:
         time.sleep(slow_s if world.rank == 1 else 0)
         try:
-            crew.exchange(None)
+            communicator.exchange(None)
         except RuntimeError as error:
             proof = str(error)
     return results, said, proof
@@ -99,7 +104,7 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_get_bit_for_bit_what_one_process_gets(tmp_path, listing, size):
-    alone = told(scan([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
+    alone = told(build_index([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
     assert len({problem.reason for problem in alone["problems"]}) > 4
     first, second = zip(
         *(results for results, *_ in run_ranks(size, read_together, [listing], tmp_path)), strict=True
@@ -113,7 +118,7 @@ def test_ranks_get_bit_for_bit_what_one_process_gets(tmp_path, listing, size):
 
 
 def test_a_machine_without_the_cache_gets_it_from_one_that_has_it(tmp_path, listing):
-    alone = scan([listing], NUM_CLASSES, tmp_path / "of1", progress=False)
+    alone = build_index([listing], NUM_CLASSES, tmp_path / "of1", progress=False)
     for results, *_ in run_ranks(2, read_together, [listing], tmp_path):
         for found, num_read in results:
             assert num_read == 0
@@ -125,7 +130,7 @@ def test_a_machine_without_the_cache_gets_it_from_one_that_has_it(tmp_path, list
 
 def test_a_file_that_takes_longer_than_any_timeout_holds_up_nobody(tmp_path, listing):
     ranks = run_ranks(2, read_together, [listing], tmp_path, TIMEOUT_S, SLOW_S)
-    alone = told(scan([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
+    alone = told(build_index([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
     for results, *_ in ranks:
         assert_same(results[0][0], dict(alone))
     said, proofs = [said for _, said, _ in ranks], [proof for *_, proof in ranks]
@@ -155,8 +160,8 @@ def stopped_in_a_scan(source: Path, cache_dir: Path) -> tuple[bool, int]:
     """Rank 1 is asked to stop while it reads; whether this rank stops too, and how many images it read."""
     asked, reads = [], []
     check = scan_module.check_image
-    world = dist.join()._replace(local_rank=0, local_size=1)
-    crew = ReadingCrew(world, lambda _: None, lambda: bool(asked), timedelta(seconds=60))
+    world = dist.init_process_group()._replace(local_rank=0, local_size=1)
+    communicator = ClusterCommunicator(world, lambda _: None, lambda: bool(asked), timedelta(seconds=60))
 
     def slow(path):
         reads.append(path)
@@ -167,8 +172,15 @@ def stopped_in_a_scan(source: Path, cache_dir: Path) -> tuple[bool, int]:
 
     scan_module.check_image = slow
     try:
-        scan([source], NUM_CLASSES, cache_dir / f"of{world.rank}", workers=2, progress=False, crew=crew)
-    except Stopped:
+        build_index(
+            [source],
+            NUM_CLASSES,
+            cache_dir / f"of{world.rank}",
+            workers=2,
+            progress=False,
+            communicator=communicator,
+        )
+    except Preempted:
         return True, len(reads)
     finally:
         scan_module.check_image = check

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.dataset import scan
 from dsyolo.data.formats.yolo import read_data_yaml
+from dsyolo.data.index_builder import build_index
 from dsyolo.data.synthetic import NAMES, draw_image, draw_sample
 
 
@@ -32,7 +32,7 @@ def test_it_is_a_clean_yolo_data_set_with_every_class_in_both_splits(tmp_path):
     assert spec.names == NAMES
     assert len(spec.names) >= 4
     for sources, num_images in ((spec.train, 80), (spec.val, 20)):
-        found = scan(sources, spec.num_classes, tmp_path / "cache", progress=False)
+        found = build_index(sources, spec.num_classes, tmp_path / "cache", progress=False)
         assert len(found) == num_images
         assert not found.problems
         assert (found.class_counts() > 0).all()

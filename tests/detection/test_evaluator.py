@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dsyolo.base.batch import EvalBatch, Truth
+from dsyolo.base.batch import EvalBatch, GroundTruth
 from dsyolo.detection.boxes import letterbox
-from dsyolo.detection.evaluator import MAX_CANDIDATES, Finder, PlainPredictor, find_all, validate
+from dsyolo.detection.evaluator import MAX_CANDIDATES, PlainPredictor, PostProcessor, detect_all, validate
 from dsyolo.models.yolov5 import build_yolov5
 
 NAMES = ("cat", "dog", "emu")
@@ -30,11 +30,11 @@ def test_finder_by_hand():
         (90, 90, 10, 10, 0.2, 1.0, 1.0, 1.0),  # 0.2 of all
         (21, 20, 10, 10, 0.7, 0.5, 0.0, 0.0),  # 0.35 of class 0, on top of the first
     )
-    found = Finder(0.25, 0.45)(decoded)
+    found = PostProcessor(0.25, 0.45)(decoded)
     assert found.boxes_xyxy.tolist() == [[50, 40, 70, 80], [15, 15, 25, 25]]
     assert found.scores.tolist() == pytest.approx([0.9, 0.4])
     assert found.classes.tolist() == [1, 0]
-    apart = Finder(0.25, 0.9)(decoded)
+    apart = PostProcessor(0.25, 0.9)(decoded)
     assert apart.scores.tolist() == pytest.approx([0.9, 0.4, 0.35])
 
 
@@ -42,7 +42,7 @@ def test_finder_by_hand():
 def test_the_score_must_be_above_the_threshold(multi_label):
     decoded = rows((20, 20, 9, 9, 0.5, 0.5, 0.1, 0.0), (90, 90, 9, 9, 1.0, 0.0, 0.26, 0.1))
     scores = {
-        t: sorted(Finder(t, 0.6, multi_label=multi_label)(decoded).scores.tolist())
+        t: sorted(PostProcessor(t, 0.6, multi_label=multi_label)(decoded).scores.tolist())
         for t in (0.25, 0.255, 0.27)
     }
     assert scores == {
@@ -54,7 +54,7 @@ def test_the_score_must_be_above_the_threshold(multi_label):
 
 def test_several_labels_a_box_or_its_best():
     decoded = rows((20, 20, 10, 10, 1.0, 0.3, 0.6, 0.5))
-    several, best = Finder(0.25, 0.6)(decoded), Finder(0.25, 0.6, multi_label=False)(decoded)
+    several, best = PostProcessor(0.25, 0.6)(decoded), PostProcessor(0.25, 0.6, multi_label=False)(decoded)
     assert several.classes.tolist() == [1, 2, 0]
     assert several.scores.tolist() == pytest.approx([0.6, 0.5, 0.3])
     assert (several.boxes_xyxy == [15, 15, 25, 25]).all()
@@ -76,16 +76,16 @@ def crowd(count: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("multi_label", [True, False])
 def test_the_most_detections_are_the_best(multi_label):
     decoded = crowd(900)
-    found = Finder(0.05, 0.6, 40, multi_label=multi_label)(decoded)
+    found = PostProcessor(0.05, 0.6, 40, multi_label=multi_label)(decoded)
     best = decoded[:, 4].sort(descending=True).values[:40]
     assert found.scores.tolist() == best.tolist()
-    assert len(Finder(0.05, 0.6)(decoded).scores) == 300
+    assert len(PostProcessor(0.05, 0.6)(decoded).scores) == 300
 
 
 def test_of_too_many_candidates_the_best_are_looked_at():
     count = MAX_CANDIDATES + 2000
     decoded = crowd(count)
-    found = Finder(0.01, 0.6, count)(decoded)
+    found = PostProcessor(0.01, 0.6, count)(decoded)
     assert found.scores.tolist() == decoded[:, 4].sort(descending=True).values[:MAX_CANDIDATES].tolist()
     # and each with its own box and class
     by_score = {row[4].item(): row for row in decoded}
@@ -97,7 +97,7 @@ def test_of_too_many_candidates_the_best_are_looked_at():
 
 def test_nothing_found():
     for decoded in (rows(), rows((20, 20, 10, 10, 0.001, 0.5, 0.5, 0.5))):
-        found = Finder(0.25, 0.6)(decoded)
+        found = PostProcessor(0.25, 0.6)(decoded)
         assert found.boxes_xyxy.shape == (0, 4)
         assert len(found.scores) == len(found.classes) == 0
 
@@ -107,7 +107,7 @@ def test_nothing_found():
 SIZES_HW = [(100, 200), (240, 120), (64, 64), (77, 131), (300, 180)]
 
 
-def truths(count: int = 10, seed: int = 0) -> list[Truth]:
+def ground_truths(count: int = 10, seed: int = 0) -> list[GroundTruth]:
     """Of images of several sizes, with 0 to 3 boxes each."""
     rng = np.random.default_rng(seed)
     made = []
@@ -118,11 +118,11 @@ def truths(count: int = 10, seed: int = 0) -> list[Truth]:
         boxes = corners.reshape(-1, 4) * [size_hw[1], size_hw[0], size_hw[1], size_hw[0]]
         boxes[:, 2:] += 8  # not too thin
         boxes = np.clip(boxes, 0, [size_hw[1], size_hw[0], size_hw[1], size_hw[0]]).astype(np.float32)
-        made.append(Truth(i, size_hw, boxes, rng.integers(0, len(NAMES), i % 4), scale, pad_xy))
+        made.append(GroundTruth(i, size_hw, boxes, rng.integers(0, len(NAMES), i % 4), scale, pad_xy))
     return made
 
 
-def batches_of(all_truths: list[Truth], batch_size: int = 2) -> list[EvalBatch]:
+def batches_of(all_truths: list[GroundTruth], batch_size: int = 2) -> list[EvalBatch]:
     """Each image is filled with its own number, so that `Oracle` knows it again."""
     return [
         EvalBatch(
@@ -138,20 +138,24 @@ def batches_of(all_truths: list[Truth], batch_size: int = 2) -> list[EvalBatch]:
 class Oracle:
     """Predicts the labels in pixels of the input, moved by `shift_px`, with scores from the image and the box."""
 
-    def __init__(self, all_truths: list[Truth], shift_px: float = 0.0) -> None:
-        self.truths = {truth.image_id: truth for truth in all_truths}
+    def __init__(self, all_truths: list[GroundTruth], shift_px: float = 0.0) -> None:
+        self.ground_truths = {ground_truth.image_id: ground_truth for ground_truth in all_truths}
         self.shift_px, self.calls = shift_px, 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         decoded = torch.zeros(len(images), 4, 5 + len(NAMES))
         for row, image in zip(decoded, images, strict=True):
-            truth = self.truths[int(image[0, 0, 0])]
-            inside = truth.boxes_xyxy * truth.scale + np.array([*truth.pad_xy, *truth.pad_xy]) + self.shift_px
-            for k, (box, kind) in enumerate(zip(inside, truth.classes, strict=True)):
+            ground_truth = self.ground_truths[int(image[0, 0, 0])]
+            inside = (
+                ground_truth.boxes_xyxy * ground_truth.scale
+                + np.array([*ground_truth.pad_xy, *ground_truth.pad_xy])
+                + self.shift_px
+            )
+            for k, (box, kind) in enumerate(zip(inside, ground_truth.classes, strict=True)):
                 row[k, :2] = torch.from_numpy((box[:2] + box[2:]) / 2)
                 row[k, 2:4] = torch.from_numpy(box[2:] - box[:2])
-                row[k, 4] = 0.9 - 0.01 * truth.image_id - 0.1 * k
+                row[k, 4] = 0.9 - 0.01 * ground_truth.image_id - 0.1 * k
                 row[k, 5 + kind] = 1.0
         return decoded
 
@@ -160,41 +164,41 @@ def alone(item):
     return [item]
 
 
-FINDER = Finder(0.001, 0.6)
+FINDER = PostProcessor(0.001, 0.6)
 
 
 def test_boxes_come_back_in_pixels_of_the_original_images():
-    made = truths()
-    found = find_all(Oracle(made), batches_of(made), FINDER)
-    assert [truth.image_id for truth, _ in found] == list(range(10))
-    for truth, one in found:
-        assert len(one.classes) == len(truth.classes)
+    made = ground_truths()
+    found = detect_all(Oracle(made), batches_of(made), FINDER)
+    assert [ground_truth.image_id for ground_truth, _ in found] == list(range(10))
+    for ground_truth, one in found:
+        assert len(one.classes) == len(ground_truth.classes)
         order = np.argsort(one.boxes_xyxy[:, 0])
-        expected = np.argsort(truth.boxes_xyxy[:, 0])
-        np.testing.assert_allclose(one.boxes_xyxy[order], truth.boxes_xyxy[expected], atol=1e-3)
-        assert one.classes[order].tolist() == truth.classes[expected].tolist()
+        expected = np.argsort(ground_truth.boxes_xyxy[:, 0])
+        np.testing.assert_allclose(one.boxes_xyxy[order], ground_truth.boxes_xyxy[expected], atol=1e-3)
+        assert one.classes[order].tolist() == ground_truth.classes[expected].tolist()
     assert sum(len(one.classes) for _, one in found) > 8
 
 
 def test_boxes_are_clipped_to_the_original_image():
-    made = truths()
-    for truth, one in find_all(Oracle(made, shift_px=60), batches_of(made), FINDER):
-        high, wide = truth.size_hw
+    made = ground_truths()
+    for ground_truth, one in detect_all(Oracle(made, shift_px=60), batches_of(made), FINDER):
+        high, wide = ground_truth.size_hw
         assert (one.boxes_xyxy >= 0).all()
         assert (one.boxes_xyxy <= [wide, high, wide, high]).all()
 
 
 def test_a_batch_that_fills_up_is_run_and_not_counted():
-    made = truths()
+    made = ground_truths()
     batches = batches_of(made)
     oracle = Oracle(made)
-    found = find_all(oracle, [*batches, EvalBatch(batches[0].images, ())], FINDER)
+    found = detect_all(oracle, [*batches, EvalBatch(batches[0].images, ())], FINDER)
     assert oracle.calls == len(batches) + 1  # every rank runs the network as often
     assert len(found) == 10
 
 
 def test_perfect_predictions_are_worth_one():
-    made = truths()
+    made = ground_truths()
     metrics, _ = validate(Oracle(made), batches_of(made), FINDER, NAMES, alone)
     assert metrics.map50_95 == pytest.approx(1, abs=0.01)
     assert metrics.map50 == metrics.precision == metrics.recall == pytest.approx(1)
@@ -202,7 +206,7 @@ def test_perfect_predictions_are_worth_one():
 
 
 def test_shifted_predictions_are_worth_less_at_high_iou_first():
-    made = truths()
+    made = ground_truths()
     near, far = (
         validate(Oracle(made, shift), batches_of(made), FINDER, NAMES, alone)[0] for shift in (1.5, 12.0)
     )
@@ -212,7 +216,7 @@ def test_shifted_predictions_are_worth_less_at_high_iou_first():
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_see_the_metrics_of_one(num_ranks):
-    made = truths()
+    made = ground_truths()
     batches = batches_of(made)
     expected, everything = validate(Oracle(made, 2.0), batches, FINDER, NAMES, alone)
     assert 0 < expected.map50_95 < 1
@@ -222,7 +226,7 @@ def test_ranks_see_the_metrics_of_one(num_ranks):
         [batches[k] if k < len(batches) else filler for k in range(rank, rounds * num_ranks, num_ranks)]
         for rank in range(num_ranks)
     ]
-    shares = [find_all(Oracle(made, 2.0), own, FINDER) for own in dealt]
+    shares = [detect_all(Oracle(made, 2.0), own, FINDER) for own in dealt]
     assert sum(map(len, shares)) == 10
     for rank in range(num_ranks):
 

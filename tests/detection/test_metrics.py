@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dsyolo.base.batch import Detections, Truth
+from dsyolo.base.batch import Detections, GroundTruth
 from dsyolo.detection.metrics import Metrics, evaluate
 
 NAMES = ("cat", "dog", "hen")
@@ -15,10 +15,12 @@ SQUARE = (0, 0, 10, 10)
 FAR = (50, 50, 60, 60)
 
 
-def truth(*labels: tuple[tuple[float, ...], int], image_id: int = 0) -> Truth:
+def ground_truth(*labels: tuple[tuple[float, ...], int], image_id: int = 0) -> GroundTruth:
     """Labels are (xyxy, class)."""
     boxes = np.array([box for box, _ in labels], np.float32).reshape(-1, 4)
-    return Truth(image_id, (100, 100), boxes, np.array([k for _, k in labels], np.int64), 1.0, (0.0, 0.0))
+    return GroundTruth(
+        image_id, (100, 100), boxes, np.array([k for _, k in labels], np.int64), 1.0, (0.0, 0.0)
+    )
 
 
 def found(*boxes: tuple[tuple[float, ...], int, float]) -> Detections:
@@ -31,7 +33,9 @@ def found(*boxes: tuple[tuple[float, ...], int, float]) -> Detections:
 
 
 def one_class(labels: list[tuple[float, ...]], boxes: list[tuple[tuple[float, ...], float]]) -> Metrics:
-    return evaluate([truth(*((box, 0) for box in labels))], [found(*((b, 0, s) for b, s in boxes))], ["cat"])
+    return evaluate(
+        [ground_truth(*((box, 0) for box in labels))], [found(*((b, 0, s) for b, s in boxes))], ["cat"]
+    )
 
 
 def test_a_perfect_box_scores_one():
@@ -68,7 +72,7 @@ def test_a_second_box_on_one_label_is_wrong():
 def test_the_best_f1_is_that_of_one_score_for_all_classes():
     # cat alone would take both boxes (score >= 0.2), dog only its first; F1 means: at 0.9: (2/3 + 1) / 2 = 0.83,
     # at 0.2: (1 + 2/4) / 2 = 0.75.
-    labels = truth((SQUARE, 0), (FAR, 0), (SQUARE, 1))
+    labels = ground_truth((SQUARE, 0), (FAR, 0), (SQUARE, 1))
     wrong = (20, 20, 30, 30)
     boxes = found((SQUARE, 0, 0.9), (SQUARE, 1, 0.9), (wrong, 1, 0.5), (FAR, 1, 0.3), (FAR, 0, 0.2))
     metrics = evaluate([labels], [boxes], NAMES[:2])
@@ -88,7 +92,7 @@ def test_of_equally_good_scores_the_lowest_is_taken():
 
 def test_a_class_without_labels_counts_in_no_mean():
     boxes = found((FAR, 2, 0.95), (SQUARE, 0, 0.9), (FAR, 2, 0.1))
-    metrics = evaluate([truth((SQUARE, 0))], [boxes], NAMES)
+    metrics = evaluate([ground_truth((SQUARE, 0))], [boxes], NAMES)
     assert (metrics.map50_95, metrics.precision, metrics.recall) == (pytest.approx(1), 1, 1)
     assert metrics.confidence == pytest.approx(0.9)
     hen = metrics.per_class[2]
@@ -96,43 +100,52 @@ def test_a_class_without_labels_counts_in_no_mean():
 
 
 @pytest.mark.parametrize(
-    ("truths", "detections"),
+    ("ground_truths", "detections"),
     [
         ([], []),
-        ([truth()], [found()]),
-        ([truth()], [found((SQUARE, 1, 0.5))]),
-        ([truth((SQUARE, 1))], [found()]),
-        ([truth((SQUARE, 1))], [found((FAR, 0, 0.5))]),
-        ([truth((SQUARE, 1))], [found((FAR, 1, 0.5))]),
+        ([ground_truth()], [found()]),
+        ([ground_truth()], [found((SQUARE, 1, 0.5))]),
+        ([ground_truth((SQUARE, 1))], [found()]),
+        ([ground_truth((SQUARE, 1))], [found((FAR, 0, 0.5))]),
+        ([ground_truth((SQUARE, 1))], [found((FAR, 1, 0.5))]),
     ],
     ids=["no images", "nothing", "no labels", "no boxes", "only boxes of other classes", "only wrong boxes"],
 )
-def test_nothing_right_gives_zeros(truths: list[Truth], detections: list[Detections]):
-    metrics = evaluate(truths, detections, NAMES)
+def test_nothing_right_gives_zeros(ground_truths: list[GroundTruth], detections: list[Detections]):
+    metrics = evaluate(ground_truths, detections, NAMES)
     assert (metrics.map50_95, metrics.map50, metrics.map75, metrics.fitness) == (0, 0, 0, 0)
     assert (metrics.precision, metrics.recall, metrics.confidence) == (0, 0, 0)
-    assert (metrics.num_images, metrics.num_labels) == (len(truths), sum(len(t.classes) for t in truths))
+    assert (metrics.num_images, metrics.num_labels) == (
+        len(ground_truths),
+        sum(len(t.classes) for t in ground_truths),
+    )
     json.dumps(metrics.to_json(), allow_nan=False)
 
 
 def test_of_an_image_the_best_300_boxes_count():
     wrong = [(FAR, 0, 0.9)] * 299
-    last = evaluate([truth((SQUARE, 1))], [found(*wrong, (SQUARE, 1, 0.1))], NAMES)
-    beyond = evaluate([truth((SQUARE, 1))], [found(*wrong, (FAR, 2, 0.8), (SQUARE, 1, 0.1))], NAMES)
+    last = evaluate([ground_truth((SQUARE, 1))], [found(*wrong, (SQUARE, 1, 0.1))], NAMES)
+    beyond = evaluate([ground_truth((SQUARE, 1))], [found(*wrong, (FAR, 2, 0.8), (SQUARE, 1, 0.1))], NAMES)
     assert (last.map50, beyond.map50) == (pytest.approx(1), 0)
 
 
 def test_images_and_labels_are_counted_and_an_image_may_come_once_only():
-    truths = [truth((SQUARE, 0), (FAR, 0)), truth((SQUARE, 0), (FAR, 2), image_id=1), truth(image_id=2)]
-    metrics = evaluate(truths, [found(), found(), found()], NAMES)
+    ground_truths = [
+        ground_truth((SQUARE, 0), (FAR, 0)),
+        ground_truth((SQUARE, 0), (FAR, 2), image_id=1),
+        ground_truth(image_id=2),
+    ]
+    metrics = evaluate(ground_truths, [found(), found(), found()], NAMES)
     assert (metrics.num_images, metrics.num_labels) == (3, 4)
     assert [(row.num_images, row.num_labels) for row in metrics.per_class] == [(2, 3), (0, 0), (1, 1)]
     with pytest.raises(AssertionError, match="twice"):
-        evaluate([truth(), truth()], [found(), found()], NAMES)
+        evaluate([ground_truth(), ground_truth()], [found(), found()], NAMES)
 
 
 def test_table_and_json_say_the_same(capsys: pytest.CaptureFixture[str]):
-    metrics = evaluate([truth((SQUARE, 0), (FAR, 1))], [found((SQUARE, 0, 0.9), (SQUARE, 1, 0.3))], NAMES)
+    metrics = evaluate(
+        [ground_truth((SQUARE, 0), (FAR, 1))], [found((SQUARE, 0, 0.9), (SQUARE, 1, 0.3))], NAMES
+    )
     assert metrics.table().splitlines() == [
         "Class    Images    Labels         P         R     mAP50  mAP50-95",
         "  all         1         2     0.500     0.500     0.500     0.500",
@@ -158,10 +171,10 @@ def test_table_and_json_say_the_same(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr() == ("", "")
 
 
-def random_case(seed: int) -> tuple[list[Truth], list[Detections]]:
+def random_case(seed: int) -> tuple[list[GroundTruth], list[Detections]]:
     """Labels, boxes near them, duplicates and wrong ones, with many equal scores and background images."""
     rng = np.random.default_rng(seed)
-    truths, detections = [], []
+    ground_truths, detections = [], []
     for image_id in rng.permutation(12).tolist():
         centre, half = rng.uniform(20, 80, (rng.integers(0, 7), 2)), rng.uniform(3, 15, (1, 2))
         boxes = np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
@@ -174,9 +187,9 @@ def random_case(seed: int) -> tuple[list[Truth], list[Detections]]:
         )
         scores = np.sort(rng.integers(1, 20, len(near)) / 20)[::-1].astype(np.float32)
         order = rng.permutation(len(near))
-        truths.append(Truth(image_id, (100, 100), boxes, classes, 1.0, (0.0, 0.0)))
+        ground_truths.append(GroundTruth(image_id, (100, 100), boxes, classes, 1.0, (0.0, 0.0)))
         detections.append(Detections(near[order], scores, guessed[order].astype(np.int64)))
-    return truths, detections
+    return ground_truths, detections
 
 
 def naive_iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -186,7 +199,9 @@ def naive_iou(a: np.ndarray, b: np.ndarray) -> float:
     return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
 
 
-def naive_matches(labels: Truth, boxes: Detections, klass: int, iou_at_least: float, score_at_least: float):
+def naive_matches(
+    labels: GroundTruth, boxes: Detections, klass: int, iou_at_least: float, score_at_least: float
+):
     """(score, right?) of each box of the class, best first."""
     free = [g for g in range(len(labels.classes)) if labels.classes[g] == klass]
     rows = []
@@ -201,18 +216,18 @@ def naive_matches(labels: Truth, boxes: Detections, klass: int, iou_at_least: fl
     return rows
 
 
-def naive_matches_of_all(truths, detections, klass, iou_at_least, score_at_least=0.0):
-    pairs = sorted(zip(truths, detections, strict=True), key=lambda pair: pair[0].image_id)
+def naive_matches_of_all(ground_truths, detections, klass, iou_at_least, score_at_least=0.0):
+    pairs = sorted(zip(ground_truths, detections, strict=True), key=lambda pair: pair[0].image_id)
     rows = [row for t, d in pairs for row in naive_matches(t, d, klass, iou_at_least, score_at_least)]
     return sorted(rows, key=lambda row: -row[0])
 
 
-def naive_ap(truths, detections, klass: int, iou_at_least: float) -> float:
+def naive_ap(ground_truths, detections, klass: int, iou_at_least: float) -> float:
     """COCO: at 101 recalls, the best precision at that recall or a higher one."""
-    num_labels = sum(int((t.classes == klass).sum()) for t in truths)
+    num_labels = sum(int((t.classes == klass).sum()) for t in ground_truths)
     num_right, curve = 0, []
     for num_found, (_, right) in enumerate(
-        naive_matches_of_all(truths, detections, klass, iou_at_least), start=1
+        naive_matches_of_all(ground_truths, detections, klass, iou_at_least), start=1
     ):
         num_right += right
         curve.append((num_right / num_labels, num_right / num_found))
@@ -220,15 +235,15 @@ def naive_ap(truths, detections, klass: int, iou_at_least: float) -> float:
     return float(np.mean([max((p for r, p in curve if r >= recall), default=0.0) for recall in recalls]))
 
 
-def naive_best_f1(truths, detections) -> tuple[float, list[tuple[float, float]]]:
+def naive_best_f1(ground_truths, detections) -> tuple[float, list[tuple[float, float]]]:
     best = (-1.0, 0.0, [])
     for score in sorted({float(s) for d in detections for s in d.scores}):
         rows = []
         for klass in (0, 1):
-            matches = naive_matches_of_all(truths, detections, klass, 0.5, score)
+            matches = naive_matches_of_all(ground_truths, detections, klass, 0.5, score)
             num_right, num_labels = (
                 sum(right for _, right in matches),
-                sum((t.classes == klass).sum() for t in truths),
+                sum((t.classes == klass).sum() for t in ground_truths),
             )
             rows.append((num_right / max(len(matches), 1), num_right / num_labels))
         f1 = np.mean([2 * p * r / max(p + r, 1e-16) for p, r in rows])
@@ -239,10 +254,10 @@ def naive_best_f1(truths, detections) -> tuple[float, list[tuple[float, float]]]
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_cases_equal_the_naive_implementation(seed: int):
-    truths, detections = random_case(seed)
-    metrics = evaluate(truths, detections, NAMES)
+    ground_truths, detections = random_case(seed)
+    metrics = evaluate(ground_truths, detections, NAMES)
     ious = np.linspace(0.5, 0.95, 10)
-    ap = np.array([[naive_ap(truths, detections, klass, iou) for klass in (0, 1)] for iou in ious])
+    ap = np.array([[naive_ap(ground_truths, detections, klass, iou) for klass in (0, 1)] for iou in ious])
     assert 0.2 < ap.mean() < 0.8  # or the case would prove little
     assert (metrics.map50_95, metrics.map50, metrics.map75) == pytest.approx(
         (ap.mean(), ap[0].mean(), ap[5].mean())
@@ -250,7 +265,7 @@ def test_random_cases_equal_the_naive_implementation(seed: int):
     assert [(row.map50, row.map50_95) for row in metrics.per_class[:2]] == [
         pytest.approx((ap[0, klass], ap[:, klass].mean())) for klass in (0, 1)
     ]
-    score, rows = naive_best_f1(truths, detections)
+    score, rows = naive_best_f1(ground_truths, detections)
     assert metrics.confidence == score
     assert [(row.precision, row.recall) for row in metrics.per_class[:2]] == [
         pytest.approx(row) for row in rows
@@ -259,8 +274,8 @@ def test_random_cases_equal_the_naive_implementation(seed: int):
 
 
 def test_the_order_of_images_does_not_matter_to_the_last_digit():
-    truths, detections = random_case(7)
-    expected = evaluate(truths, detections, NAMES)
+    ground_truths, detections = random_case(7)
+    expected = evaluate(ground_truths, detections, NAMES)
     for seed in range(5):
-        order = np.random.default_rng(seed).permutation(len(truths))
-        assert evaluate([truths[i] for i in order], [detections[i] for i in order], NAMES) == expected
+        order = np.random.default_rng(seed).permutation(len(ground_truths))
+        assert evaluate([ground_truths[i] for i in order], [detections[i] for i in order], NAMES) == expected

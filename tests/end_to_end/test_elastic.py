@@ -14,7 +14,7 @@ import pytest
 from runs import CONFIG, ROOT, arguments, environment, losses
 
 from dsyolo.cluster import preemption as stop
-from dsyolo.data.loader import Stream
+from dsyolo.data.loader import StepSampler
 
 NUM_IMAGES, BATCH, SIZE_PX = 48, 4, 64  # 12 steps
 GREYS = [5 * number + 4 for number in range(NUM_IMAGES)]
@@ -116,7 +116,7 @@ def test_eight_then_six_then_eight_ranks_go_through_one_stream(num_images):
     batch, num_steps = 48, 63
     seen: list[tuple[int, int]] = []
     for first, last, ranks, micro in ((0, 20, 8, 6), (20, 41, 6, 4), (41, num_steps, 8, 3)):
-        streams = [Stream(num_images, 0, batch, micro, rank, ranks) for rank in range(ranks)]
+        streams = [StepSampler(num_images, 0, batch, micro, rank, ranks) for rank in range(ranks)]
         for step in range(first, last):
             of_step = [one for stream in streams for group in stream.micro_batches(step) for one in group]
             assert len(of_step) == batch

@@ -19,7 +19,7 @@ from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_pla
 from dsyolo.cluster import watchdog
 from dsyolo.cluster.restart import is_out_of_memory
 from dsyolo.config.run_config import RunConfig
-from dsyolo.detection.evaluator import InParts
+from dsyolo.detection.evaluator import OomSafePredictor
 
 GIB = 2**30
 LITTLE_MEMORY = """
@@ -40,7 +40,7 @@ def predict(self, images):
 Engine.predict = predict
 sys.exit(train.main())
 """
-OPTIONS = {"imgsz": 640, "epochs": 1, "workers": 0, "val_every": 9, "memory_account": "off"}
+OPTIONS = {"imgsz": 640, "epochs": 1, "workers": 0, "val_every": 9, "memory_profile": "off"}
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +142,14 @@ def test_one_image_that_does_not_fit_and_other_errors_are_raised():
         raise MemoryError if images.max() else ValueError("other")
 
     told: list[str] = []
-    in_parts = InParts(predict, told.append, lambda: None)
+    in_parts = OomSafePredictor(predict, told.append, lambda: None)
     with pytest.raises(MemoryError):
         in_parts(torch.ones(5, 1))
     assert [re.findall(r"\d", line)[0] for line in told] == ["5", "2"]
     with pytest.raises(ValueError, match="other"):
         in_parts(torch.zeros(5, 1))
     seen: list[int] = []
-    whole = InParts(lambda part: seen.append(len(part)) or part, told.append, lambda: None)
+    whole = OomSafePredictor(lambda part: seen.append(len(part)) or part, told.append, lambda: None)
     assert torch.equal(whole(torch.arange(5)), torch.arange(5))
     whole._most = 2
     assert torch.equal(whole(torch.arange(5)), torch.arange(5))

@@ -62,7 +62,7 @@ Pair = tuple[str, str, str]
 
 
 def save_all(ranks: int, folder: str, pairs: list[Pair]) -> None:
-    from dsyolo.checkpoint.train_state import Progress
+    from dsyolo.checkpoint.train_state import TrainState
 
     for name, optimizer in sorted({(saved, optimizer) for saved, _, optimizer in pairs}):
         strategy = STRATEGIES[name]
@@ -76,7 +76,7 @@ def save_all(ranks: int, folder: str, pairs: list[Pair]) -> None:
             )
             training.train(engine, ema, 0, SAVED)
             checkpoints.save(
-                Progress(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=SAVED)
+                TrainState(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=SAVED)
             )
 
 
@@ -88,12 +88,12 @@ def resume_all(ranks: int, folder: str, pairs: list[Pair]) -> dict[Pair, dict[st
         strategy = STRATEGIES[name]
         if strategy.ranks == ranks:
             place = Path(folder, f"{saved}-{optimizer}")
-            engine, shards, ema, checkpoints = training.build(
+            engine, partitions, ema, checkpoints = training.build(
                 strategy.stage, place, optimizer=optimizer, seed=7, frozen=True, **strategy.json
             )
             progress = checkpoints.load(all_checkpoints(place)[-1])
             losses = training.train(engine, ema, progress.step, SAVED + NEXT)
-            found[saved, name, optimizer] = training.result(engine, shards, ema, losses)
+            found[saved, name, optimizer] = training.result(engine, partitions, ema, losses)
     return found
 
 

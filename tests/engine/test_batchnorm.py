@@ -62,7 +62,7 @@ def own_part(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     from dsyolo.cluster import world as dist
     from dsyolo.engine.batchnorm import batch_norm
 
-    rank = dist.join().rank
+    rank = dist.init_process_group().rank
     return through(batch_norm, inputs(dtype), slice(0, 2) if rank == 0 else slice(2, 5))
 
 
@@ -88,7 +88,7 @@ def gradients_by_differences() -> bool:
     from dsyolo.cluster import world as dist
     from dsyolo.engine.batchnorm import batch_norm
 
-    rank, step = dist.join().rank, 1e-2
+    rank, step = dist.init_process_group().rank, 1e-2
     given = inputs(torch.float32)
     given["x"] = given["x"] - given["x"].mean((0, 2, 3), keepdim=True)  # fp32 differences need small values
     own = slice(0, 2) if rank == 0 else slice(2, 5)
@@ -119,7 +119,7 @@ def in_a_group_and_recomputed() -> dict[str, dict[str, torch.Tensor]]:
     from dsyolo.cluster import world as dist
     from dsyolo.engine.batchnorm import batch_norm
 
-    rank = dist.join().rank
+    rank = dist.init_process_group().rank
     pair, alone = torch.distributed.new_group([0, 1]), torch.distributed.new_group([2])
     images = [slice(0, 2), slice(2, 5), slice(0, 5)][rank]
 
@@ -169,13 +169,13 @@ def every_stage(folder: str) -> dict[object, dict[str, object]]:
     cases["bf16"] = {"stage": 1, "bf16": {"enabled": True}}
     results = {}
     for name, case in cases.items():
-        engine, shards, ema, _ = training.build(folder=Path(folder), synchronised=True, **case)
+        engine, partitions, ema, _ = training.build(folder=Path(folder), synchronised=True, **case)
         names = list(engine.network.state_dict())
         losses = training.train(engine, ema, 0, STEPS)
         results[name] = {
             "losses": losses,
             "names": names,
-            "weights": training.whole(shards, shards.masters()),
+            "weights": training.whole(partitions, partitions.masters()),
             "buffers": {
                 name: buffer.clone() for name, buffer in engine.buffers.named(engine.buffers.flat).items()
             },

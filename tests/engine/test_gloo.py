@@ -21,7 +21,7 @@ def reduce_all() -> dict[str, Any]:
 
     from dsyolo.cluster import world as dist
 
-    world = dist.join()
+    world = dist.init_process_group()
     some = torch.distributed.new_group(SOME)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):

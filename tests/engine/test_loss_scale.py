@@ -37,7 +37,7 @@ def loss_scale_of(scaler) -> LossScale:
 def saved_and_resumed_anywhere() -> list[tuple[list[float], list[float]]]:
     from dsyolo.cluster import world as dist
 
-    dist.join()  # DeepSpeed's scaler asks for its rank
+    dist.init_process_group()  # DeepSpeed's scaler asks for its rank
     results = []
     for stop in range(len(OVERFLOWS)):
         first = deepspeeds_scaler()
@@ -76,25 +76,25 @@ def test_where_nothing_moves_nothing_is_kept():
 def fp16_autocast(folder: str) -> dict[str, object]:
     """Real training in fp16 autocast. torch has it on a CPU, slowly: dsyolo's check is passed by."""
     from dsyolo.checkpoint.manifest import all_checkpoints
-    from dsyolo.checkpoint.train_state import Progress
+    from dsyolo.checkpoint.train_state import TrainState
     from dsyolo.cluster.world import barrier
     from dsyolo.config.deepspeed import config as ds_config
 
     ds_config.precision = lambda *_: "autocast_fp16"
     json_block = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
-    engine, shards, ema, checkpoints = training.build(0, Path(folder), **json_block)
+    engine, partitions, ema, checkpoints = training.build(0, Path(folder), **json_block)
     # the first scale, 2^16, is known to be fine or too large by a factor of 2; this one is surely too large
     engine.deepspeed.torch_autocast_z0_gradscaler.load_state_dict(
         {**engine.deepspeed.torch_autocast_z0_gradscaler.state_dict(), "scale": 2.0**40}
     )
     engine.loss_scale = LossScale(engine.deepspeed)
-    weights, buffers = training.whole(shards, shards.masters()), engine.buffers.flat.clone()
+    weights, buffers = training.whole(partitions, partitions.masters()), engine.buffers.flat.clone()
     own = range(engine.world.rank, training.GROUPS, engine.world.size)
     stats, _ = engine.train_step([training.batch(0, group) for group in own], 0)
     skipped = {
         "applied": stats.was_applied,
         "same_weights": all(
-            torch.equal(weights[n], w) for n, w in training.whole(shards, shards.masters()).items()
+            torch.equal(weights[n], w) for n, w in training.whole(partitions, partitions.masters()).items()
         ),
         "same_buffers": torch.equal(buffers, engine.buffers.flat),
         "scale": engine.loss_scale.state()["scale"],
@@ -102,7 +102,7 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     engine.loss_scale.load({"scale": 2.0**12, "good_steps": 5})
     stats, _ = engine.train_step([training.batch(1, group) for group in own], 1)
     training.train(engine, ema, 2, 3)
-    checkpoints.save(Progress(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=3))
+    checkpoints.save(TrainState(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=3))
     (path,) = all_checkpoints(Path(folder))
     other, _, _, of_other = training.build(0, Path(folder), **json_block)
     of_other.load(path)
@@ -110,7 +110,7 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     manifest = json.loads((path / "progress.json").read_text())
     saved = manifest.pop("loss_scale")
     barrier()
-    if engine.world.is_first:
+    if engine.world.is_main_process:
         (path / "progress.json").write_text(json.dumps(manifest))  # as checkpoints were before
     barrier()
     old, _, _, of_old = training.build(0, Path(folder), **json_block)
@@ -166,7 +166,7 @@ def test_fp16_trains_skips_and_resumes(tmp_path, stage):
 
 def fp16_enabled(folder: str, stage: int) -> dict[str, object]:
     from dsyolo.checkpoint.manifest import all_checkpoints
-    from dsyolo.checkpoint.train_state import Progress
+    from dsyolo.checkpoint.train_state import TrainState
 
     block = {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
     engine, _, _, checkpoints = training.build(stage, Path(folder), accelerator="cuda", **block)
@@ -175,7 +175,7 @@ def fp16_enabled(folder: str, stage: int) -> dict[str, object]:
         stats, _ = engine.train_step([training.batch(step, group) for group in range(training.GROUPS)], step)
         applied.append(stats.was_applied)
         losses.append(stats.losses.tolist())
-    checkpoints.save(Progress(total_steps=40, epochs=1, num_images=320, global_batch=8, seed=0, step=40))
+    checkpoints.save(TrainState(total_steps=40, epochs=1, num_images=320, global_batch=8, seed=0, step=40))
     other, _, _, of_other = training.build(stage, Path(folder), accelerator="cuda", **block)
     of_other.load(all_checkpoints(Path(folder))[-1])
     return {

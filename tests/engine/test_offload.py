@@ -45,7 +45,7 @@ def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[
     for case in cases:
         stage, optimizer, parameters = case
         place = Path(folder, f"{stage}-{optimizer}-{parameters}")
-        engine, shards, ema, checkpoints = training.build(
+        engine, partitions, ema, checkpoints = training.build(
             stage,
             place,
             optimizer=optimizer,
@@ -57,15 +57,15 @@ def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[
         losses += training.train(engine, ema, STEPS - 1, STEPS)
         spans = addresses_in_files(files)
         wrapper = engine.deepspeed.optimizer
-        states = shards.state()
+        states = partitions.state()
         results[case] = {
             "losses": losses,
-            "weights": training.whole(shards, shards.masters()),
-            "ema": training.whole(ema.shards, ema.tensors),
-            "states": {name: training.whole(shards, tensors) for name, tensors in states.items()},
+            "weights": training.whole(partitions, partitions.masters()),
+            "ema": training.whole(ema.partitions, ema.tensors),
+            "states": {name: training.whole(partitions, tensors) for name, tensors in states.items()},
             "files_left": os.listdir(files),
-            "masters": [lies_in(key, spans) for key, _ in shards.optimizer_keys()],
-            "holdings": [lies_in(master, spans) for master in shards.masters()],
+            "masters": [lies_in(key, spans) for key, _ in partitions.optimizer_keys()],
+            "holdings": [lies_in(master, spans) for master in partitions.masters()],
             "state": [lies_in(t, spans) for tensors in states.values() for t in tensors],
             "average": [lies_in(t, spans) for t in ema.tensors],
             "partitions": [
@@ -73,14 +73,14 @@ def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[
             ],
         }
         engine.deepspeed.destroy()
-        del engine, shards, ema, checkpoints, wrapper, states
+        del engine, partitions, ema, checkpoints, wrapper, states
     return results
 
 
 def progress(step: int):
-    from dsyolo.checkpoint.train_state import Progress
+    from dsyolo.checkpoint.train_state import TrainState
 
-    return Progress(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=step)
+    return TrainState(total_steps=20, epochs=1, num_images=160, global_batch=8, seed=0, step=step)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def resume(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[ob
     for case in cases:
         stage, optimizer, parameters = case
         place = Path(folder, f"{stage}-{optimizer}-{parameters}")
-        engine, shards, ema, checkpoints = training.build(
+        engine, partitions, ema, checkpoints = training.build(
             stage,
             place,
             optimizer=optimizer,
@@ -155,8 +155,8 @@ def resume(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[ob
         checkpoints.load(all_checkpoints(place)[-1])
         losses = training.train(engine, ema, STEPS - 1, STEPS)
         spans = addresses_in_files(files)
-        in_file = [lies_in(t, spans) for tensors in shards.state().values() for t in tensors]
-        results[case] = losses, training.whole(shards, shards.masters()), in_file
+        in_file = [lies_in(t, spans) for tensors in partitions.state().values() for t in tensors]
+        results[case] = losses, training.whole(partitions, partitions.masters()), in_file
     return results
 
 

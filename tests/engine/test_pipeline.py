@@ -34,9 +34,9 @@ BF16 = 2**-8  # half a unit in the last place of bfloat16, relative
 def train_one(folder: str, name: str) -> dict[str, Any]:
     stage, json = CASES[name]
     frozen = name in ("autocast", "bf16")  # live statistics blow the rounding of bf16 up
-    engine, shards, ema, _ = training.build(stage, Path(folder), frozen=frozen, **json)
+    engine, partitions, ema, _ = training.build(stage, Path(folder), frozen=frozen, **json)
     losses = training.train(engine, ema, 0, STEPS)
-    got = training.result(engine, shards, ema, losses)
+    got = training.result(engine, partitions, ema, losses)
     images = training.batch(99, 0).images
     with ema.swapped():
         got["averaged"] = engine.predict(images)
@@ -101,9 +101,9 @@ def test_a_stage_holds_its_own_parameters_only(two_stages):
 
 
 def two_by_two(folder: str) -> dict[str, Any]:
-    engine, shards, ema, _ = training.build(1, Path(folder), frozen=True, gradient_clipping=0.05, **TWO)
+    engine, partitions, ema, _ = training.build(1, Path(folder), frozen=True, gradient_clipping=0.05, **TWO)
     losses = training.train(engine, ema, 0, STEPS)
-    return training.result(engine, shards, ema, losses)
+    return training.result(engine, partitions, ema, losses)
 
 
 @pytest.mark.soak  # a row of the table of strategies

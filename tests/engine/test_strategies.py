@@ -21,7 +21,7 @@ def every_stage(folder: str) -> dict[int, dict[str, object]]:
         # another seed on each rank: the engine must start from the weights of rank 0
         seed = int(os.environ["RANK"])
         # With so few pixels BatchNorm's statistics blow rounding up; they are live in the last test.
-        engine, shards, ema, _ = training.build(stage, Path(folder, str(stage)), seed=seed, frozen=True)
+        engine, partitions, ema, _ = training.build(stage, Path(folder, str(stage)), seed=seed, frozen=True)
         losses = training.train(engine, ema, 0, STEPS)
         live = engine.buffers.flat.clone()
         images = training.batch(99, 0).images
@@ -31,8 +31,8 @@ def every_stage(folder: str) -> dict[int, dict[str, object]]:
         after = engine.predict(images)
         results[stage] = {
             "losses": losses,
-            "weights": training.whole(shards, shards.masters()),
-            "ema": training.whole(ema.shards, ema.tensors),
+            "weights": training.whole(partitions, partitions.masters()),
+            "ema": training.whole(ema.partitions, ema.tensors),
             "ema_state": ema.state_dict(keep=True),
             "swap_restores": torch.equal(before, after) and torch.equal(live, engine.buffers.flat),
             "averaged": averaged,

@@ -110,10 +110,10 @@ def test_a_slice_of_the_network_recomputes_as_the_whole_does():
     def gradients(cuts: list[int], names: frozenset[str]) -> dict[str, torch.Tensor]:
         net = training.network()
         net.recompute = names
-        carry: tuple = (training.batch(0, 0).images,)
+        boundary: tuple = (training.batch(0, 0).images,)
         for start, stop in zip([0, *cuts], [*cuts, len(net.order)], strict=True):
-            carry = net.run(carry, start, stop)
-        sum((m**2).mean() for m in carry[0]).backward()
+            boundary = net.run(boundary, start, stop)
+        sum((m**2).mean() for m in boundary[0]).backward()
         return {name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers())
 
     assert not differing(gradients([5, 11], training.network().blocks()), gradients([], frozenset()))
@@ -137,7 +137,7 @@ def train_twice(folder: str, chosen: list[int]) -> dict[int, tuple[dict, dict]]:
     for i in chosen:
         json, pair = JSONS[i], []
         for recomputes in (False, True):
-            engine, shards, ema, _ = training.build(folder=Path(folder, str(i)), **json)
+            engine, partitions, ema, _ = training.build(folder=Path(folder, str(i)), **json)
             counts = count_runs(engine.network)
             if recomputes:
                 engine.network.recompute = engine.network.blocks()
@@ -148,8 +148,8 @@ def train_twice(folder: str, chosen: list[int]) -> dict[int, tuple[dict, dict]]:
                     "buffers": engine.buffers.flat.clone(),
                     "whole": torch.tensor([p.numel() for p in engine.network.parameters()]),
                     "runs": torch.tensor(list(counts.values())),
-                    **{f"weight {n}": t for n, t in training.whole(shards, shards.masters()).items()},
-                    **{f"ema {n}": t for n, t in training.whole(ema.shards, ema.tensors).items()},
+                    **{f"weight {n}": t for n, t in training.whole(partitions, partitions.masters()).items()},
+                    **{f"ema {n}": t for n, t in training.whole(ema.partitions, ema.tensors).items()},
                 }
             )
         results[i] = tuple(pair)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dsyolo.models.blocks import BatchNorm
-from dsyolo.models.network import Link, Network, Node, connect
+from dsyolo.models.network import Network, Node, NodeLink, connect
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5, family, level_strides
 
 SIZE_PX = 64
@@ -22,11 +22,11 @@ def node(name: str, *reads: str, module: nn.Module | None = None) -> Node:
 
 def carries(nodes: list[Node]) -> list[list[str]]:
     """What is alive after each node, by name, as the links have it."""
-    carry, alive = ["images"], []
+    boundary, alive = ["images"], []
     for one, link in zip(nodes, connect(nodes), strict=True):
-        assert [carry[k] for k in link.reads] == list(one.reads)
-        carry = [carry[k] for k in link.keeps] + [one.name]
-        alive.append(carry)
+        assert [boundary[k] for k in link.reads] == list(one.reads)
+        boundary = [boundary[k] for k in link.keeps] + [one.name]
+        alive.append(boundary)
     return alive
 
 
@@ -36,11 +36,11 @@ def carries(nodes: list[Node]) -> list[list[str]]:
 def test_liveness_of_a_small_graph_by_hand():
     nodes = [node("a", "images"), node("b", "a"), node("c", "b", "a"), node("d", "c"), node("e", "b", "d")]
     assert connect(nodes) == (
-        Link(reads=(0,), keeps=()),  # images -> a
-        Link(reads=(0,), keeps=(0,)),  # a -> a, b
-        Link(reads=(1, 0), keeps=(1,)),  # a, b -> b, c
-        Link(reads=(1,), keeps=(0,)),  # b, c -> b, d
-        Link(reads=(0, 1), keeps=()),  # b, d -> e
+        NodeLink(reads=(0,), keeps=()),  # images -> a
+        NodeLink(reads=(0,), keeps=(0,)),  # a -> a, b
+        NodeLink(reads=(1, 0), keeps=(1,)),  # a, b -> b, c
+        NodeLink(reads=(1,), keeps=(0,)),  # b, c -> b, d
+        NodeLink(reads=(0, 1), keeps=()),  # b, d -> e
     )
     assert carries(nodes) == [["a"], ["a", "b"], ["b", "c"], ["b", "d"], ["e"]]
 
@@ -135,9 +135,9 @@ def test_any_cut_gives_the_output_of_the_whole(network, images):
     last = len(network.order)
     alive = list(table_carries("yolov5n").values())
     for cut in range(1, last):
-        carry = network.run((images,), 0, cut)
-        assert len(carry) == len(alive[cut - 1])
-        (out,) = network.run(carry, cut, last)
+        boundary = network.run((images,), 0, cut)
+        assert len(boundary) == len(alive[cut - 1])
+        (out,) = network.run(boundary, cut, last)
         assert all(a.equal(b) for a, b in zip(out, whole, strict=True)), network.order[cut]
 
 
@@ -145,10 +145,10 @@ def test_any_cut_gives_the_output_of_the_whole(network, images):
 def test_cuts_after_every_node_give_the_output_of_the_whole(images):
     torch.manual_seed(0)
     network = build_yolov5("yolov5n6", 2).eval()
-    carry = (images,)
+    boundary = (images,)
     for k in range(len(network.order)):
-        carry = network.run(carry, k, k + 1)
-    assert all(a.equal(b) for a, b in zip(carry[0], network(images), strict=True))
+        boundary = network.run(boundary, k, k + 1)
+    assert all(a.equal(b) for a, b in zip(boundary[0], network(images), strict=True))
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsyolo.models.flops import NodeCost, node_costs
-from dsyolo.models.partition import CPU, balanced_cuts, crossing_elements, stage_table
-from dsyolo.models.stage import Stage, pack, unpack
+from dsyolo.models.partition import CPU, balanced_cuts, boundary_elements, stage_table
+from dsyolo.models.stage import PipelineStage, pack, unpack
 from dsyolo.models.yolov5 import build_yolov5, has_parameters
 
 SHAPE = (2, 3, 64, 64)
@@ -33,7 +33,7 @@ def slowest(costs: list[NodeCost], cuts: tuple[int, ...]) -> float:
     for start, stop in pairwise(bounds):
         own = sum(cost.flops + CPU.per_element * cost.elements for cost in costs[start:stop])
         borders = [cut for cut in (start, stop) if 0 < cut < len(costs)]
-        stages.append(own + CPU.per_crossing * sum(crossing_elements(costs, cut) for cut in borders))
+        stages.append(own + CPU.per_boundary * sum(boundary_elements(costs, cut) for cut in borders))
     return max(stages)
 
 
@@ -75,9 +75,9 @@ def test_every_stage_has_parameters(costs, stages):
 
 
 def test_packing_is_undone_by_unpacking():
-    carry = (torch.randn(2, 3, 4, 5), torch.randn(2, 7, 2, 2))
-    shapes = [tuple(t.shape) for t in carry]
-    for given in (carry, carry[:1]):
+    boundary = (torch.randn(2, 3, 4, 5), torch.randn(2, 7, 2, 2))
+    shapes = [tuple(t.shape) for t in boundary]
+    for given in (boundary, boundary[:1]):
         back = unpack(pack(given), shapes[: len(given)])
         assert all(a.equal(b) for a, b in zip(given, back, strict=True))
         assert all(b.is_contiguous(memory_format=torch.channels_last) for b in back)
@@ -96,7 +96,7 @@ def test_stages_in_a_row_are_the_network(network, costs, cuts):
     x = images
     names = []
     for start, stop in pairwise([0, *cuts, len(costs)]):
-        stage = Stage(network, start, stop, costs[start - 1].carry if start else ())
+        stage = PipelineStage(network, start, stop, costs[start - 1].boundary if start else ())
         names += [name for name, _ in stage.named_parameters()]
         x = stage(x)
     assert names == [name for name, _ in network.named_parameters()]

@@ -12,9 +12,17 @@ from ranks import run_ranks
 from runs import arguments, environment, make_place
 
 from dsyolo.config.deepspeed.config import DsConfig, check
-from dsyolo.engine.memory_profile import MemoryWatch
+from dsyolo.engine.memory_profile import MemoryProfiler
 from dsyolo.engine.optimizer import parameter_groups
-from dsyolo.planner.memory_estimate import Account, Load, Terms, predict, shortage, table, verdict
+from dsyolo.planner.memory_estimate import (
+    MemoryEstimate,
+    MemoryTerms,
+    RankLoad,
+    predict,
+    shortage,
+    table,
+    verdict,
+)
 
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -53,10 +61,10 @@ def resolved(zero_block: dict, json: dict, optimizer: str, world_size: int) -> D
     return check(source, world_size=world_size, accelerator="cpu")
 
 
-def load_of(replica: int, replicas: int, activations: int = 0) -> Load:
+def load_of(dp_rank: int, dp_size: int, activations: int = 0) -> RankLoad:
     groups = parameter_groups(training.network()).values()
     sizes = tuple(tuple(p.numel() for p in group) for group in groups)
-    return Load(sizes, activations, activations, activations // 4, replica, replicas, True)
+    return RankLoad(sizes, activations, activations, activations // 4, dp_rank, dp_size, True)
 
 
 def measure(folder: str, cases: list[str]) -> dict[str, tuple]:
@@ -65,11 +73,11 @@ def measure(folder: str, cases: list[str]) -> dict[str, tuple]:
         zero_block, json, optimizer = CASES[name]
         stage = zero_block["stage"]
         settings = {"zero_optimization": zero_block, **json}
-        engine, shards, ema, _ = training.build(
+        engine, partitions, ema, _ = training.build(
             stage, Path(folder, name), optimizer=optimizer, frozen=True, **settings
         )
         found: list = []
-        watch = MemoryWatch(engine, shards, ema, found.append, again=True)
+        watch = MemoryProfiler(engine, partitions, ema, found.append, again=True)
         is_first = name == cases[0]
         for step in range(3 if is_first else 2):
             if step == 2:
@@ -81,7 +89,7 @@ def measure(folder: str, cases: list[str]) -> dict[str, tuple]:
             assert found[0][0].account.together.states == found[1][0].account.together.states
         ds = resolved(zero_block, json, optimizer, engine.world.size)
         wanted = predict(
-            load_of(engine.replica, engine.num_replicas), ds, engine.deepspeed_json["zero_optimization"]
+            load_of(engine.dp_rank, engine.dp_size), ds, engine.deepspeed_json["zero_optimization"]
         )
         results[name] = (wanted, found[0][engine.world.rank])
         engine.deepspeed.destroy()
@@ -107,7 +115,7 @@ def test_the_formulas_of_the_zero_paper(stage, weight_bytes, json, optimizer, nu
         "stage3_max_live_parameters": 0,
     }
     shares = [
-        predict(Load(SIZES, 7, 7, 7, replica, ranks, True), ds, block).device for replica in range(ranks)
+        predict(RankLoad(SIZES, 7, 7, 7, dp_rank, ranks, True), ds, block).device for dp_rank in range(ranks)
     ]
     w, p, n = weight_bytes, elements, ranks
     states = (
@@ -151,14 +159,14 @@ def test_the_verdict_names_what_is_saved():
     moved = verdict(load, resolved(zero(2, "offload_optimizer"), {}, "SGD", 4), block, load)
     assert "offload moves 0.01 to the host" in moved
     ds = resolved(zero(0), {"pipeline": {"stages": 2}}, "SGD", 2)
-    stage = Load(load.groups[:1], 3 * 2**29, 3 * 2**29, 2**28, 0, 1, True)
+    stage = RankLoad(load.groups[:1], 3 * 2**29, 3 * 2**29, 2**28, 0, 1, True)
     piped = verdict(stage, ds, {}, load)
     assert " GiB on the rank that needs most, 1.03 without all this: the pipeline adds 0.5" in piped
 
 
 def test_a_shortage_is_told_of_the_place_where_it_is():
     gib = 2**30
-    account = Account(Terms(activations=3 * gib), Terms(optimizer=2 * gib))
+    account = MemoryEstimate(MemoryTerms(activations=3 * gib), MemoryTerms(optimizer=2 * gib))
     assert shortage([account] * 2, 4 * gib, 5 * gib) == ""
     assert "3.00 GiB of a rank's device, which has 2.00" in shortage([account] * 2, 2 * gib, 5 * gib)
     assert "4.00 GiB of the machine, which has 3.00" in shortage([account] * 2, 4 * gib, 3 * gib)
@@ -184,8 +192,10 @@ def test_a_run_that_will_not_fit_is_warned_of(tmp_path):
 
 
 def test_the_table_has_a_column_for_each_term_and_their_sum():
-    lines = table([("one", Terms(*(2**20 * i for i in range(1, 7)))), ("the other", Terms())]).splitlines()
-    assert lines[0].split() == ["memory,", "MiB", *Terms._fields, "together"]
+    lines = table(
+        [("one", MemoryTerms(*(2**20 * i for i in range(1, 7)))), ("the other", MemoryTerms())]
+    ).splitlines()
+    assert lines[0].split() == ["memory,", "MiB", *MemoryTerms._fields, "together"]
     assert lines[1].split() == ["one", "1.0", "2.0", "3.0", "4.0", "5.0", "6.0", "21.0"]
     assert lines[2].split()[2:] == ["0.0"] * 7
 

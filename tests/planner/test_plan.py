@@ -17,23 +17,23 @@ from dsyolo.cluster.world import World
 from dsyolo.config.command_line import parse
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.run_config import RunConfig
-from dsyolo.data.loader import Stream
+from dsyolo.data.loader import StepSampler
 from dsyolo.models.activation_memory import count_activations
 from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine
-from dsyolo.planner.auto import Filled, fill
-from dsyolo.planner.comm_volume import num_messages, wire_bytes
-from dsyolo.planner.dry_run import case_of, rehearse
+from dsyolo.planner.auto import PlannedConfig, plan_config
+from dsyolo.planner.comm_volume import comm_bytes, num_messages
+from dsyolo.planner.dry_run import dry_run, dry_run_case
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
 from dsyolo.planner.local_hardware import hardware_here
-from dsyolo.planner.model_profile import Work
+from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.ranking_report import PUBLISHED_GB
 from dsyolo.planner.search import search
 from dsyolo.planner.simulation import cover, simulate
-from dsyolo.planner.strategy import Settings, settings
+from dsyolo.planner.strategy import StrategySettings, settings
 
-PLAIN = Settings(0, None, None, "none", "autocast_fp16", 16, 1, 1, 1, "SGD")
+PLAIN = StrategySettings(0, None, None, "none", "autocast_fp16", 16, 1, 1, 1, "SGD")
 
 
 def one_gpu(memory_gib: int = 80) -> Hardware:
@@ -43,7 +43,7 @@ def one_gpu(memory_gib: int = 80) -> Hardware:
 @pytest.mark.parametrize("case", PUBLISHED_GB, ids=lambda case: case[0])
 def test_published_peaks_are_predicted(case):
     model, image_size_px = case
-    found = Planner(Work(model, 80, image_size_px), one_gpu()).predict(PLAIN)
+    found = Planner(ModelProfile(model, 80, image_size_px), one_gpu()).predict(PLAIN)
     assert found.peak_bytes / 1e9 == pytest.approx(PUBLISHED_GB[case], rel=0.05)
     assert found.peak_bytes == sum(found.terms.values())
     assert found.fits
@@ -51,7 +51,7 @@ def test_published_peaks_are_predicted(case):
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16", "autocast_fp16", "bf16", "fp16"])
 def test_activations_of_any_micro_batch_are_those_that_a_run_counts(precision):
-    work = Work("yolov5n", 5, 128)
+    work = ModelProfile("yolov5n", 5, 128)
     for images in (2, 7):
         direct = count_activations(work.network, (images, 3, 128, 128), precision)
         drawn = work.activations(images, precision)
@@ -60,7 +60,7 @@ def test_activations_of_any_micro_batch_are_those_that_a_run_counts(precision):
 
 
 def test_settings_are_all_different_and_all_accepted():
-    work = Work("yolov5n", 80, 64)
+    work = ModelProfile("yolov5n", 80, 64)
     found = list(settings(8, 64, "AdamW", ("autocast_bf16", "autocast_fp16", "bf16", "fp16", "fp32")))
     assert len(set(found)) == len(found) > 200
     for one in found:
@@ -80,7 +80,7 @@ def test_settings_are_all_different_and_all_accepted():
 
 def test_bytes_on_the_wire_are_those_that_were_measured():
     """README, Between hosts: yolov5s on 2 and 4 hosts, ZeRO 0 to 3, in MB."""
-    network = Work("yolov5s", 80, 64).network
+    network = ModelProfile("yolov5s", 80, 64).network
     numels = [p.numel() for p in network.parameters()]
     measured = {2: (29.1, 29.1, 29.1, 40.8), 4: (43.6, 43.6, 43.6, 61.3)}
     for ranks, figures in measured.items():
@@ -91,22 +91,22 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
                 accelerator="cpu",
             )
             zero = ds.deepspeed_json(sum(numels), cpu=True)["zero_optimization"]
-            got = wire_bytes(zero, numels, ranks, 1)
+            got = comm_bytes(zero, numels, ranks, 1)
             assert got / 1e6 == pytest.approx(megabytes, rel=0.015), (ranks, stage)
     owners = {"stage": 2, "use_multi_rank_bucket_allreduce": False}
-    once, twice = (wire_bytes(owners, [1000], 2, accumulation) for accumulation in (1, 2))
+    once, twice = (comm_bytes(owners, [1000], 2, accumulation) for accumulation in (1, 2))
     assert (once, twice) == (4000, 6000)
-    assert wire_bytes({"stage": 2}, [1000], 2, 1) == 6000
+    assert comm_bytes({"stage": 2}, [1000], 2, 1) == 6000
 
 
 def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_are():
     """Each stage's replicas are neighbours: on two nodes of two GPUs a stage each, whose activations cross."""
-    pipeline = Settings(1, None, None, "none", "fp32", 4, 4, 2, 1, "SGD")
-    found = Planner(Work("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
+    pipeline = StrategySettings(1, None, None, "none", "fp32", 4, 4, 2, 1, "SGD")
+    found = Planner(ModelProfile("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
     assert found.wire / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
-    work = Work("yolov5s", 80, 320)
+    work = ModelProfile("yolov5s", 80, 320)
     a10 = Hardware(DEVICES["A10"], 2, 2, 24 * GIB, None, 1e9)
-    wide = pipeline._replace(replicas=2, accumulation=8)
+    wide = pipeline._replace(dp_size=2, accumulation=8)
     slow, fast, single = (
         Planner(work, machine).predict(wide).times
         for machine in (a10, a10._replace(network_bytes_s=2e9), a10._replace(nodes=1, gpus=4))
@@ -117,7 +117,7 @@ def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_a
     assert (slow.bubble - single.bubble) / (fast.bubble - single.bubble) == pytest.approx(
         (2 / 1e9 - 1 / inside) / (2 / 2e9 - 1 / inside)
     )
-    ring = Planner(work, a10).predict(wide._replace(pipeline_stages=1, replicas=4))
+    ring = Planner(work, a10).predict(wide._replace(pipeline_stages=1, dp_size=4))
     assert ring.times.communication > 5 * single.communication
     assert a10._replace(gpus=4).border_bytes_s(0, 1) == inside
     assert a10._replace(gpus=4).border_bytes_s(1, 3) == 1e9  # of the ranks 3 to 5 one leaves each node
@@ -145,7 +145,7 @@ def test_as_json_every_strategy_has_its_terms(capsys):
 
 def test_a_cpu_is_its_own_host():
     cpu = one_gpu()._replace(accelerator="cpu")
-    planner, precisions = Planner(Work("yolov5s", 80, 64), cpu), ("fp32",)
+    planner, precisions = Planner(ModelProfile("yolov5s", 80, 64), cpu), ("fp32",)
     found = search(planner, 8, "SGD", precisions)
     assert len(found.fitting) > 4
     assert not [one for one in found.fitting + found.others if one.settings.offload_optimizer]
@@ -170,7 +170,7 @@ def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
     assert f"give --val_batch_size {images}." in out
     assert f"--data data.yaml --val_batch_size {images}\n" in out
     assert 8 < images < 16
-    work = Work("yolov5n6", 80, 1280)
+    work = ModelProfile("yolov5n6", 80, 1280)
     most = inference_bytes(work.network, [(images, 3, 1280, 1280)], "autocast_bf16")[0]
     assert work.most_inferred(most, "autocast_bf16") == images
     assert work.most_inferred(most - 1, "autocast_bf16") == images - 1
@@ -276,7 +276,7 @@ def test_the_loss_holds_what_it_is_said_to():
     """Between the passes of the network: gradients of the maps, and what is added to the largest of them."""
     from dsyolo.detection.loss import DetectionLoss
 
-    work = Work("yolov5n", 80, 320)
+    work = ModelProfile("yolov5n", 80, 320)
     shapes = [(4, 3, 320 // stride, 320 // stride, 85) for stride in work.network.strides]
     maps = [torch.zeros(shape, requires_grad=True) for shape in shapes]
     loss = DetectionLoss(torch.ones(3, 3, 2), 80, 320)
@@ -302,31 +302,31 @@ def run_config(tmp_path, **options) -> RunConfig:
     return parse([word for key, value in words.items() for word in (f"--{key}", str(value))])
 
 
-def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None = None) -> Filled:
+def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None = None) -> PlannedConfig:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    return fill(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
+    return plan_config(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
 
 
 def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
     for recompute in ("none", "blocks", "0.500GiB"):
         run = run_config(tmp_path, deepspeed_config="auto", recompute=recompute)
-        got = fill(run, lambda: a10, 80)
+        got = plan_config(run, lambda: a10, 80)
         said = got.config.get("activation_checkpointing", {}).get("recompute", "none")
         assert said == recompute
         assert ("recompute" in got.lines[0]) == (recompute != "none")
     activations = float(re.search(r"activations (\d+\.\d+)", got.lines[1])[1])
     assert 0.25 < activations <= 0.5
     with pytest.raises(UserError, match="nothing fits"):
-        fill(run.model_copy(update={"recompute": "0.001GiB"}), lambda: a10, 80)
+        plan_config(run.model_copy(update={"recompute": "0.001GiB"}), lambda: a10, 80)
     words = f"--deepspeed_config=auto --data={run.data} --imgsz=64 --recompute=blocks".split()
     assert train.read(words, World(0, 2, 0, 2)).ds.recompute == "blocks"  # said once, and so taken
     (tmp_path / "data.yaml").write_text("train: .\nval: nowhere\nnames: [a]\n")
     with pytest.raises(UserError, match=r"data\.yaml cannot be used.*\n.*nowhere") as told:
         train.read(words, World(0, 2, 0, 2))
     assert "auto cannot be used" not in str(told.value)  # it was not planned yet
-    got = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=3), 80, 64)
+    got = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=3), 80, 64)
     with pytest.raises(UserError, match="64 when it was saved, and 3 ranks do not divide it"):
         check(got.config, world_size=3, accelerator="cuda", saved_batch=64, name="auto")
 
@@ -337,7 +337,8 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 64}))
     whole = run_config(tmp_path, deepspeed_config=path)
     first, again = (
-        fill(one, lambda: a10, 80) for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
+        plan_config(one, lambda: a10, 80)
+        for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
     )
     assert (first.is_halved, again.is_halved) == (False, True)
     sizes = [check(one.config, world_size=2, accelerator="cuda") for one in (first, again)]
@@ -400,38 +401,39 @@ def test_a_key_given_twice_is_no_matter_of_auto(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
     path = tmp_path / "ds.json"
     path.write_text('{"train_batch_size": 16, "train_batch_size": 32, "gradient_clipping": "auto"}')
-    got = fill(run_config(tmp_path, deepspeed_config=path), lambda: a10, 80)
+    got = plan_config(run_config(tmp_path, deepspeed_config=path), lambda: a10, 80)
     with pytest.raises(UserError, match="train_batch_size: given twice"):
         check(got.config, world_size=2, accelerator="cuda")
 
 
 def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
-    first = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80)
+    first = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80)
     assert check(first.config, world_size=2, accelerator="cuda").global_batch == 64
     assert first.lines[0].startswith("planned for 2 x 24.0 GiB (A10): ZeRO ")
     halved = run_config(tmp_path, deepspeed_config="auto").model_copy(update={"halve_micro_batch": True})
-    again = fill(halved, lambda: a10, 80)
+    again = plan_config(halved, lambda: a10, 80)
     peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
     assert peaks[1] < 0.65 * peaks[0]
     assert re.search(r"\(A10\), for \d+\.\d GiB of each, as memory ran out: ZeRO", again.lines[0])
     cpu = a10._replace(accelerator="cpu", gpus=1)  # states are most of it: less by a fifth is all there is
     states = run_config(tmp_path, deepspeed_config="auto", model="yolov5l", imgsz=64)
     wide, least = (
-        fill(one, lambda: cpu, 80) for one in (states, states.model_copy(update={"halve_micro_batch": True}))
+        plan_config(one, lambda: cpu, 80)
+        for one in (states, states.model_copy(update={"halve_micro_batch": True}))
     )
     peaks = [float(one.lines[1].split()[1]) for one in (wide, least)]
     assert 0.6 * peaks[0] < peaks[1] < peaks[0]
     assert least.val_images == 1
     one = states.model_copy(update={"halve_micro_batch": True, "recompute": "blocks"})
     with pytest.raises(UserError, match="memory ran out, and no plan needs less"):
-        fill(one, lambda: cpu, 80, 1)
-    odd = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
+        plan_config(one, lambda: cpu, 80, 1)
+    odd = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
     assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
-    goes_on = fill(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
-    assert check(goes_on.config, world_size=2, accelerator="cuda").global_batch == 48
+    resumes = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
+    assert check(resumes.config, world_size=2, accelerator="cuda").global_batch == 48
     with pytest.raises(UserError, match=r"nothing fits 0\.60 GiB a rank, .* for 64 images a step"):
-        fill(
+        plan_config(
             run_config(tmp_path, deepspeed_config="auto"),
             lambda: a10._replace(memory_bytes=int(0.6 * GIB)),
             80,
@@ -523,7 +525,7 @@ def test_on_thousands_of_ranks_every_image_comes_once_and_states_are_the_formula
 @pytest.mark.parametrize("zero_stage", range(4))
 @pytest.mark.parametrize("ranks", long_but([4096], [8, 100, 4096]))
 def test_the_engine_that_trains_holds_and_sends_what_is_expected_of_thousands_of_ranks(ranks, zero_stage):
-    (found,) = rehearse([case_of("yolov5n", 80, zero_stage, ranks)])
+    (found,) = dry_run([dry_run_case("yolov5n", 80, zero_stage, ranks)])
     (paper,) = [
         one for one in simulate("yolov5n", 80, 20_001, [ranks], ranks, 1) if one.zero_stage == zero_stage
     ]
@@ -564,12 +566,12 @@ def test_messages_cost_time_where_there_are_many(capsys):
 
 
 def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):
-    plain = Stream.micro_batches
+    plain = StepSampler.micro_batches
 
     def of_one_rank_less(self, step):
         return iter(()) if self.rank == 3 else plain(self, step)
 
-    monkeypatch.setattr(Stream, "micro_batches", of_one_rank_less)
+    monkeypatch.setattr(StepSampler, "micro_batches", of_one_rank_less)
     assert cover(100, 8, 1, 8).least == 0
     assert cli.main(["simulate", "--model", "yolov5n", "--images", "100", "--ranks", "8", "--json"]) == 1
     assert cli.main(["simulate", "--ranks", "\u00b2"]) == 2  # a digit, but no number

@@ -23,7 +23,15 @@ from dsyolo.config.deepspeed.rules import BATCH_KEYS
 from dsyolo.doctor.hosts import Host
 from dsyolo.engine.step_timer import PHASES
 from dsyolo.scaling.bottleneck import bottleneck
-from dsyolo.scaling.cases import STRONG, WEAK, Case, Strategy, deepspeed_json, read_strategy, wanted
+from dsyolo.scaling.cases import (
+    STRONG,
+    WEAK,
+    ScalingCase,
+    ScalingStrategy,
+    deepspeed_json,
+    read_strategy,
+    wanted,
+)
 from dsyolo.scaling.fit import SIZES, efficiency, fit, solve, step_seconds
 from dsyolo.scaling.html_report import page
 from dsyolo.scaling.options import check
@@ -35,7 +43,7 @@ from dsyolo.scaling.tables import to_markdown
 RANKS = np.array([1.0, 2.0, 4.0, 8.0])
 
 
-def read(tmp_path: Path, text: dict, **sizes: int | None) -> tuple[Strategy | None, list[str]]:
+def read(tmp_path: Path, text: dict, **sizes: int | None) -> tuple[ScalingStrategy | None, list[str]]:
     path = tmp_path / "some.json"
     path.write_text(json.dumps(text))
     problems: list[str] = []
@@ -104,7 +112,7 @@ def test_a_rank_of_a_pipeline_has_as_many_images_as_one_without(tmp_path):
 
 
 def test_weak_scaling_keeps_a_ranks_images_and_strong_scaling_a_steps():
-    one = Strategy("s", {}, 1, 8, 2, 16)
+    one = ScalingStrategy("s", {}, 1, 8, 2, 16)
     assert [one.on(n, WEAK) for n in (1, 2, 4)] == [(8, 2)] * 3
     assert [one.on(n, STRONG) for n in (1, 2, 4, 16)] == [(8, 2), (8, 1), (4, 1), (1, 1)]
     assert one._replace(global_batch=24, micro_batch=7).on(2, STRONG) == (6, 2)
@@ -113,8 +121,10 @@ def test_weak_scaling_keeps_a_ranks_images_and_strong_scaling_a_steps():
 
 
 def test_every_row_has_a_training_that_is_accepted_or_says_why_not():
-    plain = Strategy("zero1", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
-    piped = Strategy("pipe", {"zero_optimization": {"stage": 1}, "pipeline": {"stages": 2}}, 2, 4, 1, 4)
+    plain = ScalingStrategy("zero1", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
+    piped = ScalingStrategy(
+        "pipe", {"zero_optimization": {"stage": 1}, "pipeline": {"stages": 2}}, 2, 4, 1, 4
+    )
     rows = list(wanted([plain, piped], [WEAK, STRONG], [1, 2, 4], "yolov5n", "cpu"))
     assert [(row.strategy, row.scaling, row.ranks) for row in rows] == [
         (s, scaling, n) for scaling in (WEAK, STRONG) for s in ("zero1", "pipe") for n in (1, 2, 4)
@@ -127,7 +137,7 @@ def test_every_row_has_a_training_that_is_accepted_or_says_why_not():
 
 
 def test_runs_are_long_enough_and_hardly_longer():
-    case = Case("s", 2, 1, 4, 2)
+    case = ScalingCase("s", 2, 1, 4, 2)
     assert epochs_and_images(case, 10, 1000) == (1, 160)
     epochs, images = epochs_and_images(case, 100, 300)
     assert images == 300
@@ -275,7 +285,7 @@ def test_times_are_medians_after_the_warm_up():
 
 @pytest.fixture(scope="module")
 def report():
-    plain = Strategy("zero<1>", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
+    plain = ScalingStrategy("zero<1>", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
     rows = list(wanted([plain], [WEAK], [1, 2, 4], "yolov5n", "cpu"))
     measured = {
         row.case: put_together([steps_json(0.2, row.ranks, waits)], [9.0], 1)
@@ -314,7 +324,7 @@ def test_the_markdown_has_even_tables(report):
     assert "did not run: memory ran out" in text
 
 
-def bases(*strategies: Strategy) -> tuple[dict, str]:
+def bases(*strategies: ScalingStrategy) -> tuple[dict, str]:
     """What the first strategy, a pipeline, is compared with, and what is said of it."""
     rows = list(wanted(strategies, [WEAK], [1, 2], "yolov5n", "cpu"))
     measured = {row.case: put_together([steps_json(0.2, row.ranks)], [9.0], 1) for row in rows if row.case}
@@ -325,10 +335,10 @@ def bases(*strategies: Strategy) -> tuple[dict, str]:
 def test_a_pipeline_is_compared_with_what_computes_alike():
     bf16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
     blocks = {"activation_checkpointing": {"recompute": "blocks"}}
-    pipe = Strategy("pipe", {**bf16, "pipeline": {"stages": 2}}, 2, 4, 1, 4)
-    fp32 = Strategy("fp32", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
-    alike = Strategy("alike", bf16, 1, 4, 1, 4)
-    nearly = Strategy("nearly", {**bf16, **blocks}, 1, 4, 1, 4)
+    pipe = ScalingStrategy("pipe", {**bf16, "pipeline": {"stages": 2}}, 2, 4, 1, 4)
+    fp32 = ScalingStrategy("fp32", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
+    alike = ScalingStrategy("alike", bf16, 1, 4, 1, 4)
+    nearly = ScalingStrategy("nearly", {**bf16, **blocks}, 1, 4, 1, 4)
     against, said = bases(pipe, fp32, nearly, alike)
     assert against == {"strategy": "alike", "ranks": 1}
     assert "tell of that too" not in said

@@ -115,7 +115,7 @@ def train_rows(names: list[str], steps: int, folder: str) -> dict[str, dict[str,
     # Autocast last: DeepSpeed keeps in a global that it was on.
     for row in sorted((row for row in ROWS if row.name in names), key=lambda row: row.is_bf16):
         training.RATES = 1.0 if row.batchnorm == "frozen" else LIVE_RATES
-        engine, shards, ema, _ = training.build(
+        engine, partitions, ema, _ = training.build(
             row.stage,
             Path(folder),
             frozen=row.batchnorm == "frozen",
@@ -124,7 +124,7 @@ def train_rows(names: list[str], steps: int, folder: str) -> dict[str, dict[str,
             **row.json,
         )
         losses = training.train(engine, ema, 0, steps, row.at_once)
-        found[row.name] = training.result(engine, shards, ema, losses)
+        found[row.name] = training.result(engine, partitions, ema, losses)
     return found
 
 

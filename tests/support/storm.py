@@ -36,7 +36,14 @@ from dsyolo.cluster import watchdog
 from dsyolo.trainer.trainer import NOT_SAVED
 
 EPOCHS, STEPS_OF_EPOCH = 80, 3
-OPTIONS = {"epochs": EPOCHS, "imgsz": 96, "workers": 1, "val_every": 2, "patience": 0, "meet_timeout_s": 40}
+OPTIONS = {
+    "epochs": EPOCHS,
+    "imgsz": 96,
+    "workers": 1,
+    "val_every": 2,
+    "patience": 0,
+    "rendezvous_timeout_s": 40,
+}
 DISK_BYTES = 140 << 20  # three checkpoints of 21 MiB, one that is being written, weights
 NOTICE_S = 60  # until all ranks have ended, at most
 

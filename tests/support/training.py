@@ -138,16 +138,16 @@ def build(
     **json,
 ):
     """Engine, shards, EMA and checkpoints of this rank, as the entry builds them."""
-    from dsyolo.checkpoint.checkpointer import Checkpoints
+    from dsyolo.checkpoint.checkpointer import Checkpointer
     from dsyolo.cluster import world as dist
     from dsyolo.engine.batchnorm import synchronise_batchnorm
     from dsyolo.engine.ema import Ema
-    from dsyolo.engine.offload import Folders, move_to_folders
-    from dsyolo.engine.parallelize import spread
+    from dsyolo.engine.offload import OffloadFolders, move_to_folders
+    from dsyolo.engine.parallelize import parallelize
 
     world = dist.world_from_environment()
     if not torch.distributed.is_initialized():
-        dist.join()
+        dist.init_process_group()
     from deepspeed.utils import groups
 
     groups.mpu = None  # a pipeline built before in this process would go on to define every engine's ranks
@@ -168,22 +168,22 @@ def build(
     if frozen:
         freeze_batchnorm(net)
     moves = not (frozen or synchronised)
-    engine, shards, *_ = spread(
+    engine, partitions, *_ = parallelize(
         net, loss_of(net), schedule(optimizer), ds, world, image_size_px=SIZE_PX, statistics_move=moves
     )
     if synchronised:
-        synchronise_batchnorm(engine.network, engine.replicas)
-    ema = Ema(shards, engine.buffers, EMA_DECAY, EMA_TAU)
+        synchronise_batchnorm(engine.network, engine.dp_group)
+    ema = Ema(partitions, engine.buffers, EMA_DECAY, EMA_TAU)
     if any(ds.offload_folders):
-        move_to_folders(Folders(*ds.offload_folders), engine.deepspeed, shards, ema.tensors, world)
-    return engine, shards, ema, Checkpoints(folder, engine, shards, ema, world)
+        move_to_folders(OffloadFolders(*ds.offload_folders), engine.deepspeed, partitions, ema.tensors, world)
+    return engine, partitions, ema, Checkpointer(folder, engine, partitions, ema, world)
 
 
 def train(engine, ema, start: int, stop: int, at_once: int = 1) -> list[list[float]]:
     """Steps `start` .. `stop` - 1, `at_once` groups in a micro-batch; the losses of each."""
     losses = []
     for step in range(start, stop):
-        turns = range(engine.world.rank % engine.num_replicas, GROUPS // at_once, engine.num_replicas)
+        turns = range(engine.world.rank % engine.dp_size, GROUPS // at_once, engine.dp_size)
         batches = [batch(step, *range(turn * at_once, (turn + 1) * at_once)) for turn in turns]
         stats, _ = engine.train_step(batches, step)
         ema.update()
@@ -191,18 +191,18 @@ def train(engine, ema, start: int, stop: int, at_once: int = 1) -> list[list[flo
     return losses
 
 
-def whole(shards, tensors) -> dict[str, torch.Tensor]:
+def whole(partitions, tensors) -> dict[str, torch.Tensor]:
     """Gathered copies by name."""
-    return {name: tensor.clone() for name, tensor in shards.gather(tensors)}
+    return {name: tensor.clone() for name, tensor in partitions.gather(tensors)}
 
 
-def result(engine, shards, ema, losses) -> dict[str, object]:
+def result(engine, partitions, ema, losses) -> dict[str, object]:
     """What `plain` returns, of a run on ranks. All ranks must call it."""
     buffers = engine.buffers.named(engine.buffers.gathered(engine.buffers.flat))
     return {
         "losses": losses,
-        "weights": whole(shards, shards.masters()),
-        "ema": whole(ema.shards, ema.tensors),
+        "weights": whole(partitions, partitions.masters()),
+        "ema": whole(ema.partitions, ema.tensors),
         "buffers": {name: b.clone() for name, b in buffers.items() if b.is_floating_point()},
     }
 

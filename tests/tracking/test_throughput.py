@@ -15,7 +15,7 @@ import torch
 from ranks import run_ranks
 from runs import TRAIN, alone, arguments, environment, make_place, rows
 
-from dsyolo.engine.memory_profile import Measured
+from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import (
     BACKWARD,
     COMMUNICATION,
@@ -25,13 +25,13 @@ from dsyolo.engine.step_timer import (
     PHASES,
     DeviceClock,
     HostClock,
-    NoPhases,
-    Phases,
+    NoStepTimer,
+    StepTimer,
 )
-from dsyolo.planner.memory_estimate import Account, Terms
+from dsyolo.planner.memory_estimate import MemoryEstimate, MemoryTerms
 from dsyolo.planner.peak_flops import peak_of_cpu, peak_of_gpu
 from dsyolo.tracking.nvml import Gpu, GpuUse
-from dsyolo.tracking.resource_usage import Usage
+from dsyolo.tracking.resource_usage import ResourceUsage
 from dsyolo.tracking.throughput import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
 from dsyolo.trainer.profiles import device_name
 
@@ -60,7 +60,7 @@ class Ticks:
 
 
 def test_a_phase_inside_another_takes_its_time_from_it():
-    phases = Phases(Ticks())
+    phases = StepTimer(Ticks())
     for _ in phases.steps(iter("a"), 0):
         with phases.phase(BACKWARD), phases.phase(COMMUNICATION):
             pass
@@ -73,7 +73,7 @@ def test_a_phase_inside_another_takes_its_time_from_it():
 
 def test_steps_join_without_a_gap_and_keep_their_numbers():
     clock = Ticks()
-    phases = Phases(clock)
+    phases = StepTimer(clock)
     assert list(phases.steps(iter("abc"), 4)) == ["a", "b", "c"]
     found = phases.take()
     assert [step.step for step in found] == [5, 6, 7]
@@ -83,14 +83,14 @@ def test_steps_join_without_a_gap_and_keep_their_numbers():
 
 
 def test_only_each_so_manyth_step_is_measured():
-    phases = Phases(Ticks(), every=3)
+    phases = StepTimer(Ticks(), every=3)
     assert len(list(phases.steps(iter("abcdefg"), 0))) == 7
     assert [step.step for step in phases.take()] == [3, 6]
 
 
 def test_what_the_device_has_not_done_is_read_later():
     clock = Ticks()
-    phases = Phases(clock)
+    phases = StepTimer(clock)
     clock.reached = -1
     for _ in phases.steps(iter("ab"), 0):
         assert not phases._done  # nothing was waited for
@@ -99,17 +99,17 @@ def test_what_the_device_has_not_done_is_read_later():
 
 
 def test_collectives_count_only_inside_steps():
-    phases = Phases(Ticks())
+    phases = StepTimer(Ticks())
     seen = []
     for _ in phases.steps(iter("ab"), 0):
         seen.append(phases.inside)
     assert seen == [True, True]
     assert not phases.inside
-    assert not NoPhases().inside
+    assert not NoStepTimer().inside
 
 
 def test_a_host_clock_tells_seconds():
-    phases = Phases(HostClock())
+    phases = StepTimer(HostClock())
     for _ in phases.steps(iter("a"), 0):
         with phases.phase(FORWARD):
             time.sleep(0.05)
@@ -150,7 +150,7 @@ class Accelerator:
 
 def test_on_an_accelerator_nothing_waits_and_other_streams_are_left_out():
     accelerator = Accelerator()
-    phases = Phases(DeviceClock(accelerator))
+    phases = StepTimer(DeviceClock(accelerator))
     for _ in phases.steps(iter("a"), 0):
         with phases.phase(BACKWARD):
             accelerator.stream = "beside"  # where ZeRO sends while backward goes on
@@ -172,13 +172,13 @@ def collectives() -> dict:
     from deepspeed.comm import comm as deepspeed_comm
 
     from dsyolo.cluster import world as dist
-    from dsyolo.engine.comm_timer import Collectives, CommsLog
+    from dsyolo.engine.comm_timer import CommsLog, CommTimer
 
     before = torch_dist.all_reduce
-    with dist.joined(60):
+    with dist.process_group(60):
         pass
-    phases = Phases(HostClock())
-    counted, log = Collectives(phases), CommsLog()
+    phases = StepTimer(HostClock())
+    counted, log = CommTimer(phases), CommsLog()
     ones = torch.ones(1000)
     torch_dist.all_reduce(ones)  # outside of steps
     outside = counted.calls
@@ -227,7 +227,7 @@ def test_collectives_are_counted_and_timed_with_the_waiting_in_them():
 
 
 def test_usage_counts_processor_time_of_its_own():
-    usage = Usage(of_machine=True)
+    usage = ResourceUsage(of_machine=True)
     before = usage.look()
     end = time.process_time() + 0.3
     while time.process_time() < end:
@@ -237,7 +237,7 @@ def test_usage_counts_processor_time_of_its_own():
     assert after["machine_cpu_s"] - before["machine_cpu_s"] > 0.15
     assert before["memory_bytes"] > 2**20
     assert "gpu" not in before
-    assert set(Usage(of_machine=False).look()) == {"cpu_s"}
+    assert set(ResourceUsage(of_machine=False).look()) == {"cpu_s"}
 
 
 def test_usage_asks_a_gpu_not_more_often_than_it_samples():
@@ -247,7 +247,7 @@ def test_usage_asks_a_gpu_not_more_often_than_it_samples():
         asked.append(1)
         return GpuUse(0.5, 0.25, 3, 90.0)
 
-    usage = Usage(of_machine=False, gpu=gpu)
+    usage = ResourceUsage(of_machine=False, gpu=gpu)
     assert usage.look()["gpu"] == {"busy": 0.5, "memory_busy": 0.25, "memory_bytes": 3, "power_w": 90.0}
     assert "gpu" not in usage.look()
     assert len(asked) == 1
@@ -291,15 +291,15 @@ def test_shares_are_means_over_ranks_and_sum_to_one():
     found = shares([even, waits], flops=28e9, peak_flops_per_s=8e9)
     assert found[SHARES[DATA]] == pytest.approx((1 / 7 + 1) / 2)
     assert sum(found[key] for key in SHARES.values()) == pytest.approx(1)
-    assert found["flop_utilisation"] == pytest.approx(28e9 / 7 / 8e9)
-    assert "flop_utilisation" not in shares([even], 1e9, 0)
+    assert found["mfu"] == pytest.approx(28e9 / 7 / 8e9)
+    assert "mfu" not in shares([even], 1e9, 0)
     assert shares([even, dict.fromkeys(PHASES, 0.0)], 1e9, 1e9) == {}
 
 
 def test_memory_is_told_of_the_rank_that_needs_most():
-    def measured(activations: int, peak: int | None) -> Measured:
-        terms = Terms(2**30, 2**30, 2**30, 0, 0, activations)
-        return Measured(Account(terms, Terms(0, 0, 0, 0, 0, 0)), peak)
+    def measured(activations: int, peak: int | None) -> MemoryMeasurement:
+        terms = MemoryTerms(2**30, 2**30, 2**30, 0, 0, activations)
+        return MemoryMeasurement(MemoryEstimate(terms, MemoryTerms(0, 0, 0, 0, 0, 0)), peak)
 
     found = peak_figures([measured(2**30, 5 * 2**30), measured(2**31, 6 * 2**30)])
     assert (found["peak_gib"], found["peak_activations_gib"], found["peak_parameters_gib"]) == (6, 2, 1)
@@ -310,7 +310,7 @@ def test_a_line_tells_what_is_known():
     assert describe({"images_per_s": 3.0}) == ""
     row = {"images_per_s": 30.0, SHARES[DATA]: 0.02, SHARES[COMMUNICATION]: 0.1}
     assert describe(row) == "30.0 images/s; data 2 %, communication 10 %"
-    row |= {"peak_gib": 1.5, "peak_activations_gib": 1.25, "flop_utilisation": 0.4}
+    row |= {"peak_gib": 1.5, "peak_activations_gib": 1.25, "mfu": 0.4}
     assert describe(row).endswith("; peak 1.50 GiB (activations 1.25); 40 % of peak FLOP/s")
 
 
@@ -332,12 +332,12 @@ def test_only_a_gpu_that_trains_is_named(monkeypatch):
 
 def test_a_run_accounts_for_its_epochs_and_steps(tmp_path):
     place = make_place(tmp_path)
-    done = alone(place, "timed", "--time_account", "steps", "--no-rect_val", epochs=2)
+    done = alone(place, "timed", "--time_profile", "steps", "--no-rect_val", epochs=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("% of peak FLOP/s") == 2
     for row in rows(place, "timed", "epoch"):
         assert sum(row[key] for key in SHARES.values()) == pytest.approx(1)
-        assert 0 < row["flop_utilisation"] < 1
+        assert 0 < row["mfu"] < 1
         assert row["peak_gib"] > row["peak_activations_gib"] > 0
     (rank,) = json.loads((place / "runs/timed/steps.json").read_text())["ranks"]
     assert [step["step"] for step in rank["steps"]] == [1, 2, 3, 4, 5, 6]
@@ -353,7 +353,7 @@ def test_a_run_accounts_for_its_epochs_and_steps(tmp_path):
 
 def test_steps_of_a_run_that_stops_and_goes_on_are_kept(tmp_path):
     place = make_place(tmp_path)
-    words = ["--time_account", "steps", "--resume", "auto"]
+    words = ["--time_profile", "steps", "--resume", "auto"]
     process = subprocess.Popen(
         [sys.executable, str(TRAIN), *arguments(place, "stops", epochs=40), *words],
         env=environment(place),
@@ -384,7 +384,7 @@ def test_steps_of_a_run_that_stops_and_goes_on_are_kept(tmp_path):
 
 def test_the_account_can_be_left_out(tmp_path):
     place = make_place(tmp_path)
-    done = alone(place, "plain", "--time_account", "off", epochs=1)
+    done = alone(place, "plain", "--time_profile", "off", epochs=1)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = rows(place, "plain", "epoch")
     assert not set(SHARES.values()) - {"data_wait_share"} & set(row)

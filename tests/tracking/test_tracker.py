@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsyolo.base.batch import Detections, StepStats, Truth
+from dsyolo.base.batch import Detections, GroundTruth, StepStats
 from dsyolo.detection.metrics import Metrics, evaluate
 from dsyolo.tracking import tracker as track
 from dsyolo.tracking.tracker import NullTracker, RunTracker, Tracker
@@ -30,7 +30,7 @@ TIMINGS = ("images_per_s", "data_wait_share", "memory_gib", "train_s", "val_s")
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainState:
     """As the loop's, moved by the tests."""
 
     step: int = 0
@@ -57,11 +57,11 @@ def stats_of(step: int) -> StepStats:
 
 def some_metrics() -> Metrics:
     box = np.array([[0, 0, 10, 10]], np.float32)
-    truth = Truth(0, (20, 20), box, np.array([0]), 1.0, (0.0, 0.0))
-    return evaluate([truth], [Detections(box, np.array([0.5], np.float32), np.array([0]))], ["cat"])
+    ground_truth = GroundTruth(0, (20, 20), box, np.array([0]), 1.0, (0.0, 0.0))
+    return evaluate([ground_truth], [Detections(box, np.array([0.5], np.float32), np.array([0]))], ["cat"])
 
 
-def go_on(tracker: Tracker, progress: Progress, *, until_step: int) -> None:
+def go_on(tracker: Tracker, progress: TrainState, *, until_step: int) -> None:
     """The loop, without a model. Every second epoch is validated."""
     while progress.step < until_step:
         progress.step += 1
@@ -96,7 +96,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_a_step_is_read_back_only_when_it_is_logged(tmp_path: Path):
-    tracker, progress = RunTracker(tmp_path, Progress(), log_every=8), Progress()
+    tracker, progress = RunTracker(tmp_path, TrainState(), log_every=8), TrainState()
     CountedTensor.num_reads = 0
     for step in range(1, 20):
         progress.step = step
@@ -110,7 +110,7 @@ def test_a_step_is_read_back_only_when_it_is_logged(tmp_path: Path):
 
 
 def test_skipped_steps_are_told_once(tmp_path: Path):
-    progress = Progress()
+    progress = TrainState()
     tracker = RunTracker(tmp_path, progress, log_every=4)
     for step in range(1, 9):
         progress.step = step
@@ -120,8 +120,8 @@ def test_skipped_steps_are_told_once(tmp_path: Path):
 
 
 def test_rows_hold_the_losses_of_a_step_and_the_means_of_an_epoch(tmp_path: Path):
-    tracker = RunTracker(tmp_path, Progress(), log_every=10, memory_gib=lambda: 1.5)
-    go_on(tracker, Progress(), until_step=10)
+    tracker = RunTracker(tmp_path, TrainState(), log_every=10, memory_gib=lambda: 1.5)
+    go_on(tracker, TrainState(), until_step=10)
     tracker.close()
     first, epoch0, tenth, epoch1 = rows_of(tmp_path)
     assert (first["kind"], first["step"], first["epoch"]) == ("step", 1, 0)
@@ -140,7 +140,7 @@ def test_rows_hold_the_losses_of_a_step_and_the_means_of_an_epoch(tmp_path: Path
 def test_rates_count_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(track, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-    progress = Progress()
+    progress = TrainState()
     tracker = RunTracker(tmp_path, progress, log_every=2)
     clock.now = 100.0  # building the engine
     tracker.begin(progress)
@@ -158,7 +158,7 @@ def test_rates_count_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_loss_that_is_not_finite_becomes_null(tmp_path: Path):
-    tracker, progress = RunTracker(tmp_path, Progress()), Progress(step=1)
+    tracker, progress = RunTracker(tmp_path, TrainState()), TrainState(step=1)
     tracker.step(progress, StepStats(torch.tensor([float("nan"), 1.0, float("inf")]), None, BATCH), 0.01, 0.0)
     tracker.close()
     (row,) = rows_of(tmp_path)
@@ -171,11 +171,11 @@ def test_a_resumed_file_reads_like_that_of_a_run_never_interrupted(tmp_path: Pat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    tracker = RunTracker(whole, Progress(), log_every=2)
-    go_on(tracker, Progress(), until_step=20)
+    tracker = RunTracker(whole, TrainState(), log_every=2)
+    go_on(tracker, TrainState(), until_step=20)
     tracker.close()
 
-    tracker, progress = RunTracker(broken, Progress(), log_every=2), Progress()
+    tracker, progress = RunTracker(broken, TrainState(), log_every=2), TrainState()
     go_on(tracker, progress, until_step=saved_at)
     saved, state = dataclasses.replace(progress), json.loads(json.dumps(tracker.state()))
     go_on(tracker, progress, until_step=saved_at + 6)  # and then it is killed while it writes:
@@ -191,15 +191,15 @@ def test_a_resumed_file_reads_like_that_of_a_run_never_interrupted(tmp_path: Pat
 
 def test_a_new_run_drops_the_rows_of_an_old_one(tmp_path: Path):
     for _ in range(2):
-        tracker = RunTracker(tmp_path, Progress(), log_every=1)
-        go_on(tracker, Progress(), until_step=3)
+        tracker = RunTracker(tmp_path, TrainState(), log_every=1)
+        go_on(tracker, TrainState(), until_step=3)
         tracker.close()
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
 
 
 def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tracker = RunTracker(tmp_path, Progress(), log_every=1, memory_gib=lambda: 1.5)
-    go_on(tracker, Progress(), until_step=10)
+    tracker = RunTracker(tmp_path, TrainState(), log_every=1, memory_gib=lambda: 1.5)
+    go_on(tracker, TrainState(), until_step=10)
     tracker.close()
     out, err = capsys.readouterr()
     first, second = out.splitlines()
@@ -214,8 +214,8 @@ def test_on_a_terminal_a_bar_shows_losses_speed_and_memory(tmp_path: Path, monke
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    tracker = RunTracker(tmp_path, Progress(step=5, epoch=1), log_every=1, memory_gib=lambda: 1.5)
-    go_on(tracker, Progress(step=5, epoch=1), until_step=7)
+    tracker = RunTracker(tmp_path, TrainState(step=5, epoch=1), log_every=1, memory_gib=lambda: 1.5)
+    go_on(tracker, TrainState(step=5, epoch=1), until_step=7)
     tracker.close()
     shown = terminal.getvalue()
     assert "5/20" in shown  # where the run goes on
@@ -235,10 +235,10 @@ def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
         record(path, panels)
 
     monkeypatch.setattr(track, "save_curves", draw_for_a_second)
-    tracker, progress = RunTracker(tmp_path, Progress(), log_every=100), Progress()
+    tracker, progress = RunTracker(tmp_path, TrainState(), log_every=100), TrainState()
     for epoch, num_drawn in enumerate([1, 1, 2, 2], start=1):
         go_on(tracker, progress, until_step=epoch * STEPS_PER_EPOCH)
-        tracker.painter.wait()
+        tracker.plotter.wait()
         assert len(drawn) == num_drawn
         clock.now += 60.0
     tracker.close()
@@ -250,8 +250,8 @@ def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
 
 def test_results_png_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # the real drawing
-    tracker = RunTracker(tmp_path, Progress())
-    go_on(tracker, Progress(), until_step=STEPS_PER_EPOCH)
+    tracker = RunTracker(tmp_path, TrainState())
+    go_on(tracker, TrainState(), until_step=STEPS_PER_EPOCH)
     tracker.close()
     picture = cv2.imread(str(tmp_path / "results.png"))
     assert picture.shape[1] > 1000
@@ -264,7 +264,7 @@ def test_all_trackers_have_the_same_methods(tmp_path: Path):
     for name in methods:
         signatures = {inspect.signature(getattr(klass, name)) for klass in (Tracker, NullTracker, RunTracker)}
         assert len(signatures) == 1, name
-    go_on(NullTracker(), Progress(), until_step=10)
+    go_on(NullTracker(), TrainState(), until_step=10)
     assert NullTracker().state() == {}
 
 
@@ -311,7 +311,7 @@ def test_wandb_gets_figures_and_pictures_and_goes_on_in_the_same_run(
         "wandb_name": "n",
         "config": {"seed": 0},
     }
-    progress = Progress()
+    progress = TrainState()
     tracker = RunTracker(tmp_path, progress, **options)
     go_on(tracker, progress, until_step=12)  # the last two are not logged
     tracker.pictures(tmp_path / "grid.jpg")
@@ -345,8 +345,8 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        tracker = RunTracker(tmp_path, Progress(), log_every=1, wandb_mode="online")
-        go_on(tracker, Progress(), until_step=10)
+        tracker = RunTracker(tmp_path, TrainState(), log_every=1, wandb_mode="online")
+        go_on(tracker, TrainState(), until_step=10)
         tracker.pictures(tmp_path / "grid.jpg")
         tracker.close()
     assert [str(w.message) for w in warned] == [
@@ -357,14 +357,14 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(
 
 def test_without_wandb_it_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
-    tracker = RunTracker(tmp_path, Progress(), wandb_mode="disabled")
-    go_on(tracker, Progress(), until_step=1)
+    tracker = RunTracker(tmp_path, TrainState(), wandb_mode="disabled")
+    go_on(tracker, TrainState(), until_step=1)
     tracker.close()
     assert tracker.state()["run_id"] is None
 
 
 def log_offline(folder: Path, state: dict[str, Any], until_step: int) -> None:
-    progress = Progress(step=until_step - 5, epoch=until_step // 5 - 1)
+    progress = TrainState(step=until_step - 5, epoch=until_step // 5 - 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="W&B failed")
         tracker = RunTracker(folder, progress, wandb_mode="offline", config={"seed": 0}, state=state)

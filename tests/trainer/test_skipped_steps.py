@@ -37,7 +37,7 @@ CASES: dict[str, tuple[int, dict[str, Any], str]] = {
 
 def bad_step(engine) -> Any:
     """A step in which one micro-batch, of the last rank, has a label that is not a number."""
-    turns = range(engine.replica, training.GROUPS, engine.num_replicas)
+    turns = range(engine.dp_rank, training.GROUPS, engine.dp_size)
     batches = [training.batch(50, turn) for turn in turns]
     if engine.world.rank == engine.world.size - 1:
         boxes = batches[-1].targets.boxes.clone()
@@ -55,11 +55,13 @@ def with_and_without(folder: str, names: list[str]) -> dict[str, dict[str, Any]]
         stage, json_blocks, optimizer = CASES[name]
         runs = []
         for spoil in (False, True):
-            engine, shards, ema, _ = training.build(stage, Path(folder), optimizer=optimizer, **json_blocks)
+            engine, partitions, ema, _ = training.build(
+                stage, Path(folder), optimizer=optimizer, **json_blocks
+            )
             before = training.train(engine, ema, 0, 1)
             stats = bad_step(engine) if spoil else None
             after = training.train(engine, ema, 1, 3)
-            runs.append((training.result(engine, shards, ema, before + after), stats))
+            runs.append((training.result(engine, partitions, ema, before + after), stats))
         (plain, _), (spoilt, stats) = runs
         found[name] = {
             "applied": stats.was_applied,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, OPTIMIZERS, TOP_LEVEL, Key, Refused, Section
+from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, OPTIMIZERS, TOP_LEVEL, JsonKey, JsonSection, Refused
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.run_config import AUTO, RECIPE_KEYS, RUN_KEYS
 
@@ -122,26 +122,28 @@ def _without_auto(
     for name, value in block.items():
         key, path = keys.get(name), (*above, name)
         means_something = path == ("activation_checkpointing", "recompute")  # the JSON's own word there
-        if value == AUTO and isinstance(key, (Key, Section)) and not means_something:
+        if value == AUTO and isinstance(key, (JsonKey, JsonSection)) and not means_something:
             found.append(path)
         elif isinstance(value, Mapping):
-            rest[name], inner = _without_auto(value, key.keys if isinstance(key, Section) else {}, path)
+            rest[name], inner = _without_auto(value, key.keys if isinstance(key, JsonSection) else {}, path)
             found += inner
         else:
             rest[name] = copy.deepcopy(value)
     return rest, found
 
 
-def _optimizer_section(block: Any) -> Section:
+def _optimizer_section(block: Any) -> JsonSection:
     """The keys of `optimizer`: those of its `params` follow from its `type`, the recipe's SGD where silent."""
     given = block.get("type", AUTO) if isinstance(block, dict) else None
     name = optimizer_name("SGD" if given == AUTO else given)
     names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
     params = {**OPTIMIZERS[name][1], "max_grad_norm": MAX_GRAD_NORM} if name else None
-    return Section(
+    return JsonSection(
         {
-            "type": Key(names, lambda value: optimizer_name(value) is not None),
-            "params": Section(params) if params else Key("a block of values", lambda v: isinstance(v, dict)),
+            "type": JsonKey(names, lambda value: optimizer_name(value) is not None),
+            "params": JsonSection(params)
+            if params
+            else JsonKey("a block of values", lambda v: isinstance(v, dict)),
             "legacy_fusion": Refused("it is for Lamb. Leave it out."),
         }
     )
@@ -165,14 +167,14 @@ def _sane_block(
         elif isinstance(key, Refused):
             if not key.lets_through(value):
                 problems.append(f"{path}: {shown(value)} given, but {key.reason}")
-        elif isinstance(key, Section) and isinstance(value, dict):
+        elif isinstance(key, JsonSection) and isinstance(value, dict):
             sane[name] = _sane_block(value, key.keys, f"{path}.", problems)
-        elif isinstance(key, Section) and value is None and key.may_be_null:
+        elif isinstance(key, JsonSection) and value is None and key.may_be_null:
             continue
-        elif isinstance(key, Key) and key.keeps(value):
+        elif isinstance(key, JsonKey) and key.keeps(value):
             sane[name] = value
         else:
-            rule = "a block of keys, in braces" if isinstance(key, Section) else key.rule
+            rule = "a block of keys, in braces" if isinstance(key, JsonSection) else key.rule
             problems.append(
                 f"{path}: {shown(value)} given, but it must be {rule}. {_type_remedy(value, key)}"
             )
@@ -185,7 +187,9 @@ def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
     hint = did_you_mean(name, keys)
     if hint:
         return f"unknown key. {hint}"
-    homes = [f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, Section) and name in part.keys]
+    homes = [
+        f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, JsonSection) and name in part.keys
+    ]
     homes += ["optimizer.params."] if any(name in params for _, params in OPTIMIZERS.values()) else []
     homes += [""] if name in TOP_LEVEL and prefix else []
     owners = [name_of for name_of, (_, params) in OPTIMIZERS.items() if name in params]
@@ -196,8 +200,8 @@ def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
     return "unknown key. Leave it out."
 
 
-def _type_remedy(value: Any, key: Key | Section) -> str:
-    if isinstance(value, str) and isinstance(key, Key):
+def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
+    if isinstance(value, str) and isinstance(key, JsonKey):
         try:
             if key.keeps(json.loads(value)):
                 return f"Write {value} without quotes."

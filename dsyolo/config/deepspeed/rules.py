@@ -31,8 +31,8 @@ def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
     pipeline = content.get("pipeline", {})
     stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
     has_stages = isinstance(stages, int) and stages > 0
-    replicas = max(1, ranks // stages) if has_stages else ranks
-    unit = replicas * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
+    dp_size = max(1, ranks // stages) if has_stages else ranks
+    unit = dp_size * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
     return -(-NOMINAL_BATCH // unit) * unit
 
 

@@ -20,7 +20,7 @@ NEVER = object()  # no value turns the key off: DeepSpeed refuses its presence, 
 
 
 @dataclass(frozen=True)
-class Key:
+class JsonKey:
     """A value: the rule in words, as in "must be ...", and whether a value of JSON keeps it."""
 
     rule: str
@@ -28,10 +28,10 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Section:
+class JsonSection:
     """A block of keys."""
 
-    keys: Mapping[str, Key | Section | Refused]
+    keys: Mapping[str, JsonKey | JsonSection | Refused]
     may_be_null: bool = False
 
 
@@ -54,40 +54,42 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def whole(least: int = 0, *, even: bool = False) -> Key:
+def whole(least: int = 0, *, even: bool = False) -> JsonKey:
     """A whole number; 5e8 is one."""
     rule = f"{'an even' if even else 'a'} whole number of at least {least}"
-    return Key(rule, lambda v: _is_number(v) and v == int(v) and v >= least and not (even and v % 2))
+    return JsonKey(rule, lambda v: _is_number(v) and v == int(v) and v >= least and not (even and v % 2))
 
 
-def number(least: float = 0.0, *, above: bool = False, below: float = math.inf) -> Key:
+def number(least: float = 0.0, *, above: bool = False, below: float = math.inf) -> JsonKey:
     """A finite number: of at least `least`, or `above` it, and `below` a bound."""
     rule = f"a number {'above' if above else 'of at least'} {least:g}"
     rule += f" and below {below:g}" if below < math.inf else ""
-    return Key(rule, lambda v: _is_number(v) and (v > least if above else v >= least) and v < below)
+    return JsonKey(rule, lambda v: _is_number(v) and (v > least if above else v >= least) and v < below)
 
 
-def one_of(*values: str) -> Key:
+def one_of(*values: str) -> JsonKey:
     """One of these texts."""
     names = [json.dumps(value) for value in values]
-    return Key(" or ".join(names), lambda v: isinstance(v, str) and v in values)
+    return JsonKey(" or ".join(names), lambda v: isinstance(v, str) and v in values)
 
 
-FLAG = Key("true or false", lambda v: isinstance(v, bool))
-TEXT = Key("text in quotes", lambda v: isinstance(v, str))
-TEXTS = Key("a list of texts in quotes", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v))
-BETAS = Key(
+FLAG = JsonKey("true or false", lambda v: isinstance(v, bool))
+TEXT = JsonKey("text in quotes", lambda v: isinstance(v, str))
+TEXTS = JsonKey(
+    "a list of texts in quotes", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)
+)
+BETAS = JsonKey(
     "two numbers of at least 0 and below 1",
     lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(x) and 0 <= x < 1 for x in v),
 )
-PATTERNS = Key('"auto" or a list of names', lambda v: v == "auto" or TEXTS.keeps(v))
-PARTITION = Key(
+PATTERNS = JsonKey('"auto" or a list of names', lambda v: v == "auto" or TEXTS.keeps(v))
+PARTITION = JsonKey(
     '"balanced" or a list of layer indices, growing',
     lambda v: (
         v == "balanced" or (isinstance(v, list) and all(whole(1).keeps(x) for x in v) and v == sorted(set(v)))
     ),
 )
-RECOMPUTE = Key(RECOMPUTE_RULE, lambda v: isinstance(v, str) and read_recompute(v) is not None)
+RECOMPUTE = JsonKey(RECOMPUTE_RULE, lambda v: isinstance(v, str) and read_recompute(v) is not None)
 DTYPE = one_of("fp32", "fp16", "bf16")
 BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
@@ -106,7 +108,7 @@ def _renamed(name: str) -> Refused:
     return Refused(f"an old name. Write {name}.", NEVER)
 
 
-OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Key | Section | Refused]]] = {
+OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, JsonKey | JsonSection | Refused]]] = {
     # Defaults of SGD are the recipe's (spec.md), those of Adam and AdamW are torch's own.
     "SGD": (
         {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005},
@@ -133,7 +135,7 @@ _OFFLOAD = {
     "device": one_of("none", "cpu", "nvme"),
     "pin_memory": FLAG,
     "buffer_count": whole(),
-    "nvme_path": Key("the path of a folder, in quotes", lambda v: isinstance(v, str) and v != ""),
+    "nvme_path": JsonKey("the path of a folder, in quotes", lambda v: isinstance(v, str) and v != ""),
 }
 OFFLOAD_OPTIMIZER = {
     **_OFFLOAD,
@@ -158,8 +160,8 @@ _STAGE3 = {
     "gather_16bit_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
 }
 
-ZERO: dict[str, Key | Section | Refused] = {
-    "stage": Key("0, 1, 2 or 3", lambda v: whole().keeps(v) and v <= 3),
+ZERO: dict[str, JsonKey | JsonSection | Refused] = {
+    "stage": JsonKey("0, 1, 2 or 3", lambda v: whole().keeps(v) and v <= 3),
     "contiguous_gradients": FLAG,
     "reduce_scatter": FLAG,
     "reduce_bucket_size": whole(1),
@@ -168,8 +170,8 @@ ZERO: dict[str, Key | Section | Refused] = {
     "allgather_bucket_size": whole(2, even=True),  # DeepSpeed asserts a multiple of 2
     "overlap_comm": FLAG,
     "sub_group_size": whole(1),
-    "offload_optimizer": Section(OFFLOAD_OPTIMIZER, may_be_null=True),
-    "offload_param": Section(OFFLOAD_PARAM, may_be_null=True),
+    "offload_optimizer": JsonSection(OFFLOAD_OPTIMIZER, may_be_null=True),
+    "offload_param": JsonSection(OFFLOAD_PARAM, may_be_null=True),
     "ignore_unused_parameters": FLAG,
     "round_robin_gradients": Refused(
         "it deals weights out in an order that no checkpoint finds. Leave it out."
@@ -202,7 +204,7 @@ ZERO: dict[str, Key | Section | Refused] = {
     "zeropp_loco_param": Refused(_REMOVED, NEVER),
 }
 
-FP16: dict[str, Key | Section | Refused] = {
+FP16: dict[str, JsonKey | JsonSection | Refused] = {
     "enabled": FLAG,
     "auto_cast": Refused("images enter as uint8 and the stem casts them. Leave it out."),
     "loss_scale": number(),
@@ -213,25 +215,25 @@ FP16: dict[str, Key | Section | Refused] = {
     "min_loss_scale": whole(1),
     "fp16_master_weights_and_grads": Refused(_FP32_MASTER),
 }
-BF16: dict[str, Key | Section | Refused] = {
+BF16: dict[str, JsonKey | JsonSection | Refused] = {
     "enabled": FLAG,
     "immediate_grad_update": FLAG,
     "check_grad_overflow": FLAG,
     "bf16_master_weights_and_grads": Refused(_FP32_MASTER),
     "bf16_optimizer_states": Refused(_FP32_MASTER),
 }
-TORCH_AUTOCAST: dict[str, Key | Section | Refused] = {
+TORCH_AUTOCAST: dict[str, JsonKey | JsonSection | Refused] = {
     "enabled": FLAG,
-    "dtype": Key(
+    "dtype": JsonKey(
         '"bfloat16" or "float16"', lambda v: isinstance(v, str) and v in BFLOAT16_NAMES + FLOAT16_NAMES
     ),
     # DeepSpeed imports what is named there.
-    "lower_precision_safe_modules": Key(
+    "lower_precision_safe_modules": JsonKey(
         'a list, empty or of "torch.nn.Conv2d"', lambda v: v == [] or v == ["torch.nn.Conv2d"]
     ),
 }
 _OWN_CUTS = "dsyolo cuts the network itself, by time and by bytes. Leave it out."
-PIPELINE: dict[str, Key | Section | Refused] = {
+PIPELINE: dict[str, JsonKey | JsonSection | Refused] = {
     "stages": whole(1),
     "partition": PARTITION,
     "seed_layers": Refused(_OWN_CUTS),
@@ -239,7 +241,7 @@ PIPELINE: dict[str, Key | Section | Refused] = {
     "pipe_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
     "grad_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
 }
-ACTIVATION_CHECKPOINTING: dict[str, Key | Section | Refused] = {
+ACTIVATION_CHECKPOINTING: dict[str, JsonKey | JsonSection | Refused] = {
     "recompute": RECOMPUTE,  # ours
     "cpu_checkpointing": FLAG,
     "partition_activations": Refused("it splits them over tensor-parallel ranks. Leave it out."),
@@ -248,19 +250,19 @@ ACTIVATION_CHECKPOINTING: dict[str, Key | Section | Refused] = {
     "synchronize_checkpoint_boundary": Refused("it waits for the device at every block. Leave it out."),
     "profile": Refused("it waits for the device at every block. Use flops_profiler."),
 }
-_MONITOR = Section({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
+_MONITOR = JsonSection({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
 
-TOP_LEVEL: dict[str, Key | Section | Refused] = {
+TOP_LEVEL: dict[str, JsonKey | JsonSection | Refused] = {
     "train_batch_size": whole(1),
     "train_micro_batch_size_per_gpu": whole(1),
     "gradient_accumulation_steps": whole(1),
     "gradient_clipping": number(),
-    "optimizer": Section({}),  # its keys follow from its type: OPTIMIZERS
-    "zero_optimization": Section(ZERO),
-    "fp16": Section(FP16),
-    "bf16": Section(BF16),
-    "torch_autocast": Section(TORCH_AUTOCAST),
-    "data_types": Section(
+    "optimizer": JsonSection({}),  # its keys follow from its type: OPTIMIZERS
+    "zero_optimization": JsonSection(ZERO),
+    "fp16": JsonSection(FP16),
+    "bf16": JsonSection(BF16),
+    "torch_autocast": JsonSection(TORCH_AUTOCAST),
+    "data_types": JsonSection(
         {
             "grad_accum_dtype": DTYPE,
             "param_dtype": DTYPE,
@@ -269,8 +271,8 @@ TOP_LEVEL: dict[str, Key | Section | Refused] = {
         }
     ),
     "communication_data_type": DTYPE,
-    "pipeline": Section(PIPELINE),
-    "activation_checkpointing": Section(ACTIVATION_CHECKPOINTING),
+    "pipeline": JsonSection(PIPELINE),
+    "activation_checkpointing": JsonSection(ACTIVATION_CHECKPOINTING),
     # Handed on as they are.
     "steps_per_print": whole(1),
     "dump_state": FLAG,
@@ -278,8 +280,8 @@ TOP_LEVEL: dict[str, Key | Section | Refused] = {
     "wall_clock_breakdown": FLAG,
     "memory_breakdown": FLAG,
     "log_level": one_of("debug", "info", "warning", "error", "critical"),
-    "timers": Section({"throughput": Section({"enabled": FLAG, "synchronized": FLAG})}),
-    "flops_profiler": Section(
+    "timers": JsonSection({"throughput": JsonSection({"enabled": FLAG, "synchronized": FLAG})}),
+    "flops_profiler": JsonSection(
         {
             "enabled": FLAG,
             "recompute_fwd_factor": number(),
@@ -287,10 +289,10 @@ TOP_LEVEL: dict[str, Key | Section | Refused] = {
             "module_depth": whole(-1),
             "top_modules": whole(1),
             "detailed": FLAG,
-            "output_file": Key("text in quotes or null", lambda v: v is None or isinstance(v, str)),
+            "output_file": JsonKey("text in quotes or null", lambda v: v is None or isinstance(v, str)),
         }
     ),
-    "comms_logger": Section(
+    "comms_logger": JsonSection(
         {"enabled": FLAG, "prof_all": FLAG, "prof_ops": TEXTS, "verbose": FLAG, "debug": FLAG}
     ),
     "tensorboard": _MONITOR,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.dataset import scan
 from dsyolo.data.formats import coco, voc, writer
 from dsyolo.data.formats.convert import convert_coco, convert_voc
 from dsyolo.data.formats.yolo import read_data_yaml, read_labels
+from dsyolo.data.index_builder import build_index
 
 WIDTH, HEIGHT = 100, 80
 
@@ -72,7 +72,7 @@ def test_voc(tmp_path):
     assert classes == [1, 0]
     # VOC counts pixels from 1, both ends included
     np.testing.assert_allclose(boxes, [[10, 20, 60, 60], [0, 0, 100, 80]], atol=1e-3)
-    found = scan(spec.train, 2, tmp_path / "cache", progress=False)
+    found = build_index(spec.train, 2, tmp_path / "cache", progress=False)
     assert (len(found), found.num_backgrounds, found.problems) == (2, 1, ())
     assert os.path.samefile(src / "JPEGImages/c.jpg", tmp_path / "dst/images/val/c.jpg")  # a hard link
 
@@ -226,7 +226,7 @@ def test_the_blood_cells(tmp_path):
     assert [p.reason for p in result.problems] == [writer.DEGENERATE] * 2
     spec = read_data_yaml(result.data_yaml)
     for sources in (spec.train, spec.val):
-        assert not scan(sources, 3, tmp_path / "cache", progress=False).problems
+        assert not build_index(sources, 3, tmp_path / "cache", progress=False).problems
 
 
 # ---- COCO
