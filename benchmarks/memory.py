@@ -17,9 +17,9 @@ from typing import Any
 
 from ranks import run_ranks
 
-from dsyolo.cluster import world as dist
 from dsyolo.config.deepspeed.config import check
 from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine import process_group
 from dsyolo.engine.ema import Ema
 from dsyolo.engine.memory_profile import MemoryProfiler
 from dsyolo.engine.optimizer import Schedule
@@ -34,7 +34,7 @@ SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=
 
 def measure(stage: int, args: argparse.Namespace) -> tuple[Any, Any, int]:
     """(predicted, measured, parameters) of this rank."""
-    world = dist.init_process_group()
+    world = process_group.init_process_group()
     source = {
         "train_batch_size": args.batch,
         "zero_optimization": {"stage": stage},

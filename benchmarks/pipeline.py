@@ -60,12 +60,14 @@ def stage_time_s(stage: torch.nn.Module, x: torch.Tensor, rounds: int) -> float:
 
 def run_cut(cut: int, args: argparse.Namespace) -> dict[str, Any]:
     """On a rank: seconds of a step, and of this rank's stage alone."""
-    from dsyolo.cluster import world as dist
+    from dsyolo.cluster import collectives
+    from dsyolo.cluster.world import world_from_environment
+    from dsyolo.engine import process_group
     from dsyolo.engine.parallelize import parallelize
 
-    world = dist.world_from_environment()
+    world = world_from_environment()
     if not torch.distributed.is_initialized():
-        dist.init_process_group()
+        process_group.init_process_group()
     torch.manual_seed(0)
     network = build_yolov5(args.model, NUM_CLASSES)
     ds = check(
@@ -86,19 +88,19 @@ def run_cut(cut: int, args: argparse.Namespace) -> dict[str, Any]:
     engine.train_step(batches, 1)
     steps = []
     for _ in range(args.rounds):
-        dist.barrier()
+        collectives.barrier()
         begin = time.perf_counter()
         engine.train_step(batches, 1)
         steps.append(time.perf_counter() - begin)
     x = batches[0].images
     alone = 0.0
     for rank in range(2):  # one after the other: a stage's own time is that without the other beside it
-        dist.barrier()
+        collectives.barrier()
         if rank == world.rank:
             if rank:
                 x = torch.randn(sum(np.prod(shape) for shape in engine.network.incoming), requires_grad=True)
             alone = stage_time_s(engine.network, x, args.rounds + 1)
-    dist.barrier()
+    collectives.barrier()
     return {"step_s": min(steps), "stage_s": alone}
 
 

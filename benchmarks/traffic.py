@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from hosts import Cluster, Traffic, read_traffic
 
-from dsyolo.cluster import world as dist
+from dsyolo.cluster import collectives
 from dsyolo.cluster.preemption import PreemptionHandler
 from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.cluster.world import World
 from dsyolo.config.deepspeed.config import check
 from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine import process_group
 from dsyolo.engine.ema import Ema
 from dsyolo.engine.optimizer import Schedule
 from dsyolo.engine.parallelize import parallelize
@@ -59,7 +61,7 @@ def planned(stage: int, args: argparse.Namespace) -> float:
     return comm_bytes(zero, numels, args.hosts, args.accumulation)
 
 
-def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
+def measure(stage: int, args: argparse.Namespace, world: World) -> Traffic:
     """Of this host in `args.steps` steps, on a rank of it."""
     source = {
         "train_micro_batch_size_per_gpu": IMAGES,
@@ -83,26 +85,26 @@ def measure(stage: int, args: argparse.Namespace, world: dist.World) -> Traffic:
 
     for number in range(2):  # the first ones trace and link what later ones use
         step(number)
-    dist.barrier()
+    collectives.barrier()
     before = read_traffic()
     for number in range(args.steps):
         step(2 + number)
-    dist.barrier()
+    collectives.barrier()
     after = read_traffic()
     request.close()
-    dist.barrier()
+    collectives.barrier()
     return Traffic(after.sent - before.sent, after.received - before.received)
 
 
 def on_a_rank(args: argparse.Namespace) -> None:
     """Prints what each stage sent and received, as JSON on a line of its own."""
     torch.set_num_threads(1)
-    world = dist.init_process_group()
+    world = process_group.init_process_group()
     watch = Watchdog(world, late_s=600)
     found = {stage: measure(stage, args, world) for stage in args.stages}
     watch.close()
     print(f"{LINE} {world.rank}: {json.dumps(found)}", flush=True)
-    dist.destroy_process_group(world)
+    process_group.destroy_process_group(world)
 
 
 def across(cluster: Cluster, *words: str, place: Path) -> dict[int, list[Traffic]]:

@@ -7,44 +7,39 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
+from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.latest import newest_whole
 from dsyolo.checkpoint.manifest import read_manifest, saved_progress
 from dsyolo.checkpoint.train_state import TrainState
+from dsyolo.cluster import collectives
 from dsyolo.cluster import preemption as stop
-from dsyolo.cluster import world as dist
 from dsyolo.cluster.communicator import ClusterCommunicator
 from dsyolo.cluster.preemption import Preempted, PreemptionHandler
-from dsyolo.cluster.restart import is_out_of_memory
 from dsyolo.cluster.run_lock import RunLock
 from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.watchdog import Watchdog
-from dsyolo.cluster.world import World
-from dsyolo.config import command_line
-from dsyolo.config.deepspeed import config as ds_config
+from dsyolo.cluster.world import World, world_from_environment
+from dsyolo.config.resolve import RunSpec, resolve
 from dsyolo.config.run_config import AUTO, RunConfig
-from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import StepSampler
-from dsyolo.models.weights import read_weights
-from dsyolo.models.yolov5 import has_parameters
+from dsyolo.engine import process_group
 from dsyolo.planner.auto import PlannedConfig, plan_config
 from dsyolo.planner.local_hardware import hardware_here
 from dsyolo.trainer.build import (
-    Run,
     build_data,
     build_engine,
     build_network,
     build_record,
-    plan_activations,
     scan_splits,
 )
 from dsyolo.trainer.run_folder import check_folder, claim_folder
@@ -52,7 +47,7 @@ from dsyolo.trainer.trainer import VALIDATING, Training, loop, stopped
 
 # The launcher kills all ranks once one has failed: the others leave the first one time to say why.
 GRACE_S = 10
-SAME = ("epochs", "num_images", "global_batch", "seed")  # of Progress, when a run goes on
+SAME = ("epochs", "num_images", "global_batch", "seed")  # of TrainState, when a run goes on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM, with all saved, and where another run is in its folder; 130 for Ctrl-C. A rank that is lost ends all of them with 70 (cluster/watchdog.py).
     """
     try:
-        world = dist.world_from_environment()
+        world = world_from_environment()
     except UserError as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
@@ -86,86 +81,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def read(argv: Sequence[str] | None, world: World) -> Run:
-    """Reads and checks all that the user gave, before any rank builds a model.
+def read(argv: Sequence[str] | None, world: World) -> RunSpec:
+    """Resolves the run, with all that it needs to know of this machine and of the run's folder.
 
     Raises:
-        UserError: something in it cannot be used.
+        UserError: something that the user gave cannot be used.
     """
-    run = command_line.parse(argv)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder, resumes = run.folder, run.resumes()
-    saved = saved_progress(folder / "checkpoints") if resumes else None
-    filled = fill_config(run, world, accelerator, saved)
-    is_auto = run.deepspeed_config == AUTO
 
-    def checked() -> Any:
-        if filled.config == AUTO:
-            return None  # not planned, as the data cannot be used
-        return ds_config.check(
-            filled.config,
-            world_size=world.size,
-            accelerator=accelerator,
-            layers=has_parameters(run.model),
-            recompute="auto" if is_auto else run.recompute,  # it is in the plan
-            halved=run.halve_micro_batch and not filled.is_halved,
-            saved_batch=saved and saved.global_batch,
-            name=f"--deepspeed_config {AUTO}" if is_auto else run.deepspeed_config,
-        )
+    def plan(config: RunConfig, num_classes: int, saved_batch: int | None) -> PlannedConfig:
+        return plan_config(config, lambda: hardware_here(world, accelerator), num_classes, saved_batch)
 
-    ds, data, *_ = all_of(
-        checked,
-        lambda: read_data_yaml(run.data),
-        lambda: check_folder(run, resumes),
-        lambda: run.weights and not resumes and read_weights(Path(run.weights)),
-    )
-    if ds.stages > 1 and run.recipe.multi_scale:
-        rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
-        raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
-    if filled.val_images:
-        fitting = min(run.val_batch_size, filled.val_images)
-        run = run.model_copy(update={"val_batch_size": fitting})
-    activations = plan_activations(run, ds, data.num_classes)
-    return Run(run, ds, data, world, folder, activations, resumes, filled.lines)
+    return resolve(argv, world, accelerator, plan=plan, saved_state=saved_progress, check_folder=check_folder)
 
 
-def fill_config(run: RunConfig, world: World, accelerator: str, saved: TrainState | None) -> PlannedConfig:
-    """The DeepSpeed JSON with all that it leaves to the machine; untouched where that is nothing.
-
-    Raises:
-        UserError: nothing fits this machine.
-    """
-    try:
-        num_classes = read_data_yaml(run.data).num_classes
-    except UserError:  # is told with the other mistakes
-        return PlannedConfig(run.deepspeed_config)
-    return plan_config(
-        run, lambda: hardware_here(world, accelerator), num_classes, saved and saved.global_batch
-    )
-
-
-def all_of(*readers: Callable[[], Any]) -> list[Any]:
-    """What each reader gives; where some fail, all of their problems in one error."""
-    results, errors = [], []
-    for reader in readers:
-        try:
-            results.append(reader())
-        except UserError as error:
-            errors.append(error)
-    if len(errors) > 1:
-        raise UserError("This run cannot start", [str(error).replace("\n", "\n  ") for error in errors])
-    if errors:
-        raise errors[0]
-    return results
-
-
-def join(run: Run) -> tuple[PreemptionHandler, Watchdog]:
+def join(run: RunSpec) -> tuple[PreemptionHandler, Watchdog]:
     """Waits for all ranks. From then on all hear what one of them is asked, and that one is lost."""
-    with dist.process_group(run.config.rendezvous_timeout_s):
+    with process_group.started(run.config.rendezvous_timeout_s):
         return PreemptionHandler(run.world), Watchdog(run.world, late_s=run.config.hang_timeout_s)
 
 
-def train(run: Run, request: PreemptionHandler, watch: Watchdog) -> int:
+def train(run: RunSpec, request: PreemptionHandler, watch: Watchdog) -> int:
     """Trains; returns the exit status."""
     claim = RunLock(run.folder)
     try:
@@ -176,7 +112,7 @@ def train(run: Run, request: PreemptionHandler, watch: Watchdog) -> int:
     except Preempted:  # before the first step
         request.close()
         watch.close()
-        dist.destroy_process_group(run.world)
+        process_group.destroy_process_group(run.world)
         stop.leave_at_once(run.world)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -187,7 +123,7 @@ def train(run: Run, request: PreemptionHandler, watch: Watchdog) -> int:
         watch.close()
 
 
-def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
+def end_or_halve(run: RunSpec, watch: Watchdog) -> NoReturn:
     """After this rank ran out of memory: once, all ranks go on with half the micro-batch and the same global batch.
 
     Where it validated under ZeRO 3, they go on with half as many images at a time there, as often as they have to.
@@ -221,13 +157,13 @@ def end_or_halve(run: Run, watch: Watchdog) -> NoReturn:
     )
 
 
-def learn(run: Run, watch: Watchdog, request: PreemptionHandler, claim: RunLock) -> int:
+def learn(run: RunSpec, watch: Watchdog, request: PreemptionHandler, claim: RunLock) -> int:
     """Builds everything, trains, and ends with all that was told written down; returns the exit status."""
     world = run.world
     watch.at("waiting for the run's folder")
-    dist.run_on_rank0_and_broadcast(world, lambda: claim_folder(run, claim, request))
+    collectives.run_on_rank0_and_broadcast(world, lambda: claim_folder(run, claim, request))
     check_shared(run.folder, world)
-    dist.check_same(
+    collectives.check_same(
         run.ds.source if run.planned else None,
         "the plan of --deepspeed_config auto",
         "write one by dsyolo plan",
@@ -243,7 +179,7 @@ def learn(run: Run, watch: Watchdog, request: PreemptionHandler, claim: RunLock)
         print(taken)
     request.raise_if_requested(wait=True)
     progress = start(run, data.stream, parts.checkpoints, checkpoint)
-    tracker, record = dist.all_ranks_or_raise(lambda: build_record(run, data, progress, parts))
+    tracker, record = collectives.all_ranks_or_raise(lambda: build_record(run, data, progress, parts))
     training = Training(run, data, parts, progress, tracker, record, watch, request)
     try:
         end = loop(training)
@@ -256,13 +192,13 @@ def learn(run: Run, watch: Watchdog, request: PreemptionHandler, claim: RunLock)
     data.val.close()
     request.close()
     watch.close()
-    dist.destroy_process_group(world)
+    process_group.destroy_process_group(world)
     if end.said and world.is_main_process:
         print(f"\n{end.said}", file=sys.stderr)
     return end.status
 
 
-def choose_checkpoint(run: Run) -> Path | None:
+def choose_checkpoint(run: RunSpec) -> Path | None:
     """Where the run goes on from; None: it begins.
 
     Raises:
@@ -272,7 +208,7 @@ def choose_checkpoint(run: Run) -> Path | None:
     return newest_whole(folder, run.world, set_aside=run.config.resume == "auto") if run.resumes else None
 
 
-def start(run: Run, stream: StepSampler, checkpoints: Checkpointer, path: Path | None) -> TrainState:
+def start(run: RunSpec, stream: StepSampler, checkpoints: Checkpointer, path: Path | None) -> TrainState:
     """Where the run is: at its first step, or at the checkpoint `path`.
 
     Raises:

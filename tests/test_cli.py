@@ -155,7 +155,7 @@ def test_val_takes_the_settings_of_a_training(place, monkeypatch):
     seen = []
     loader, finder = cli.EvalLoader, cli.PostProcessor
     monkeypatch.setattr(cli, "EvalLoader", lambda *a, **k: seen.append(k["rectangular"]) or loader(*a, **k))
-    monkeypatch.setattr(cli, "Finder", lambda *a, **k: seen.append(a) or finder(*a, **k))
+    monkeypatch.setattr(cli, "PostProcessor", lambda *a, **k: seen.append(a) or finder(*a, **k))
     words = ("--data", place / "sample/data.yaml", "--workers", 0)
     assert run(place, "val", *words) == 0
     assert run(place, "val", *words, "--no-rect_val", "--max_detections", 7, "--iou_threshold", 0.5) == 0

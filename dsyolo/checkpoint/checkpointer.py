@@ -32,7 +32,8 @@ from dsyolo.checkpoint.manifest import (
 )
 from dsyolo.checkpoint.reader import Reader
 from dsyolo.checkpoint.train_state import TrainState
-from dsyolo.cluster.world import World, balanced_owners, barrier, first_problem_of_any_rank
+from dsyolo.cluster.collectives import barrier, first_problem_of_any_rank
+from dsyolo.cluster.world import World, balanced_owners
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.offload import FIRST_STATE

@@ -15,13 +15,8 @@ from dsyolo.checkpoint.manifest import (
     headline_of,
     read_manifest,
 )
-from dsyolo.cluster.world import (
-    World,
-    all_gather_objects,
-    balanced_owners,
-    device_of_rank,
-    run_on_rank0_and_broadcast,
-)
+from dsyolo.cluster.collectives import all_gather_objects, run_on_rank0_and_broadcast
+from dsyolo.cluster.world import World, balanced_owners
 
 
 def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
@@ -60,7 +55,7 @@ def verify(path: Path, world: World) -> Manifest:
     manifest, sizes = run_on_rank0_and_broadcast(world, lambda: _manifest_and_sizes(path))
     owner = balanced_owners(sizes, world.size)
     own = [name for name in manifest.files if owner[name] == world.rank]
-    told = all_gather_objects(damaged_files(path, manifest, own), device_of_rank())
+    told = all_gather_objects(damaged_files(path, manifest, own))
     if damaged := sorted(line for lines in told for line in lines):
         raise UserError(headline_of(path), damaged)
     return manifest

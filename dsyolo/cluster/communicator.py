@@ -17,7 +17,7 @@ class ClusterCommunicator:
 
     Args:
         at: told where this rank is whenever it makes progress.
-        asked: whether this rank was asked to stop: `exchange` raises Stopped on all ranks then.
+        asked: whether this rank was asked to stop: `exchange` raises Preempted on all ranks then.
         timeout: of a meeting; None: gloo's own. Ranks that read meet every second or two, whatever they wait for.
     """
 

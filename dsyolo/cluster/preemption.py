@@ -66,7 +66,7 @@ class PreemptionHandler:
         return (self._take() or before) if wait else before
 
     def raise_if_requested(self, *, wait: bool = False) -> None:
-        """As `agreed`, but stops by raising Stopped."""
+        """As `agreed`, but stops by raising Preempted."""
         if self.agreed(wait=wait):
             raise Preempted
 

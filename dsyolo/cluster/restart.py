@@ -12,19 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
 from dsyolo.base.environment import count_restart
-
-# What allocators say besides torch.OutOfMemoryError: torch's on a CPU, oneDNN's, C++'s.
-_SIGNS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a memory object")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the device or on the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def start_again(words: Sequence[str]) -> NoReturn:

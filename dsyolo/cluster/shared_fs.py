@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster.world import World, all_ranks_or_raise, run_on_rank0_and_broadcast
+from dsyolo.cluster.collectives import all_ranks_or_raise, run_on_rank0_and_broadcast
+from dsyolo.cluster.world import World
 
 SIGN_S = 10.0  # network file systems show a new file after some seconds
 

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch.distributed as torch_dist
 
 from dsyolo.base.environment import read_environment
+from dsyolo.cluster.collectives import all_gather_objects
 from dsyolo.cluster.restart import start_again
-from dsyolo.cluster.world import World, all_gather_objects, device_of_rank
+from dsyolo.cluster.world import World
 
 BEAT_S = 1.0
 LOST_S = 20.0  # without a beat: dead, stopped, or behind a network that is down
@@ -73,7 +74,7 @@ class Watchdog:
             if world.is_main_process
             else None
         )
-        told = all_gather_objects((self._seat, keeper.port if keeper else None), device_of_rank())
+        told = all_gather_objects((self._seat, keeper.port if keeper else None))
         self._seats = [seat for seat, _ in told]
         timeout = timedelta(seconds=LOST_S)
         self._keeper = keeper  # lives as long as this

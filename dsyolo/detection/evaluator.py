@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsyolo.base.batch import Detections, EvalBatch, GroundTruth
-from dsyolo.cluster.restart import is_out_of_memory
+from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.detection.boxes import cxcywh_to_xyxy, nms, unletterbox
 from dsyolo.detection.metrics import Metrics, evaluate
 

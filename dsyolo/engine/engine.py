@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dsyolo.base.batch import Batch, StepStats, Targets
-from dsyolo.cluster.world import World, all_gather_objects, all_reduce_sum, broadcast
+from dsyolo.cluster.collectives import all_gather_objects, all_reduce_sum, broadcast
+from dsyolo.cluster.world import World
 from dsyolo.engine.buffers import Buffers
 from dsyolo.engine.loss_scale import LossScale
 from dsyolo.engine.optimizer import Schedule
@@ -134,7 +135,7 @@ class Engine:
 
     def all_gather(self, item: Any) -> list[Any]:
         """Every rank's item, on every rank."""
-        return all_gather_objects(item, self.device)
+        return all_gather_objects(item)
 
     @property
     def dp_size(self) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch.distributed as torch_dist
 
 from dsyolo.base.environment import export_to_torch, read_environment
-from dsyolo.cluster.world import World, quiet_deepspeed
+from dsyolo.cluster.world import World
+from dsyolo.engine.process_group import quiet_deepspeed
 
 
 def pretend(rank: int, ranks: int) -> World:

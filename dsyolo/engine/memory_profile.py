@@ -19,8 +19,8 @@ import torch
 
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
+from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.partitions import Partitions
-from dsyolo.planner.memory_estimate import MemoryEstimate, MemoryTerms
 
 EVERY = 8  # of the parameters' gradients, one is an occasion to look: a look takes some milliseconds
 

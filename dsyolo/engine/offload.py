@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster.world import World, all_gather_objects
+from dsyolo.cluster.collectives import all_gather_objects
+from dsyolo.cluster.world import World
 from dsyolo.engine.partitions import Partitions
 
 ALIGNMENT = 64  # bytes; that of torch's own allocator
@@ -72,7 +73,7 @@ def move_to_folders(
         wrapper.param_groups_fp16_flat_cpu_memory = []
         for group in range(len(wrapper.fp16_partitioned_groups_flat)):
             wrapper._unflatten_partitioned_parameters(group)
-    told = all_gather_objects(problems, torch.device(_accelerator().current_device_name()))
+    told = all_gather_objects(problems)
     if any(told):
         raise UserError("Offload to a folder cannot start", [line for lines in told for line in lines])
 

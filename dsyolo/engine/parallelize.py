@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dsyolo.cluster.world import World, parallel_dims, pins_memory
+from dsyolo.cluster.world import World, parallel_dims
 from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.engine.device import pins_memory
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.optimizer import Schedule, build_optimizer
 from dsyolo.engine.partitions import Partitions

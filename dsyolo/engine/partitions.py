@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dsyolo.cluster.world import all_reduce_sum
+from dsyolo.cluster.collectives import all_reduce_sum
 from dsyolo.engine.engine import Engine
 
 GATHER_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time, while tensors are gathered

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dsyolo.base.batch import Batch, StepStats, Targets
-from dsyolo.cluster.world import ParallelDims, all_reduce_sum
+from dsyolo.cluster.collectives import all_reduce_sum
+from dsyolo.cluster.world import ParallelDims
 from dsyolo.engine.buffers import Buffers, named_buffers
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.partitions import Partitions

@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from dsyolo.cluster.world import World, memory_of_device
+from dsyolo.cluster.world import World
+from dsyolo.engine.device import total_memory
 from dsyolo.planner.hardware import GIB, Device, Hardware, device_named, typical_device
 
 CPU_SHARE = 0.8  # of a machine's memory that training may take
@@ -28,7 +29,7 @@ def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) 
         memory = int(CPU_SHARE * host_bytes()) // world.local_size // GRAIN * GRAIN or GRAIN
         device = Device("CPU", memory // GIB, CPU_TFLOPS, half, _has_bf16(), CPU_BYTES_S, CPU_LINK_BYTES_S)
         return Hardware(device, nodes, gpus, memory, None, network_bytes_s, accelerator)
-    memory = memory_of_device(world.local_rank)
+    memory = total_memory(world.local_rank)
     name = torch.cuda.get_device_name(world.local_rank) if torch.cuda.is_available() else ""
     device = device_named(name, memory) or typical_device(memory)._replace(has_bf16=_gpu_has_bf16(world))
     return Hardware(device, nodes, gpus, memory, host_bytes(), network_bytes_s, accelerator)

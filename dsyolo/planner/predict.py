@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.config import DsConfig, check
+from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
 from dsyolo.models.flops import BACKWARD
@@ -18,7 +19,7 @@ from dsyolo.models.partition import ACCELERATOR, balanced_cuts, boundary_element
 from dsyolo.models.stage import PipelineStage as Slice
 from dsyolo.planner.comm_volume import boundary_bytes, comm_bytes, num_messages
 from dsyolo.planner.hardware import HOST_BYTES_S, REACHED_BANDWIDTH, Hardware
-from dsyolo.planner.memory_estimate import MemoryEstimate, RankLoad, predict
+from dsyolo.planner.memory_estimate import RankLoad, predict
 from dsyolo.planner.model_profile import ModelProfile, StageProfile
 from dsyolo.planner.strategy import StrategySettings
 

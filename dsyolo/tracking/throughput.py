@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from dsyolo.engine.comm_timer import CommsLog, CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
+from dsyolo.engine.memory_terms import MemoryTerms
 from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimer, StepTimes
-from dsyolo.planner.memory_estimate import MemoryTerms
 from dsyolo.tracking.resource_usage import ResourceUsage
 
 T = TypeVar("T")

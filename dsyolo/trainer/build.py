@@ -14,19 +14,17 @@ from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.reader import read_buffers
 from dsyolo.checkpoint.train_state import TrainState
-from dsyolo.cluster import world as dist
-from dsyolo.cluster.world import World
-from dsyolo.config.deepspeed.config import DsConfig
-from dsyolo.config.run_config import RunConfig
+from dsyolo.cluster.world import num_readers, parallel_dims, set_threads
+from dsyolo.config.resolve import RunSpec
 from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
-from dsyolo.data.formats.yolo import DataSpec
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.index_builder import build_index
-from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader, largest_size_px
+from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader
 from dsyolo.data.parallel_map import Communicator
 from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine import device
 from dsyolo.engine.batchnorm import synchronise_batchnorm
 from dsyolo.engine.buffers import named_buffers
 from dsyolo.engine.ema import Ema, NoEma
@@ -36,26 +34,12 @@ from dsyolo.engine.offload import OffloadFolders, move_to_folders
 from dsyolo.engine.optimizer import Schedule, lr_factor
 from dsyolo.engine.parallelize import parallelize
 from dsyolo.engine.partitions import Partitions
-from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
 from dsyolo.models.blocks import freeze_batchnorm
 from dsyolo.models.weights import WeightsInfo, describe, load_into
-from dsyolo.models.yolov5 import YOLOv5, build_yolov5, level_strides
+from dsyolo.models.yolov5 import YOLOv5, build_yolov5
 from dsyolo.planner.memory_estimate import RankLoad
 from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
 from dsyolo.tracking.tracker import NullTracker, RunTracker, Tracker
-
-
-class Run(NamedTuple):
-    """What is known before anything is built."""
-
-    config: RunConfig
-    ds: DsConfig
-    data: DataSpec
-    world: World
-    folder: Path
-    activations: ActivationPlan
-    resumes: bool = False  # begins at a checkpoint
-    planned: tuple[str, ...] = ()  # what the JSON left to the machine, in words
 
 
 class Parts(NamedTuple):
@@ -90,22 +74,7 @@ class DataParts(NamedTuple):
         }
 
 
-def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> ActivationPlan:
-    """What is recomputed, counted on a network without memory, at the largest size of its images.
-
-    Raises:
-        UserError: the budget is too small.
-    """
-    size_px = config.imgsz
-    if config.recipe.multi_scale:
-        size_px = largest_size_px(size_px, level_strides(config.model)[-1])
-    with torch.device("meta"):
-        network = build_yolov5(config.model, num_classes)
-    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
-    return choose(counted, ds.recompute, offload=ds.offload_activations)
-
-
-def build_network(run: Run, checkpoint: Path | None = None) -> tuple[YOLOv5, str]:
+def build_network(run: RunSpec, checkpoint: Path | None = None) -> tuple[YOLOv5, str]:
     """The network with its first weights, and what was taken from a file of weights.
 
     A run that goes on gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
@@ -122,15 +91,15 @@ def build_network(run: Run, checkpoint: Path | None = None) -> tuple[YOLOv5, str
     return network, taken
 
 
-def build_data(run: Run, scans: tuple[DatasetIndex, DatasetIndex], network: YOLOv5) -> DataParts:
+def build_data(run: RunSpec, scans: tuple[DatasetIndex, DatasetIndex], network: YOLOv5) -> DataParts:
     """The loaders of both splits."""
     config, ds, world = run.config, run.ds, run.world
     train_index, val_index = scans
-    num_workers = dist.num_workers(world, config.workers)
-    pin_memory = dist.pins_memory()
+    num_workers = device.num_workers(world, config.workers)
+    pin_memory = device.pins_memory()
     train_set = DetectionDataset(train_index, config.imgsz, cache=config.cache)
     val_set = DetectionDataset(val_index, config.imgsz)
-    place = dist.parallel_dims(world, ds.stages)
+    place = parallel_dims(world, ds.stages)
     stream = StepSampler(
         len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.dp_rank, place.dp_size
     )
@@ -161,7 +130,7 @@ def build_data(run: Run, scans: tuple[DatasetIndex, DatasetIndex], network: YOLO
     return DataParts(stream, train_loader, val_loader, train_set, val_set)
 
 
-def scan_splits(run: Run, communicator: Communicator | None = None) -> tuple[DatasetIndex, DatasetIndex]:
+def scan_splits(run: RunSpec, communicator: Communicator | None = None) -> tuple[DatasetIndex, DatasetIndex]:
     """Reads both splits, from the cache where they are there, and says what is in them.
 
     Args:
@@ -174,7 +143,7 @@ def scan_splits(run: Run, communicator: Communicator | None = None) -> tuple[Dat
         split: build_index(
             getattr(run.data, split),
             run.data.num_classes,
-            workers=dist.num_readers(run.world),
+            workers=num_readers(run.world),
             progress=run.world.is_main_process,
             communicator=communicator,
         )
@@ -186,10 +155,10 @@ def scan_splits(run: Run, communicator: Communicator | None = None) -> tuple[Dat
     return scans["train"], scans["val"]
 
 
-def build_engine(run: Run, network: YOLOv5, stream: StepSampler) -> Parts:
+def build_engine(run: RunSpec, network: YOLOv5, stream: StepSampler) -> Parts:
     """Builds the engine around the network, and what keeps its state."""
     config, ds, recipe, world = run.config, run.ds, run.config.recipe, run.world
-    threads = dist.set_threads(world, config.threads)
+    threads = set_threads(world, config.threads)
     network.recompute = run.activations.recomputed
     network.offload_inputs = ds.offload_activations
     num_parameters = sum(p.numel() for p in network.parameters())
@@ -237,7 +206,7 @@ def build_engine(run: Run, network: YOLOv5, stream: StepSampler) -> Parts:
     )
     if world.is_main_process:
         print("\n".join([*run.planned, *lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
-    place, plan = dist.parallel_dims(world, ds.stages), run.activations
+    place, plan = parallel_dims(world, ds.stages), run.activations
     in_flight = min(ds.stages - place.pp_rank, ds.accumulation)
     kept = [
         plan.stage_bytes(nodes, in_flight, names) for names in (None, frozenset[str](), plan.counted.blocks)
@@ -247,7 +216,7 @@ def build_engine(run: Run, network: YOLOv5, stream: StepSampler) -> Parts:
     return Parts(engine, partitions, ema, checkpoints, info, load)
 
 
-def build_schedule(run: Run, stream: StepSampler) -> Schedule:
+def build_schedule(run: RunSpec, stream: StepSampler) -> Schedule:
     """The schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
     recipe, params = run.config.recipe, run.ds.optimizer_params
     is_scaled = recipe.lr_scaling != "none"
@@ -268,7 +237,7 @@ def build_schedule(run: Run, stream: StepSampler) -> Schedule:
 
 
 def build_record(
-    run: Run, data: DataParts, progress: TrainState, parts: Parts
+    run: RunSpec, data: DataParts, progress: TrainState, parts: Parts
 ) -> tuple[Tracker, RunArtifacts | NullArtifacts]:
     """What tells and writes, on the first rank; what does nothing, on the others.
 
@@ -289,7 +258,7 @@ def build_record(
 
 
 def _build_record(
-    run: Run, data: DataParts, progress: TrainState, parts: Parts
+    run: RunSpec, data: DataParts, progress: TrainState, parts: Parts
 ) -> tuple[Tracker, RunArtifacts]:
     config, val_set = run.config, data.val_set
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -8,27 +8,30 @@ from typing import Any
 import psutil
 import torch
 
-from dsyolo.cluster import world as dist
+from dsyolo.cluster import collectives
+from dsyolo.config.resolve import RunSpec
+from dsyolo.engine import device
 from dsyolo.engine.comm_timer import CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement, MemoryProfiler, NoMemoryProfiler
+from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.step_timer import StepTimer, clock_of_device
 from dsyolo.models.flops import BACKWARD, node_costs
 from dsyolo.models.yolov5 import build_yolov5
 from dsyolo.planner.local_hardware import host_bytes
-from dsyolo.planner.memory_estimate import MemoryEstimate, RankLoad, predict, shortage, table, verdict
+from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
 from dsyolo.planner.peak_flops import Peak, peak_of_cpu, peak_of_gpu
 from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
 from dsyolo.tracking.nvml import Gpu, load_nvml
 from dsyolo.tracking.resource_usage import ResourceUsage
 from dsyolo.tracking.throughput import NoTimeProfile, StepDetails, StepFlops, TimeProfile, measured_every
 from dsyolo.tracking.tracker import Tracker
-from dsyolo.trainer.build import DataParts, Parts, Run
+from dsyolo.trainer.build import DataParts, Parts
 
 PASSES = 1 + BACKWARD  # what counts of a step's operations, computing again left out
 
 
 def build_memory(
-    run: Run,
+    run: RunSpec,
     parts: Parts,
     tracker: Tracker,
     record: RunArtifacts | NullArtifacts,
@@ -80,14 +83,16 @@ def build_memory(
     return MemoryProfiler(parts.engine, parts.partitions, parts.ema, tell, again=again)
 
 
-def _shortage(run: Run, accounts: list[MemoryEstimate], on_cpu: bool) -> str:
+def _shortage(run: RunSpec, accounts: list[MemoryEstimate], on_cpu: bool) -> str:
     if "nvme" in (run.ds.offload_optimizer, run.ds.offload_param):
         accounts = [MemoryEstimate(account.device) for account in accounts]  # the page cache keeps what fits
-    device_bytes = None if on_cpu else dist.memory_of_device(run.world.local_rank)
+    device_bytes = None if on_cpu else device.total_memory(run.world.local_rank)
     return shortage(accounts, device_bytes, host_bytes())
 
 
-def build_time_profile(run: Run, data: DataParts, parts: Parts, start: int) -> TimeProfile | NoTimeProfile:
+def build_time_profile(
+    run: RunSpec, data: DataParts, parts: Parts, start: int
+) -> TimeProfile | NoTimeProfile:
     """Tells where the time of steps goes. On an accelerator only some steps are measured, so that events cost nothing.
 
     Args:
@@ -123,7 +128,7 @@ def build_time_profile(run: Run, data: DataParts, parts: Parts, start: int) -> T
             if hasattr(psutil.Process, "cpu_affinity")
             else psutil.cpu_count(),
             "machine_cores": psutil.cpu_count(),
-            "workers": dist.num_workers(world, config.workers),
+            "workers": device.num_workers(world, config.workers),
             "device": device_name(parts.engine.device) or parts.engine.device.type.upper(),
             "peak_flops_per_s": peak.flops_per_s,
             "peak_source": peak.source,
@@ -136,11 +141,11 @@ def build_time_profile(run: Run, data: DataParts, parts: Parts, start: int) -> T
     return TimeProfile(phases, CommTimer(phases), work, parts.engine.all_gather, details)
 
 
-def _peak(run: Run, parts: Parts, on_cpu: bool) -> Peak:
+def _peak(run: RunSpec, parts: Parts, on_cpu: bool) -> Peak:
     precision, found = run.ds.precision, None
     if on_cpu:
         # All ranks at once, as they train; what disturbs one of them does not make it a slower machine.
-        dist.barrier()
+        collectives.barrier()
         found = max(parts.engine.all_gather(peak_of_cpu(precision)))
     if found is None and (name := device_name(parts.engine.device)):
         found = peak_of_gpu(name, precision)

@@ -8,8 +8,8 @@ from dsyolo.cluster.preemption import PreemptionHandler
 from dsyolo.cluster.run_lock import BUSY, RunLock, set_aside
 from dsyolo.config import run_config
 from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.resolve import RunSpec
 from dsyolo.config.run_config import RunConfig
-from dsyolo.trainer.build import Run
 
 CLAIM_S = 60  # for another run in the same folder to end, as one that still saves
 
@@ -42,7 +42,7 @@ def check_folder(run: RunConfig, resumes: bool) -> None:
         )
 
 
-def claim_folder(run: Run, claim: RunLock, request: PreemptionHandler) -> None:
+def claim_folder(run: RunSpec, claim: RunLock, request: PreemptionHandler) -> None:
     """Makes the folder this run's, and looks at it again: another run may have been in it since it was read.
 
     Raises:

@@ -7,16 +7,18 @@ from typing import NamedTuple
 import torch
 
 from dsyolo.checkpoint.train_state import TrainState
+from dsyolo.cluster import collectives
 from dsyolo.cluster import preemption as stop
-from dsyolo.cluster import world as dist
 from dsyolo.cluster.preemption import Preempted, PreemptionHandler
 from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.config.resolve import RunSpec
 from dsyolo.detection.evaluator import OomSafePredictor, PostProcessor, validate
+from dsyolo.engine import device
 from dsyolo.engine.memory_profile import MemoryProfiler, NoMemoryProfiler
 from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
 from dsyolo.tracking.throughput import NoTimeProfile, TimeProfile
 from dsyolo.tracking.tracker import Tracker
-from dsyolo.trainer.build import DataParts, Parts, Run
+from dsyolo.trainer.build import DataParts, Parts
 from dsyolo.trainer.profiles import build_memory, build_time_profile
 
 VALIDATING = "validating"  # where a rank is
@@ -26,7 +28,7 @@ DIVERGED, NOT_SAVED = 65, 74  # exit statuses: EX_DATAERR and EX_IOERR of sysexi
 class Training(NamedTuple):
     """All that the loop works with."""
 
-    run: Run
+    run: RunSpec
     data: DataParts
     parts: Parts
     progress: TrainState
@@ -47,7 +49,7 @@ def loop(training: Training) -> End:
     """Trains to the end of the last epoch.
 
     Raises:
-        Stopped: after a step or in a validation, with the weights of the last step in place.
+        Preempted: after a step or in a validation, with the weights of the last step in place.
     """
     run, data, parts, progress, tracker, record, *_ = training
     times = build_time_profile(run, data, parts, progress.step)
@@ -75,7 +77,7 @@ def _epochs(
     inferred = (
         engine.predict
         if run.ds.zero_stage == 3
-        else OomSafePredictor(engine.predict, tell, dist.free_memory_of_device)
+        else OomSafePredictor(engine.predict, tell, device.empty_cache)
     )
 
     def predict(images: torch.Tensor) -> torch.Tensor:
@@ -117,7 +119,7 @@ def _epochs(
             watch.at("saving")
             with times.outside("checkpoint"):
                 state = ema.state_dict(keep=record.keeps_weights)
-                problem = dist.first_problem_of_any_rank(record.weights(state, is_best))
+                problem = collectives.first_problem_of_any_rank(record.weights(state, is_best))
                 problem = checkpoints.save(progress, is_best=is_best) or problem
             if problem and is_last:
                 return End(NOT_SAVED, f"{problem} Make room: --resume auto does the end again.")
@@ -137,7 +139,7 @@ def stopped(training: Training) -> End:
     return End(NOT_SAVED if problem else stop.STATUS, f"{said} --resume auto goes on.")
 
 
-def diverged(progress: TrainState, run: Run) -> str:
+def diverged(progress: TrainState, run: RunSpec) -> str:
     """What there is to say where too many steps in a row had to be skipped."""
     what = f"loss or gradients of the last {progress.skipped_in_a_row} steps were not finite, so none changed the weights"
     where = f"The images of these steps are named in {run.folder / 'skipped_steps.json'}"

@@ -73,13 +73,13 @@ def small_disk(tmp_path):
 
 
 def fill_the_disk(folder: str) -> dict[str, Any]:
-    from dsyolo.cluster import world as dist
+    from dsyolo.cluster import collectives
 
     place = Path(folder)
     engine, _, ema, checkpoints = training.build(1, place, frozen=True)
     losses = training.train(engine, ema, 0, 1)
     said = [checkpoints.save(progress(1)), checkpoints.save(progress(2))]
-    dist.barrier()
+    collectives.barrier()
     left = names(place)
     training.train(engine, ema, 1, 2)
     other, _, of_other, checkpoints_of_other = training.build(1, place, seed=7, frozen=True)
@@ -127,9 +127,9 @@ def write_checkpoint(folder: Path, step: int, names: tuple[str, ...] = ("a", "b"
 
 def choose(folder: Path, set_aside: bool) -> tuple[str, list[str]]:
     """The name of the checkpoint that this rank takes, or why none, and the files that it read for that."""
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
 
-    world, read, plain = dist.init_process_group(), [], manifest.sha256_of
+    world, read, plain = process_group.init_process_group(), [], manifest.sha256_of
 
     def noted(path: Path) -> str:
         read.append(path.name)

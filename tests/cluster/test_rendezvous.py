@@ -19,7 +19,7 @@ import sys
 from dsyolo.cluster import rendezvous as meeting
 meeting.LOST_S = 3.0
 rank, size, port, wait_s = sys.argv[1:]
-meet = meeting.Meeting(int(rank), int(size), "127.0.0.1", int(port), wait_s=float(wait_s))
+meet = meeting.Rendezvous(int(rank), int(size), "127.0.0.1", int(port), wait_s=float(wait_s))
 print("here", flush=True)
 meet.wait()
 print("all", flush=True)
@@ -108,11 +108,12 @@ def test_a_port_that_is_taken_is_told_with_the_option():
 
 
 def joined() -> int:
-    from dsyolo.cluster import world as dist
+    from dsyolo.cluster import collectives
+    from dsyolo.engine import process_group
 
-    world = dist.init_process_group()
+    world = process_group.init_process_group()
     time.sleep(1.5 * world.rank)  # nobody is taken for lost who has joined
-    return int(dist.all_gather_objects(world.rank, dist.device_of_rank())[-1])
+    return int(collectives.all_gather_objects(world.rank)[-1])
 
 
 def test_torch_joins_in_the_store_of_the_meeting():

@@ -19,8 +19,8 @@ from dsyolo.cluster.run_lock import RunLock, set_aside
 HOLDER = """
 import sys, time
 from pathlib import Path
-from dsyolo.cluster.run_lock import Claim
-claim = Claim(Path(sys.argv[1]))
+from dsyolo.cluster.run_lock import RunLock
+claim = RunLock(Path(sys.argv[1]))
 claim.take(0)
 print("taken", flush=True)
 sys.stdin.readline()

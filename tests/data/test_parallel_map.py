@@ -12,13 +12,13 @@ from image_files import NUM_CLASSES, add, encoded, picture
 from ranks import run_ranks
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster import world as dist
 from dsyolo.cluster.communicator import ClusterCommunicator
 from dsyolo.cluster.preemption import Preempted
 from dsyolo.data import index_builder as scan_module
 from dsyolo.data import parallel_map as crew_module
 from dsyolo.data.index import ARRAYS, DatasetIndex
 from dsyolo.data.index_builder import build_index
+from dsyolo.engine import process_group
 
 NUM_FILES = 5 * crew_module.CHUNK + 7  # more chunks than ranks, and one that is not full
 TIMEOUT_S = 4.0  # of a meeting, in the test of a slow disk
@@ -63,7 +63,7 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
     reads, said = [], []
     check = scan_module.check_image
     # every rank stands for a machine of its own, with a cache of its own
-    world = dist.init_process_group()._replace(local_rank=0, local_size=1)
+    world = process_group.init_process_group()._replace(local_rank=0, local_size=1)
     timeout = timedelta(seconds=timeout_s) if timeout_s else None
     communicator = ClusterCommunicator(world, said.append, lambda: False, timeout)
 
@@ -160,7 +160,7 @@ def stopped_in_a_scan(source: Path, cache_dir: Path) -> tuple[bool, int]:
     """Rank 1 is asked to stop while it reads; whether this rank stops too, and how many images it read."""
     asked, reads = [], []
     check = scan_module.check_image
-    world = dist.init_process_group()._replace(local_rank=0, local_size=1)
+    world = process_group.init_process_group()._replace(local_rank=0, local_size=1)
     communicator = ClusterCommunicator(world, lambda _: None, lambda: bool(asked), timedelta(seconds=60))
 
     def slow(path):

@@ -200,7 +200,7 @@ def hang(seconds: float = 60) -> tuple[int, str]:
     import io
     import threading
 
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
 
     ended, status = threading.Event(), [0]
     errors = io.StringIO()
@@ -209,7 +209,7 @@ def hang(seconds: float = 60) -> tuple[int, str]:
         status[0] = code
         ended.set()
 
-    world = dist.init_process_group()
+    world = process_group.init_process_group()
     with contextlib.redirect_stderr(errors):
         watch = watchdog.Watchdog(world, late_s=5, end=end)
         watch.at("training step 7")

@@ -16,8 +16,8 @@ import pytest
 import torch
 from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_place
 
+from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.cluster import watchdog
-from dsyolo.cluster.restart import is_out_of_memory
 from dsyolo.config.run_config import RunConfig
 from dsyolo.detection.evaluator import OomSafePredictor
 

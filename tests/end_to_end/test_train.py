@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from dsyolo import train
 from dsyolo.cluster.world import World
 from dsyolo.config.deepspeed.config import check
+from dsyolo.config.resolve import RunSpec, plan_activations
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.synthetic import draw_sample
-from dsyolo.trainer.build import Run, build_data, build_network, plan_activations, scan_splits
+from dsyolo.trainer.build import build_data, build_network, scan_splits
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +347,7 @@ def test_anchors_of_the_weights_are_those_of_targets_loss_and_network(place, two
     world = World(0, 1, 0, 1)
     ds = check(CONFIG, world_size=1, accelerator="cpu")
     data = read_data_yaml(config.data)
-    run = Run(config, ds, data, world, place / "runs/a", plan_activations(config, ds, data.num_classes))
+    run = RunSpec(config, ds, data, world, place / "runs/a", plan_activations(config, ds, data.num_classes))
     network, taken = build_network(run)
     assert "tensors taken" in taken
     torch.testing.assert_close(network.anchors, weights["detect.anchors"])

@@ -59,10 +59,10 @@ def through(function, given: dict[str, torch.Tensor], images: slice, **more) -> 
 
 
 def own_part(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
     from dsyolo.engine.batchnorm import batch_norm
 
-    rank = dist.init_process_group().rank
+    rank = process_group.init_process_group().rank
     return through(batch_norm, inputs(dtype), slice(0, 2) if rank == 0 else slice(2, 5))
 
 
@@ -85,10 +85,10 @@ def test_values_gradients_and_statistics_are_those_of_the_whole_batch(dtype):
 
 def gradients_by_differences() -> bool:
     """In the first rank's image only: all of them would need the ranks to move in step."""
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
     from dsyolo.engine.batchnorm import batch_norm
 
-    rank, step = dist.init_process_group().rank, 1e-2
+    rank, step = process_group.init_process_group().rank, 1e-2
     given = inputs(torch.float32)
     given["x"] = given["x"] - given["x"].mean((0, 2, 3), keepdim=True)  # fp32 differences need small values
     own = slice(0, 2) if rank == 0 else slice(2, 5)
@@ -116,10 +116,10 @@ def test_the_gradient_is_the_slope_of_the_sum_over_all_ranks():
 def in_a_group_and_recomputed() -> dict[str, dict[str, torch.Tensor]]:
     from torch.utils.checkpoint import checkpoint
 
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
     from dsyolo.engine.batchnorm import batch_norm
 
-    rank = dist.init_process_group().rank
+    rank = process_group.init_process_group().rank
     pair, alone = torch.distributed.new_group([0, 1]), torch.distributed.new_group([2])
     images = [slice(0, 2), slice(2, 5), slice(0, 5)][rank]
 

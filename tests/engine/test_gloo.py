@@ -19,9 +19,9 @@ def reduce_all() -> dict[str, Any]:
     """Through DeepSpeed's own functions, as ZeRO calls them."""
     import deepspeed.comm as deepspeed_comm
 
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
 
-    world = dist.init_process_group()
+    world = process_group.init_process_group()
     some = torch.distributed.new_group(SOME)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):

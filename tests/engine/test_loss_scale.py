@@ -35,9 +35,9 @@ def loss_scale_of(scaler) -> LossScale:
 
 
 def saved_and_resumed_anywhere() -> list[tuple[list[float], list[float]]]:
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
 
-    dist.init_process_group()  # DeepSpeed's scaler asks for its rank
+    process_group.init_process_group()  # DeepSpeed's scaler asks for its rank
     results = []
     for stop in range(len(OVERFLOWS)):
         first = deepspeeds_scaler()
@@ -77,7 +77,7 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     """Real training in fp16 autocast. torch has it on a CPU, slowly: dsyolo's check is passed by."""
     from dsyolo.checkpoint.manifest import all_checkpoints
     from dsyolo.checkpoint.train_state import TrainState
-    from dsyolo.cluster.world import barrier
+    from dsyolo.cluster.collectives import barrier
     from dsyolo.config.deepspeed import config as ds_config
 
     ds_config.precision = lambda *_: "autocast_fp16"

@@ -13,16 +13,9 @@ from runs import arguments, environment, make_place
 
 from dsyolo.config.deepspeed.config import DsConfig, check
 from dsyolo.engine.memory_profile import MemoryProfiler
+from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.optimizer import parameter_groups
-from dsyolo.planner.memory_estimate import (
-    MemoryEstimate,
-    MemoryTerms,
-    RankLoad,
-    predict,
-    shortage,
-    table,
-    verdict,
-)
+from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
 
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}

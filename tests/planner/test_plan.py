@@ -393,7 +393,7 @@ def test_a_gpu_that_is_not_in_the_table_is_asked_for_bf16(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Quadro RTX 6000")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
-        monkeypatch.setattr(machine, "memory_of_device", lambda _: 24 * GIB)
+        monkeypatch.setattr(machine, "total_memory", lambda _: 24 * GIB)
         assert hardware_here(World(0, 1, 0, 1), "cuda").device.has_bf16 == has_bf16
 
 

@@ -139,15 +139,16 @@ def build(
 ):
     """Engine, shards, EMA and checkpoints of this rank, as the entry builds them."""
     from dsyolo.checkpoint.checkpointer import Checkpointer
-    from dsyolo.cluster import world as dist
+    from dsyolo.cluster.world import world_from_environment
+    from dsyolo.engine import process_group
     from dsyolo.engine.batchnorm import synchronise_batchnorm
     from dsyolo.engine.ema import Ema
     from dsyolo.engine.offload import OffloadFolders, move_to_folders
     from dsyolo.engine.parallelize import parallelize
 
-    world = dist.world_from_environment()
+    world = world_from_environment()
     if not torch.distributed.is_initialized():
-        dist.init_process_group()
+        process_group.init_process_group()
     from deepspeed.utils import groups
 
     groups.mpu = None  # a pipeline built before in this process would go on to define every engine's ranks

@@ -16,6 +16,7 @@ from ranks import run_ranks
 from runs import TRAIN, alone, arguments, environment, make_place, rows
 
 from dsyolo.engine.memory_profile import MemoryMeasurement
+from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.step_timer import (
     BACKWARD,
     COMMUNICATION,
@@ -28,7 +29,6 @@ from dsyolo.engine.step_timer import (
     NoStepTimer,
     StepTimer,
 )
-from dsyolo.planner.memory_estimate import MemoryEstimate, MemoryTerms
 from dsyolo.planner.peak_flops import peak_of_cpu, peak_of_gpu
 from dsyolo.tracking.nvml import Gpu, GpuUse
 from dsyolo.tracking.resource_usage import ResourceUsage
@@ -171,11 +171,11 @@ def collectives() -> dict:
     import torch.distributed as torch_dist
     from deepspeed.comm import comm as deepspeed_comm
 
-    from dsyolo.cluster import world as dist
+    from dsyolo.engine import process_group
     from dsyolo.engine.comm_timer import CommsLog, CommTimer
 
     before = torch_dist.all_reduce
-    with dist.process_group(60):
+    with process_group.started(60):
         pass
     phases = StepTimer(HostClock())
     counted, log = CommTimer(phases), CommsLog()

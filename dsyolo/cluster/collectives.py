@@ -1,0 +1,106 @@
+"""The few collectives that are used, and agreement between ranks."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from dsyolo.base.errors import UserError
+from dsyolo.cluster.world import World
+
+T = TypeVar("T")
+
+
+def device_of_collectives() -> torch.device:
+    """The device whose tensors the default process group takes: the CPU under gloo."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or torch_dist.get_backend() == "gloo":
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    torch_dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sums `tensor` over the ranks of `group` (default: all), in place, and returns it. No wait on an accelerator."""
+    if torch_dist.get_world_size(group) > 1:
+        torch_dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> None:
+    """Makes `tensor` that of the first rank of `group` (default: all) on all of them, in place."""
+    if torch_dist.get_world_size(group) > 1:
+        torch_dist.broadcast(tensor, group=group, group_src=0)
+
+
+def all_gather_objects(item: Any) -> list[Any]:
+    """Every rank's item, on every rank, in the order of ranks. Items are our own, never a file's."""
+    if torch_dist.get_world_size() == 1:
+        return [item]
+    device = device_of_collectives()
+    payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(sizes, torch.tensor([payload.numel()], device=device))
+    lengths = [int(size) for size in sizes]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: payload.numel()] = payload
+    parts = [torch.empty_like(padded) for _ in lengths]
+    torch_dist.all_gather(parts, padded)
+    return [
+        pickle.loads(part[:length].cpu().numpy().tobytes())
+        for part, length in zip(parts, lengths, strict=True)
+    ]
+
+
+def run_on_rank0_and_broadcast(world: World, work: Callable[[], T]) -> T:
+    """Runs `work` on the first rank alone; gives its small result, or raises its UserError, on all of them."""
+    result, error = _attempted(work) if world.is_main_process else (None, None)
+    _agreed(error)
+    return all_gather_objects(result)[0]
+
+
+def check_same(item: Any, what: str, remedy: str) -> None:
+    """All ranks must have the same; it is plain data.
+
+    Raises:
+        UserError: on all ranks, where one has another.
+    """
+    told = all_gather_objects(item)
+    others = [rank for rank, one in enumerate(told) if one != told[0]]
+    if others:
+        rule = f"rank {others[0]} has another than rank 0. Their machines differ: {remedy}"
+        raise UserError("The ranks do not agree", [f"{what}: {rule}."])
+
+
+def first_problem_of_any_rank(problem: str | None) -> str | None:
+    """The first rank's own where it has one, else the next's: the same on all ranks."""
+    return next(filter(None, all_gather_objects(problem)), None)
+
+
+def all_ranks_or_raise(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank; where it raises a UserError on one, it is raised on all."""
+    result, error = _attempted(work)
+    _agreed(error)
+    return result  # type: ignore[return-value]
+
+
+def _attempted(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return work(), None
+    except UserError as caught:
+        return None, caught
+
+
+def _agreed(error: UserError | None) -> None:
+    """Raises on every rank where one of them has an error."""
+    for told in all_gather_objects(error and (error.headline, error.problems, error.status)):
+        if told:
+            raise UserError(*told)

@@ -1,0 +1,41 @@
+"""The accelerator of this rank, by DeepSpeed's `get_accelerator`: no device is named anywhere else."""
+
+from __future__ import annotations
+
+import torch
+
+from dsyolo.cluster.world import World, cores_of_rank
+
+
+def total_memory(local_rank: int) -> int:
+    """Bytes of the accelerator that this rank will use."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().total_memory(local_rank)
+
+
+def empty_cache() -> None:
+    """Gives back what its allocator keeps and nobody uses."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().empty_cache()
+
+
+def current_device() -> torch.device:
+    """The device that this rank computes on."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def pins_memory() -> bool:
+    """Whether batches are copied to a device of its own, from pinned memory."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() != "cpu"
+
+
+def num_workers(world: World, workers: int | None) -> int:
+    """Loader processes of this rank: `workers`, or as many as its cores carry beside the training."""
+    # On a CPU the training itself takes the rank's cores; one worker keeps ahead of it.
+    return (min(8, cores_of_rank(world)) if pins_memory() else 1) if workers is None else workers
