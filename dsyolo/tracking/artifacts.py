@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,26 +21,9 @@ from dsyolo.detection.metrics import Metrics
 from dsyolo.models.weights import WeightsInfo, save_weights
 from dsyolo.tracking.plots import draw, grid, save
 
+log = logging.getLogger(__name__)
 GRID_IMAGES, GRID_COLUMNS, CELL_PX = 12, 4, 400
 SHOWN_SCORE = 0.25  # detections below it would only cover the picture
-
-
-class NullArtifacts:
-    """Of the ranks that write nothing."""
-
-    keeps_weights = False
-
-    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None: ...
-
-    def validated(
-        self, metrics: Metrics, found: Sequence[tuple[GroundTruth, Detections]], is_best: bool
-    ) -> None: ...
-
-    def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def skipped(self, images: Mapping[int, Sequence[str]]) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 class RunArtifacts:
@@ -54,8 +38,6 @@ class RunArtifacts:
         draw: given a name and what draws it, does it soon (`BackgroundPlotter.draw`).
         picture: told the path of each picture that is written, by whoever draws it.
     """
-
-    keeps_weights = True
 
     def __init__(
         self,
@@ -83,7 +65,7 @@ class RunArtifacts:
         for name, text in self._settings.items():
             _write(self.folder / name, text)
 
-    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
+    def save_weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
         """Writes weights/last.safetensors, and best.safetensors when it is; tells why where it cannot."""
         if not (self.folder / "config.yaml").exists():
             warnings.warn(
@@ -130,12 +112,12 @@ class RunArtifacts:
         """Writes memory.json: what each rank was expected to need, and what it needed, in bytes."""
         _try_to_write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
 
-    def skipped(self, images: Mapping[int, Sequence[str]]) -> None:
+    def skipped_steps(self, images: Mapping[int, Sequence[str]]) -> None:
         """Writes skipped_steps.json: by step, the images of the steps in a row that were left out."""
         _try_to_write(self.folder / "skipped_steps.json", json.dumps(images, indent=1) + "\n")
 
-    def finish(self) -> None:
-        """Prints the best validation and where things are."""
+    def report(self) -> None:
+        """Log the best validation and where things are."""
         names = (
             "weights/best.safetensors",
             "weights/last.safetensors",
@@ -143,10 +125,8 @@ class RunArtifacts:
             "results.png",
             "metrics.jsonl",
         )
-        print(f"\n{self._table}\n")
-        for name in names:
-            if (self.folder / name).exists():
-                print(f"{self.folder / name}")
+        there = [f"{self.folder / name}" for name in names if (self.folder / name).exists()]
+        log.info("best validation:\n%s\n\n%s", self._table, "\n".join(there))
 
 
 def _try_to_write(path: Path, text: str) -> None:

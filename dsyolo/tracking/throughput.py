@@ -4,111 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from dsyolo.engine.comm_timer import CommsLog, CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.memory_terms import MemoryTerms
-from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimer, StepTimes
+from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimes
 from dsyolo.tracking.resource_usage import ResourceUsage
 
 T = TypeVar("T")
 
 LOGGED_STEP = 3  # of a run: the one in which DeepSpeed's comms logger is on. The second measures memory, the first is slow
 SHARES = {name: "data_wait_share" if name == DATA else f"{name}_share" for name in PHASES}
-
-
-class StepFlops(NamedTuple):
-    """What a step computes, and what this rank could.
-
-    Attributes:
-        flops_of_step: of all ranks, by step: three times those of the forward pass. What is recomputed does not count.
-        peak_flops_per_s: of this rank's device.
-    """
-
-    flops_of_step: Callable[[int], float]
-    peak_flops_per_s: float
-
-
-class NoTimeProfile:
-    """Counts nothing and tells nothing."""
-
-    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """As they are."""
-        return steps
-
-    def outside(self, name: str) -> AbstractContextManager[None]:
-        """Around what lies between epochs' steps: validation, checkpoint."""
-        return nullcontext()
-
-    def memory(self, measured: Sequence[MemoryMeasurement]) -> None:
-        """Of all ranks, in a step."""
-
-    def epoch(self) -> dict[str, float]:
-        """What there is to say of the epoch's steps."""
-        return {}
-
-    def finish(self) -> None:
-        """The training is over."""
-
-
-class TimeProfile:
-    """Of one rank; all ranks have one, and call `epoch` and `finish` together.
-
-    Args:
-        all_gather: every rank's item, on every rank.
-        details: what else to keep of each step; None: only epochs are told of.
-    """
-
-    def __init__(
-        self,
-        phases: StepTimer,
-        collectives: CommTimer,
-        work: StepFlops,
-        all_gather: Callable[[Any], list[Any]],
-        details: StepDetails | None = None,
-    ) -> None:
-        self._phases, self._collectives, self._work = phases, collectives, work
-        self._all_gather, self._details = all_gather, details
-        self._memory: dict[str, float] = {}
-
-    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """As they are, each measured from the end of the one before to when the next one is asked for."""
-        timed = self._phases.steps(steps, start)
-        return timed if self._details is None else self._details.of_each(timed, start, self._collectives)
-
-    @contextmanager
-    def outside(self, name: str) -> Iterator[None]:
-        """Around what lies between epochs' steps: validation, checkpoint."""
-        begin = time.perf_counter()
-        yield
-        if self._details:
-            self._details.outside.setdefault(name, []).append(time.perf_counter() - begin)
-
-    def memory(self, measured: Sequence[MemoryMeasurement]) -> None:
-        """Of all ranks, in a step."""
-        self._memory = peak_figures(measured)
-
-    def epoch(self) -> dict[str, float]:
-        """Shares of time by phase, means over ranks; the share of the peak FLOP/s that is used; peak memory by term."""
-        own = self._phases.take()
-        if self._details:
-            self._details.times += own
-        sums = {name: sum(step.seconds[name] for step in own) for name in PHASES}
-        ranks = self._all_gather((sums, self._work.peak_flops_per_s))
-        flops = sum(self._work.flops_of_step(step.step) for step in own)
-        return shares([sums for sums, _ in ranks], flops, sum(peak for _, peak in ranks)) | self._memory
-
-    def finish(self) -> None:
-        """Writes what was kept of each step, on the first rank."""
-        self._collectives.close()
-        if self._details:
-            self._details.times += self._phases.take()  # of an epoch that was not ended
-            self._details.end(self._collectives)
-            self._details.write(self._all_gather(self._details.to_json() | {"memory": self._memory}))
 
 
 class StepDetails:

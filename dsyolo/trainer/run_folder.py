@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.manifest import all_checkpoints
 from dsyolo.cluster.preemption import PreemptionHandler
@@ -11,6 +13,7 @@ from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.resolve import RunSpec
 from dsyolo.config.run_config import RunConfig
 
+log = logging.getLogger(__name__)
 CLAIM_S = 60  # for another run in the same folder to end, as one that still saves
 
 
@@ -56,4 +59,6 @@ def claim_folder(run: RunSpec, claim: RunLock, request: PreemptionHandler) -> No
         raise UserError(f"{run.folder} cannot be used", [rule], BUSY)
     check_folder(run.config, run.resumes)
     if not run.resumes and (kept := set_aside(run.folder / "weights")):
-        print(f"{run.folder} has weights of a run, but no checkpoint to go on from: they are in {kept} now")
+        log.warning(
+            "%s has weights of a run, but no checkpoint to go on from: they are in %s now", run.folder, kept
+        )
