@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from runs import alone, arguments, environment, make_place
+from runs import ROOT, alone, arguments, environment, make_place, rows
 
 from dsyolo.trainer.hooks.base import Hook, HookList
 
@@ -50,20 +50,6 @@ def raising(self, *args):
 
 if EVENT and " " not in EVENT:
     setattr(Raising, EVENT, raising)
-
-
-class Counting(Hook):
-    def open(self):
-        self.steps_seen = self.trainer.state.tracking.get("steps_seen", 0)
-
-    def after_step(self, result):
-        self.steps_seen += 1
-
-    def state_dict(self):
-        return {"steps_seen": self.steps_seen}
-
-    def after_epoch(self):
-        self.trainer.figures["steps_seen"] = self.steps_seen
 """
 # Forks a run for each event, since the imports take longer than the training.
 DRIVER = """
@@ -139,11 +125,33 @@ def test_everything_is_closed_whatever_a_hook_raises(runs_that_raise: dict[str, 
     assert runs_that_raise[event] == {"raised": event, "closed": ALL_CLOSED, "joined": False, "workers": 0}
 
 
-def test_a_hook_of_ones_own_adds_a_figure_to_the_rows_of_epochs(place: Path):
-    done = alone(place, "counts", hook="my_hooks.py:Counting", epochs=2)
+def test_the_examples_of_a_hook_and_a_writer_work(place: Path):
+    """The target is set to what any network reaches."""
+    hook = place / "my_hook.py"
+    hook.write_text(
+        (ROOT / "examples/my_hook.py").read_text().replace("TARGET_MAP50 = 0.5", "TARGET_MAP50 = 0.0")
+    )
+    writer = ROOT / "examples/my_writer.py"
+    done = alone(place, "own", hook=f"{hook}:StopAtTarget", writer=f"{writer}:CsvWriter", epochs=3)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (place / "runs/counts/metrics.jsonl").read_text().splitlines()]
-    assert [row["steps_seen"] for row in rows if row["kind"] == "epoch"] == [3, 6]
+    assert "mAP50 reached 0.00" in done.stdout
+    epochs = rows(place, "own", "epoch")
+    assert [row["epoch"] for row in epochs] == [0]
+    assert epochs[0]["missing_map50"] == -epochs[0]["map50"]
+    (line,) = (place / "runs/own/epochs.csv").read_text().splitlines()
+    assert line.split(",")[:2] == ["1", str(epochs[0]["step"])]
+    assert (place / "runs/own/weights/best.safetensors").exists()
+
+
+def test_a_writer_that_fails_costs_a_warning(place: Path):
+    (place / "my_writer.py").write_text(
+        "from dsyolo.tracking.writers import Writer\n\n\nclass Failing(Writer):\n"
+        "    def __init__(self, folder): ...\n\n    def write(self, row):\n        raise OSError('no room')\n"
+    )
+    done = alone(place, "fails", writer="my_writer.py:Failing", epochs=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("my_writer.py:Failing failed, and the run goes on without it. OSError: no room") == 1
 
 
 @pytest.mark.parametrize(
