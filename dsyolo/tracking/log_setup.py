@@ -7,16 +7,15 @@ import logging.handlers
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from dsyolo.cluster.run_lock import LOGS
 
-LINE = "%(asctime)s %(levelname)s rank %(rank)d: %(message)s"
+LINE = "%(asctime)s %(levelname)s rank %(rank)d: %(source)s%(message)s"
 MOST_WAITING = 100_000  # records that are kept until the run's folder is known
 PACKAGE = Path(__file__).resolve().parents[1]
-log = logging.getLogger("dsyolo")
+log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
 
 
 class RunLog:
@@ -39,6 +38,7 @@ class RunLog:
         root = logging.getLogger()
         root.setLevel(logging.WARNING)  # of other packages
         log.setLevel(logging.INFO)
+        others.setLevel(logging.INFO)
         for handler in root.handlers[:]:
             root.removeHandler(handler)
         root.addHandler(console)
@@ -79,10 +79,12 @@ class RunLog:
 
     def _add_rank(self, record: logging.LogRecord) -> bool:
         record.rank = self._rank
+        record.source = "DeepSpeed: " if record.name == "DeepSpeed" else ""
         return True
 
     def _is_for_console(self, record: logging.LogRecord) -> bool:
-        return self._shows_deepspeed or record.levelno >= logging.WARNING or record.name != "DeepSpeed"
+        is_shown = record.name.startswith("dsyolo") or (record.name == "DeepSpeed" and self._shows_deepspeed)
+        return is_shown or record.levelno >= logging.WARNING
 
 
 class _Console(logging.Handler):
@@ -115,4 +117,4 @@ def _log_warning(
     if category is UserWarning and PACKAGE in Path(filename).parents:
         log.warning("%s", message)
     else:
-        log.info("%s:%d: %s: %s", filename, lineno, category.__name__, message)
+        others.info("%s:%d: %s: %s", filename, lineno, category.__name__, message)

@@ -142,7 +142,9 @@ class RunTracker:
     ) -> None:
         """Take an epoch and its validation (None: there was none); `figures` are others' for its row."""
         now = time.perf_counter()
-        row = _losses((self._loss_sum / self._num_summed).tolist()) if self._num_summed else {}
+        row: dict[str, Any] = {}
+        if self._loss_sum is not None and self._num_summed:
+            row = _losses((self._loss_sum / self._num_summed).tolist())
         row |= {"lr": self._lr, **self._in_epoch.rates(), "memory_gib": self.memory_gib()}
         row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last, **(figures or {})}
         if metrics is not None:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 VALIDATION_FIGURES = ("precision", "recall", "map50", "map75", "map50_95", "fitness")
 
@@ -155,7 +155,7 @@ class WandbWriter(Writer):
         self,
         folder: Path,
         *,
-        mode: str,
+        mode: Literal["online", "offline", "disabled"],
         project: str,
         name: str | None,
         config: Mapping[str, Any],

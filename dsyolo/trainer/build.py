@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 from dsyolo.base.errors import UserError
@@ -264,5 +265,5 @@ def _writers(spec: RunSpec, state: TrainState, user_writers: Mapping[str, Any]) 
             )
         )
     for name, make in user_writers.items():
-        writers.append(SafeWriter(name, lambda make=make: make(spec.folder)))
+        writers.append(SafeWriter(name, partial(make, spec.folder)))
     return writers
