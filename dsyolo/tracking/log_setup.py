@@ -111,7 +111,12 @@ class _Console(logging.Handler):
 
 
 def _log_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     """Log a warning of ours by its text; others' are for the file, with their place."""
     if category is UserWarning and PACKAGE in Path(filename).parents:
