@@ -7,6 +7,7 @@ import logging.handlers
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
