@@ -1,4 +1,4 @@
-"""What a run leaves in its folder besides checkpoints and metrics: its settings, its weights, pictures."""
+"""Artifacts in a run's folder: settings, weights files, pictures, memory.json, skipped_steps.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHOWN_SCORE = 0.25  # detections below it would only cover the picture
 
 
 class RunArtifacts:
-    """Of the one rank that writes.
+    """Writes a run's artifacts, on the main process.
 
     Args:
         folder: of the run; made when missing.
@@ -35,8 +35,8 @@ class RunArtifacts:
         deepspeed_json: as used, for deepspeed.json.
         info: goes into the weights files.
         load_rgb: the original (H, W, 3) image of a validation image's index.
-        draw: given a name and what draws it, does it soon (`BackgroundPlotter.draw`).
-        picture: told the path of each picture that is written, by whoever draws it.
+        draw: runs a drawing function soon (`BackgroundPlotter.draw`).
+        picture: called with the path of each picture that is written, on the drawing thread.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class RunArtifacts:
             _write(self.folder / name, text)
 
     def save_weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
-        """Writes weights/last.safetensors, and best.safetensors when it is; tells why where it cannot."""
+        """Write weights/last.safetensors, and best.safetensors if it is; return the problem if that fails."""
         if not (self.folder / "config.yaml").exists():
             warnings.warn(
                 f"{self.folder} was removed while the run was in it: it begins anew there.", stacklevel=2
             )
-            with contextlib.suppress(OSError):  # told below
+            with contextlib.suppress(OSError):  # reported below
                 self._begin()
         for name in ("last", "best") if is_best else ("last",):
             path = self.folder / "weights" / f"{name}.safetensors"
@@ -83,17 +83,17 @@ class RunArtifacts:
         return None
 
     def validated(
-        self, metrics: Metrics, found: Sequence[tuple[GroundTruth, Detections]], is_best: bool
+        self, metrics: Metrics, detections: Sequence[tuple[GroundTruth, Detections]], is_best: bool
     ) -> None:
-        """Has predictions.jpg drawn, a grid of the first validation images with what was found."""
+        """Have predictions.jpg drawn: a grid of the first validation images with their detections."""
         if is_best or not self._table:
             self._table = metrics.table()
-        shown = list(found[:GRID_IMAGES])
+        shown = list(detections[:GRID_IMAGES])
         self._draw("predictions.jpg", lambda: self._write_grid(shown))
 
-    def _write_grid(self, found: Sequence[tuple[GroundTruth, Detections]]) -> None:
+    def _write_grid(self, pairs: Sequence[tuple[GroundTruth, Detections]]) -> None:
         cells = []
-        for ground_truth, detections in found:
+        for ground_truth, detections in pairs:
             shown = detections.scores > SHOWN_SCORE
             detections = Detections(*(values[shown] for values in detections))
             cells.append(
@@ -109,11 +109,11 @@ class RunArtifacts:
         self._picture(path)
 
     def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Writes memory.json: what each rank was expected to need, and what it needed, in bytes."""
+        """Write memory.json: the bytes that each rank was estimated to need, and those it needed."""
         _try_to_write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
 
     def skipped_steps(self, images: Mapping[int, Sequence[str]]) -> None:
-        """Writes skipped_steps.json: by step, the images of the steps in a row that were left out."""
+        """Write skipped_steps.json: the images of the skipped steps, by step."""
         _try_to_write(self.folder / "skipped_steps.json", json.dumps(images, indent=1) + "\n")
 
     def report(self) -> None:
@@ -130,7 +130,7 @@ class RunArtifacts:
 
 
 def _try_to_write(path: Path, text: str) -> None:
-    """What a run can do without."""
+    """Write a file that the run can do without."""
     try:
         _write(path, text)
     except OSError as error:

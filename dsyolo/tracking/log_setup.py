@@ -38,7 +38,7 @@ class RunLog:
         console.addFilter(self._is_for_console)
         root = logging.getLogger()
         root.setLevel(logging.WARNING)  # of other packages
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.DEBUG)  # what the console does not show is in the file
         others.setLevel(logging.INFO)
         for handler in root.handlers[:]:
             root.removeHandler(handler)

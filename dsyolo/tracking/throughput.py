@@ -1,4 +1,4 @@
-"""How fast a run is and why: the times of all ranks' steps put together at each epoch's end, and written down for `dsyolo scale`."""
+"""Throughput and its causes: shares of step time, MFU, peak memory, and the per-step details that `dsyolo scale` reads."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dsyolo.tracking.resource_usage import ResourceUsage
 
 T = TypeVar("T")
 
-LOGGED_STEP = 3  # of a run: the one in which DeepSpeed's comms logger is on. The second measures memory, the first is slow
+LOGGED_STEP = 3  # with DeepSpeed's comms logger on: the first step is slow, the second measures memory
 SHARES = {name: "data_wait_share" if name == DATA else f"{name}_share" for name in PHASES}
 
 
 class StepDetails:
-    """What is kept of each step of a rank, for `dsyolo scale`.
+    """The details of each step of a rank, for `dsyolo scale`.
 
     Args:
-        path: of the file that the first rank writes; None on the others.
-        about: the run, and this rank.
+        path: of the file that the main process writes; None on other ranks.
+        about: facts of the run and of this rank.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any], usage: ResourceUsage) -> None:
@@ -38,7 +38,7 @@ class StepDetails:
         self._log = CommsLog()
 
     def of_each(self, steps: Iterator[T], start: int, collectives: CommTimer) -> Iterator[T]:
-        """Gives what `steps` gives, and looks around after each."""
+        """Yield what `steps` yields, and take a sample of counters after each."""
         self._step = start
         self._about.setdefault("first_step_at", time.time())
         self._look(collectives)
@@ -52,12 +52,12 @@ class StepDetails:
             self._look(collectives)
 
     def end(self, collectives: CommTimer) -> None:
-        """Of the run, which may have stopped behind a step."""
+        """Take the last sample of a run that may have stopped after a step."""
         if self._step not in self._seen:
             self._look(collectives)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, of this rank."""
+        """Return this rank's details."""
         steps = [
             {"step": one.step, "seconds": one.seconds, "seen": self._seen.get(one.step, {})}
             for one in self.times
@@ -65,7 +65,7 @@ class StepDetails:
         return {**self._about, "steps": steps, "outside": self.outside, "comms_logger": self._comms}
 
     def write(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Of all ranks, where it is this one's task."""
+        """Write the details of all ranks, on the main process."""
         if self._path and any(rank["steps"] for rank in ranks):
             self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
 
@@ -79,12 +79,18 @@ class StepDetails:
 
 
 def measured_every(log_every: int, steps_of_epoch: int) -> int:
-    """Each how many-th step is measured: one in every epoch at least, which may have a step less than the first."""
+    """Return n to measure every n-th step: at least one in every epoch, which may have a step less than the first."""
     return min(log_every, max(1, steps_of_epoch // 2))
 
 
 def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s: float) -> dict[str, float]:
-    """Of seconds by phase, one mapping a rank: each phase's mean share, and the share of all ranks' peak that `flops` take."""
+    """Return each phase's mean share of the time, and the MFU.
+
+    Args:
+        ranks: seconds by phase of each rank.
+        flops: of all ranks in that time.
+        peak_flops_per_s: of all ranks together; 0 where it is not known.
+    """
     wholes = [sum(sums.values()) for sums in ranks]
     if not all(wholes):
         return {}  # an epoch too short for a step to be measured
@@ -99,7 +105,7 @@ def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s:
 
 
 def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
-    """In GiB, of the rank that needs most: the peak, and each term at its own most."""
+    """Return the peak and the maximum of each term, in GiB, of the rank that needs most."""
     most = max(measured, key=lambda one: one.peak or one.account.together.total)
     terms: MemoryTerms = most.account.together
     peak = {} if most.peak is None else {"peak_gib": most.peak / 2**30}
@@ -107,7 +113,7 @@ def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
 
 
 def describe(row: Mapping[str, float]) -> str:
-    """An epoch's account in a line; empty where there is none."""
+    """Return an epoch's throughput as a line; empty where it was not measured."""
     if SHARES[COMMUNICATION] not in row:
         return ""
     data, communication = (f"{100 * row[SHARES[name]]:.0f} %" for name in (DATA, COMMUNICATION))

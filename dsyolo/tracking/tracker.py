@@ -31,9 +31,7 @@ PANELS = {  # of results.png: by title the lines, each a name and its key in an 
     "images/s": {"images/s": "images_per_s"},
     "peak memory (GiB)": {"memory": "memory_gib"},
 }
-PLOT_SHARE = (
-    0.01  # of the run's time that drawing results.png may take: it takes it from the training's cores
-)
+PLOT_SHARE = 0.01  # of the run's time for drawing results.png, which takes the training's cores
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +108,7 @@ class RunTracker:
     def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
         """Take an optimizer step; `data_wait_s` is how long it waited for its batches."""
         self._lr, self._step = lr, progress.step
-        if stats.was_applied:  # else they may be NaN, and with them the epoch's
+        if stats.was_applied:  # a skipped step's may be NaN
             self._sum(stats.losses.detach())
         self._in_epoch.step(progress, data_wait_s)
         self._since_log.step(progress, data_wait_s)
@@ -132,8 +130,10 @@ class RunTracker:
         steps_per_s = self._since_log.steps / max(self._since_log.seconds, 1e-9)
         self._since_log = _Window(progress)
         self._write("step", progress, row)
-        if not self._has_terminal:
-            log.info("%s", _step_line(progress, row, steps_per_s, self.mfu(row["images_per_s"])))
+        level = (
+            logging.DEBUG if self._has_terminal else logging.INFO
+        )  # there the bar shows it: for the file alone
+        log.log(level, "%s", _step_line(progress, row, steps_per_s, self.mfu(row["images_per_s"])))
         self._bar.set_description(f"epoch {progress.epoch + 1}/{progress.epochs}", refresh=False)
         self._bar.set_postfix_str(_describe(row), refresh=False)
 
@@ -189,7 +189,7 @@ class RunTracker:
             writer.close()
 
     def _sum(self, losses: torch.Tensor) -> None:
-        """On the device: one small kernel a step, no waiting."""
+        """Add a step's losses on the device: one small kernel, no wait."""
         previous = torch.zeros_like(losses) if self._loss_sum is None else self._loss_sum.to(losses.device)
         self._loss_sum = previous + losses
         self._num_summed += 1
@@ -206,7 +206,7 @@ class RunTracker:
 
 
 class _Window:
-    """Images, seconds and waiting between two moments of training."""
+    """Counts images, steps, seconds and data waits since its construction."""
 
     def __init__(self, progress: TrainStateLike) -> None:
         self.start = self.last = time.perf_counter()
@@ -240,7 +240,7 @@ def _losses(values: list[float]) -> dict[str, float]:
 
 
 def _curves(rows: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, tuple[list, list]]:
-    """By name x (1-based epochs) and y, without the epochs that lack the value."""
+    """Return x (1-based epochs) and y by line, without the epochs that lack the value."""
     curves = {}
     for name, key in names.items():
         points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
