@@ -44,7 +44,7 @@ from dsyolo.trainer.hooks.memory_profile_hook import MemoryProfileHook
 from dsyolo.trainer.hooks.metrics_hook import MetricsHook
 from dsyolo.trainer.hooks.preemption_hook import PreemptionHook
 from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
-from dsyolo.trainer.run_folder import claim_folder
+from dsyolo.trainer.run_folder import lock_folder
 from dsyolo.trainer.trainer import Trainer
 
 SAME = ("epochs", "num_images", "global_batch", "seed")  # of TrainState, when a run is resumed
@@ -80,7 +80,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     watchdog, preemption = session.watchdog, session.preemption
     user_hooks, user_writers = _user_hooks(spec.config.hook), _user_classes(spec.config.writer, "writer")
     watchdog.at("waiting for the run's folder")
-    collectives.run_on_rank0_and_broadcast(world, lambda: claim_folder(spec, session.run_lock, preemption))
+    collectives.run_on_rank0_and_broadcast(world, lambda: lock_folder(spec, session.run_lock, preemption))
     check_shared(spec.folder, world)
     session.run_log.open_file(spec.folder)
     plan = spec.ds.source if spec.planned else None
