@@ -1,7 +1,7 @@
 """Write the tree of dsyolo/ into docs/architecture.md: a line for each file, from the file's docstring.
 
-    python docs/tree.py            # write it
-    python docs/tree.py --check    # exit with 1 if it is out of date
+python docs/tree.py            # write it
+python docs/tree.py --check    # exit with 1 if it is out of date
 """
 
 from __future__ import annotations
