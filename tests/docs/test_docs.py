@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import ROOT, environment
 from source_files import FILES, name_of
 
@@ -29,7 +30,7 @@ PAGES = [
 ]
 PAGES += [ROOT / "tests" / "golden" / "data" / "README.md"]
 LANGUAGES = {"bash", "bash run", "text", "json", "yaml", "python"}
-OWN_PROGRAMS = ("dsyolo", "deepspeed", "python", "make", "launch/", "sbatch", "kubectl", "pip")
+OWN_COMMAND = re.compile(r"(dsyolo|deepspeed|python|make|launch/[\w.]+|sbatch|kubectl|pip) \S")
 OTHER_PROGRAMS = {"pre-commit"}  # nothing of theirs is checked
 FOREIGN_OPTIONS = {"--", "--shm-size"}  # the latter is docker's
 OUR_PATHS = re.compile(r"(dsyolo|docs|tests|benchmarks|launch|ds_configs|\.ci|\.github)/[\w./-]*")
@@ -188,9 +189,7 @@ def test_every_fence_says_what_it_holds(page):
     for info, block in fences(page):
         assert info in LANGUAGES, f"```{info}: mark it as one of {sorted(LANGUAGES)}"
         if not info.startswith("bash"):
-            shell = [
-                line for line in block.splitlines() if line.startswith(tuple(f"{p} " for p in OWN_PROGRAMS))
-            ]
+            shell = [line for line in block.splitlines() if OWN_COMMAND.match(line)]
             assert not shell or info == "python", f"a command in a fence that is not bash: {shell}"
 
 
@@ -240,6 +239,16 @@ def test_code_in_sentences_names_what_exists(page):
             if READY_JSON.fullmatch(word) and not (ROOT / "ds_configs" / word).is_file():
                 faults.append(f"`{span}`: there is no such file in ds_configs/")
     assert not faults, "\n".join(faults)
+
+
+def test_checks_before_a_commit_are_local_and_ci_runs_what_the_makefile_has():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    assert all(hook["entry"].startswith(".venv/bin/") for repo in hooks for hook in repo["hooks"])
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    steps = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    assert [step for step in steps if ".ci/run" in step]
+    assert "make lint" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_every_ready_json_is_described():
