@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.cluster import preemption as stop
 
 FILE = ".lock"
+LOGS = "logs"  # log files of the ranks, in the run\'s folder
 LOOK_S = 0.2
 BUSY = (
     stop.STATUS
@@ -61,10 +63,16 @@ class RunLock:
             raise UserError(f"{folder} cannot be used", [f"{self._path}: {error.strerror}."]) from None
 
     def leave(self) -> None:
-        """Gives back a folder that this run has made and left nothing in."""
-        if self._file is not None and self._has_made_folder and os.listdir(self._path.parent) == [FILE]:
+        """Release the lock, and remove a folder that this run has made and left nothing but logs in."""
+        if self._file is None:
+            return
+        folder, logs = self._path.parent, self._path.parent / LOGS
+        if self._has_made_folder and set(os.listdir(folder)) <= {FILE, LOGS}:
+            shutil.rmtree(logs, ignore_errors=True)
             self._path.unlink()
-            self._path.parent.rmdir()
+            folder.rmdir()
+        os.close(self._file)
+        self._file = None
 
     def _is_taken(self) -> bool:
         # The lock goes with the first descriptor of the file that this process closes: it opens none where it has it.

@@ -193,6 +193,12 @@ class RunConfig(BaseModel):
     max_detections: int = _knob(300, "most detections per image", "validation", ge=1)
     rect_val: bool = _knob(True, "pad validation images to their batch's shape only", "validation")
 
+    hook: str | None = _knob(
+        None, "your own hooks, as my_module:MyHook or my_file.py:MyHook, several with commas", "tracking"
+    )
+    writer: str | None = _knob(
+        None, "your own writers of figures, as my_module:MyWriter, several with commas", "tracking"
+    )
     wandb: Literal["disabled", "online", "offline"] = _knob("disabled", "Weights & Biases", "tracking")
     wandb_project: str = _knob("dsyolo", "project there", "tracking", min_length=1)
     wandb_name: str | None = _knob(None, "name there, by default that of the run", "tracking")

@@ -75,16 +75,19 @@ def quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
 
 
-def destroy_process_group(world: World) -> None:
+def destroy_process_group(world: World, *, orderly: bool = True) -> None:
     """Leaves the process group, so that no rank is torn down while another still talks to it.
+
+    Args:
+        orderly: all ranks leave; False: this rank leaves after an error, and waits for none.
 
     Where the JSON's `comms_logger` is on, the first rank prints what it saw: DeepSpeed leaves that to the program.
     """
     from deepspeed.comm import comm as deepspeed_comm
 
-    if deepspeed_comm.comms_logger is not None and deepspeed_comm.comms_logger.enabled:
+    if orderly and deepspeed_comm.comms_logger is not None and deepspeed_comm.comms_logger.enabled:
         deepspeed_comm.log_summary()
-    if world.size > 1:
+    if world.size > 1 and orderly:
         torch_dist.barrier()
     torch_dist.destroy_process_group()
 

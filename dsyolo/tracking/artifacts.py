@@ -1,9 +1,10 @@
-"""What a run leaves in its folder besides checkpoints and metrics: its settings, its weights, pictures."""
+"""Artifacts in a run's folder: settings, weights files, pictures, memory.json, skipped_steps.json."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,30 +21,13 @@ from dsyolo.detection.metrics import Metrics
 from dsyolo.models.weights import WeightsInfo, save_weights
 from dsyolo.tracking.plots import draw, grid, save
 
+log = logging.getLogger(__name__)
 GRID_IMAGES, GRID_COLUMNS, CELL_PX = 12, 4, 400
 SHOWN_SCORE = 0.25  # detections below it would only cover the picture
 
 
-class NullArtifacts:
-    """Of the ranks that write nothing."""
-
-    keeps_weights = False
-
-    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None: ...
-
-    def validated(
-        self, metrics: Metrics, found: Sequence[tuple[GroundTruth, Detections]], is_best: bool
-    ) -> None: ...
-
-    def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def skipped(self, images: Mapping[int, Sequence[str]]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
 class RunArtifacts:
-    """Of the one rank that writes.
+    """Writes a run's artifacts, on the main process.
 
     Args:
         folder: of the run; made when missing.
@@ -51,11 +35,9 @@ class RunArtifacts:
         deepspeed_json: as used, for deepspeed.json.
         info: goes into the weights files.
         load_rgb: the original (H, W, 3) image of a validation image's index.
-        draw: given a name and what draws it, does it soon (`BackgroundPlotter.draw`).
-        picture: told the path of each picture that is written, by whoever draws it.
+        draw: runs a drawing function soon (`BackgroundPlotter.draw`).
+        picture: called with the path of each picture that is written, on the drawing thread.
     """
-
-    keeps_weights = True
 
     def __init__(
         self,
@@ -83,13 +65,13 @@ class RunArtifacts:
         for name, text in self._settings.items():
             _write(self.folder / name, text)
 
-    def weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
-        """Writes weights/last.safetensors, and best.safetensors when it is; tells why where it cannot."""
+    def save_weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
+        """Write weights/last.safetensors, and best.safetensors if it is; return the problem if that fails."""
         if not (self.folder / "config.yaml").exists():
             warnings.warn(
                 f"{self.folder} was removed while the run was in it: it begins anew there.", stacklevel=2
             )
-            with contextlib.suppress(OSError):  # told below
+            with contextlib.suppress(OSError):  # reported below
                 self._begin()
         for name in ("last", "best") if is_best else ("last",):
             path = self.folder / "weights" / f"{name}.safetensors"
@@ -101,17 +83,17 @@ class RunArtifacts:
         return None
 
     def validated(
-        self, metrics: Metrics, found: Sequence[tuple[GroundTruth, Detections]], is_best: bool
+        self, metrics: Metrics, detections: Sequence[tuple[GroundTruth, Detections]], is_best: bool
     ) -> None:
-        """Has predictions.jpg drawn, a grid of the first validation images with what was found."""
+        """Have predictions.jpg drawn: a grid of the first validation images with their detections."""
         if is_best or not self._table:
             self._table = metrics.table()
-        shown = list(found[:GRID_IMAGES])
+        shown = list(detections[:GRID_IMAGES])
         self._draw("predictions.jpg", lambda: self._write_grid(shown))
 
-    def _write_grid(self, found: Sequence[tuple[GroundTruth, Detections]]) -> None:
+    def _write_grid(self, pairs: Sequence[tuple[GroundTruth, Detections]]) -> None:
         cells = []
-        for ground_truth, detections in found:
+        for ground_truth, detections in pairs:
             shown = detections.scores > SHOWN_SCORE
             detections = Detections(*(values[shown] for values in detections))
             cells.append(
@@ -127,15 +109,15 @@ class RunArtifacts:
         self._picture(path)
 
     def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Writes memory.json: what each rank was expected to need, and what it needed, in bytes."""
+        """Write memory.json: the bytes that each rank was estimated to need, and those it needed."""
         _try_to_write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
 
-    def skipped(self, images: Mapping[int, Sequence[str]]) -> None:
-        """Writes skipped_steps.json: by step, the images of the steps in a row that were left out."""
+    def skipped_steps(self, images: Mapping[int, Sequence[str]]) -> None:
+        """Write skipped_steps.json: the images of the skipped steps, by step."""
         _try_to_write(self.folder / "skipped_steps.json", json.dumps(images, indent=1) + "\n")
 
-    def finish(self) -> None:
-        """Prints the best validation and where things are."""
+    def report(self) -> None:
+        """Log the best validation and where things are."""
         names = (
             "weights/best.safetensors",
             "weights/last.safetensors",
@@ -143,14 +125,12 @@ class RunArtifacts:
             "results.png",
             "metrics.jsonl",
         )
-        print(f"\n{self._table}\n")
-        for name in names:
-            if (self.folder / name).exists():
-                print(f"{self.folder / name}")
+        there = [f"{self.folder / name}" for name in names if (self.folder / name).exists()]
+        log.info("best validation:\n%s\n\n%s", self._table, "\n".join(there))
 
 
 def _try_to_write(path: Path, text: str) -> None:
-    """What a run can do without."""
+    """Write a file that the run can do without."""
     try:
         _write(path, text)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Draws pictures of a run while it goes on: the other ranks do not wait for them."""
+"""Draws pictures beside the training, so that no rank waits for them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 
 
 class BackgroundPlotter:
-    """One thread that draws. Of each picture only the latest version waits; what waits at the end is drawn then.
+    """One drawing thread. Only the latest version of each picture waits; what waits at the end is drawn then.
 
-    What fails costs a warning: a picture is nothing to stop a run for.
+    A picture that fails costs a warning: it is nothing to stop a run for.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[str, Callable[[], None]] = {}
         self._is_busy = self._is_closed = False
         self._changed = threading.Condition()
-        # ends with the program where that breaks, instead of keeping it alive
+        # a daemon, so that it does not keep a broken program alive
         self._thread = threading.Thread(target=self._work, name="background-plotter", daemon=True)
 
     def draw(self, name: str, work: Callable[[], None]) -> None:
-        """Has `work` done soon, instead of what waits under that name. After `close` at once."""
+        """Run `work` soon, instead of what waits under that name; after `close`, run it at once."""
         with self._changed:
             if not self._is_closed:
                 self._waiting[name] = work
@@ -32,12 +32,12 @@ class BackgroundPlotter:
         _tried(name, work)
 
     def wait(self) -> None:
-        """Until all is drawn."""
+        """Wait until everything is drawn."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and not self._is_busy)
 
     def close(self) -> None:
-        """Draws what waits, and ends the thread. Further calls do nothing."""
+        """Draw what waits, and end the thread. Further calls do nothing."""
         self.wait()
         with self._changed:
             self._is_closed = True
@@ -62,5 +62,5 @@ class BackgroundPlotter:
 def _tried(name: str, work: Callable[[], None]) -> None:
     try:
         work()
-    except Exception as error:  # of OpenCV, Matplotlib, the disk: whatever it is
+    except Exception as error:  # OpenCV's, Matplotlib's, the disk's
         warnings.warn(f"{name} was not drawn. {type(error).__name__}: {error}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Pictures to look at: boxes drawn on images, grids of images, curves of a run.
+"""Plots: boxes drawn on images, grids of images, curves of a run.
 
 Images are (H, W, 3) uint8 RGB throughout; only `save` knows of OpenCV's BGR.
 """
@@ -21,7 +21,7 @@ CAP_HEIGHT = 21.0  # pixels of a capital letter of FONT at scale 1
 
 
 def colour(klass: int) -> tuple[int, int, int]:
-    """RGB of a class, the same in every picture.
+    """Return the RGB of a class, the same in every picture.
 
     Hues go round by the golden ratio, so that neighbouring classes differ most however many there are;
     saturation and value alternate, for the classes whose hues come close again.
@@ -39,12 +39,12 @@ def draw(
     *,
     ground_truth: GroundTruth | None = None,
 ) -> np.ndarray:
-    """A copy of the image with a box, class and score per detection, the best on top.
+    """Return a copy of the image with a box, class and score per detection, the best on top.
 
     Args:
         image_rgb: (H, W, 3) uint8.
         detections: in pixels of `image_rgb`.
-        truth: its boxes are drawn too, in dashes of black and white under the others, without text.
+        ground_truth: its boxes are drawn below, in black and white dashes, without text.
     """
     picture = np.ascontiguousarray(image_rgb).copy()
     line_px = max(round(sum(picture.shape[:2]) * 0.0018), 1)
@@ -66,7 +66,7 @@ def draw(
 
 
 def grid(images: Sequence[np.ndarray], *, columns: int, cell_px: int, gap_px: int = 6) -> np.ndarray:
-    """The images row by row on white, each with its long side at `cell_px`; a row is as high as its highest image.
+    """Return the images row by row on white, each with its long side at `cell_px`; a row is as high as its highest image.
 
     Args:
         images: each (H, W, 3) uint8, of any size; at least one.
@@ -160,7 +160,7 @@ def _dashed_box(picture: np.ndarray, box_xyxy: np.ndarray, line_px: int) -> None
 
 
 def _text(picture: np.ndarray, text: str, box_xyxy: np.ndarray, rgb: tuple[int, int, int]) -> None:
-    """On a plate above the box's left corner; inside the box where the image ends."""
+    """Write on a plate above the box's left corner, or inside the box where the image ends."""
     height, width = picture.shape[:2]
     scale = max((height + width) * 0.010, 9.0) / CAP_HEIGHT  # below 9 px capitals are not legible
     stroke_px = max(round(scale * 1.8), 1)

@@ -1,122 +1,31 @@
-"""How fast a run is and why: the times of all ranks' steps put together at each epoch's end, and written down for `dsyolo scale`."""
+"""Throughput and its causes: shares of step time, MFU, peak memory, and the per-step details that `dsyolo scale` reads."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from dsyolo.engine.comm_timer import CommsLog, CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.memory_terms import MemoryTerms
-from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimer, StepTimes
+from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimes
 from dsyolo.tracking.resource_usage import ResourceUsage
 
 T = TypeVar("T")
 
-LOGGED_STEP = 3  # of a run: the one in which DeepSpeed's comms logger is on. The second measures memory, the first is slow
+LOGGED_STEP = 3  # with DeepSpeed's comms logger on: the first step is slow, the second measures memory
 SHARES = {name: "data_wait_share" if name == DATA else f"{name}_share" for name in PHASES}
 
 
-class StepFlops(NamedTuple):
-    """What a step computes, and what this rank could.
-
-    Attributes:
-        flops_of_step: of all ranks, by step: three times those of the forward pass. What is recomputed does not count.
-        peak_flops_per_s: of this rank's device.
-    """
-
-    flops_of_step: Callable[[int], float]
-    peak_flops_per_s: float
-
-
-class NoTimeProfile:
-    """Counts nothing and tells nothing."""
-
-    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """As they are."""
-        return steps
-
-    def outside(self, name: str) -> AbstractContextManager[None]:
-        """Around what lies between epochs' steps: validation, checkpoint."""
-        return nullcontext()
-
-    def memory(self, measured: Sequence[MemoryMeasurement]) -> None:
-        """Of all ranks, in a step."""
-
-    def epoch(self) -> dict[str, float]:
-        """What there is to say of the epoch's steps."""
-        return {}
-
-    def finish(self) -> None:
-        """The training is over."""
-
-
-class TimeProfile:
-    """Of one rank; all ranks have one, and call `epoch` and `finish` together.
-
-    Args:
-        all_gather: every rank's item, on every rank.
-        details: what else to keep of each step; None: only epochs are told of.
-    """
-
-    def __init__(
-        self,
-        phases: StepTimer,
-        collectives: CommTimer,
-        work: StepFlops,
-        all_gather: Callable[[Any], list[Any]],
-        details: StepDetails | None = None,
-    ) -> None:
-        self._phases, self._collectives, self._work = phases, collectives, work
-        self._all_gather, self._details = all_gather, details
-        self._memory: dict[str, float] = {}
-
-    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """As they are, each measured from the end of the one before to when the next one is asked for."""
-        timed = self._phases.steps(steps, start)
-        return timed if self._details is None else self._details.of_each(timed, start, self._collectives)
-
-    @contextmanager
-    def outside(self, name: str) -> Iterator[None]:
-        """Around what lies between epochs' steps: validation, checkpoint."""
-        begin = time.perf_counter()
-        yield
-        if self._details:
-            self._details.outside.setdefault(name, []).append(time.perf_counter() - begin)
-
-    def memory(self, measured: Sequence[MemoryMeasurement]) -> None:
-        """Of all ranks, in a step."""
-        self._memory = peak_figures(measured)
-
-    def epoch(self) -> dict[str, float]:
-        """Shares of time by phase, means over ranks; the share of the peak FLOP/s that is used; peak memory by term."""
-        own = self._phases.take()
-        if self._details:
-            self._details.times += own
-        sums = {name: sum(step.seconds[name] for step in own) for name in PHASES}
-        ranks = self._all_gather((sums, self._work.peak_flops_per_s))
-        flops = sum(self._work.flops_of_step(step.step) for step in own)
-        return shares([sums for sums, _ in ranks], flops, sum(peak for _, peak in ranks)) | self._memory
-
-    def finish(self) -> None:
-        """Writes what was kept of each step, on the first rank."""
-        self._collectives.close()
-        if self._details:
-            self._details.times += self._phases.take()  # of an epoch that was not ended
-            self._details.end(self._collectives)
-            self._details.write(self._all_gather(self._details.to_json() | {"memory": self._memory}))
-
-
 class StepDetails:
-    """What is kept of each step of a rank, for `dsyolo scale`.
+    """The details of each step of a rank, for `dsyolo scale`.
 
     Args:
-        path: of the file that the first rank writes; None on the others.
-        about: the run, and this rank.
+        path: of the file that the main process writes; None on other ranks.
+        about: facts of the run and of this rank.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any], usage: ResourceUsage) -> None:
@@ -129,7 +38,7 @@ class StepDetails:
         self._log = CommsLog()
 
     def of_each(self, steps: Iterator[T], start: int, collectives: CommTimer) -> Iterator[T]:
-        """Gives what `steps` gives, and looks around after each."""
+        """Yield what `steps` yields, and take a sample of counters after each."""
         self._step = start
         self._about.setdefault("first_step_at", time.time())
         self._look(collectives)
@@ -143,12 +52,12 @@ class StepDetails:
             self._look(collectives)
 
     def end(self, collectives: CommTimer) -> None:
-        """Of the run, which may have stopped behind a step."""
+        """Take the last sample of a run that may have stopped after a step."""
         if self._step not in self._seen:
             self._look(collectives)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, of this rank."""
+        """Return this rank's details."""
         steps = [
             {"step": one.step, "seconds": one.seconds, "seen": self._seen.get(one.step, {})}
             for one in self.times
@@ -156,7 +65,7 @@ class StepDetails:
         return {**self._about, "steps": steps, "outside": self.outside, "comms_logger": self._comms}
 
     def write(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Of all ranks, where it is this one's task."""
+        """Write the details of all ranks, on the main process."""
         if self._path and any(rank["steps"] for rank in ranks):
             self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
 
@@ -170,12 +79,18 @@ class StepDetails:
 
 
 def measured_every(log_every: int, steps_of_epoch: int) -> int:
-    """Each how many-th step is measured: one in every epoch at least, which may have a step less than the first."""
+    """Return n to measure every n-th step: at least one in every epoch, which may have a step less than the first."""
     return min(log_every, max(1, steps_of_epoch // 2))
 
 
 def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s: float) -> dict[str, float]:
-    """Of seconds by phase, one mapping a rank: each phase's mean share, and the share of all ranks' peak that `flops` take."""
+    """Return each phase's mean share of the time, and the MFU.
+
+    Args:
+        ranks: seconds by phase of each rank.
+        flops: of all ranks in that time.
+        peak_flops_per_s: of all ranks together; 0 where it is not known.
+    """
     wholes = [sum(sums.values()) for sums in ranks]
     if not all(wholes):
         return {}  # an epoch too short for a step to be measured
@@ -190,7 +105,7 @@ def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s:
 
 
 def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
-    """In GiB, of the rank that needs most: the peak, and each term at its own most."""
+    """Return the peak and the maximum of each term, in GiB, of the rank that needs most."""
     most = max(measured, key=lambda one: one.peak or one.account.together.total)
     terms: MemoryTerms = most.account.together
     peak = {} if most.peak is None else {"peak_gib": most.peak / 2**30}
@@ -198,7 +113,7 @@ def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
 
 
 def describe(row: Mapping[str, float]) -> str:
-    """An epoch's account in a line; empty where there is none."""
+    """Return an epoch's throughput as a line; empty where it was not measured."""
     if SHARES[COMMUNICATION] not in row:
         return ""
     data, communication = (f"{100 * row[SHARES[name]]:.0f} %" for name in (DATA, COMMUNICATION))

@@ -1,14 +1,11 @@
-"""What a run tells: progress bar, one line per epoch, metrics.jsonl, results.png, Weights & Biases.
-
-One rank has a `RunTracker`, the others a `NullTracker`; nobody asks which. The tracker alone decides when a
-step is read back from the device: every `log_every` steps, since each reading waits for the device.
-"""
+"""The figures of a run on its main process: rows for writers, log lines, a progress bar, curves."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +17,10 @@ from dsyolo.detection.metrics import Metrics
 from dsyolo.engine.memory_profile import process_memory_gib
 from dsyolo.tracking.background_plotter import BackgroundPlotter
 from dsyolo.tracking.plots import save_curves
-from dsyolo.tracking.throughput import describe as describe_pace
-from dsyolo.tracking.writers import MetricsFile, WandbRun
+from dsyolo.tracking.throughput import describe as describe_throughput
+from dsyolo.tracking.writers import VALIDATION_FIGURES, JsonlWriter, Writer
 
 LOSSES = ("box", "obj", "cls")
-FIGURES = ("precision", "recall", "map50", "map75", "map50_95", "fitness")
 PANELS = {  # of results.png: by title the lines, each a name and its key in an epoch's row
     "box loss": {"box": "box"},
     "objectness loss": {"objectness": "obj"},
@@ -35,9 +31,8 @@ PANELS = {  # of results.png: by title the lines, each a name and its key in an 
     "images/s": {"images/s": "images_per_s"},
     "peak memory (GiB)": {"memory": "memory_gib"},
 }
-PLOT_SHARE = (
-    0.01  # of the run's time that drawing results.png may take: it takes it from the training's cores
-)
+PLOT_SHARE = 0.01  # of the run's time for drawing results.png, which takes the training's cores
+log = logging.getLogger(__name__)
 
 
 class TrainStateLike(Protocol):
@@ -50,59 +45,14 @@ class TrainStateLike(Protocol):
     images_seen: int
 
 
-class Tracker(Protocol):
-    """What the loop tells. No method fails for what lies outside the run, such as the network."""
-
-    def begin(self, progress: TrainStateLike) -> None:
-        """Training (again) starts here: the time since the last call, as for a checkpoint, is not training's."""
-
-    def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
-        """After each optimizer step; `data_wait_s` is how long it waited for its batches."""
-
-    def epoch(
-        self, progress: TrainStateLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
-    ) -> None:
-        """After each epoch and its validation; `metrics` is None where there was none. `pace`: where its time went."""
-
-    def say(self, text: str) -> None:
-        """Lines for whoever watches."""
-
-    def pictures(self, path: Path) -> None:
-        """A picture of predictions was written there."""
-
-    def state(self) -> dict[str, Any]:
-        """For the checkpoint's JSON: give it to the tracker of the resumed run."""
-
-    def close(self) -> None:
-        """The run is over, or broke. Further calls of `close` do nothing."""
-
-
-class NullTracker:
-    """Of the ranks that tell nothing."""
-
-    def begin(self, progress: TrainStateLike) -> None: ...
-
-    def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None: ...
-
-    def epoch(
-        self, progress: TrainStateLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
-    ) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def pictures(self, path: Path) -> None: ...
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None: ...
-
-
 class RunTracker:
-    """Of the one rank that tells.
+    """Keeps the figures of a run on the main process, and hands them to writers, log, progress bar and curves.
+
+    It alone decides when a step is read back from the device: every `log_every` steps, since each reading waits for it.
 
     Attributes:
-        painter: draws pictures of the run; what it has to draw is there once the tracker is closed.
+        plotter: draws pictures of the run; they are all there once the tracker is closed.
+        mfu: the share of the peak FLOP/s that so many images/s use, None where it is not known.
 
     Args:
         folder: of the run; exists.
@@ -110,9 +60,8 @@ class RunTracker:
             resumed run reads like that of one never interrupted.
         log_every: optimizer steps between two readings of the losses; the first and the last step are always read.
         state: what `state()` gave when the checkpoint that is resumed from was written.
-        memory_gib: tells the peak memory to report.
-        wandb_mode: online, offline or disabled.
-        config: of the run, as W&B shows it.
+        memory_gib: returns the peak memory to report.
+        writers: get every row beside metrics.jsonl.
     """
 
     def __init__(
@@ -123,29 +72,21 @@ class RunTracker:
         log_every: int = 10,
         state: Mapping[str, Any] | None = None,
         memory_gib: Callable[[], float] = process_memory_gib,
-        wandb_mode: str = "disabled",
-        wandb_project: str = "dsyolo",
-        wandb_name: str | None = None,
-        config: Mapping[str, Any] | None = None,
+        writers: Sequence[Writer] = (),
     ) -> None:
         state = dict(state or {})
         self.folder = Path(folder)
         self.log_every = log_every
         self.memory_gib = memory_gib
-        self._rows = MetricsFile(self.folder / "metrics.jsonl", step=start.step, epoch=start.epoch)
-        self._wandb = WandbRun(
-            self.folder,
-            mode=wandb_mode,
-            project=wandb_project,
-            name=wandb_name,
-            config=config or {},
-            run_id=state.get("run_id"),
-        )
+        self.mfu: Callable[[float], float | None] = lambda images_per_s: None
+        self._rows = JsonlWriter(self.folder / "metrics.jsonl", step=start.step, epoch=start.epoch)
+        self._writers: list[Writer] = [self._rows, *writers]
+        self._has_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=start.total_steps,
             initial=start.step,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not self._has_terminal,
             dynamic_ncols=True,
         )
         self._loss_sum: torch.Tensor | None = None  # (3,) on the device, of this epoch's steps
@@ -159,18 +100,15 @@ class RunTracker:
         self._closed = False
         self.begin(start)
 
-    @property
-    def run_id(self) -> str | None:
-        """Of W&B; None without it."""
-        return self._wandb.run_id
-
     def begin(self, progress: TrainStateLike) -> None:
+        """Start to count time: what lay before, as a checkpoint, is not training's."""
         self._in_epoch = _Window(progress)
         self._since_log = _Window(progress)
 
     def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
+        """Take an optimizer step; `data_wait_s` is how long it waited for its batches."""
         self._lr, self._step = lr, progress.step
-        if stats.was_applied:  # else they may be NaN, and with them the epoch's
+        if stats.was_applied:  # a skipped step's may be NaN
             self._sum(stats.losses.detach())
         self._in_epoch.step(progress, data_wait_s)
         self._since_log.step(progress, data_wait_s)
@@ -189,60 +127,69 @@ class RunTracker:
         if self._num_skipped:
             row["skipped_steps"] = self._num_skipped
             self._num_skipped = 0
+        steps_per_s = self._since_log.steps / max(self._since_log.seconds, 1e-9)
         self._since_log = _Window(progress)
-        self._tell("step", progress, row)
+        self._write("step", progress, row)
+        level = (
+            logging.DEBUG if self._has_terminal else logging.INFO
+        )  # there the bar shows it: for the file alone
+        log.log(level, "%s", _step_line(progress, row, steps_per_s, self.mfu(row["images_per_s"])))
         self._bar.set_description(f"epoch {progress.epoch + 1}/{progress.epochs}", refresh=False)
         self._bar.set_postfix_str(_describe(row), refresh=False)
 
     def epoch(
-        self, progress: TrainStateLike, metrics: Metrics | None, pace: Mapping[str, float] | None = None
+        self, progress: TrainStateLike, metrics: Metrics | None, figures: Mapping[str, float] | None = None
     ) -> None:
+        """Take an epoch and its validation (None: there was none); `figures` are others' for its row."""
         now = time.perf_counter()
-        row = _losses((self._loss_sum / self._num_summed).tolist()) if self._num_summed else {}
+        row: dict[str, Any] = {}
+        if self._loss_sum is not None and self._num_summed:
+            row = _losses((self._loss_sum / self._num_summed).tolist())
         row |= {"lr": self._lr, **self._in_epoch.rates(), "memory_gib": self.memory_gib()}
-        row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last, **(pace or {})}
+        row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last, **(figures or {})}
         if metrics is not None:
-            figures = metrics.to_json()
-            row |= {name: figures[name] for name in FIGURES}
-        self._tell("epoch", progress, row)
+            validated = metrics.to_json()
+            row |= {name: validated[name] for name in VALIDATION_FIGURES}
+        self._write("epoch", progress, row)
         width = len(str(progress.epochs))
         line = f"epoch {progress.epoch + 1:>{width}}/{progress.epochs}  {_describe(row)}"
-        account = describe_pace(row)
-        self.say(f"{line}\n{' ' * (7 + 2 * width)}  {account}" if account else line)
+        throughput = describe_throughput(row)
+        log.info("%s", f"{line}\n{' ' * (7 + 2 * width)}  {throughput}" if throughput else line)
         self._loss_sum, self._num_summed = None, 0
         if now >= self._next_plot:
             self.plotter.draw("results.png", self._plot)
         self.begin(progress)
 
-    def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)  # above the bar, where there is one
-        sys.stdout.flush()  # a log file is read while the run goes on
+    def _write(self, kind: str, progress: TrainStateLike, row: dict[str, Any]) -> None:
+        for writer in self._writers:
+            writer.write({"kind": kind, "step": progress.step, "epoch": progress.epoch, **row})
 
-    def _tell(self, kind: str, progress: TrainStateLike, row: dict[str, Any]) -> None:
-        place = {"step": progress.step, "epoch": progress.epoch}
-        self._rows.append({"kind": kind, **place, **row})
-        group = {name: "val" if name in FIGURES else "train" if kind == "step" else "epoch" for name in row}
-        self._wandb.log({**place, **{f"{group[name]}/{name}": value for name, value in row.items()}})
-
-    def pictures(self, path: Path) -> None:
-        self._wandb.picture("predictions", path, self._step)
+    def picture(self, path: Path) -> None:
+        """Hand a picture of predictions to the writers."""
+        for writer in self._writers:
+            writer.picture("predictions", path, self._step)
 
     def state(self) -> dict[str, Any]:
+        """Return what the tracker of the resumed run needs, for the checkpoint's JSON."""
         loss_sum = self._loss_sum.tolist() if self._loss_sum is not None else [0.0] * 3
-        return {"run_id": self.run_id, "loss_sum": loss_sum, "num_summed": self._num_summed}
+        state: dict[str, Any] = {"run_id": None, "loss_sum": loss_sum, "num_summed": self._num_summed}
+        for writer in self._writers:
+            state |= writer.state_dict()
+        return state
 
     def close(self) -> None:
+        """Draw what waits, and close the writers. Further calls do nothing."""
         if self._closed:
             return
         self._closed = True
         self._bar.close()
         self.plotter.draw("results.png", self._plot)
         self.plotter.close()
-        self._rows.close()
-        self._wandb.close()
+        for writer in self._writers:
+            writer.close()
 
     def _sum(self, losses: torch.Tensor) -> None:
-        """On the device: one small kernel a step, no waiting."""
+        """Add a step's losses on the device: one small kernel, no wait."""
         previous = torch.zeros_like(losses) if self._loss_sum is None else self._loss_sum.to(losses.device)
         self._loss_sum = previous + losses
         self._num_summed += 1
@@ -259,14 +206,16 @@ class RunTracker:
 
 
 class _Window:
-    """Images, seconds and waiting between two moments of training."""
+    """Counts images, steps, seconds and data waits since its construction."""
 
     def __init__(self, progress: TrainStateLike) -> None:
         self.start = self.last = time.perf_counter()
+        self.steps = 0
         self._images_before = self._images = progress.images_seen
         self._data_wait_s = 0.0
 
     def step(self, progress: TrainStateLike, data_wait_s: float) -> None:
+        self.steps += 1
         self._images = progress.images_seen
         self._data_wait_s += data_wait_s
         self.stop()
@@ -291,7 +240,7 @@ def _losses(values: list[float]) -> dict[str, float]:
 
 
 def _curves(rows: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, tuple[list, list]]:
-    """By name x (1-based epochs) and y, without the epochs that lack the value."""
+    """Return x (1-based epochs) and y by line, without the epochs that lack the value."""
     curves = {}
     for name, key in names.items():
         points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
@@ -299,11 +248,29 @@ def _curves(rows: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, t
     return curves
 
 
+def _step_line(
+    progress: TrainStateLike, row: Mapping[str, float], steps_per_s: float, mfu: float | None
+) -> str:
+    """Return a step's line for a log without a terminal."""
+    left_s = round((progress.total_steps - progress.step) / max(steps_per_s, 1e-9))
+    parts = [
+        f"epoch {progress.epoch + 1}/{progress.epochs}",
+        f"step {progress.step}/{progress.total_steps}",
+        f"ETA {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}",
+        f"{row['images_per_s']:.1f} images/s",
+        *([f"MFU {100 * mfu:.0f} %"] if mfu is not None else []),
+        *(f"{name} {row[name]:.4f}" for name in LOSSES),
+        f"lr {row['lr']:.3g}",
+        f"{row['memory_gib']:.2f} GiB",
+    ]
+    return "  ".join(parts)
+
+
 def _describe(row: Mapping[str, float]) -> str:
     parts = [f"{name} {row[name]:.4f}" for name in LOSSES if name in row]
     if "map50" in row:
         parts.append(f"mAP50 {row['map50']:.4f}  mAP50-95 {row['map50_95']:.4f}")
-    if not describe_pace(row):  # which tells it with more
+    if not describe_throughput(row):  # which tells it with more
         parts.append(f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait_share']:.0%}")
     parts.append(f"{row['memory_gib']:.2f} GiB")
     if "skipped_steps" in row:

@@ -1,4 +1,4 @@
-"""Where goes what a run tells: the file metrics.jsonl, and Weights & Biases."""
+"""Writers: where the figures of a run go. metrics.jsonl and Weights & Biases are here; a user's own are given by --writer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,77 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+VALIDATION_FIGURES = ("precision", "recall", "map50", "map75", "map50_95", "fitness")
 
 
-class MetricsFile:
+class Writer:
+    """Base class: override what you need.
+
+    A row has `kind` (step or epoch), `step` (optimizer steps done), `epoch` (0-based) and figures by name.
+    """
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Take the figures of a logged step or of an epoch."""
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Take a picture that was drawn; called by the thread that draws."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on after a resume; it is kept in the checkpoint's JSON."""
+        return {}
+
+    def close(self) -> None:
+        """Write out what waits; called once."""
+
+
+class SafeWriter(Writer):
+    """A writer that never stops the training: at its first failure it warns and is left out from then on.
+
+    Args:
+        name: of the service, for the warning.
+        make: builds the writer.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Writer]) -> None:
+        self._name, self._lock = name, threading.Lock()
+        self._writer: Writer | None = None
+        self._state: dict[str, Any] = {}
+        self._writer = self._call(make)
+        self.state_dict()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self._writer:
+            self._call(self._writer.write, row)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        if self._writer:
+            self._call(self._writer.picture, name, path, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._writer:
+            self._state = self._call(self._writer.state_dict) or self._state
+        return self._state
+
+    def close(self) -> None:
+        if self._writer:
+            self._call(self._writer.close)
+        self._writer = None
+
+    def _call(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            with self._lock:  # pictures come from the thread that draws them
+                return call(*args)
+        except Exception as error:  # the service's own, requests', OSError, protobuf's: whatever it is
+            self._writer = None
+            what = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{self._name} failed, and the run goes on without it. {what}", stacklevel=3)
+            return None
+
+
+class JsonlWriter(Writer):
     """metrics.jsonl: one strict JSON object per line, written through at once.
-
-    Rows have `kind` (step or epoch), `step` (optimizer steps done), `epoch` (0-based) and figures.
 
     Args:
         path: of the file; may exist.
@@ -35,10 +99,10 @@ class MetricsFile:
         partial.write_text("".join(_line(row) for row in kept))
         partial.replace(path)
         self._file = path.open("ab", buffering=0)
-        self._waiting = b""  # of what is told, not yet written: on a full disk
+        self._waiting = b""  # rows that a full disk did not take yet
         self._warned = False
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         """A disk that is full costs a warning: the row is written with one of the next, when there is room again."""
         self._waiting += _line(row).encode()
         try:
@@ -78,12 +142,12 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(plain, allow_nan=False) + "\n"
 
 
-class WandbRun:
-    """A W&B run that never stops the training: at its first failure it warns and is silent from then on.
+class WandbWriter(Writer):
+    """A W&B run.
 
     Args:
         folder: W&B's own folder `wandb` is made in it.
-        mode: online, offline or disabled.
+        mode: online or offline.
         run_id: of the W&B run to go on in; None begins one.
     """
 
@@ -91,61 +155,41 @@ class WandbRun:
         self,
         folder: Path,
         *,
-        mode: str,
+        mode: Literal["online", "offline", "disabled"],
         project: str,
         name: str | None,
         config: Mapping[str, Any],
         run_id: str | None,
     ) -> None:
-        self.run_id = run_id
-        self._run: Any = None
-        self._lock = threading.Lock()
-        if mode != "disabled":
-            self._guarded(self._init, folder, mode, project, name, dict(config))
-
-    def _init(self, folder: Path, mode: str, project: str, name: str | None, config: dict[str, Any]) -> None:
         import wandb  # here, as it takes a second or two
 
+        self._image = wandb.Image
         self._run = wandb.init(
             project=project,
             name=name,
-            config=config,
+            config=dict(config),
             dir=str(folder),
             mode=mode,
-            id=self.run_id,  # None: W&B draws one
+            id=run_id,  # None: W&B draws one
             resume="allow",
             settings=wandb.Settings(console="off", quiet=True, init_timeout=60, login_timeout=30),
         )
-        self.run_id = self._run.id
         # An axis of our own: W&B's refuses the steps that a resumed run does a second time.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, values: Mapping[str, Any]) -> None:
-        """`values` has `step` among them."""
-        if self._run is not None:
-            self._guarded(self._run.log, dict(values))
+    def write(self, row: Mapping[str, Any]) -> None:
+        figures = dict(row)
+        kind, place = figures.pop("kind"), {key: figures.pop(key) for key in ("step", "epoch")}
+        other = "train" if kind == "step" else "epoch"
+        named = {f"{'val' if key in VALIDATION_FIGURES else other}/{key}": v for key, v in figures.items()}
+        self._run.log({**place, **named})
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        if self._run is not None:
-            self._guarded(self._log_picture, name, path, step)
+        self._run.log({name: self._image(str(path)), "step": step})
 
-    def _log_picture(self, name: str, path: Path, step: int) -> None:
-        import wandb
-
-        self._run.log({name: wandb.Image(str(path)), "step": step})
+    def state_dict(self) -> dict[str, Any]:
+        return {"run_id": self._run.id}
 
     def close(self) -> None:
-        if self._run is not None:
-            self._guarded(self._run.finish)
-            self._run = None
-
-    def _guarded(self, call: Callable[..., Any], *args: Any) -> None:
-        try:
-            with self._lock:  # pictures come from the thread that draws them
-                call(*args)
-        except Exception as error:  # W&B's own, requests', OSError, protobuf's: whatever it is
-            self._run = None
-            warnings.warn(
-                f"W&B failed, and the run goes on without it. {type(error).__name__}: {error}", stacklevel=3
-            )
+        self._run.finish()

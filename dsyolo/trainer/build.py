@@ -1,288 +1,269 @@
-"""Builds the parts of a training run from what was read: loaders, engine, records."""
+"""Builds a trainer from a resolved run. The order of the hooks is written here."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
-from dataclasses import fields
-from pathlib import Path
-from typing import NamedTuple
-
-import torch
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
 
 from dsyolo.base.errors import UserError
-from dsyolo.checkpoint.checkpointer import Checkpointer
-from dsyolo.checkpoint.reader import read_buffers
+from dsyolo.base.user_code import load_object
+from dsyolo.checkpoint.latest import newest_whole
+from dsyolo.checkpoint.manifest import read_manifest
 from dsyolo.checkpoint.train_state import TrainState
-from dsyolo.cluster.world import num_readers, parallel_dims, set_threads
+from dsyolo.cluster import collectives
+from dsyolo.cluster.communicator import ClusterCommunicator
+from dsyolo.cluster.preemption import PreemptionHandler
+from dsyolo.cluster.run_lock import RunLock
+from dsyolo.cluster.shared_fs import check_shared
+from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
-from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
-from dsyolo.data.index import DatasetIndex
-from dsyolo.data.index_builder import build_index
-from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader
-from dsyolo.data.parallel_map import Communicator
-from dsyolo.data.transforms import Augmentation
-from dsyolo.detection.assigner import Assigner
-from dsyolo.detection.loss import DetectionLoss
+from dsyolo.data.loader import StepSampler
+from dsyolo.detection.evaluator import OomSafePredictor, Predict
 from dsyolo.engine import device
-from dsyolo.engine.batchnorm import synchronise_batchnorm
-from dsyolo.engine.buffers import named_buffers
-from dsyolo.engine.ema import Ema, NoEma
-from dsyolo.engine.engine import Engine
 from dsyolo.engine.memory_profile import peak_memory_gib
-from dsyolo.engine.offload import OffloadFolders, move_to_folders
-from dsyolo.engine.optimizer import Schedule, lr_factor
-from dsyolo.engine.parallelize import parallelize
-from dsyolo.engine.partitions import Partitions
-from dsyolo.models.blocks import freeze_batchnorm
-from dsyolo.models.weights import WeightsInfo, describe, load_into
-from dsyolo.models.yolov5 import YOLOv5, build_yolov5
-from dsyolo.planner.memory_estimate import RankLoad
-from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
-from dsyolo.tracking.tracker import NullTracker, RunTracker, Tracker
+from dsyolo.tracking.artifacts import RunArtifacts
+from dsyolo.tracking.log_setup import RunLog
+from dsyolo.tracking.tracker import RunTracker
+from dsyolo.tracking.writers import SafeWriter, WandbWriter, Writer
+from dsyolo.trainer.data_parts import DataParts, build_data, index_splits
+from dsyolo.trainer.engine_parts import EngineParts, build_engine, build_network
+from dsyolo.trainer.hooks.artifacts_hook import ArtifactsHook
+from dsyolo.trainer.hooks.base import Hook
+from dsyolo.trainer.hooks.checkpoint_hook import CheckpointHook
+from dsyolo.trainer.hooks.divergence_hook import DivergenceHook
+from dsyolo.trainer.hooks.ema_hook import EmaHook
+from dsyolo.trainer.hooks.heartbeat_hook import HeartbeatHook
+from dsyolo.trainer.hooks.memory_profile_hook import MemoryProfileHook
+from dsyolo.trainer.hooks.metrics_hook import MetricsHook
+from dsyolo.trainer.hooks.preemption_hook import PreemptionHook
+from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
+from dsyolo.trainer.run_folder import lock_folder
+from dsyolo.trainer.trainer import Trainer
+
+SAME = ("epochs", "num_images", "global_batch", "seed")  # of TrainState, when a run is resumed
+DEEPSPEED_OUTPUT = (
+    "steps_per_print",
+    "dump_state",
+    "memory_breakdown",
+    "comms_logger",
+    "wall_clock_breakdown",
+)
+log = logging.getLogger(__name__)
 
 
-class Parts(NamedTuple):
-    """What trains on this rank, and what it was given to hold."""
+class Session(NamedTuple):
+    """What this process has joined and opened before anything is built."""
 
-    engine: Engine
-    partitions: Partitions
-    ema: Ema | NoEma
-    checkpoints: Checkpointer
-    info: WeightsInfo
-    load: RankLoad
+    watchdog: Watchdog
+    preemption: PreemptionHandler
+    run_lock: RunLock
+    run_log: RunLog
 
 
-class DataParts(NamedTuple):
-    """The splits and this rank's loaders."""
-
-    stream: StepSampler
-    train: TrainLoader
-    val: EvalLoader
-    train_set: DetectionDataset
-    val_set: DetectionDataset
-
-    def names_of(self, start: int, stop: int) -> dict[int, list[str]]:
-        """The image files of steps `start` + 1 .. `stop`, of all ranks; mosaic and mixup drew others beside them."""
-        positions = {
-            step: range(step * self.stream.global_batch, (step + 1) * self.stream.global_batch)
-            for step in range(start, stop)
-        }
-        return {
-            step + 1: [self.train_set.build_index.path(self.stream.at(position)[1]) for position in places]
-            for step, places in positions.items()
-        }
-
-
-def build_network(run: RunSpec, checkpoint: Path | None = None) -> tuple[YOLOv5, str]:
-    """The network with its first weights, and what was taken from a file of weights.
-
-    A run that goes on gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
-    """
-    config = run.config
-    torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
-    network = build_yolov5(config.model, run.data.num_classes)
-    taken = ""
-    if checkpoint:
-        saved = named_buffers(network, read_buffers(checkpoint))
-        network.anchors.copy_(saved["detect.anchors"])
-    elif config.weights:
-        taken = load_into(network, Path(config.weights))
-    return network, taken
-
-
-def build_data(run: RunSpec, scans: tuple[DatasetIndex, DatasetIndex], network: YOLOv5) -> DataParts:
-    """The loaders of both splits."""
-    config, ds, world = run.config, run.ds, run.world
-    train_index, val_index = scans
-    num_workers = device.num_workers(world, config.workers)
-    pin_memory = device.pins_memory()
-    train_set = DetectionDataset(train_index, config.imgsz, cache=config.cache)
-    val_set = DetectionDataset(val_index, config.imgsz)
-    place = parallel_dims(world, ds.stages)
-    stream = StepSampler(
-        len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.dp_rank, place.dp_size
-    )
-    strides = network.strides
-    anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
-    train_loader = TrainLoader(
-        train_set if place.is_first_stage or place.is_last_stage else None,
-        stream,
-        Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
-        Assigner(anchors_px.numpy(), strides, config.recipe.anchor_t),
-        image_size_px=config.imgsz,
-        stride=strides[-1],
-        multi_scale=config.recipe.multi_scale,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-    )
-    val_loader = EvalLoader(
-        val_set,
-        image_size_px=config.imgsz,
-        stride=strides[-1],
-        batch_size=config.val_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        rectangular=config.rect_val,
-    )
-    return DataParts(stream, train_loader, val_loader, train_set, val_set)
-
-
-def scan_splits(run: RunSpec, communicator: Communicator | None = None) -> tuple[DatasetIndex, DatasetIndex]:
-    """Reads both splits, from the cache where they are there, and says what is in them.
+def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> Trainer:
+    """Build all parts of a training, on all ranks together.
 
     Args:
-        crew: the ranks, each of which reads its share; None: this process reads all.
+        closing: gets what must be closed at the end, whatever is raised.
 
     Raises:
-        UserError: no usable image in one, or labels of classes that data.yaml does not name.
+        UserError: the folder, the data, a checkpoint or the weights cannot be used.
+        Preempted: a rank was asked to stop.
     """
-    scans = {
-        split: build_index(
-            getattr(run.data, split),
-            run.data.num_classes,
-            workers=num_readers(run.world),
-            progress=run.world.is_main_process,
-            communicator=communicator,
-        )
-        for split in ("train", "val")
-    }
-    refuse_unknown_classes(run.data, scans)
-    if run.world.is_main_process:
-        print("\n".join(f"{split}: {found.summary()}" for split, found in scans.items()))
-    return scans["train"], scans["val"]
-
-
-def build_engine(run: RunSpec, network: YOLOv5, stream: StepSampler) -> Parts:
-    """Builds the engine around the network, and what keeps its state."""
-    config, ds, recipe, world = run.config, run.ds, run.config.recipe, run.world
-    threads = set_threads(world, config.threads)
-    network.recompute = run.activations.recomputed
-    network.offload_inputs = ds.offload_activations
-    num_parameters = sum(p.numel() for p in network.parameters())
-    gains = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
-    loss = DetectionLoss(
-        network.anchors, network.num_classes, config.imgsz, **{gain: getattr(recipe, gain) for gain in gains}
+    watchdog, preemption = session.watchdog, session.preemption
+    user_hooks, user_writers = _user_hooks(spec.config.hook), _user_classes(spec.config.writer, "writer")
+    watchdog.at("waiting for the run's folder")
+    collectives.run_on_rank0_and_broadcast(world, lambda: lock_folder(spec, session.run_lock, preemption))
+    check_shared(spec.folder, world)
+    session.run_log.open_file(spec.folder)
+    plan = spec.ds.source if spec.planned else None
+    collectives.check_same(plan, "the plan of --deepspeed_config auto", "write one by dsyolo plan")
+    with contextlib.closing(ClusterCommunicator(world, watchdog.at, preemption.asked)) as communicator:
+        indexes = index_splits(spec, world, communicator)
+    folder = spec.folder / "checkpoints"
+    set_aside = spec.config.resume == "auto"
+    checkpoint = newest_whole(folder, world, set_aside=set_aside) if spec.resumes else None
+    network, taken = build_network(spec, checkpoint)
+    data = build_data(spec, world, indexes, network)
+    closing.callback(data.close)
+    parts = build_engine(spec, world, network, data.sampler)
+    if world.is_main_process and taken:
+        log.info("%s", taken)
+    preemption.raise_if_requested(wait=True)
+    state = new_state(spec, data.sampler)
+    if checkpoint:
+        _check_settings(read_manifest(checkpoint, verify=False).progress, state, str(checkpoint))
+        state = parts.checkpointer.load(checkpoint, verified=True)
+    tracker, artifacts = collectives.all_ranks_or_raise(
+        lambda: _main_process_parts(spec, world, data, state, parts, user_writers)
     )
-    schedule = build_schedule(run, stream)
-    lines = [
-        f"{config.model}: {num_parameters:,} parameters",
-        *ds.explain(),
-        run.activations.explain(),
-        *schedule.explain(),
+    if tracker:
+        closing.callback(tracker.close)
+    if any(spec.ds.source.get(key) for key in DEEPSPEED_OUTPUT):
+        session.run_log.show_deepspeed()
+    hooks = build_hooks(spec, parts, session, tracker, artifacts, user_hooks)
+    return Trainer(spec, world, parts.engine, data, state, _predictor(spec, world, parts), hooks)
+
+
+def build_hooks(
+    spec: RunSpec,
+    parts: EngineParts,
+    session: Session,
+    tracker: RunTracker | None,
+    artifacts: RunArtifacts | None,
+    user_hooks: Sequence[Hook] = (),
+) -> list[Hook]:
+    """Return the hooks in the order in which they are called; they are closed in reverse order.
+
+    Args:
+        tracker, artifacts: None off the main process.
+    """
+    config = spec.config
+    times = (
+        TimeProfileHook(in_detail=config.time_profile == "steps") if config.time_profile != "off" else None
+    )
+    if tracker and times:
+        tracker.mfu = times.mfu
+    hooks: list[Hook | None] = [
+        ArtifactsHook(artifacts) if artifacts else None,
+        times,
+        EmaHook(parts.ema),
+        MemoryProfileHook(parts.load, parts.partitions, parts.ema, config.memory_profile, artifacts, times),
+        *user_hooks,  # before the metrics, so that their figures are in the rows
+        MetricsHook(tracker) if tracker else None,
+        DivergenceHook(config.max_skipped_steps, artifacts),
+        CheckpointHook(parts.checkpointer, parts.ema, artifacts, config.save_every),
+        PreemptionHook(session.preemption),
+        HeartbeatHook(session.watchdog),
     ]
-    if recipe.lr_scaling != "none":
-        factor = schedule.lr / ds.optimizer_params["lr"]
-        lines.append(
-            f"lr: {schedule.lr:g}, {factor:g} times the JSON's for {ds.global_batch} images ({recipe.lr_scaling})"
-        )
-    info = describe(network, run.data.names, config.imgsz)
-    if config.freeze_batchnorm:
-        freeze_batchnorm(network)
-    engine, partitions, nodes, groups, about = parallelize(
-        network,
-        loss,
-        schedule,
-        ds,
-        world,
-        image_size_px=config.imgsz,
-        statistics_move=not (config.freeze_batchnorm or config.sync_batchnorm),
-        activations=run.activations,
+    return [hook for hook in hooks if hook is not None]
+
+
+def new_state(spec: RunSpec, sampler: StepSampler) -> TrainState:
+    """Return the state of a run at its first step."""
+    return TrainState(
+        total_steps=sampler.epoch_start_step(spec.config.epochs),
+        epochs=spec.config.epochs,
+        num_images=sampler.num_images,
+        global_batch=sampler.global_batch,
+        seed=spec.config.seed,
+        settings={
+            "optimizer.type": spec.ds.optimizer,
+            **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer_params.items()},
+            "gradient_clipping": spec.ds.gradient_clipping,
+            "names": list(spec.data.names),
+        },
     )
-    if config.sync_batchnorm:
-        synchronise_batchnorm(engine.network, engine.dp_group)
-        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
-    ema = (
-        Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)
-        if config.ema
-        else NoEma(partitions, engine.buffers)
-    )
-    if any(ds.offload_folders):
-        move_to_folders(OffloadFolders(*ds.offload_folders), engine.deepspeed, partitions, ema.tensors, world)
-    checkpoints = Checkpointer(
-        run.folder / "checkpoints", engine, partitions, ema, world, keep=config.keep_checkpoints
-    )
-    if world.is_main_process:
-        print("\n".join([*run.planned, *lines, *about, f"device: {engine.device}, {threads} threads a rank"]))
-    place, plan = parallel_dims(world, ds.stages), run.activations
-    in_flight = min(ds.stages - place.pp_rank, ds.accumulation)
-    kept = [
-        plan.stage_bytes(nodes, in_flight, names) for names in (None, frozenset[str](), plan.counted.blocks)
+
+
+def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None:
+    """Refuse a checkpoint of a run with other settings."""
+    before, given = ({**s.settings, **{key: getattr(s, key) for key in SAME}} for s in (saved, now))
+    changed = [
+        f"{key}: {given.get(key)} now, but {before.get(key)} when it was saved. Give what was given then."
+        for key in {**before, **given}
+        if given.get(key) != before.get(key)
     ]
-    on_host = plan.host_bytes(nodes, in_flight)
-    load = RankLoad(groups, *kept, place.dp_rank, place.dp_size, config.ema, on_host)
-    return Parts(engine, partitions, ema, checkpoints, info, load)
+    if changed:
+        raise UserError(f"{checkpoint} cannot be resumed from", changed)
 
 
-def build_schedule(run: RunSpec, stream: StepSampler) -> Schedule:
-    """The schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
-    recipe, params = run.config.recipe, run.ds.optimizer_params
-    is_scaled = recipe.lr_scaling != "none"
-    warmup_images = max(recipe.warmup_epochs * stream.num_images, recipe.warmup_min_images)
-    return Schedule(
-        total_steps=stream.epoch_start_step(run.config.epochs),
-        warmup_steps=max(round(warmup_images / stream.global_batch), int(is_scaled)),
-        lr=params["lr"] * lr_factor(recipe.lr_scaling, stream.global_batch),
-        lrf=recipe.lrf,
-        shape=recipe.schedule,
-        momentum=params.get("momentum", 0.0),
-        weight_decay=params.get("weight_decay", 0.0),
-        global_batch=stream.global_batch,
-        warmup_bias_lr=recipe.warmup_bias_lr,
-        warmup_momentum=recipe.warmup_momentum,
-        is_adam=run.ds.optimizer != "SGD",
-    )
+def _user_classes(references: str | None, option: str) -> dict[str, Any]:
+    names = [name.strip() for name in (references or "").split(",") if name.strip()]
+    return {name: load_object(name, option) for name in names}
 
 
-def build_record(
-    run: RunSpec, data: DataParts, progress: TrainState, parts: Parts
-) -> tuple[Tracker, RunArtifacts | NullArtifacts]:
-    """What tells and writes, on the first rank; what does nothing, on the others.
+def _user_hooks(references: str | None) -> list[Hook]:
+    hooks = []
+    for name, make in _user_classes(references, "hook").items():
+        if not (isinstance(make, type) and issubclass(make, Hook)):
+            rule = "it must be a class derived from dsyolo.trainer.hooks.base.Hook"
+            raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."])
+        hooks.append(make())
+    return hooks
+
+
+def _predictor(spec: RunSpec, world: World, parts: EngineParts) -> Predict:
+    """Return the prediction of a validation, which takes fewer images at a time where memory runs out.
+
+    Under ZeRO 3 every pass gathers weights from all ranks, and none can pass through more often.
+    """
+    if spec.ds.zero_stage == 3:
+        return parts.engine.predict
+    return OomSafePredictor(parts.engine.predict, lambda line: log.warning("%s", line), device.empty_cache)
+
+
+def _main_process_parts(
+    spec: RunSpec,
+    world: World,
+    data: DataParts,
+    state: TrainState,
+    parts: EngineParts,
+    user_writers: Mapping[str, Any],
+) -> tuple[RunTracker | None, RunArtifacts | None]:
+    """Return what reports and writes on the main process.
 
     Raises:
         UserError: the run's folder cannot be written to.
     """
-    if not run.world.is_main_process:
-        return NullTracker(), NullArtifacts()
+    if not world.is_main_process:
+        return None, None
     try:
-        return _build_record(run, data, progress, parts)
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        tracker = RunTracker(
+            spec.folder,
+            state,
+            log_every=spec.config.log_every,
+            state=state.tracking,
+            memory_gib=lambda: peak_memory_gib(parts.engine.device),
+            writers=_writers(spec, state, user_writers),
+        )
+        if spec.planned:
+            text = json.dumps(dict(spec.ds.source), indent=2) + "\n"
+            (spec.folder / "deepspeed_auto.json").write_text(text)
+        artifacts = RunArtifacts(
+            spec.folder,
+            config=spec.config.dump(),
+            deepspeed_json=parts.engine.deepspeed_json,
+            info=parts.info,
+            load_rgb=data.original_rgb,
+            draw=tracker.plotter.draw,
+            picture=tracker.picture,
+        )
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "Make room" if is_full else "Move away what is there"
-        fault = (
-            f"{error.filename or run.folder}: {error.strerror}. {remedy}, or name another folder by --name."
+        what = (
+            f"{error.filename or spec.folder}: {error.strerror}. {remedy}, or name another folder by --name."
         )
-        raise UserError(f"{run.folder} cannot be used", [fault]) from None
+        raise UserError(f"{spec.folder} cannot be used", [what]) from None
+    return tracker, artifacts
 
 
-def _build_record(
-    run: RunSpec, data: DataParts, progress: TrainState, parts: Parts
-) -> tuple[Tracker, RunArtifacts]:
-    config, val_set = run.config, data.val_set
-    run.folder.mkdir(parents=True, exist_ok=True)
-    tracker = RunTracker(
-        run.folder,
-        progress,
-        log_every=config.log_every,
-        state=progress.tracking,
-        memory_gib=lambda: peak_memory_gib(parts.engine.device),
-        wandb_mode=config.wandb,
-        wandb_project=config.wandb_project,
-        wandb_name=config.wandb_name or config.name,
-        config=config.dump(),
-    )
-    if run.planned:
-        text = json.dumps(dict(run.ds.source), indent=2) + "\n"
-        (run.folder / "deepspeed_auto.json").write_text(text)
-    record = RunArtifacts(
-        run.folder,
-        config=config.dump(),
-        deepspeed_json=parts.engine.deepspeed_json,
-        info=parts.info,
-        load_rgb=lambda index: val_set.load(index, max(val_set.ground_truth(index)[0])).image,
-        draw=tracker.plotter.draw,
-        picture=tracker.pictures,
-    )
-    return tracker, record
+def _writers(spec: RunSpec, state: TrainState, user_writers: Mapping[str, Any]) -> list[Writer]:
+    """Return W&B's writer and the user's own, none of which can stop the training."""
+    config, writers = spec.config, list[Writer]()
+    if config.wandb != "disabled":
+        writers.append(
+            SafeWriter(
+                "W&B",
+                lambda: WandbWriter(
+                    spec.folder,
+                    mode=config.wandb,
+                    project=config.wandb_project,
+                    name=config.wandb_name or config.name,
+                    config=config.dump(),
+                    run_id=state.tracking.get("run_id"),
+                ),
+            )
+        )
+    for name, make in user_writers.items():
+        writers.append(SafeWriter(name, partial(make, spec.folder)))
+    return writers

@@ -1,6 +1,8 @@
-"""The folder of a run: whether it can be this one's, and makes it so."""
+"""Checks and locks the folder of a run."""
 
 from __future__ import annotations
+
+import logging
 
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.manifest import all_checkpoints
@@ -11,14 +13,15 @@ from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.resolve import RunSpec
 from dsyolo.config.run_config import RunConfig
 
-CLAIM_S = 60  # for another run in the same folder to end, as one that still saves
+log = logging.getLogger(__name__)
+LOCK_TIMEOUT_S = 60  # for another run in the same folder to end, as one that still saves
 
 
 def check_folder(run: RunConfig, resumes: bool) -> None:
-    """A run needs a folder to write to: a new one of its own; one that goes on its checkpoint and settings.
+    """Check that the run can use its folder: a new run needs one without a run, a resumed one its checkpoint and settings.
 
     Raises:
-        UserError: it is not so.
+        UserError: it cannot.
     """
     folder = run.folder
     inside = [folder / name for name in ("checkpoints", "weights") if folder.is_dir()]
@@ -42,18 +45,20 @@ def check_folder(run: RunConfig, resumes: bool) -> None:
         )
 
 
-def claim_folder(run: RunSpec, claim: RunLock, request: PreemptionHandler) -> None:
-    """Makes the folder this run's, and looks at it again: another run may have been in it since it was read.
+def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler) -> None:
+    """Lock the folder, and check it again: another run may have been in it since it was read.
 
     Raises:
         UserError: another run is in it, or has changed what this one is to do there.
     """
-    claim.take(min(CLAIM_S, run.config.rendezvous_timeout_s), request.asked)
-    if run.config.resumes() != run.resumes:
+    run_lock.take(min(LOCK_TIMEOUT_S, spec.config.rendezvous_timeout_s), preemption.asked)
+    if spec.config.resumes() != spec.resumes:
         rule = (
             "another run has saved there, or removed what was saved, since this one has started. Start again."
         )
-        raise UserError(f"{run.folder} cannot be used", [rule], BUSY)
-    check_folder(run.config, run.resumes)
-    if not run.resumes and (kept := set_aside(run.folder / "weights")):
-        print(f"{run.folder} has weights of a run, but no checkpoint to go on from: they are in {kept} now")
+        raise UserError(f"{spec.folder} cannot be used", [rule], BUSY)
+    check_folder(spec.config, spec.resumes)
+    if not spec.resumes and (kept := set_aside(spec.folder / "weights")):
+        log.warning(
+            "%s has weights of a run, but no checkpoint to go on from: they are in %s now", spec.folder, kept
+        )

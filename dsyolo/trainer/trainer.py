@@ -1,147 +1,112 @@
-"""The loop of a training, from where it is to its end."""
+"""The training loop: epochs, steps and validations; everything else is a hook."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from dsyolo.checkpoint.train_state import TrainState
-from dsyolo.cluster import collectives
-from dsyolo.cluster import preemption as stop
-from dsyolo.cluster.preemption import Preempted, PreemptionHandler
-from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.cluster import preemption
+from dsyolo.cluster.preemption import Preempted
+from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
-from dsyolo.detection.evaluator import OomSafePredictor, PostProcessor, validate
-from dsyolo.engine import device
-from dsyolo.engine.memory_profile import MemoryProfiler, NoMemoryProfiler
-from dsyolo.tracking.artifacts import NullArtifacts, RunArtifacts
-from dsyolo.tracking.throughput import NoTimeProfile, TimeProfile
-from dsyolo.tracking.tracker import Tracker
-from dsyolo.trainer.build import DataParts, Parts
-from dsyolo.trainer.profiles import build_memory, build_time_profile
-
-VALIDATING = "validating"  # where a rank is
-DIVERGED, NOT_SAVED = 65, 74  # exit statuses: EX_DATAERR and EX_IOERR of sysexits.h
+from dsyolo.detection.evaluator import PostProcessor, validate
+from dsyolo.engine.engine import Engine
+from dsyolo.trainer.data_parts import DataParts
+from dsyolo.trainer.hooks.base import ExitStatus, Hook, HookList, StepResult, StopTraining, Validation
 
 
-class Training(NamedTuple):
-    """All that the loop works with."""
+class Trainer:
+    """Trains a run from where it is to its end.
 
-    run: RunSpec
-    data: DataParts
-    parts: Parts
-    progress: TrainState
-    tracker: Tracker
-    record: RunArtifacts | NullArtifacts
-    watch: Watchdog
-    request: PreemptionHandler
+    Attributes:
+        spec: the resolved run.
+        state: how far the run is; hooks read it.
+        validation: of the last epoch, None where there was none.
+        figures: of the current epoch, for its row: hooks add theirs in `after_epoch`, before the metrics hook.
+        end: how the training ended, None until it did.
 
-
-class End(NamedTuple):
-    """Of a training: the exit status, and what there is to say."""
-
-    status: int = 0
-    said: str = ""
-
-
-def loop(training: Training) -> End:
-    """Trains to the end of the last epoch.
-
-    Raises:
-        Preempted: after a step or in a validation, with the weights of the last step in place.
+    Args:
+        predict: decoded boxes (B, boxes, 5 + K) of uint8 images (B, 3, H, W), by the engine.
     """
-    run, data, parts, progress, tracker, record, *_ = training
-    times = build_time_profile(run, data, parts, progress.step)
-    memory = build_memory(run, parts, tracker, record, times)
-    try:
-        end = _epochs(training, times, memory)
-    except Preempted:
-        times.finish()
-        raise
-    times.finish()
-    return end
 
+    def __init__(
+        self,
+        spec: RunSpec,
+        world: World,
+        engine: Engine,
+        data: DataParts,
+        state: TrainState,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+        hooks: Sequence[Hook],
+    ) -> None:
+        self.spec, self.world, self.engine, self.data, self.state = spec, world, engine, data, state
+        self.hooks = HookList(hooks)
+        self.validation: Validation | None = None
+        self.figures: dict[str, float] = {}
+        self.end: ExitStatus | None = None
+        self._predict = predict
+        self._epoch = state.epoch
 
-def _epochs(
-    training: Training, times: TimeProfile | NoTimeProfile, memory: MemoryProfiler | NoMemoryProfiler
-) -> End:
-    run, data, parts, progress, tracker, record, watch, request = training
-    config, engine, ema, checkpoints = run.config, parts.engine, parts.ema, parts.checkpoints
-    finder = PostProcessor(config.score_threshold, config.iou_threshold, config.max_detections)
+    def fit(self) -> ExitStatus:
+        """Train to the end of the last epoch, or until a hook or a signal stops the run."""
+        with self.hooks.running(self):
+            end = ExitStatus()
+            try:
+                for epoch in self._epochs():
+                    self._train_epoch(epoch)
+            except StopTraining as stop:
+                end = stop.end
+            except Preempted:  # with the weights of the last step in place
+                ends = filter(None, self.hooks.call("preempted"))
+                end = next(ends, ExitStatus(preemption.STATUS, "Stopped as asked."))
+            self.hooks.call("finish")
+            self.end = end
+        return end
 
-    # Under ZeRO 3 every pass gathers weights from all ranks, and none can pass through more often.
-    def tell(line: str) -> None:
-        print(f"rank {run.world.rank}: {line}", flush=True)
+    @property
+    def is_last_epoch(self) -> bool:
+        """Whether no epoch follows the one that is trained, or was trained last."""
+        return self._epoch + 1 == self.spec.config.epochs or self.state.stopped_early
 
-    inferred = (
-        engine.predict
-        if run.ds.zero_stage == 3
-        else OomSafePredictor(engine.predict, tell, device.empty_cache)
-    )
+    def evaluate(self) -> Validation:
+        """Validate on all ranks together, and judge the result."""
+        config = self.spec.config
+        post_process = PostProcessor(config.score_threshold, config.iou_threshold, config.max_detections)
+        with self.hooks.around("validation"):
+            metrics, found = validate(
+                self._predict_batch, self.data.val, post_process, self.spec.data.names, self.engine.all_gather
+            )
+        return Validation(metrics, found, self.state.judge(metrics.fitness, config.patience))
 
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        watch.at(VALIDATING)
-        request.raise_if_requested()
-        return inferred(images)
+    def _epochs(self) -> Iterator[int]:
+        """Yield the epochs that are left, without those of a data set smaller than a batch that an earlier step trained."""
+        epochs, sampler = self.spec.config.epochs, self.data.sampler
+        for epoch in range(self.state.epoch, epochs):
+            if self.state.stopped_early:
+                return
+            is_empty = sampler.epoch_start_step(epoch) == sampler.epoch_start_step(epoch + 1)
+            self.state.epoch = self._epoch = epoch
+            if not is_empty or epoch + 1 == epochs:
+                yield epoch
 
-    for epoch in range(progress.epoch, progress.epoch if progress.stopped_early else config.epochs):
-        progress.epoch = epoch
-        if (
-            data.stream.epoch_start_step(epoch) == data.stream.epoch_start_step(epoch + 1)
-            and epoch + 1 < config.epochs
-        ):
-            continue  # of a data set smaller than a batch: an earlier step has trained its images
-        tracker.begin(progress)
-        memory.begin_epoch()
-        for batches in times.steps(data.train.steps(epoch, progress.step), progress.step):
-            watch.at(f"training step {progress.step + 1}")
-            with memory.step():
-                stats, lr = engine.train_step(batches, progress.step)
-            if stats.was_applied:
-                ema.update()
-            tracker.step(progress.advance(stats), stats, lr, data.train.take_wait_s())
-            if progress.skipped_in_a_row == config.max_skipped_steps:
-                record.skipped(data.names_of(progress.step - progress.skipped_in_a_row, progress.step))
-                return End(DIVERGED, diverged(progress, run))
-            request.raise_if_requested()
-            watch.at(f"loading step {progress.step + 1}")
-        metrics, is_best, is_last = None, False, epoch + 1 == config.epochs
-        if (epoch + 1) % config.val_every == 0 or is_last:
-            with times.outside("validation"), ema.swapped():
-                metrics, found = validate(predict, data.val, finder, run.data.names, engine.all_gather)
-            is_best = progress.judge(metrics.fitness, config.patience)
-            record.validated(metrics, found, is_best)
-        tracker.epoch(progress, metrics, times.epoch())
-        is_last = is_last or progress.stopped_early
-        progress.epoch, progress.tracking = epoch + 1, tracker.state()
-        if is_best or is_last or (epoch + 1) % config.save_every == 0:
-            watch.at("saving")
-            with times.outside("checkpoint"):
-                state = ema.state_dict(keep=record.keeps_weights)
-                problem = collectives.first_problem_of_any_rank(record.weights(state, is_best))
-                problem = checkpoints.save(progress, is_best=is_best) or problem
-            if problem and is_last:
-                return End(NOT_SAVED, f"{problem} Make room: --resume auto does the end again.")
-            if problem:
-                tracker.say(f"WARNING: {problem} The run goes on, and saves again later.")
-        if is_last:
-            break
-    return End()
+    def _train_epoch(self, epoch: int) -> None:
+        self.hooks.call("before_epoch")
+        for batches in self.hooks.steps(self.data.train.steps(epoch, self.state.step)):
+            self.hooks.call("before_step")
+            with self.hooks.around("step"):
+                stats, lr = self.engine.train_step(batches, self.state.step)
+            self.state.advance(stats)
+            self.hooks.call("after_step", StepResult(stats, lr, self.data.train.take_wait_s()))
+        self.validation, self.figures = None, {}
+        if (epoch + 1) % self.spec.config.val_every == 0 or epoch + 1 == self.spec.config.epochs:
+            self.validation = self.evaluate()
+            self.hooks.call("after_validation", self.validation)
+        self.hooks.call("after_epoch")
+        self.state.epoch = epoch + 1
+        self.hooks.call("between_epochs")
 
-
-def stopped(training: Training) -> End:
-    """Saves, after a step or in the midst of the validation behind it, which comes again."""
-    progress = training.progress
-    progress.tracking = training.tracker.state()
-    problem = training.parts.checkpoints.save(progress)
-    said = problem or f"Stopped as asked after step {progress.step}, and saved."
-    return End(NOT_SAVED if problem else stop.STATUS, f"{said} --resume auto goes on.")
-
-
-def diverged(progress: TrainState, run: RunSpec) -> str:
-    """What there is to say where too many steps in a row had to be skipped."""
-    what = f"loss or gradients of the last {progress.skipped_in_a_row} steps were not finite, so none changed the weights"
-    where = f"The images of these steps are named in {run.folder / 'skipped_steps.json'}"
-    remedy = "Lower optimizer.params.lr, or look at their labels; --max_skipped_steps allows more"
-    return f"The training stops at step {progress.step}: {what}. {where}. {remedy}."
+    def _predict_batch(self, images: torch.Tensor) -> torch.Tensor:
+        self.hooks.call("before_validation_batch")
+        return self._predict(images)

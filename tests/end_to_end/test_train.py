@@ -29,7 +29,8 @@ from dsyolo.config.resolve import RunSpec, plan_activations
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.synthetic import draw_sample
-from dsyolo.trainer.build import build_data, build_network, scan_splits
+from dsyolo.trainer.data_parts import build_data, index_splits
+from dsyolo.trainer.engine_parts import build_network
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +352,7 @@ def test_anchors_of_the_weights_are_those_of_targets_loss_and_network(place, two
     network, taken = build_network(run)
     assert "tensors taken" in taken
     torch.testing.assert_close(network.anchors, weights["detect.anchors"])
-    data = build_data(run, scan_splits(run), network)
+    data = build_data(run, world, index_splits(run, world), network)
     big = data.train._collate._assign(
         np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([[32, 32, 60, 60]], np.float32), 1, (64, 64)
     )

@@ -169,7 +169,7 @@ def test_a_shortage_is_told_of_the_place_where_it_is():
 
 def test_a_run_that_will_not_fit_is_warned_of(tmp_path):
     place = make_place(tmp_path)
-    small = "import dsyolo.trainer.profiles, sys; dsyolo.trainer.profiles.host_bytes = lambda: 10**6; import dsyolo.train"
+    small = "import sys; import dsyolo.trainer.hooks.memory_profile_hook as h; h.host_bytes = lambda: 10**6; import dsyolo.train"
     command = [sys.executable, "-c", f"{small}; sys.exit(dsyolo.train.main())"]
     done = subprocess.run(
         [*command, *arguments(place, "large", epochs=1)],

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from dsyolo.checkpoint.manifest import all_checkpoints, read_manifest
 from dsyolo.cluster import preemption as stop
 from dsyolo.cluster import watchdog
-from dsyolo.trainer.trainer import NOT_SAVED
+from dsyolo.trainer.hooks.checkpoint_hook import NOT_SAVED
 
 EPOCHS, STEPS_OF_EPOCH = 80, 3
 OPTIONS = {

@@ -33,7 +33,7 @@ from dsyolo.planner.peak_flops import peak_of_cpu, peak_of_gpu
 from dsyolo.tracking.nvml import Gpu, GpuUse
 from dsyolo.tracking.resource_usage import ResourceUsage
 from dsyolo.tracking.throughput import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
-from dsyolo.trainer.profiles import device_name
+from dsyolo.trainer.hooks.time_profile_hook import device_name
 
 
 class Ticks:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -22,8 +22,9 @@ import torch
 from dsyolo.base.batch import Detections, GroundTruth, StepStats
 from dsyolo.detection.metrics import Metrics, evaluate
 from dsyolo.tracking import tracker as track
-from dsyolo.tracking.tracker import NullTracker, RunTracker, Tracker
-from dsyolo.tracking.writers import MetricsFile
+from dsyolo.tracking.log_setup import RunLog
+from dsyolo.tracking.tracker import RunTracker
+from dsyolo.tracking.writers import JsonlWriter, SafeWriter, WandbWriter
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 64
 TIMINGS = ("images_per_s", "data_wait_share", "memory_gib", "train_s", "val_s")
@@ -61,7 +62,7 @@ def some_metrics() -> Metrics:
     return evaluate([ground_truth], [Detections(box, np.array([0.5], np.float32), np.array([0]))], ["cat"])
 
 
-def go_on(tracker: Tracker, progress: TrainState, *, until_step: int) -> None:
+def go_on(tracker: RunTracker, progress: TrainState, *, until_step: int) -> None:
     """The loop, without a model. Every second epoch is validated."""
     while progress.step < until_step:
         progress.step += 1
@@ -197,13 +198,23 @@ def test_a_new_run_drops_the_rows_of_an_old_one(tmp_path: Path):
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
 
 
-def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tracker = RunTracker(tmp_path, TrainState(), log_every=1, memory_gib=lambda: 1.5)
+def test_without_a_terminal_there_is_a_line_per_logged_step_and_per_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    RunLog(rank=0)
+    tracker = RunTracker(tmp_path, TrainState(), log_every=5, memory_gib=lambda: 1.5)
+    tracker.mfu = lambda images_per_s: 0.25
     go_on(tracker, TrainState(), until_step=10)
     tracker.close()
     out, err = capsys.readouterr()
-    first, second = out.splitlines()
-    assert first.startswith("epoch 1/4  box 0.4567  obj 0.1370  cls 0.3197  ")
+    _, step, first, _, second = out.splitlines()
+    assert re.match(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rank 0: epoch 1/4  step 5/20  ETA 0:00:0\d  ", step
+    )
+    assert all(
+        part in step for part in (" images/s  MFU 25 %  box 0.2000  obj 0.0600", "lr 0.002", "1.50 GiB")
+    )
+    assert "INFO rank 0: epoch 1/4  box 0.4567  obj 0.1370  cls 0.3197  " in first
     assert "mAP" not in first
     assert "mAP50 1.0000  mAP50-95 1.0000" in second
     assert all(part in second for part in ("epoch 2/4", " images/s", "data wait 0%", "1.50 GiB", " s"))
@@ -258,14 +269,10 @@ def test_results_png_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert picture.std() > 5
 
 
-def test_all_trackers_have_the_same_methods(tmp_path: Path):
-    methods = {name for name in vars(Tracker) if not name.startswith("_")}
-    assert methods == {"begin", "step", "epoch", "say", "pictures", "state", "close"}
-    for name in methods:
-        signatures = {inspect.signature(getattr(klass, name)) for klass in (Tracker, NullTracker, RunTracker)}
-        assert len(signatures) == 1, name
-    go_on(NullTracker(), TrainState(), until_step=10)
-    assert NullTracker().state() == {}
+def wandb_writer(folder: Path, **options: Any) -> SafeWriter:
+    """As trainer/build.py makes it."""
+    options = {"mode": "online", "project": "p", "name": None, "config": {}, "run_id": None, **options}
+    return SafeWriter("W&B", lambda: WandbWriter(folder, **options))
 
 
 class FakeWandb(types.ModuleType):
@@ -306,15 +313,15 @@ def test_wandb_gets_figures_and_pictures_and_goes_on_in_the_same_run(
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     options: dict[str, Any] = {
-        "wandb_mode": "online",
-        "wandb_project": "p",
-        "wandb_name": "n",
+        "mode": "online",
+        "project": "p",
+        "name": "n",
         "config": {"seed": 0},
     }
     progress = TrainState()
-    tracker = RunTracker(tmp_path, progress, **options)
+    tracker = RunTracker(tmp_path, progress, writers=[wandb_writer(tmp_path, **options)])
     go_on(tracker, progress, until_step=12)  # the last two are not logged
-    tracker.pictures(tmp_path / "grid.jpg")
+    tracker.picture(tmp_path / "grid.jpg")
     tracker.close()
     assert wandb.finished
     told = wandb.init_with
@@ -333,8 +340,10 @@ def test_wandb_gets_figures_and_pictures_and_goes_on_in_the_same_run(
     assert picture == {"predictions": "image grid.jpg", "step": 12}
 
     wandb.id = "another"
-    resumed = RunTracker(tmp_path, progress, **options, state=tracker.state())
-    assert wandb.init_with["id"] == resumed.run_id == tracker.run_id == "abc123"
+    state = tracker.state()
+    again = wandb_writer(tmp_path, **options, run_id=state["run_id"])
+    resumed = RunTracker(tmp_path, progress, writers=[again], state=state)
+    assert wandb.init_with["id"] == resumed.state()["run_id"] == state["run_id"] == "abc123"
     resumed.close()
 
 
@@ -345,9 +354,9 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        tracker = RunTracker(tmp_path, TrainState(), log_every=1, wandb_mode="online")
+        tracker = RunTracker(tmp_path, TrainState(), log_every=1, writers=[wandb_writer(tmp_path)])
         go_on(tracker, TrainState(), until_step=10)
-        tracker.pictures(tmp_path / "grid.jpg")
+        tracker.picture(tmp_path / "grid.jpg")
         tracker.close()
     assert [str(w.message) for w in warned] == [
         "W&B failed, and the run goes on without it. ConnectionError: no network"
@@ -357,7 +366,7 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(
 
 def test_without_wandb_it_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
-    tracker = RunTracker(tmp_path, TrainState(), wandb_mode="disabled")
+    tracker = RunTracker(tmp_path, TrainState())
     go_on(tracker, TrainState(), until_step=1)
     tracker.close()
     assert tracker.state()["run_id"] is None
@@ -367,9 +376,10 @@ def log_offline(folder: Path, state: dict[str, Any], until_step: int) -> None:
     progress = TrainState(step=until_step - 5, epoch=until_step // 5 - 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="W&B failed")
-        tracker = RunTracker(folder, progress, wandb_mode="offline", config={"seed": 0}, state=state)
+        writer = wandb_writer(folder, mode="offline", config={"seed": 0}, run_id=state.get("run_id"))
+        tracker = RunTracker(folder, progress, writers=[writer], state=state)
         go_on(tracker, progress, until_step=until_step)
-        tracker.pictures(folder / "grid.png")
+        tracker.picture(folder / "grid.png")
         tracker.close()
     print(json.dumps(tracker.state()))
 
@@ -403,6 +413,6 @@ def test_lines_that_no_run_wrote_are_left_out_of_metrics(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     own = {"kind": "step", "step": 1, "epoch": 0, "box": 0.5}
     path.write_text(f"{json.dumps(own)}\n{line}\n", errors="surrogateescape")
-    rows = MetricsFile(path, step=5, epoch=1)
+    rows = JsonlWriter(path, step=5, epoch=1)
     rows.close()
     assert rows.read() == [own]

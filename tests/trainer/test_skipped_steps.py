@@ -12,7 +12,7 @@ import training
 from ranks import asked, long_but, run_ranks
 from runs import CONFIG, alone, losses, make_place, rows
 
-from dsyolo.trainer import trainer as loop
+from dsyolo.trainer.hooks.divergence_hook import DIVERGED
 
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 TWO = {"pipeline": {"stages": 2}}
@@ -104,7 +104,7 @@ def test_after_too_many_in_a_row_the_run_stops_and_names_the_images(place):
     config.write_text(json.dumps({**CONFIG, "optimizer": {"type": "SGD", "params": params}}))
     options = {"deepspeed_config": config, "max_skipped_steps": 2, "warmup_epochs": 0, "warmup_min_images": 0}
     done = alone(place, "diverged", **options, epochs=4)
-    assert done.returncode == loop.DIVERGED, done.stdout + done.stderr
+    assert done.returncode == DIVERGED, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "the last 2 steps were not finite" in done.stderr
     assert "Lower optimizer.params.lr" in done.stderr

@@ -1,0 +1,58 @@
+"""Loads a class or function that the user names on the command line, as in `my_module:MyHook` or `my_file.py:build`.
+
+Only options of the command line come here, never what a data set, weights or checkpoint says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dsyolo.base.errors import UserError
+
+
+def load_object(reference: str, option: str) -> Any:
+    """Return the object that `MODULE:NAME` or `FILE.py:NAME` names.
+
+    Args:
+        option: the option that it was given to, for the error.
+
+    Raises:
+        UserError: the module cannot be imported, or has no such name.
+    """
+    where, colon, name = reference.rpartition(":")
+    if not colon or not where or not name:
+        raise _error(
+            option, reference, "it must be MODULE:NAME or FILE.py:NAME. Write --{0} my_file.py:MyName"
+        )
+    try:
+        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # whatever the user's own module raises
+        raise _error(
+            option, reference, f"{where} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        known = ", ".join(key for key in vars(module) if not key.startswith("_"))
+        raise _error(option, reference, f"{where} has no {name}. It has: {known}") from None
+
+
+def _from_file(path: Path) -> ModuleType:
+    name = f"dsyolo_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} (seen from {Path.cwd()})")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that its classes pickle to loader workers
+    spec.loader.exec_module(module)
+    return module
+
+
+def _error(option: str, reference: str, rule: str) -> UserError:
+    rule = rule.replace("{0}", option)
+    return UserError("This run cannot start", [f"--{option}: {reference} given, but {rule}."])

@@ -1,0 +1,126 @@
+"""Sets up Python's `logging` for one rank: a console on the main process, a file in the run's folder on every rank."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import sys
+import warnings
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from dsyolo.cluster.run_lock import LOGS
+
+LINE = "%(asctime)s %(levelname)s rank %(rank)d: %(source)s%(message)s"
+MOST_WAITING = 100_000  # records that are kept until the run's folder is known
+PACKAGE = Path(__file__).resolve().parents[1]
+log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
+
+
+class RunLog:
+    """The handlers of this rank, from construction to the end of the process.
+
+    The console shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's own
+    lines go to the file alone until `show_deepspeed` is called.
+
+    Args:
+        rank: of this process; ranks but 0 have warnings alone on the console.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._shows_deepspeed = rank, False
+        self._file = logging.handlers.MemoryHandler(MOST_WAITING, flushLevel=logging.CRITICAL + 1)
+        self._file.addFilter(self._add_rank)
+        console = _Console(is_main=rank == 0)
+        console.addFilter(self._add_rank)
+        console.addFilter(self._is_for_console)
+        root = logging.getLogger()
+        root.setLevel(logging.WARNING)  # of other packages
+        log.setLevel(logging.DEBUG)  # what the console does not show is in the file
+        others.setLevel(logging.INFO)
+        for handler in root.handlers[:]:
+            root.removeHandler(handler)
+        root.addHandler(console)
+        root.addHandler(self._file)
+        logging.raiseExceptions = False  # a full disk is no reason to pour tracebacks over the terminal
+        warnings.showwarning = _log_warning
+
+    def open_file(self, folder: Path) -> None:
+        """Write what was logged so far, and all that comes, to `logs/rank_0000.log` in the run's folder.
+
+        A file that cannot be written costs a warning.
+        """
+        path = folder / LOGS / f"rank_{self._rank:04d}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            log.warning("%s cannot be written: %s. The run goes on without it.", path, error.strerror)
+            return
+        file.setFormatter(logging.Formatter(LINE))
+        file.addFilter(self._add_rank)
+        self._file.setTarget(file)
+        self._file.flush()
+        root = logging.getLogger()
+        root.removeHandler(self._file)
+        root.addHandler(file)
+
+    def adopt_deepspeed(self) -> None:
+        """Take over DeepSpeed's logger, which has a console of its own. Call it once deepspeed is imported."""
+        theirs = logging.getLogger("DeepSpeed")
+        for handler in theirs.handlers[:]:
+            theirs.removeHandler(handler)
+        theirs.propagate = True
+
+    def show_deepspeed(self) -> None:
+        """Let DeepSpeed's lines on the console from now on, as a JSON with `steps_per_print` asks for."""
+        self._shows_deepspeed = True
+
+    def _add_rank(self, record: logging.LogRecord) -> bool:
+        record.rank = self._rank
+        record.source = "DeepSpeed: " if record.name == "DeepSpeed" else ""
+        return True
+
+    def _is_for_console(self, record: logging.LogRecord) -> bool:
+        is_shown = record.name.startswith("dsyolo") or (record.name == "DeepSpeed" and self._shows_deepspeed)
+        return is_shown or record.levelno >= logging.WARNING
+
+
+class _Console(logging.Handler):
+    """Standard output, above a progress bar where there is one; errors go to standard error."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        super().__init__(logging.INFO if is_main else logging.WARNING)
+        self._is_plain = sys.stdout is not None and sys.stdout.isatty()
+        self.setFormatter(logging.Formatter(LINE))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if record.levelno >= logging.ERROR:
+                text, stream = f"\n{record.getMessage()}\n", sys.stderr
+            elif self._is_plain:
+                mark = "WARNING: " if record.levelno == logging.WARNING else ""
+                text, stream = f"{mark}{record.getMessage()}", sys.stdout
+            else:
+                text, stream = self.format(record), sys.stdout
+            tqdm.write(text, file=stream)
+            stream.flush()  # a log is read while the run goes on
+        except Exception:  # a closed stream
+            self.handleError(record)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Log a warning of ours by its text; others' are for the file, with their place."""
+    if category is UserWarning and PACKAGE in Path(filename).parents:
+        log.warning("%s", message)
+    else:
+        others.info("%s:%d: %s: %s", filename, lineno, category.__name__, message)

@@ -1,0 +1,123 @@
+"""The data of a run: its two splits, and this rank's loaders."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dsyolo.cluster.world import World, num_readers, parallel_dims
+from dsyolo.config.resolve import RunSpec
+from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
+from dsyolo.data.index import DatasetIndex
+from dsyolo.data.index_builder import build_index
+from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader
+from dsyolo.data.parallel_map import Communicator
+from dsyolo.data.transforms import Augmentation
+from dsyolo.detection.assigner import Assigner
+from dsyolo.engine import device
+from dsyolo.models.yolov5 import YOLOv5
+
+log = logging.getLogger(__name__)
+
+
+class DataParts(NamedTuple):
+    """The splits and this rank's loaders."""
+
+    sampler: StepSampler
+    train: TrainLoader
+    val: EvalLoader
+    train_set: DetectionDataset
+    val_set: DetectionDataset
+
+    def close(self) -> None:
+        """End the loaders' workers."""
+        self.train.close()
+        self.val.close()
+
+    def original_rgb(self, index: int) -> np.ndarray:
+        """Return a validation image as it is in its file, RGB (H, W, 3)."""
+        return self.val_set.load(index, max(self.val_set.ground_truth(index)[0])).image
+
+    def image_names(self, start: int, stop: int) -> dict[int, list[str]]:
+        """The image files of steps `start` + 1 .. `stop`, of all ranks; mosaic and mixup drew others beside them."""
+        positions = {
+            step: range(step * self.sampler.global_batch, (step + 1) * self.sampler.global_batch)
+            for step in range(start, stop)
+        }
+        return {
+            step + 1: [self.train_set.index.path(self.sampler.at(position)[1]) for position in places]
+            for step, places in positions.items()
+        }
+
+
+def index_splits(
+    run: RunSpec, world: World, communicator: Communicator | None = None
+) -> tuple[DatasetIndex, DatasetIndex]:
+    """Reads both splits, from the cache where they are there, and says what is in them.
+
+    Args:
+        communicator: the ranks, each of which reads its share; None: this process reads all.
+
+    Raises:
+        UserError: no usable image in one, or labels of classes that data.yaml does not name.
+    """
+    indexes = {
+        split: build_index(
+            getattr(run.data, split),
+            run.data.num_classes,
+            workers=num_readers(world),
+            progress=world.is_main_process,
+            communicator=communicator,
+        )
+        for split in ("train", "val")
+    }
+    refuse_unknown_classes(run.data, indexes)
+    if world.is_main_process:
+        for split, found in indexes.items():
+            log.info("%s: %s", split, found.summary())
+    return indexes["train"], indexes["val"]
+
+
+def build_data(
+    run: RunSpec, world: World, indexes: tuple[DatasetIndex, DatasetIndex], network: YOLOv5
+) -> DataParts:
+    """The loaders of both splits."""
+    config, ds = run.config, run.ds
+    train_index, val_index = indexes
+    num_workers = device.num_workers(world, config.workers)
+    pin_memory = device.pins_memory()
+    train_set = DetectionDataset(train_index, config.imgsz, cache=config.cache)
+    val_set = DetectionDataset(val_index, config.imgsz)
+    place = parallel_dims(world, ds.stages)
+    sampler = StepSampler(
+        len(train_set), config.seed, ds.global_batch, ds.micro_batch, place.dp_rank, place.dp_size
+    )
+    strides = network.strides
+    anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
+    train_loader = TrainLoader(
+        train_set if place.is_first_stage or place.is_last_stage else None,
+        sampler,
+        Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
+        Assigner(anchors_px.numpy(), strides, config.recipe.anchor_t),
+        image_size_px=config.imgsz,
+        stride=strides[-1],
+        multi_scale=config.recipe.multi_scale,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+    val_loader = EvalLoader(
+        val_set,
+        image_size_px=config.imgsz,
+        stride=strides[-1],
+        batch_size=config.val_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        rectangular=config.rect_val,
+    )
+    return DataParts(sampler, train_loader, val_loader, train_set, val_set)

@@ -1,0 +1,152 @@
+"""What trains on a rank: network, schedule, engine, average of the weights, checkpointer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dsyolo.checkpoint.checkpointer import Checkpointer
+from dsyolo.checkpoint.reader import read_buffers
+from dsyolo.cluster.world import World, parallel_dims, set_threads
+from dsyolo.config.resolve import RunSpec
+from dsyolo.data.loader import StepSampler
+from dsyolo.detection.loss import DetectionLoss
+from dsyolo.engine.batchnorm import synchronise_batchnorm
+from dsyolo.engine.buffers import named_buffers
+from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.engine import Engine
+from dsyolo.engine.offload import OffloadFolders, move_to_folders
+from dsyolo.engine.optimizer import Schedule, lr_factor
+from dsyolo.engine.parallelize import Parallelized, parallelize
+from dsyolo.engine.partitions import Partitions
+from dsyolo.models.blocks import freeze_batchnorm
+from dsyolo.models.weights import WeightsInfo, describe, load_into
+from dsyolo.models.yolov5 import YOLOv5, build_yolov5
+from dsyolo.planner.memory_estimate import RankLoad
+
+LOSS_SETTINGS = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
+log = logging.getLogger(__name__)
+
+
+class EngineParts(NamedTuple):
+    """What trains on this rank, and what it was given to hold."""
+
+    engine: Engine
+    partitions: Partitions
+    ema: Ema | NoEma
+    checkpointer: Checkpointer
+    info: WeightsInfo
+    load: RankLoad
+
+
+def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[YOLOv5, str]:
+    """Build the network with its first weights; return it and what was taken from a weights file.
+
+    A resumed run gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
+    """
+    config = spec.config
+    torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
+    network = build_yolov5(config.model, spec.data.num_classes)
+    taken = ""
+    if checkpoint:
+        saved = named_buffers(network, read_buffers(checkpoint))
+        network.anchors.copy_(saved["detect.anchors"])
+    elif config.weights:
+        taken = load_into(network, Path(config.weights))
+    return network, taken
+
+
+def build_engine(spec: RunSpec, world: World, network: YOLOv5, sampler: StepSampler) -> EngineParts:
+    """Build the engine around the network, and what keeps its state."""
+    config, ds = spec.config, spec.ds
+    threads = set_threads(world, config.threads)
+    network.recompute = spec.activations.recomputed
+    network.offload_inputs = ds.offload_activations
+    num_parameters = sum(p.numel() for p in network.parameters())
+    settings = {name: getattr(config.recipe, name) for name in LOSS_SETTINGS}
+    loss = DetectionLoss(network.anchors, network.num_classes, config.imgsz, **settings)
+    schedule = build_schedule(spec, sampler)
+    info = describe(network, spec.data.names, config.imgsz)
+    if config.freeze_batchnorm:
+        freeze_batchnorm(network)
+    parallelized = parallelize(
+        network,
+        loss,
+        schedule,
+        ds,
+        world,
+        image_size_px=config.imgsz,
+        statistics_move=not (config.freeze_batchnorm or config.sync_batchnorm),
+        activations=spec.activations,
+    )
+    engine, partitions = parallelized.engine, parallelized.partitions
+    if config.sync_batchnorm:
+        synchronise_batchnorm(engine.network, engine.dp_group)
+    ema: Ema | NoEma = NoEma(partitions, engine.buffers)
+    if config.ema:
+        ema = Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)
+    if any(ds.offload_folders):
+        folders = OffloadFolders(*ds.offload_folders)
+        move_to_folders(folders, engine.deepspeed, partitions, ema.tensors, world)
+    checkpoints = spec.folder / "checkpoints"
+    checkpointer = Checkpointer(checkpoints, engine, partitions, ema, world, keep=config.keep_checkpoints)
+    if world.is_main_process:
+        lines = [
+            *spec.planned,
+            f"{config.model}: {num_parameters:,} parameters",
+            *_explain(spec, schedule),
+            *parallelized.lines,
+            f"device: {engine.device}, {threads} threads a rank",
+        ]
+        log.info("%s", "\n".join(lines))
+    return EngineParts(engine, partitions, ema, checkpointer, info, _rank_load(spec, world, parallelized))
+
+
+def build_schedule(spec: RunSpec, sampler: StepSampler) -> Schedule:
+    """Build the schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
+    recipe, params = spec.config.recipe, spec.ds.optimizer_params
+    is_scaled = recipe.lr_scaling != "none"
+    warmup_images = max(recipe.warmup_epochs * sampler.num_images, recipe.warmup_min_images)
+    return Schedule(
+        total_steps=sampler.epoch_start_step(spec.config.epochs),
+        warmup_steps=max(round(warmup_images / sampler.global_batch), int(is_scaled)),
+        lr=params["lr"] * lr_factor(recipe.lr_scaling, sampler.global_batch),
+        lrf=recipe.lrf,
+        shape=recipe.schedule,
+        momentum=params.get("momentum", 0.0),
+        weight_decay=params.get("weight_decay", 0.0),
+        global_batch=sampler.global_batch,
+        warmup_bias_lr=recipe.warmup_bias_lr,
+        warmup_momentum=recipe.warmup_momentum,
+        is_adam=spec.ds.optimizer != "SGD",
+    )
+
+
+def _explain(spec: RunSpec, schedule: Schedule) -> list[str]:
+    """Return the lines for the start of a run: how it runs, what is learned at which rate."""
+    ds, scaling = spec.ds, spec.config.recipe.lr_scaling
+    lines = [*ds.explain(), spec.activations.explain(), *schedule.explain()]
+    if scaling != "none":
+        times = schedule.lr / ds.optimizer_params["lr"]
+        what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
+        lines.append(f"lr: {schedule.lr:g}, {what}")
+    if spec.config.sync_batchnorm:
+        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
+    return lines
+
+
+def _rank_load(spec: RunSpec, world: World, parallelized: Parallelized) -> RankLoad:
+    """Return what this rank trains, for the memory estimate."""
+    ds, plan, nodes = spec.ds, spec.activations, parallelized.nodes
+    place = parallel_dims(world, ds.stages)
+    in_flight = min(ds.stages - place.pp_rank, ds.accumulation)
+    kept, plain, least = (
+        plan.stage_bytes(nodes, in_flight, names) for names in (None, frozenset[str](), plan.counted.blocks)
+    )
+    on_host = plan.host_bytes(nodes, in_flight)
+    return RankLoad(
+        parallelized.groups, kept, plain, least, place.dp_rank, place.dp_size, spec.config.ema, on_host
+    )

@@ -1,0 +1,177 @@
+"""The interface of hooks, and the list that calls them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from dsyolo.base.batch import StepStats
+from dsyolo.checkpoint.train_state import TrainState
+from dsyolo.cluster.world import World
+from dsyolo.config.resolve import RunSpec
+from dsyolo.detection.evaluator import Found
+from dsyolo.detection.metrics import Metrics
+from dsyolo.engine.engine import Engine
+from dsyolo.trainer.data_parts import DataParts
+
+T = TypeVar("T")
+Part = Literal["step", "validation", "checkpoint"]
+
+
+class StepResult(NamedTuple):
+    """One optimizer step."""
+
+    stats: StepStats
+    lr: float  # of the weights
+    data_wait_s: float  # seconds that this rank waited for its batches
+
+
+class Validation(NamedTuple):
+    """One validation, the same on all ranks."""
+
+    metrics: Metrics
+    detections: list[Found]
+    is_best: bool
+
+
+class ExitStatus(NamedTuple):
+    """How a training ended: the process's exit status, and a message for the user."""
+
+    status: int = 0
+    message: str = ""
+
+
+class StopTraining(Exception):
+    """Ends the training with a status. Raise it on all ranks at the same place."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.end = ExitStatus(status, message)
+
+
+class RunningTrainer(Protocol):
+    """What hooks see of the trainer.
+
+    Attributes:
+        spec: the resolved run.
+        state: how far the run is.
+        validation: of the last epoch, None where there was none.
+        figures: of the current epoch, for its row: add yours in `after_epoch`.
+        end: how the training ended, None until it did.
+        is_last_epoch: whether no epoch follows the current one.
+    """
+
+    spec: RunSpec
+    world: World
+    engine: Engine
+    data: DataParts
+    state: TrainState
+    hooks: HookList
+    validation: Validation | None
+    figures: dict[str, float]
+    end: ExitStatus | None
+
+    @property
+    def is_last_epoch(self) -> bool: ...
+
+
+class Hook:
+    """Base class: override what you need. `self.trainer` is set before `open`.
+
+    All ranks have the same hooks in the same order, but for those that only write on the main process: a hook
+    that calls a collective must be on all ranks. Whatever happens, every hook whose `open` was called is closed,
+    in reverse order.
+    """
+
+    trainer: RunningTrainer
+
+    def open(self) -> None:
+        """Before the first step; `self.trainer.state` says where the run is."""
+
+    def before_epoch(self) -> None:
+        """Before the first step of an epoch, or of its rest after a resume."""
+
+    def before_step(self) -> None:
+        """After the batches were loaded, before they are trained."""
+
+    def after_step(self, result: StepResult) -> None:
+        """After an optimizer step; `self.trainer.state.step` counts it already."""
+
+    def before_validation_batch(self) -> None:
+        """Before each batch of a validation."""
+
+    def after_validation(self, validation: Validation) -> None:
+        """After a validation."""
+
+    def after_epoch(self) -> None:
+        """After an epoch and its validation; `self.trainer.validation` is None where there was none."""
+
+    def between_epochs(self) -> None:
+        """After `after_epoch` of all hooks: `state.epoch` is the next epoch, and what is saved resumes there."""
+
+    def preempted(self) -> ExitStatus | None:
+        """After a rank was asked to stop: save, and return how the run ends."""
+
+    def finish(self) -> None:
+        """After the last step of an orderly end, on all ranks. Collectives are allowed here, but not in `close`."""
+
+    def close(self) -> None:
+        """Release what `open` took, whatever was raised."""
+
+    def steps(self, batches: Iterator[T]) -> Iterator[T]:
+        """Wrap an epoch's iterator of batches."""
+        return batches
+
+    def around(self, part: Part) -> AbstractContextManager[Any]:
+        """Return a context around a training step, a validation or the writing of a checkpoint."""
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the hook wants in a checkpoint's JSON; it is in `state.tracking` after a resume."""
+        return {}
+
+
+class HookList:
+    """Calls hooks in their order.
+
+    Invariant: once `running` is entered, each opened hook is closed exactly once, in reverse order, whatever is raised.
+    """
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = tuple(hooks)
+
+    def __iter__(self) -> Iterator[Hook]:
+        return iter(self._hooks)
+
+    @contextmanager
+    def running(self, trainer: RunningTrainer) -> Iterator[None]:
+        """Open all hooks; close them at the end."""
+        with ExitStack() as stack:
+            for hook in self._hooks:
+                hook.trainer = trainer
+                stack.callback(hook.close)
+                hook.open()
+            yield
+
+    def call(self, event: str, *args: Any) -> list[Any]:
+        """Call the method `event` of every hook, and return what they return."""
+        return [getattr(hook, event)(*args) for hook in self._hooks]
+
+    def steps(self, batches: Iterator[T]) -> Iterator[T]:
+        """Wrap an epoch's batches by every hook."""
+        for hook in self._hooks:
+            batches = hook.steps(batches)
+        return batches
+
+    @contextmanager
+    def around(self, part: Part) -> Iterator[None]:
+        """Enter the contexts of all hooks."""
+        with ExitStack() as stack:
+            for hook in self._hooks:
+                stack.enter_context(hook.around(part))
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all hooks in one mapping."""
+        return {key: value for hook in self._hooks for key, value in hook.state_dict().items()}

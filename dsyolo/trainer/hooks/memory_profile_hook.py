@@ -1,0 +1,116 @@
+"""Reports the memory that each rank is estimated to need, and measures it in a step, term by term."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from dsyolo.engine import device
+from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.memory_profile import MemoryMeasurement, MemoryProfiler
+from dsyolo.engine.memory_terms import MemoryEstimate
+from dsyolo.engine.partitions import Partitions
+from dsyolo.planner.local_hardware import host_bytes
+from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
+from dsyolo.tracking.artifacts import RunArtifacts
+from dsyolo.trainer.hooks.base import Hook, Part
+from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
+
+log = logging.getLogger(__name__)
+
+
+class MemoryProfileHook(Hook):
+    """On all ranks.
+
+    Args:
+        load: what this rank trains.
+        measure: "start" measures the second step, "epochs" the first of every later epoch too, "off" none.
+        artifacts: gets memory.json; None off the main process.
+        times: gets the peaks for the rows of epochs.
+    """
+
+    def __init__(
+        self,
+        load: RankLoad,
+        partitions: Partitions,
+        ema: Ema | NoEma,
+        measure: str,
+        artifacts: RunArtifacts | None,
+        times: TimeProfileHook | None,
+    ) -> None:
+        self._load, self._parts, self._measure = load, (partitions, ema), measure
+        self._artifacts, self._times = artifacts, times
+        self._profiler: MemoryProfiler | None = None
+
+    def open(self) -> None:
+        trainer, ds = self.trainer, self.trainer.spec.ds
+        zero = trainer.engine.deepspeed_json["zero_optimization"]
+        loads: list[RankLoad] = trainer.engine.all_gather(self._load)
+        self._predicted = [predict(load, ds, zero) for load in loads]
+        shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
+        self._titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
+        if trainer.world.is_main_process:
+            largest = max(shown, key=lambda rank: self._predicted[rank].together.total)
+            rows = [
+                (f"{title}, predicted", self._predicted[rank].together)
+                for rank, title in self._titles.items()
+            ]
+            log.info("%s\n%s", table(rows), verdict(loads[largest], ds, zero, self._on_one_rank(loads)))
+            if warning := self._shortage():
+                log.warning("%s", warning)
+        if self._measure != "off":
+            again = self._measure == "epochs"
+            self._profiler = MemoryProfiler(trainer.engine, *self._parts, self._report, again=again)
+
+    def before_epoch(self) -> None:
+        if self._profiler:
+            self._profiler.begin_epoch()
+
+    def around(self, part: Part) -> AbstractContextManager[Any]:
+        return self._profiler.step() if part == "step" and self._profiler else nullcontext()
+
+    def _on_one_rank(self, loads: list[RankLoad]) -> RankLoad:
+        """Return what each rank would hold if the whole network were on it, to judge the strategy by."""
+        spec = self.trainer.spec
+        counted = spec.activations.counted
+        plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
+        groups = tuple(sizes for load in loads[:: spec.ds.data_parallel_size] for sizes in load.groups)
+        return RankLoad(groups, plain, plain, least, 0, self.trainer.world.size, spec.config.ema)
+
+    def _shortage(self) -> str:
+        trainer = self.trainer
+        estimates = self._predicted[: trainer.world.local_size]
+        if "nvme" in (trainer.spec.ds.offload_optimizer, trainer.spec.ds.offload_param):
+            # the page cache keeps what fits of the host's part
+            estimates = [MemoryEstimate(one.device) for one in estimates]
+        on_cpu = trainer.engine.device.type == "cpu"
+        device_bytes = None if on_cpu else device.total_memory(trainer.world.local_rank)
+        return shortage(estimates, device_bytes, host_bytes())
+
+    def _report(self, measured: list[MemoryMeasurement]) -> None:
+        """Log and keep what was measured; called on all ranks after the step."""
+        if self._times:
+            self._times.memory_measured(measured)
+        if self._artifacts is None:
+            return
+        rows = []
+        for rank, title in self._titles.items():
+            rows.append((f"{title}, predicted", self._predicted[rank].together))
+            rows.append((f"{title}, measured", measured[rank].account.together))
+        peaks = [one.peak for one in measured if one.peak is not None]
+        most = (
+            f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
+        )
+        log.info("%s\n%s", table(rows), most)
+        self._artifacts.memory(
+            [
+                {
+                    "rank": rank,
+                    "predicted": wanted.to_json(),
+                    "measured": found.account.to_json(),
+                    "peak": found.peak,
+                }
+                for rank, (wanted, found) in enumerate(zip(self._predicted, measured, strict=True))
+            ]
+        )
