@@ -33,7 +33,7 @@ LANGUAGES = {"bash", "bash run", "text", "json", "yaml", "python"}
 OWN_COMMAND = re.compile(r"(dsyolo|deepspeed|python|make|launch/[\w.]+|sbatch|kubectl|pip) \S")
 OTHER_PROGRAMS = {"pre-commit"}  # nothing of theirs is checked
 FOREIGN_OPTIONS = {"--", "--shm-size"}  # the latter is docker's
-OUR_PATHS = re.compile(r"(dsyolo|docs|tests|benchmarks|launch|ds_configs|\.ci|\.github)/[\w./-]*")
+OUR_PATHS = re.compile(r"(dsyolo|docs|tests|benchmarks|examples|launch|ds_configs|\.ci|\.github)/[\w./-]*")
 READY_JSON = re.compile(r"(zero\d|adamw|bf16|fp16|fp32|pipeline\d|recompute|demo)\w*\.json")
 MADE_BY_THE_USER = {"launch/hostfile", "launch/deepspeed_env", "ds_configs/my.json"}
 
