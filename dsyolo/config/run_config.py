@@ -67,7 +67,7 @@ def _recipe(default: Any, text: str, group: str, **limits: float) -> Any:
 
 
 class Recipe(BaseModel):
-    """Schedule, loss gains and augmentation. The defaults are preset `low`; source of the numbers: spec.md."""
+    """Schedule, loss gains and augmentation. The defaults are preset `low`; source of the numbers: docs/yolov5.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

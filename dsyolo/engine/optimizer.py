@@ -1,4 +1,4 @@
-"""The optimizer's three groups, and what changes in them from step to step (spec.md, Recipe)."""
+"""The optimizer's three groups, and what changes in them from step to step (docs/yolov5.md, Recipe)."""
 
 from __future__ import annotations
 

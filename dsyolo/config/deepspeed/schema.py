@@ -109,7 +109,7 @@ def _renamed(name: str) -> Refused:
 
 
 OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, JsonKey | JsonSection | Refused]]] = {
-    # Defaults of SGD are the recipe's (spec.md), those of Adam and AdamW are torch's own.
+    # Defaults of SGD are the recipe's (docs/yolov5.md), those of Adam and AdamW are torch's own.
     "SGD": (
         {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005},
         {"lr": number(above=True), "momentum": number(below=1), "nesterov": FLAG, "weight_decay": number()},
