@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.step_timer import COMMUNICATION, StepTimer
 
 NAMES = (
@@ -27,8 +29,6 @@ NAMES = (
     "irecv",
     "barrier",
 )
-# DeepSpeed's backend took these from torch when it was made.
-TAKEN = {"all_gather_function": "all_gather_into_tensor", "reduce_scatter_function": "reduce_scatter_tensor"}
 
 
 class CommTimer:
@@ -41,24 +41,20 @@ class CommTimer:
     """
 
     def __init__(self, phases: StepTimer) -> None:
-        from deepspeed.comm import comm as deepspeed_comm
-
         self._phases = phases
         self.calls = 0
         self.sizes: Counter[str] = Counter()
         self._plain = {name: getattr(torch_dist, name) for name in NAMES}
-        self._backend = deepspeed_comm.cdb
         for name, plain in self._plain.items():
             setattr(torch_dist, name, self._timed(name, plain))
-        for name, own in TAKEN.items():
-            setattr(self._backend, name, getattr(torch_dist, own))
+        self._rebound = contextlib.ExitStack()
+        self._rebound.enter_context(internals.rebound_collectives())
 
     def close(self) -> None:
         """Puts everything back."""
         for name, plain in self._plain.items():
             setattr(torch_dist, name, plain)
-        for name in TAKEN:
-            vars(self._backend).pop(name, None)
+        self._rebound.close()
 
     def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         phases = self._phases
@@ -100,27 +96,16 @@ class CommsLog:
     """DeepSpeed's comms logger, on for one step: on an accelerator it waits for the device at every collective."""
 
     def __init__(self) -> None:
-        from deepspeed.comm import comm as deepspeed_comm
-
-        self._module = deepspeed_comm
-        self._is_free = not deepspeed_comm.comms_logger.enabled  # else the JSON has it on for the whole run
+        self._is_free = not internals.comms_logger_is_on()  # else the JSON has it on for the whole run
 
     def start(self) -> None:
         """From here on it logs."""
         if self._is_free:
-            self._module.configure(enabled=True, prof_all=True, verbose=False)
+            internals.set_comms_logger(True)
 
     def stop(self) -> dict[str, dict[str, int]]:
         """By operation how many calls, and bytes as DeepSpeed counts them: of the tensors, not of the wire."""
-        logger = self._module.comms_logger
-        found = {
-            name: {
-                "calls": sum(record[0] for record in sizes.values()),
-                "bytes": sum(int(size) * record[0] for size, record in sizes.items()),
-            }
-            for name, sizes in logger.comms_dict.items()
-        }
+        found = internals.logged_collectives()
         if self._is_free:
-            self._module.configure(enabled=False)
-            logger.comms_dict.clear()
+            internals.set_comms_logger(False)
         return found

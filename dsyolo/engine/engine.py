@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from dsyolo.base.batch import Batch, StepStats, Targets
 from dsyolo.cluster.collectives import all_gather_objects, all_reduce_sum, broadcast
 from dsyolo.cluster.world import World
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.buffers import Buffers
 from dsyolo.engine.loss_scale import LossScale
 from dsyolo.engine.optimizer import Schedule
@@ -54,8 +54,7 @@ class Engine:
     ) -> None:
         from deepspeed.accelerator import get_accelerator
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        logging.getLogger("DeepSpeed").addFilter(_is_news)
+        internals.quiet_logger()
         self.device = torch.device(get_accelerator().current_device_name())
         self.world = world
         self.accumulation = accumulation
@@ -64,20 +63,13 @@ class Engine:
         self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
         self.network = network.to(self.device)
         self.deepspeed = self._initialize(optimizer)
-        _sum_in_the_share(self.deepspeed)
+        internals.accumulate_in_partition(self.deepspeed)
         self._norm: torch.Tensor | None = None
         self._phases: StepTimer | NoStepTimer = NoStepTimer()
         if self.deepspeed.zero_optimization_stage() == 0:
-            # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
-            self.deepspeed.clip_fp32_gradients = self._clip_gradients
-            self._take_step, self.deepspeed.optimizer.step = (
-                self.deepspeed.optimizer.step,
-                self._step_if_finite,
-            )
-        self._tell_monitor, self.deepspeed.monitor.write_events = (
-            self.deepspeed.monitor.write_events,
-            self._lr_only,
-        )
+            internals.replace_clipping(self.deepspeed, self._clip_gradients)
+            self._take_step = internals.replace_step(self.deepspeed.optimizer, self._step_if_finite)
+        self._write_events = internals.replace_monitor_writer(self.deepspeed, self._write_own_events)
         self.buffers = self._make_buffers()
         broadcast(self.buffers.flat, self.dp_group)
         self._share_of_statistics = self._slow_down_statistics() if statistics_move else None
@@ -169,11 +161,12 @@ class Engine:
 
     def _step_if_finite(self) -> None:
         """At ZeRO 0, as DeepSpeed's other optimizers do by themselves."""
-        optimizer, scaled = self.deepspeed.optimizer, self.loss_scale.can_skip
+        scaled = self.loss_scale.can_skip
         if not scaled and not self.deepspeed.gradient_clipping():
             self._norm = self._total_norm()
-        optimizer.overflow = not scaled and not bool(self._norm.isfinite())  # DeepSpeed looks there
-        if not optimizer.overflow:
+        overflow = not scaled and not bool(self._norm.isfinite())
+        internals.set_overflow(self.deepspeed.optimizer, overflow)
+        if not overflow:
             self._take_step()
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -215,9 +208,9 @@ class Engine:
                 for batch in batches
             ]
 
-    def _lr_only(self, events: Sequence[tuple[str, Any, int]]) -> None:
-        """DeepSpeed's events for its monitors. Its loss is per step and not per image, and there in a pipeline only."""
-        self._tell_monitor([event for event in events if event[0] != _LOSS_EVENT])
+    def _write_own_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
+        """Write DeepSpeed's events but its loss, which is per step and not per image, and there in a pipeline only."""
+        self._write_events([event for event in events if event[0] != _LOSS_EVENT])
 
     def _undo_averaging(self) -> int:
         """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
@@ -234,24 +227,7 @@ class Engine:
         if not applied:
             self.buffers.flat.copy_(buffers_before)  # what is not finite may have been BatchNorm's input
         losses = all_reduce_sum(losses)
-        if self.deepspeed.monitor.enabled:  # waits for the device, as DeepSpeed's own events do
-            self._tell_monitor([(_LOSS_EVENT, losses.sum().item(), self.deepspeed.global_samples)])
+        if (samples := internals.monitor_samples(self.deepspeed)) is not None:
+            # waits for the device, as DeepSpeed's own events do
+            self._write_events([(_LOSS_EVENT, losses.sum().item(), samples)])
         return StepStats(losses, norm, self._undo_averaging() * micro_batch, applied)
-
-
-def _sum_in_the_share(deepspeed_engine: Any) -> None:
-    """ZeRO 2 keeps of the gradients a rank's share alone, and adds up micro-batches in it.
-
-    DeepSpeed 0.19.8 does so only where it sums bf16 or fp16 in fp32 (`GradPartitionBufferGroup`). Elsewhere it keeps whole
-    the gradients of parameters at the share's borders, of which a wide layer alone is larger than a share of hundreds,
-    and flattens them anew for the optimizer. With the optimizer in host memory they wait there, part by part.
-    """
-    wrapper = deepspeed_engine.optimizer
-    if deepspeed_engine.zero_optimization_stage() == 2 and not wrapper.cpu_offload:
-        assert callable(wrapper._use_compact_grad_partition_buffer), "as of DeepSpeed 0.19.8"
-        wrapper._use_compact_grad_partition_buffer = lambda group: True
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """DeepSpeed warns of every optimizer but Adam's kinds under ZeRO; with SGD it is tested here (tests/support/parity.py)."""
-    return "untested optimizer" not in record.getMessage()

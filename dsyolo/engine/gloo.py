@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.engine import deepspeed_internals as internals
+
 
 def send_only_shares() -> None:
     """Makes DeepSpeed's reductions on gloo send what is needed. Sums are taken in the order of ranks. Call it once joined."""
-    from deepspeed.comm import comm as deepspeed_comm
-
     if torch_dist.get_backend() == "gloo":
-        deepspeed_comm.cdb.reduce_scatter_tensor = _reduce_scatter
-        deepspeed_comm.cdb.reduce = _reduce
+        internals.replace_reductions(_reduce_scatter, _reduce)
 
 
 def _reduce_scatter(

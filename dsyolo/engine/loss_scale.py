@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+from dsyolo.engine import deepspeed_internals as internals
 
 
 class LossScale:
@@ -19,9 +19,8 @@ class LossScale:
 
     def __init__(self, engine) -> None:
         self._engine = engine
-        self._torch: torch.amp.GradScaler | None = getattr(engine, "torch_autocast_z0_gradscaler", None)
-        scaler = getattr(engine.optimizer, "loss_scaler", None)
-        self._own = scaler if getattr(scaler, "dynamic", False) else None
+        self._torch = internals.autocast_scaler(engine)
+        self._own = internals.dynamic_scaler(engine)
         self.can_skip = self._torch is not None or engine.fp16_enabled()
         self._before = self._torch.get_scale() if self._torch else 0.0
 
@@ -37,15 +36,7 @@ class LossScale:
         if self._torch is not None:
             state = self._torch.state_dict()
             return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
-        if self._own is None:
-            return {}
-        scaler = self._own
-        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
-        return {
-            "scale": scaler.cur_scale,
-            "good_steps": good_steps,
-            "hysteresis": scaler.cur_hysteresis,
-        }
+        return {} if self._own is None else internals.scaler_state(self._own)
 
     def load(self, state: Mapping[str, float]) -> None:
         """Goes on from what `state` gave, of either scaler; an empty one, or no scaler here, changes nothing."""
@@ -55,6 +46,4 @@ class LossScale:
             self._torch.load_state_dict({**settings, "scale": state["scale"], "_growth_tracker": good_steps})
             self._before = self._torch.get_scale()
         elif state and self._own is not None:
-            self._own.cur_scale = state["scale"]
-            self._own.cur_iter, self._own.last_overflow_iter = int(state["good_steps"]), -1
-            self._own.cur_hysteresis = int(state.get("hysteresis", self._own.delayed_shift))
+            internals.load_scaler_state(self._own, state)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
@@ -50,24 +51,23 @@ class MemoryMeasurement(NamedTuple):
 
 def held(engine: Engine, partitions: Partitions, ema: Ema | NoEma) -> MemoryEstimate:
     """The bytes that this rank holds now, but for activations."""
-    wrapper = engine.deepspeed.optimizer
+    optimizer = engine.deepspeed.optimizer
     keys = [key for key, _ in partitions.optimizer_keys()]
     parameters = list(engine.network.parameters())
-    own = [getattr(p, "ds_tensor", p.data) for p in parameters]
-    own += [p.data for p in parameters if getattr(p, "ds_persist", False)]
-    buckets = [bucket.buffer for bucket in getattr(wrapper, "ipg_buckets", {}).values()]
-    gradients = [(tensor.grad, getattr(tensor, "grad_accum", None)) for tensor in chain(parameters, keys)]
-    gradients += [getattr(wrapper, name, None) for name in _GRADIENTS]
+    gradients = [
+        [tensor.grad for tensor in chain(parameters, keys)],
+        internals.gradient_buffers(optimizer, chain(parameters, keys)),
+    ]
     states = [list(partitions.optimizer.state[key].values()) for key in keys]
     seen: set[int] = set()
     parts = {
-        "parameters": _sizes(own, seen),
+        "parameters": _sizes([internals.weights_held(p) for p in parameters], seen),
         "ema": _sizes(ema.tensors, seen),
         "optimizer": _sizes([keys, partitions.masters(), states], seen),
-        "buckets": _sizes(buckets, seen),
+        "buckets": _sizes(internals.bucket_buffers(optimizer), seen),
         "gradients": _sizes(gradients, seen),
     }
-    rest = _sizes([[p.data for p in parameters], list(vars(wrapper).values())], seen)
+    rest = _sizes([[p.data for p in parameters], internals.all_attributes(optimizer)], seen)
     parts["buckets"] = [a + b for a, b in zip(parts["buckets"], rest, strict=True)]
     device, host = (MemoryTerms(**{name: sizes[i] for name, sizes in parts.items()}) for i in (0, 1))
     return (
@@ -75,16 +75,6 @@ def held(engine: Engine, partitions: Partitions, ema: Ema | NoEma) -> MemoryEsti
         if engine.device.type != "cpu"
         else MemoryEstimate(MemoryEstimate(device, host).together)
     )
-
-
-# Where ZeRO's optimizers keep gradients beside those of the parameters themselves.
-_GRADIENTS = (
-    "grads_in_partition",
-    "averaged_gradients",
-    "all_grad_tensors",
-    "grad_partitions_flat_buffer",
-    "accumulated_grads_in_cpu",
-)
 
 
 def _sizes(values: Any, seen: set[int]) -> list[int]:
@@ -175,14 +165,13 @@ class Probe:
     def looking(self) -> Iterator[None]:
         """Around the step."""
         engine, *_ = self._parts
-        wrapper = engine.deepspeed.optimizer
-        step = wrapper.step
+        optimizer = engine.deepspeed.optimizer
 
         def last_look(*args: Any, **settings: Any) -> Any:
             self._look(in_passes=False)
             return step(*args, **settings)
 
-        wrapper.step = last_look
+        step = internals.replace_step(optimizer, last_look)
         hooks = []
         for module in engine.network.modules():
             hooks.append(module.register_forward_hook(lambda *_: self._peaks.sample()))
@@ -197,7 +186,7 @@ class Probe:
             yield
         finally:
             self._peaks.stop()
-            wrapper.step = step
+            internals.replace_step(optimizer, step)
             for hook in hooks:
                 hook.remove()
 

@@ -17,6 +17,7 @@ import torch
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.collectives import all_gather_objects
 from dsyolo.cluster.world import World
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.partitions import Partitions
 
 ALIGNMENT = 64  # bytes; that of torch's own allocator
@@ -51,7 +52,7 @@ def move_to_folders(
     Raises:
         UserError: a folder cannot be written, or has not enough room; on every rank.
     """
-    wrapper = engine.optimizer
+    optimizer = engine.optimizer
     problems: list[str] = []
     if folders.optimizer:
         names, scalars = FIRST_STATE[type(partitions.optimizer).__name__]
@@ -60,19 +61,15 @@ def move_to_folders(
         tensors = [*masters, *ema_tensors, *(tensor for name in names for tensor in states[name])]
         _move(tensors, folders.optimizer, world, problems)
         if partitions.stage in (1, 2):
-            wrapper._link_all_hp_params()  # its views of the masters
+            internals.relink_masters(optimizer)
     if folders.parameters:
-        flats = wrapper.fp16_partitioned_groups_flat
+        flats = internals.flat_shards(optimizer)
         shared = {
             flat.data_ptr() for flat in flats
         }  # by the masters, where weights are fp32 on the same device
         masters = [tensor for pair in partitions.optimizer_keys() for tensor in (pair[0], pair[1].master)]
         _move([*flats, *(m for m in masters if m.data_ptr() in shared)], folders.parameters, world, problems)
-        for buffer in wrapper.param_groups_fp16_flat_cpu_memory:  # of which those were views
-            _accelerator().unpin_memory(buffer)
-        wrapper.param_groups_fp16_flat_cpu_memory = []
-        for group in range(len(wrapper.fp16_partitioned_groups_flat)):
-            wrapper._unflatten_partitioned_parameters(group)
+        internals.relink_shards(optimizer)
     told = all_gather_objects(problems)
     if any(told):
         raise UserError("Offload to a folder cannot start", [line for lines in told for line in lines])
@@ -110,9 +107,3 @@ def _mapped_file(folder: str, size: int, rank: int) -> torch.Tensor:
     finally:
         os.close(descriptor)
         os.unlink(path)
-
-
-def _accelerator():
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator()

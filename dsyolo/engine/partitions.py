@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dsyolo.cluster.collectives import all_reduce_sum
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.engine import Engine
 
 GATHER_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time, while tensors are gathered
@@ -48,16 +49,12 @@ class Partitions:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._params: dict[str, nn.Parameter] = dict(engine.network.named_parameters())
-        self._wrapper = engine.deepspeed.optimizer
-        stage = engine.deepspeed.zero_optimization_stage()
-        self.stage = stage
-        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._params.items()}
-        self.replicated = stage == 0
+        self.stage: int = engine.deepspeed.zero_optimization_stage()
+        self.shapes = {name: internals.full_shape(p) for name, p in self._params.items()}
+        self.replicated = self.stage == 0
         self._all = self  # of which this may be a part: see `to_average`
-        self.optimizer: torch.optim.Optimizer = self._wrapper if stage == 0 else self._wrapper.optimizer
-        self.holdings = {0: self._whole, 1: self._partitioned, 2: self._partitioned, 3: self._sharded}[
-            stage
-        ]()
+        self.optimizer = internals.torch_optimizer(engine.deepspeed)
+        self.holdings = self._whole() if self.replicated else self._partitioned()
 
     def _whole(self) -> list[FlatPartition]:
         return [
@@ -65,35 +62,17 @@ class Partitions:
         ]
 
     def _partitioned(self) -> list[FlatPartition]:
-        pieces: dict[int, list[Fragment]] = {}
+        engine, rank = self._engine.deepspeed, torch.distributed.get_rank()
+        masters = internals.flat_masters(engine)
+        fragments: list[list[Fragment]] = [[] for _ in masters]
         for name, p in self._params.items():
-            mapping = p._hp_mapping  # None where another rank owns the parameter
-            if mapping is not None:
-                there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                piece = Fragment(name, there.start, here.start, here.numel)
-                pieces.setdefault(mapping.param_group_index, []).append(piece)
-        masters = self._wrapper.single_partition_of_fp32_groups
-        return [FlatPartition(master.detach(), tuple(pieces.get(i, ()))) for i, master in enumerate(masters)]
-
-    def _sharded(self) -> list[FlatPartition]:
-        masters = self._wrapper.fp32_partitioned_groups_flat
-        pieces: list[list[Fragment]] = [[] for _ in masters]
-        for name, p in self._params.items():
-            group, offset, padded = self._wrapper.grad_position[self._wrapper.get_param_id(p)]
-            start = torch.distributed.get_rank() * padded
-            numel = min(padded, p.ds_numel - start)
-            if numel > 0:
-                pieces[group].append(Fragment(name, start, offset, numel))
-        return [FlatPartition(master.detach(), tuple(p)) for master, p in zip(masters, pieces, strict=True)]
+            if found := internals.fragment_address(engine, p, rank):
+                fragments[found.group].append(Fragment(name, found.start, found.offset, found.numel))
+        return [FlatPartition(m.detach(), tuple(f)) for m, f in zip(masters, fragments, strict=True)]
 
     def optimizer_keys(self) -> list[tuple[torch.nn.Parameter, FlatPartition]]:
         """The tensors by which the torch optimizer knows its state, one per holding."""
-        if self.stage == 0:
-            keys = list(self._params.values())
-        elif self.stage == 3:
-            keys = list(self._wrapper.fp32_partitioned_groups_flat)
-        else:
-            keys = list(self._wrapper.single_partition_of_fp32_groups)
+        keys = self._params.values() if self.replicated else internals.flat_masters(self._engine.deepspeed)
         return list(zip(keys, self.holdings, strict=True))
 
     def to_average(self) -> Partitions:
@@ -186,15 +165,11 @@ class Partitions:
                 self._params[name].data.copy_(value)
 
     def _copy_sharded_to_model(self, tensors: Sequence[torch.Tensor]) -> None:
-        persistent = self._wrapper.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)
-        for holding, tensor in zip(self.holdings, tensors, strict=True):
-            for piece in holding.pieces:
-                own = self._params[piece.name].ds_tensor.data
-                own[: piece.numel].copy_(tensor[piece.offset : piece.offset + piece.numel])
-        if persistent:
-            persistent[0].all_gather(persistent)
+        with internals.persistent_parameters_sharded(self._engine.deepspeed.optimizer):
+            for holding, tensor in zip(self.holdings, tensors, strict=True):
+                for piece in holding.pieces:
+                    own = internals.shard(self._params[piece.name]).data
+                    own[: piece.numel].copy_(tensor[piece.offset : piece.offset + piece.numel])
 
     def masters(self) -> list[torch.Tensor]:
         """The masters, one per holding."""

@@ -15,6 +15,7 @@ from torch import nn
 from dsyolo.base.batch import Batch, StepStats, Targets
 from dsyolo.cluster.collectives import all_reduce_sum
 from dsyolo.cluster.world import ParallelDims
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.buffers import Buffers, named_buffers
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.partitions import Partitions
@@ -45,9 +46,9 @@ class PipelineEngine(Engine):
         self._shown: nn.Module | None = None
         super().__init__(stage, *others, **settings)
         self._losses = torch.zeros(3, device=self.device)
-        wrapper = self.deepspeed.optimizer
         if self.deepspeed.zero_optimization_stage() == 1:
-            self._norm_of_stage, wrapper.scaled_global_norm = wrapper.scaled_global_norm, self._norm_of_stages
+            optimizer = self.deepspeed.optimizer
+            self._norm_of_stage = internals.replace_global_norm(optimizer, self._norm_of_stages)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
         """One optimizer step, as `Engine.train_step`; the first and the last stage get the same micro-batches.
@@ -78,20 +79,22 @@ class PipelineEngine(Engine):
 
     def tell(self, phases: StepTimer) -> None:
         """As `Engine.tell`. Waiting for a neighbour cannot be told from what it sends: both are communication."""
-        from deepspeed.runtime.pipe import schedule
-
         super().tell(phases)
-        of = {
-            schedule.LoadMicroBatch: COPY,
-            schedule.ForwardPass: FORWARD,
-            schedule.BackwardPass: BACKWARD,
-            schedule.OptimizerStep: OPTIMIZER,
+        phase_of = {
+            "LoadMicroBatch": COPY,
+            "ForwardPass": FORWARD,
+            "BackwardPass": BACKWARD,
+            "OptimizerStep": OPTIMIZER,
         }
-        plain = type(self.deepspeed)._INSTRUCTION_MAP
-        self.deepspeed._INSTRUCTION_MAP = {
-            kind: _within(phases, of[kind], instruction) if kind in of else instruction
-            for kind, instruction in plain.items()
-        }
+
+        def timed(name: str, instruction: Callable[..., None]) -> Callable[..., None]:
+            def run(*args: Any, **settings: Any) -> None:
+                with phases.phase(phase_of[name]):
+                    instruction(*args, **settings)
+
+            return run if name in phase_of else instruction
+
+        internals.replace_instructions(self.deepspeed, timed)
 
     @contextmanager
     def with_whole(self) -> Iterator[nn.Module]:
@@ -119,7 +122,7 @@ class PipelineEngine(Engine):
 
     @property
     def dp_group(self) -> Any:
-        return self.deepspeed.mpu.get_data_parallel_group()
+        return internals.replica_group(self.deepspeed)
 
     def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
         import deepspeed
@@ -144,18 +147,14 @@ class PipelineEngine(Engine):
         return total * self._undo_averaging()
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
-        return all_reduce_sum(tensor, self.deepspeed.mpu.get_pipe_parallel_group())
+        return all_reduce_sum(tensor, internals.stage_group(self.deepspeed))
 
     def _norm_of_stages(self) -> torch.Tensor:
         """In the place of ZeRO 1's, which adds up the stages group by group: a stage without BatchNorm has fewer groups,
         and the others would wait for it for ever.
         """
-        wrapper = self.deepspeed.optimizer
-        wrapper._model_parallel_all_reduce = _stay
-        try:
+        with internals.without_sum_over_stages(self.deepspeed.optimizer):
             own = torch.as_tensor(self._norm_of_stage(), dtype=torch.float32, device=self.device)
-        finally:
-            del wrapper._model_parallel_all_reduce
         return self._sum_over_stages(torch.where(own < 0, torch.inf, own.square())).sqrt()  # -1: not finite
 
     def _make_buffers(self) -> Buffers:
@@ -166,18 +165,6 @@ class PipelineEngine(Engine):
         if self.deepspeed.torch_autocast_enabled():
             return torch.autocast(self.device.type, dtype=self.deepspeed.torch_autocast_dtype())
         return contextlib.nullcontext()
-
-
-def _within(phases: StepTimer, name: str, instruction: Callable[..., None]) -> Callable[..., None]:
-    def told(*args: Any, **settings: Any) -> None:
-        with phases.phase(name):
-            instruction(*args, **settings)
-
-    return told
-
-
-def _stay(tensor: torch.Tensor, op: Any) -> None:
-    """In the place of a collective."""
 
 
 class StageBuffers(Buffers):

@@ -13,6 +13,7 @@ import torch.distributed as torch_dist
 from dsyolo.base.environment import export_to_torch, read_environment
 from dsyolo.cluster.rendezvous import Rendezvous
 from dsyolo.cluster.world import World, world_from_environment
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.device import pins_memory
 from dsyolo.engine.gloo import send_only_shares
 
@@ -68,9 +69,8 @@ def quiet_deepspeed() -> None:
     Its shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no compiler, and a
     build that is killed leaves a lock that every later start waits for.
     """
-    import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    internals.disable_shared_memory_op()
     # It calls some at every step, and only it can change that.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
 
@@ -83,10 +83,10 @@ def destroy_process_group(world: World, *, orderly: bool = True) -> None:
 
     Where the JSON's `comms_logger` is on, the first rank prints what it saw: DeepSpeed leaves that to the program.
     """
-    from deepspeed.comm import comm as deepspeed_comm
+    from deepspeed import comm
 
-    if orderly and deepspeed_comm.comms_logger is not None and deepspeed_comm.comms_logger.enabled:
-        deepspeed_comm.log_summary()
+    if orderly and internals.comms_logger_is_on():
+        comm.log_summary()
     if world.size > 1 and orderly:
         torch_dist.barrier()
     torch_dist.destroy_process_group()
