@@ -1,4 +1,4 @@
-"""The time and bytes of collectives, by a seam at torch.distributed's own functions: DeepSpeed's calls and dsyolo's meet there."""
+"""Times collectives and counts their bytes, by wrapping torch.distributed, which DeepSpeed and dsyolo both call."""
 
 from __future__ import annotations
 
@@ -32,16 +32,15 @@ NAMES = (
 
 
 class CommTimer:
-    """Counts the collectives of steps as communication, with the waiting for other ranks in it.
+    """Times the collectives of steps as communication, waiting for other ranks included.
 
     Attributes:
-        sizes: by function, bytes of the whole tensors that it has reduced, gathered or sent so far: of a gathered one
-            all ranks' parts together.
-        calls: so far.
+        sizes: bytes so far, by function: of the whole tensors, and of all ranks' parts together in a gather.
+        calls: collectives so far.
     """
 
-    def __init__(self, phases: StepTimer) -> None:
-        self._phases = phases
+    def __init__(self, timer: StepTimer) -> None:
+        self._timer = timer
         self.calls = 0
         self.sizes: Counter[str] = Counter()
         self._plain = {name: getattr(torch_dist, name) for name in NAMES}
@@ -51,23 +50,23 @@ class CommTimer:
         self._rebound.enter_context(internals.rebound_collectives())
 
     def close(self) -> None:
-        """Puts everything back."""
+        """Restore the wrapped functions."""
         for name, plain in self._plain.items():
             setattr(torch_dist, name, plain)
         self._rebound.close()
 
     def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        phases = self._phases
+        timer = self._timer
 
         @functools.wraps(plain)
         def timed(*args: Any, **settings: Any) -> Any:
-            if not phases.inside:
+            if not timer.inside:
                 return plain(*args, **settings)
             self.calls += 1
             self.sizes[name] += max(map(_bytes_of, (*args, *settings.values())), default=0)
-            with phases.phase(COMMUNICATION):
+            with timer.phase(COMMUNICATION):
                 work = plain(*args, **settings)
-            return work if work is None or isinstance(work, int) else _Timed(work, phases)
+            return work if work is None or isinstance(work, int) else _Timed(work, timer)
 
         return timed
 
@@ -79,13 +78,13 @@ def _bytes_of(argument: Any) -> int:
 
 
 class _Timed:
-    """A collective that goes on: the time in which somebody waits for it is communication."""
+    """An asynchronous collective: waiting for it counts as communication."""
 
-    def __init__(self, work: Any, phases: StepTimer) -> None:
-        self._work, self._phases = work, phases
+    def __init__(self, work: Any, timer: StepTimer) -> None:
+        self._work, self._timer = work, timer
 
     def wait(self, *args: Any) -> Any:
-        with self._phases.phase(COMMUNICATION):
+        with self._timer.phase(COMMUNICATION):
             return self._work.wait(*args)
 
     def __getattr__(self, name: str) -> Any:
@@ -93,19 +92,21 @@ class _Timed:
 
 
 class CommsLog:
-    """DeepSpeed's comms logger, on for one step: on an accelerator it waits for the device at every collective."""
+    """DeepSpeed's comms logger, on for one step only, since it waits for the device at every collective."""
 
     def __init__(self) -> None:
-        self._is_free = not internals.comms_logger_is_on()  # else the JSON has it on for the whole run
+        self._is_ours = (
+            not internals.comms_logger_is_on()
+        )  # else the JSON has switched it on for the whole run
 
     def start(self) -> None:
-        """From here on it logs."""
-        if self._is_free:
+        """Start logging."""
+        if self._is_ours:
             internals.set_comms_logger(True)
 
     def stop(self) -> dict[str, dict[str, int]]:
-        """By operation how many calls, and bytes as DeepSpeed counts them: of the tensors, not of the wire."""
+        """Stop logging. Return calls and bytes by operation, bytes of the tensors and not of what is sent."""
         found = internals.logged_collectives()
-        if self._is_free:
+        if self._is_ours:
             internals.set_comms_logger(False)
         return found

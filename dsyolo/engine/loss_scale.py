@@ -1,4 +1,4 @@
-"""The loss scale of fp16: what a checkpoint keeps of it, and whether a step was skipped because of it."""
+"""The loss scale of fp16: its state in checkpoints, and whether it made a step be skipped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class LossScale:
     """The scaler of a DeepSpeed engine: its own (`fp16.enabled`), torch's (fp16 autocast at ZeRO 0), or none.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
+        engine: as returned by `deepspeed.initialize`.
 
     Attributes:
-        can_skip: there is one; a step whose gradients are not finite is left out, and the scale halved.
+        can_skip: there is a scaler; it skips a step whose gradients are not finite, and halves the scale.
     """
 
     def __init__(self, engine) -> None:
@@ -32,14 +32,14 @@ class LossScale:
         return self._before >= before
 
     def state(self) -> dict[str, float]:
-        """Scale, steps since it last changed, and (DeepSpeed's) overflows until it falls. Empty: nothing moves."""
+        """Return scale, steps since its last change, and (DeepSpeed's) overflows until it falls; empty without a scaler."""
         if self._torch is not None:
             state = self._torch.state_dict()
             return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
         return {} if self._own is None else internals.scaler_state(self._own)
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Goes on from what `state` gave, of either scaler; an empty one, or no scaler here, changes nothing."""
+        """Continue from a `state` of either scaler. An empty one changes nothing, nor does any without a scaler here."""
         if state and self._torch is not None:
             settings = self._torch.state_dict()
             good_steps = int(state["good_steps"]) % settings["growth_interval"]
