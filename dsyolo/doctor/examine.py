@@ -24,6 +24,7 @@ from dsyolo.doctor.answers import Devices, Hello
 from dsyolo.doctor.ask import Asked, Reply, ask, probing
 from dsyolo.doctor.context import DoctorContext, DoctorOptions
 from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, joined
+from dsyolo.doctor.gradients import gradients
 from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
 from dsyolo.doctor.launcher import try_launcher
 from dsyolo.models.yolov5 import build_yolov5, has_parameters
@@ -125,6 +126,7 @@ def _judged(case: DoctorContext, source: Mapping[str, Any], master: str | None) 
     yield from software.deepspeed_json(case)
     yield from software.ops(case, source)
     yield from software.locks(case)
+    yield from gradients(case)
     yield from data_set.data_set(case)
     yield from machine.disk(case)
     yield from machine.shared_memory(case)

@@ -14,7 +14,6 @@ from dsyolo.cluster.world import World, parallel_dims, set_threads
 from dsyolo.config.resolve import RunSpec
 from dsyolo.data.loader import StepSampler
 from dsyolo.detection.loss import DetectionLoss
-from dsyolo.engine.batchnorm import synchronise_batchnorm
 from dsyolo.engine.buffers import named_buffers
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
@@ -80,11 +79,10 @@ def build_engine(spec: RunSpec, world: World, network: YOLOv5, sampler: StepSamp
         world,
         image_size_px=config.imgsz,
         statistics_move=not (config.freeze_batchnorm or config.sync_batchnorm),
+        sync_batchnorm=config.sync_batchnorm,
         activations=spec.activations,
     )
     engine, partitions = parallelized.engine, parallelized.partitions
-    if config.sync_batchnorm:
-        synchronise_batchnorm(engine.network, engine.dp_group)
     ema: Ema | NoEma = NoEma(partitions, engine.buffers)
     if config.ema:
         ema = Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)

@@ -49,7 +49,7 @@ class TimeProfileHook(Hook):
         steps_of_epoch = trainer.data.sampler.epoch_start_step(1)
         every = 1 if on_cpu or self._in_detail else measured_every(spec.config.log_every, steps_of_epoch)
         self._timer = StepTimer(clock_of_device(), every)
-        engine.tell(self._timer)
+        engine.set_timer(self._timer)
         self._comm = CommTimer(self._timer)
         with torch.device("meta"):
             network = build_yolov5(spec.config.model, spec.data.num_classes)
