@@ -12,12 +12,13 @@ from typing import Any
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.run_config import MODELS, max_stride
+from dsyolo.config.spec import PRECISIONS
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
 from dsyolo.planner.search import search
-from dsyolo.planner.strategy import OPTIMIZERS, PRECISIONS
+from dsyolo.planner.strategy import OPTIMIZERS
 
 BANDWIDTH = "3GB/s"  # of 25 Gbit/s Ethernet
 MOST_BATCH, MOST_RANKS, MOST_IMGSZ = 2**16, 2**16, 2**13

@@ -13,9 +13,10 @@ from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
 from dsyolo.config import command_line
 from dsyolo.config.deepspeed import config as ds_config
-from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.config.run_config import AUTO, RunConfig
-from dsyolo.data.formats.yolo import DataSpec, read_data_yaml
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
 from dsyolo.models.weights import read_weights
@@ -36,7 +37,7 @@ class RunSpec:
     """One resolved run: everything that is known before anything is built."""
 
     config: RunConfig
-    ds: DsConfig
+    ds: DeepSpeedConfig
     data: DataSpec
     world: World
     folder: Path
@@ -79,7 +80,7 @@ def resolve(
             accelerator=accelerator,
             layers=has_parameters(run.model),
             recompute="auto" if is_auto else run.recompute,  # it is in the plan
-            halved=run.halve_micro_batch and not filled.is_halved,
+            halve=run.halve_micro_batch and not filled.is_halved,
             saved_batch=saved and saved.global_batch,
             name=f"--deepspeed_config {AUTO}" if is_auto else run.deepspeed_config,
         )
@@ -128,7 +129,7 @@ def _all_of(*readers: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> ActivationPlan:
+def plan_activations(config: RunConfig, ds: DeepSpeedConfig, num_classes: int) -> ActivationPlan:
     """What is recomputed, counted on a network without memory, at the largest size of its images.
 
     Raises:
@@ -139,5 +140,5 @@ def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> Activ
         size_px = largest_size_px(size_px, level_strides(config.model)[-1])
     with torch.device("meta"):
         network = build_yolov5(config.model, num_classes)
-    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
-    return choose(counted, ds.recompute, offload=ds.offload_activations)
+    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision.name)
+    return choose(counted, ds.parallelism.recompute, offload=ds.parallelism.offload.activations)

@@ -13,7 +13,7 @@ import torch
 from dsyolo.base.environment import all_variables
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import config as ds_config
-from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.config.deepspeed.json_reader import read_json, without_auto
 from dsyolo.config.run_config import max_stride
 from dsyolo.doctor import dataset_checks as data_set
@@ -101,7 +101,7 @@ def _requests(
 
 def _json(
     options: DoctorOptions, world_size: int, replies: Mapping[str, Reply]
-) -> tuple[dict[str, Any], DsConfig | None]:
+) -> tuple[dict[str, Any], DeepSpeedConfig | None]:
     """The JSON, and what it comes to. What is wrong with it the hosts themselves tell."""
     if options.deepspeed_config is None:
         return {}, None

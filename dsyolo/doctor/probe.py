@@ -138,7 +138,7 @@ def _deepspeed_json(request: Section) -> Section:
     path = request["deepspeed_config"]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
     checker = importlib.import_module("dsyolo.config.deepspeed.config")
-    checks = importlib.import_module("dsyolo.config.deepspeed.rules")
+    checks = importlib.import_module("dsyolo.config.deepspeed.batch_sizes")
     reader = importlib.import_module("dsyolo.config.deepspeed.json_reader")
     errors = importlib.import_module("dsyolo.base.errors")
     accelerator = _devices(request)["accelerator"]

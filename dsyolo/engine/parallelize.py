@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dsyolo.cluster.world import World, parallel_dims
-from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.engine.device import pins_memory
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.optimizer import Schedule, build_optimizer
@@ -37,7 +37,7 @@ def parallelize(
     network: Network,
     loss: nn.Module,
     schedule: Schedule,
-    ds: DsConfig,
+    ds: DeepSpeedConfig,
     world: World,
     *,
     image_size_px: int,
@@ -58,7 +58,7 @@ def parallelize(
         "statistics_move": statistics_move,
     }
     if ds.stages == 1:
-        optimizer = build_optimizer(network, ds.optimizer, ds.optimizer_params)
+        optimizer = build_optimizer(network, ds.optimizer.type, ds.optimizer.params)
         groups = _sizes(optimizer)  # ZeRO 3 takes the parameters apart
         engine = Engine(network, loss, optimizer, schedule, **settings)
         return Parallelized(engine, Partitions(engine), network.order, groups, [])
@@ -66,19 +66,25 @@ def parallelize(
     shape = (ds.micro_batch, 3, image_size_px, image_size_px)
     costs = node_costs(whole, shape)
     balance = ACCELERATOR if pins_memory() else CPU
-    cuts = balanced_cuts(costs, ds.stages, balance) if ds.partition == "balanced" else ds.partition
+    cuts = (
+        balanced_cuts(costs, ds.stages, balance)
+        if ds.parallelism.partition == "balanced"
+        else ds.parallelism.partition
+    )
     place = parallel_dims(world, ds.stages)
     bounds = [0, *cuts, len(costs)]
     start, stop = bounds[place.pp_rank : place.pp_rank + 2]
     stage = PipelineStage(network, start, stop, costs[start - 1].boundary if start else ())
     for name in set(network.order) - set(network.order[start:stop]):
         network.get_submodule(name).to("meta")  # other ranks have them
-    optimizer = build_optimizer(stage, ds.optimizer, ds.optimizer_params)
+    optimizer = build_optimizer(stage, ds.optimizer.type, ds.optimizer.params)
     groups = _sizes(optimizer)
     pipeline = PipelineEngine(stage, whole, loss, optimizer, schedule, place=place, **settings)
-    plan = activations or ActivationPlan(count_activations(whole, shape, ds.precision), network.recompute)
+    plan = activations or ActivationPlan(
+        count_activations(whole, shape, ds.precision.name), network.recompute
+    )
     kept = [plan.stage_bytes(network.order[first:last]) for first, last in pairwise(bounds)]
-    table = stage_table(costs, cuts, balance, 4 if ds.precision == "fp32" else 2, kept)
+    table = stage_table(costs, cuts, balance, ds.precision.compute_bytes, kept)
     nodes = network.order[start:stop]
     return Parallelized(pipeline, StagePartitions(pipeline), nodes, groups, table.splitlines())
 

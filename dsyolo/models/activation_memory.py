@@ -182,7 +182,7 @@ def count_activations(
     Args:
         network: its tensors may be on any device, meta included: they are not read.
         images_shape: (B, 3, H, W), of uint8.
-        precision: fp32, autocast_bf16, autocast_fp16, bf16 or fp16, as in `DsConfig`.
+        precision: fp32, autocast_bf16, autocast_fp16, bf16 or fp16, as `Precision.name` has it.
 
     The fake tensors are a CPU's: those of a GPU would start its context. In all operations of the network
     autocast treats both alike.

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.deepspeed.config import DsConfig, check
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, open_batch
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import read_json, without_auto
-from dsyolo.config.deepspeed.rules import BATCH_KEYS, open_batch
+from dsyolo.config.deepspeed.optimizers import RECIPE_WEIGHT_DECAY
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.yolov5 import level_strides
@@ -18,7 +19,7 @@ from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.ranking_report import terms
 from dsyolo.planner.search import HEADROOM, Ranking, search
-from dsyolo.planner.strategy import OPTIMIZERS, RECOMPUTES, StrategySettings
+from dsyolo.planner.strategy import RECOMPUTES, StrategySettings
 
 PRECISION_BLOCKS = ("bf16", "fp16", "torch_autocast")
 AGAIN = 0.6  # of the memory that the first plan needed: what is planned for after memory ran out
@@ -117,7 +118,7 @@ def _fill_values(
     """Values of the batch are planned, precision follows from the device, and every other one gets dsyolo's own value."""
     _fill_precision(hardware, content, paths)
     if {("optimizer", "params"), ("optimizer", "params", "weight_decay")} & set(paths):
-        content["optimizer"].setdefault("params", {})["weight_decay"] = OPTIMIZERS["SGD"]["weight_decay"]
+        content["optimizer"].setdefault("params", {})["weight_decay"] = RECIPE_WEIGHT_DECAY
     is_halved = _fill_batch(run, hardware, num_classes, content, saved_batch)
     work = ModelProfile(run.model, num_classes, _size_px(run))
     try:
@@ -132,7 +133,7 @@ def _fill_values(
     except UserError:  # is told when it is checked
         return PlannedConfig(content, is_halved=is_halved)
     used = ds.deepspeed_json(work.num_parameters, cpu=hardware.accelerator == "cpu")
-    used |= {"optimizer": {"type": ds.optimizer, "params": dict(ds.optimizer_params)}}
+    used |= {"optimizer": {"type": ds.optimizer.type, "params": dict(ds.optimizer.params)}}
     lines = []
     for path in paths:
         *blocks, key = path
@@ -202,29 +203,29 @@ def _largest_micro_batch(
     work = ModelProfile(run.model, num_classes, _size_px(run))
     options = {"world_size": hardware.ranks, "accelerator": hardware.accelerator, "layers": work.layers}
     whole = check({**content, BATCH_KEYS[2]: 1}, **options, recompute=run.recompute)
-    planner, share = Planner(work, hardware, ema=run.ema), whole.global_batch // whole.data_parallel_size
+    planner, share = Planner(work, hardware, ema=run.ema), whole.batch.share
     room = (1 - HEADROOM) * hardware.usable_bytes
     most = max(1, share // (2 * whole.stages)) if whole.stages > 1 else share
-    for micro_batch in (n for n in range(most, 0, -1) if share % n == 0):
+    for micro_batch in reversed(divisors(share, most)):
         found = planner.predict(_settings_of(whole, micro_batch, share // micro_batch))
         if found.fits and found.peak_bytes <= room:
             return micro_batch
     return 1
 
 
-def _settings_of(ds: DsConfig, micro_batch: int, accumulation: int) -> StrategySettings:
+def _settings_of(ds: DeepSpeedConfig, micro_batch: int, accumulation: int) -> StrategySettings:
     on_host = {None: None, "cpu": "cpu", "nvme": "cpu"}
     return StrategySettings(
         ds.zero_stage,
-        on_host[ds.offload_optimizer],
-        on_host[ds.offload_param],
-        ds.recompute,
-        ds.precision,
+        on_host[ds.parallelism.offload.optimizer],
+        on_host[ds.parallelism.offload.params],
+        ds.parallelism.recompute,
+        ds.precision.name,
         micro_batch,
         accumulation,
         ds.stages,
         ds.data_parallel_size,
-        ds.optimizer,
+        ds.optimizer.type,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from dsyolo.config.deepspeed.config import DsConfig, check
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
@@ -163,7 +163,7 @@ class Planner:
         return self._plans[key]
 
     def _accounts(
-        self, stage: StageProfile, index: int, plan: ActivationPlan, ds: DsConfig, zero: dict[str, Any]
+        self, stage: StageProfile, index: int, plan: ActivationPlan, ds: DeepSpeedConfig, zero: dict[str, Any]
     ) -> list[MemoryEstimate]:
         """Of some ranks of a stage: shares differ by little, and most at the ends and in the middle."""
         in_flight = min(ds.stages - index, ds.accumulation)
@@ -171,7 +171,7 @@ class Planner:
         ranks = ds.data_parallel_size
         some = (
             sorted({0, ranks // 3, ranks // 2, ranks - 1})
-            if ds.zero_stage == 2 and ds.offload_optimizer
+            if ds.zero_stage == 2 and ds.parallelism.offload.optimizer
             else [0]
         )
         loads = [RankLoad(stage.groups, kept, kept, kept, rank, ranks, self.ema) for rank in some]
@@ -213,7 +213,7 @@ class Planner:
     def _times(
         self,
         settings: StrategySettings,
-        ds: DsConfig,
+        ds: DeepSpeedConfig,
         zero: dict[str, Any],
         stages: list[StageProfile],
         plan: ActivationPlan,

@@ -70,8 +70,12 @@ def test_settings_are_all_different_and_all_accepted():
             one.accumulation,
             one.zero_stage,
         )
-        assert (ds.precision, ds.stages, ds.recompute) == (one.precision, one.pipeline_stages, one.recompute)
-        assert (ds.optimizer, ds.offload_optimizer, ds.offload_param) == (
+        assert (ds.precision.name, ds.stages, ds.parallelism.recompute) == (
+            one.precision,
+            one.pipeline_stages,
+            one.recompute,
+        )
+        assert (ds.optimizer.type, *ds.parallelism.offload.devices) == (
             one.optimizer,
             one.offload_optimizer,
             one.offload_param,
@@ -321,7 +325,9 @@ def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
     with pytest.raises(UserError, match="nothing fits"):
         plan_config(run.model_copy(update={"recompute": "0.001GiB"}), lambda: a10, 80)
     words = f"--deepspeed_config=auto --data={run.data} --imgsz=64 --recompute=blocks".split()
-    assert train.read(words, World(0, 2, 0, 2)).ds.recompute == "blocks"  # said once, and so taken
+    assert (
+        train.read(words, World(0, 2, 0, 2)).ds.parallelism.recompute == "blocks"
+    )  # said once, and so taken
     (tmp_path / "data.yaml").write_text("train: .\nval: nowhere\nnames: [a]\n")
     with pytest.raises(UserError, match=r"data\.yaml cannot be used.*\n.*nowhere") as told:
         train.read(words, World(0, 2, 0, 2))
@@ -367,7 +373,7 @@ def test_a_precision_that_is_auto_is_one_that_the_device_has(tmp_path, gpu, stag
     hardware = Hardware(DEVICES.get(gpu, DEVICES["T4"]), 1, 2, 16 * GIB, None, 3e9, accelerator)
     content = {"train_batch_size": 16, "zero_optimization": {"stage": stage}, **given}
     got = filled(tmp_path, content, hardware)
-    assert check(got.config, world_size=2, accelerator=accelerator).precision == expected
+    assert check(got.config, world_size=2, accelerator=accelerator).precision.name == expected
 
 
 def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
@@ -375,10 +381,10 @@ def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
     for name, rate in (("auto", 0.01), ("AdamW", 0.001)):
         optimizer = {"type": name, "params": {"lr": "auto", "weight_decay": "auto"}}
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": optimizer}, a10)
-        params = check(got.config, world_size=2, accelerator="cuda").optimizer_params
+        params = check(got.config, world_size=2, accelerator="cuda").optimizer.params
         assert (params["lr"], params["weight_decay"]) == (rate, 0.0005)
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": {"type": name, "params": "auto"}}, a10)
-        assert check(got.config, world_size=2, accelerator="cuda").optimizer_params == params
+        assert check(got.config, world_size=2, accelerator="cuda").optimizer.params == params
 
 
 @pytest.mark.parametrize(("sizes", "ranks"), [((2, 1), 3), ((4, 4), 8), ((1,), 1)])
@@ -452,7 +458,7 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
     }
     got = filled(tmp_path, content, a10)
     ds = check(got.config, world_size=2, accelerator="cuda")
-    assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision) == (64, 32, 1, "bf16")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision.name) == (64, 32, 1, "bf16")
     assert got.lines == (
         "train_batch_size: auto, so 64",
         "train_micro_batch_size_per_gpu: auto, so 32",

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, OPTIMIZERS, TOP_LEVEL, JsonKey, JsonSection, Refused
+from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
+from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Refused
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.run_config import AUTO, RECIPE_KEYS, RUN_KEYS
 
@@ -137,7 +138,7 @@ def _optimizer_section(block: Any) -> JsonSection:
     given = block.get("type", AUTO) if isinstance(block, dict) else None
     name = optimizer_name("SGD" if given == AUTO else given)
     names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
-    params = {**OPTIMIZERS[name][1], "max_grad_norm": MAX_GRAD_NORM} if name else None
+    params = {**OPTIMIZERS[name].keys, "max_grad_norm": MAX_GRAD_NORM} if name else None
     return JsonSection(
         {
             "type": JsonKey(names, lambda value: optimizer_name(value) is not None),
@@ -146,13 +147,6 @@ def _optimizer_section(block: Any) -> JsonSection:
             else JsonKey("a block of values", lambda v: isinstance(v, dict)),
             "legacy_fusion": Refused("it is for Lamb. Leave it out."),
         }
-    )
-
-
-def optimizer_name(given: Any) -> str | None:
-    """DeepSpeed takes `adamw` as `AdamW`, and so do we."""
-    return next(
-        (name for name in OPTIMIZERS if isinstance(given, str) and name.lower() == given.lower()), None
     )
 
 
@@ -190,9 +184,9 @@ def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
     homes = [
         f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, JsonSection) and name in part.keys
     ]
-    homes += ["optimizer.params."] if any(name in params for _, params in OPTIMIZERS.values()) else []
+    homes += ["optimizer.params."] if any(name in facts.keys for facts in OPTIMIZERS.values()) else []
     homes += [""] if name in TOP_LEVEL and prefix else []
-    owners = [name_of for name_of, (_, params) in OPTIMIZERS.items() if name in params]
+    owners = [owner for owner, facts in OPTIMIZERS.items() if name in facts.keys]
     if owners and prefix == "optimizer.params.":
         return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
     if homes:

@@ -57,7 +57,7 @@ class TimeProfileHook(Hook):
         self._flops_per_image = PASSES * sum(
             cost.flops for cost in node_costs(network, (1, 3, size_px, size_px))
         )
-        self._peak = _peak_of_rank(spec.ds.precision, engine.device, engine.all_gather)
+        self._peak = _peak_of_rank(spec.ds.precision.name, engine.device, engine.all_gather)
         self._peak_flops_per_s = sum(engine.all_gather(self._peak.flops_per_s))
         if trainer.world.is_main_process:
             log.info("peak of a rank: %s", self._peak.source)
