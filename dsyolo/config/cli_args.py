@@ -1,32 +1,140 @@
-"""A command line built from the fields of pydantic models. Values stay text: the models judge them.
+"""The command line of a run, built from the fields of `RunConfig` and `Recipe`: options, the recipe's file, the files named.
 
-A field's `json_schema_extra` has its help `group`. Dashes and underscores are the same in an option's name.
+Values stay text until the models judge them. A field's `knob` has its help and group. Dashes and underscores are the
+same in an option's name.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.messages import choices_of, plain_type
+from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
+from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
+from dsyolo.config.run_config import (
+    AUTO,
+    RUN_KEYS,
+    RunConfig,
+    has_checkpoint,
+    read_yaml,
+    unknown_in_recipe,
+    unknown_option,
+)
+
+
+def parse(argv: Sequence[str] | None = None) -> RunConfig:
+    """The run configuration of a command line (None: of this process).
+
+    Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
+    `config.yaml` of the run that goes on, then the defaults.
+
+    Raises:
+        UserError: unknown options, values out of range, missing files: all of them at once.
+    """
+    problems: list[str] = []
+    fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
+    given = read_options({**fields, **Recipe.model_fields}, argv, problems)
+    resumes = _resumes(given)
+    base = _resumed(given, problems) if resumes else {}
+    recipe_base = base.pop("recipe", None)
+    recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
+    values = {**base, **given}
+    if recipe_base is None or "hyp" in given:
+        recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
+    recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)
+    if "data" not in values and not resumes:
+        problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
+    problems += _missing_files(values, resumes)
+    values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
+    run = validate(RunConfig, values, "--", unknown_option, problems)
+    if problems or run is None:
+        raise UserError("The command line cannot be used", problems)
+    return run
+
+
+def _folder(given: Mapping[str, Any]) -> Path:
+    fields = RunConfig.model_fields
+    return Path(*(given.get(key, fields[key].default) for key in ("project", "name")))
+
+
+def _resumes(given: Mapping[str, Any]) -> bool:
+    resume = given.get("resume")
+    return resume == "always" or (resume == "auto" and has_checkpoint(_folder(given)))
+
+
+def _resumed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    path = _folder(given) / "config.yaml"
+    if not path.is_file():
+        rule = f"{path} does not exist, so there is no run to go on with"
+        problems.append(f"--resume: {rule}. Check --project and --name, or leave --resume out.")
+        return {}
+    return RunConfig.load(path).dump()
+
+
+def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:
+    """Of the three files that a run reads, those that are not there. A resumed run needs no weights."""
+    fields = RunConfig.model_fields
+    problems = []
+    for key in ("deepspeed_config", "data", "weights"):
+        value = values.get(key, fields[key].default)
+        needed = isinstance(value, str) and not (key == "weights" and resumes)
+        needed = needed and (key, value) != ("deepspeed_config", AUTO)
+        if not needed or Path(value).is_file():
+            continue
+        what, hint = _missing_file(Path(value), key)
+        seen = "" if Path(value).is_absolute() or Path(value).exists() else f", seen from {Path.cwd()}"
+        hint = hint or f"Give the path of a file{seen}: {fields[key].description}."
+        problems.append(f"--{key}: {value} {what}. {hint}")
+    return problems
+
+
+def _missing_file(path: Path, key: str) -> tuple[str, str]:
+    """What is wrong with the path given for `key`, and the question for the file that was likely meant."""
+    suffixes = {"deepspeed_config": (".json",), "weights": (".safetensors",)}.get(key, (".yaml", ".yml"))
+    if path.is_dir():
+        inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
+        return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
+    if path.exists():
+        return "is a device or pipe, but it must be a file", ""
+    beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
+    return "does not exist", did_you_mean(path.name, beside)
+
+
+def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
+    """Values of a preset, or of a YAML file on top of preset low. A key that it may not have is a problem."""
+    if hyp in PRESETS:
+        return preset(hyp).model_dump()
+    path = Path(hyp)
+    if not path.is_file():
+        what, near = _missing_file(path, "hyp")
+        hint = did_you_mean(hyp, PRESETS) or near or "Name one of them, or a YAML file that is there."
+        problems.append(f"--hyp: {hyp} {what}, and the presets are {', '.join(PRESETS)}. {hint}")
+        return {}
+    faults: list[str] = []
+    values = read_yaml(path, faults)
+    validate(Recipe, values, "", unknown_in_recipe, faults)
+    problems += [f"--hyp: {path}: {fault}" for fault in faults]
+    return {} if faults else values
+
+
+# ---- options
 
 
 def read_options(
     fields: Mapping[str, FieldInfo],
     argv: Sequence[str] | None,
-    unknown: Callable[[str], str],
     problems: list[str],
 ) -> dict[str, Any]:
     """The options given, by field; `none` and `auto` are None where a field may be None.
 
     Args:
         argv: the words, None for those of this process.
-        unknown: the problem line for an option that no field has.
         problems: gets a line for each word that cannot be placed.
 
     Raises:
@@ -39,7 +147,7 @@ def read_options(
     for word in extras:
         is_option = word.startswith("--")
         if is_option:
-            problems.append(unknown(word[2:].partition("=")[0]))
+            problems.append(unknown_option(word[2:].partition("=")[0]))
         elif not is_value:
             rule = "Options start with --, and flags take no value: --ema, --no-ema"
             problems.append(f"{word}: not an option. {rule}.")
@@ -49,12 +157,6 @@ def read_options(
         if type(None) in get_args(fields[key].annotation) and value.lower() in ("none", "auto"):
             given[key] = None
     return given
-
-
-def extra_of(field: FieldInfo, key: str) -> Any:
-    """What a field says about itself under `key`."""
-    assert isinstance(field.json_schema_extra, dict), field
-    return field.json_schema_extra[key]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ import torch
 
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
-from dsyolo.config import command_line
+from dsyolo.config import cli_args
 from dsyolo.config.deepspeed import config as ds_config
 from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.config.run_config import AUTO, RunConfig
@@ -65,7 +65,7 @@ def resolve(
     Raises:
         UserError: something in it cannot be used.
     """
-    run = command_line.parse(argv)
+    run = cli_args.parse(argv)
     folder, resumes = run.folder, run.resumes()
     saved = saved_state(folder / "checkpoints") if resumes else None
     filled = _plan(run, saved, plan)

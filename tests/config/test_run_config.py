@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.command_line import parse
+from dsyolo.config.cli_args import parse
 from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.run_config import MODELS, Recipe, RunConfig, differences, preset
+from dsyolo.config.recipe import Recipe, preset
+from dsyolo.config.run_config import MODELS, RunConfig, differences
 
 
 @pytest.fixture

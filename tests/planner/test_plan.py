@@ -14,7 +14,7 @@ from runs import environment, launch, make_place
 from dsyolo import cli, train
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
-from dsyolo.config.command_line import parse
+from dsyolo.config.cli_args import parse
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.loader import StepSampler

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsyolo.config.run_config import NOMINAL_BATCH
+from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.spec import BatchPlan
 
 MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more

@@ -11,7 +11,8 @@ from dsyolo.base.safe_io import read_text
 from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Refused
 from dsyolo.config.messages import did_you_mean
-from dsyolo.config.run_config import AUTO, RECIPE_KEYS, RUN_KEYS
+from dsyolo.config.recipe import RECIPE_KEYS
+from dsyolo.config.run_config import AUTO, RUN_KEYS
 
 # ---- the file
 
