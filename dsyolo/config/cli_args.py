@@ -17,19 +17,26 @@ from pydantic.fields import FieldInfo
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
+from dsyolo.config.resume import ResumePoint, config_path, resume_point
 from dsyolo.config.run_config import (
     AUTO,
     RUN_KEYS,
     RunConfig,
-    has_checkpoint,
     read_yaml,
     unknown_in_recipe,
     unknown_option,
 )
 
+FOLDER_KEYS = ("project", "name")
+
 
 def parse(argv: Sequence[str] | None = None) -> RunConfig:
-    """The run configuration of a command line (None: of this process).
+    """Return the run configuration of a command line, as `read_command_line` does."""
+    return read_command_line(argv)[0]
+
+
+def read_command_line(argv: Sequence[str] | None = None) -> tuple[RunConfig, ResumePoint | None]:
+    """Read a command line (None: of this process); return the run and where it resumes.
 
     Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
     `config.yaml` of the run that goes on, then the defaults.
@@ -40,8 +47,11 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     problems: list[str] = []
     fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
     given = read_options({**fields, **Recipe.model_fields}, argv, problems)
-    resumes = _resumes(given)
-    base = _resumed(given, problems) if resumes else {}
+    point = _resume_point(given, problems)
+    resumes = point is not None or given.get("resume") == "always"
+    base = point.config.dump() if point else {}
+    for key in FOLDER_KEYS:
+        base.pop(key, None)  # it may have been moved: its folder is the one where it was found
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
     values = {**base, **given}
@@ -55,26 +65,18 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     run = validate(RunConfig, values, "--", unknown_option, problems)
     if problems or run is None:
         raise UserError("The command line cannot be used", problems)
-    return run
+    return run, point
 
 
-def _folder(given: Mapping[str, Any]) -> Path:
+def _resume_point(given: Mapping[str, Any], problems: list[str]) -> ResumePoint | None:
     fields = RunConfig.model_fields
-    return Path(*(given.get(key, fields[key].default) for key in ("project", "name")))
-
-
-def _resumes(given: Mapping[str, Any]) -> bool:
-    resume = given.get("resume")
-    return resume == "always" or (resume == "auto" and has_checkpoint(_folder(given)))
-
-
-def _resumed(given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    path = _folder(given) / "config.yaml"
-    if not path.is_file():
-        rule = f"{path} does not exist, so there is no run to go on with"
+    folder = Path(*(given.get(key, fields[key].default) for key in FOLDER_KEYS))
+    resume = given.get("resume", fields["resume"].default)
+    if resume == "always" and not config_path(folder).is_file():
+        rule = f"{config_path(folder)} does not exist, so there is no run to go on with"
         problems.append(f"--resume: {rule}. Check --project and --name, or leave --resume out.")
-        return {}
-    return RunConfig.load(path).dump()
+        return None
+    return resume_point(resume, folder)
 
 
 def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:

@@ -89,6 +89,7 @@ class Recipe(BaseModel):
 
 
 RECIPE_KEYS = frozenset(Recipe.model_fields)
+DEFAULT_RECIPE = Recipe()
 
 
 def preset(name: str) -> Recipe:

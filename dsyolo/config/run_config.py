@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text
 from dsyolo.config.messages import did_you_mean, validate
-from dsyolo.config.recipe import RECIPE_KEYS, Recipe, extra_of, knob
+from dsyolo.config.recipe import DEFAULT_RECIPE, RECIPE_KEYS, Recipe, extra_of, knob
 
 MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsmlx")
 RECOMPUTE_RULE = '"none", "blocks" or a budget in GiB like "4.5GiB"'
@@ -44,6 +44,13 @@ JSON_KNOBS = {
     "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
     "weight_decay": "optimizer.params.weight_decay",
     "zero_stage": "zero_optimization.stage",
+}
+
+# Names that options had in the config.yaml of older runs.
+RENAMED = {
+    "meet_timeout_s": "rendezvous_timeout_s",
+    "memory_account": "memory_profile",
+    "time_account": "time_profile",
 }
 
 
@@ -133,7 +140,7 @@ class RunConfig(BaseModel):
     wandb_project: str = knob("dsyolo", "project there", "tracking", min_length=1)
     wandb_name: str | None = knob(None, "name there, by default that of the run", "tracking")
 
-    recipe: Recipe = knob(Recipe(), "", "recipe", learned=True)
+    recipe: Recipe = knob(DEFAULT_RECIPE, "", "recipe", learned=True)
 
     @field_validator("imgsz")
     @classmethod
@@ -168,10 +175,6 @@ class RunConfig(BaseModel):
         """Of the run."""
         return Path(self.project, self.name)
 
-    def resumes(self) -> bool:
-        """Whether the run begins at a checkpoint, as its folder is now."""
-        return self.resume == "always" or (self.resume == "auto" and has_checkpoint(self.folder))
-
     def dump(self) -> dict[str, Any]:
         """Plain YAML types, recipe resolved; without `resume`, which tells of a start and not of the run."""
         return self.model_dump(exclude={"resume"})
@@ -180,7 +183,7 @@ class RunConfig(BaseModel):
     def load(cls, path: str | Path) -> RunConfig:
         """What `dump` gave, from a YAML file. Raises UserError naming the file and every bad key."""
         problems: list[str] = []
-        values = read_yaml(path, problems)
+        values = {RENAMED.get(key, key): value for key, value in read_yaml(path, problems).items()}
         recipe = values.pop("recipe", {})
         if isinstance(recipe, dict):
             values["recipe"] = validate(Recipe, recipe, "recipe.", unknown_in_recipe, problems) or Recipe()
@@ -220,11 +223,6 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for key, field in cls.model_fields.items()
         if extra_of(field, "learned") and key != "recipe" and getattr(a, key) != getattr(b, key)
     ]
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run in `folder` can go on."""
-    return any(folder.glob("checkpoints/step_*")) and (folder / "config.yaml").is_file()
 
 
 def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
-
 from dsyolo.models.activation_memory import Activations, count_each
 from dsyolo.models.flops import NodeCost, node_costs
 from dsyolo.models.inference_memory import inference_bytes
-from dsyolo.models.yolov5 import YOLOv5, build_yolov5
+from dsyolo.models.yolov5 import YOLOv5, meta_network
 
 ANCHORS = 3
 SAME_BYTES = {"autocast_fp16": "autocast_bf16", "fp16": "bf16"}
@@ -27,8 +25,7 @@ class ModelProfile:
 
     def __init__(self, model: str, num_classes: int, image_size_px: int) -> None:
         self.model, self.num_classes, self.image_size_px = model, num_classes, image_size_px
-        with torch.device("meta"):
-            self.network: YOLOv5 = build_yolov5(model, num_classes)
+        self.network: YOLOv5 = meta_network(model, num_classes)
         self.numels = [p.numel() for p in self.network.parameters()]
         self.num_parameters = sum(self.numels)
         self.layers = tuple(

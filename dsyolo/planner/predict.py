@@ -65,6 +65,7 @@ class StrategyEstimate(NamedTuple):
     times: Times
     images_s: float
     why_not: str  # empty: it fits
+    ds: DeepSpeedConfig
 
     @property
     def peak_bytes(self) -> int:
@@ -87,14 +88,17 @@ class Planner:
         self._plans: dict[tuple[str, int, str | int], ActivationPlan] = {}
         self._stages: dict[int, list[StageProfile]] = {}
 
-    def predict(self, settings: StrategySettings) -> StrategyEstimate:
+    def predict(self, settings: StrategySettings, ds: DeepSpeedConfig | None = None) -> StrategyEstimate:
         """Of settings that `check` accepts.
+
+        Args:
+            ds: the checked configuration, where there is one already.
 
         Raises:
             UserError: they cannot run.
         """
         work, hardware = self.work, self.hardware
-        ds = check(
+        ds = ds or check(
             settings.deepspeed_json(),
             world_size=hardware.ranks,
             accelerator=hardware.accelerator,
@@ -122,6 +126,7 @@ class Planner:
             settings.global_batch / times.step,
             self._why_not(settings, terms, host_bytes)
             or ("" if val_images else "no room to validate an image"),
+            ds,
         )
 
     def smallest_recompute(self, settings: StrategySettings, free_bytes: int) -> StrategySettings | None:

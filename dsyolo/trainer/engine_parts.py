@@ -55,7 +55,7 @@ def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[YOLOv5
         saved = named_buffers(network, read_buffers(checkpoint))
         network.anchors.copy_(saved["detect.anchors"])
     elif config.weights:
-        taken = load_into(network, Path(config.weights))
+        taken = load_into(network, Path(config.weights), spec.weights)
     return network, taken
 
 

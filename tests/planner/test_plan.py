@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
 from dsyolo.config.cli_args import parse
 from dsyolo.config.deepspeed.config import check
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
+from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.loader import StepSampler
 from dsyolo.models.activation_memory import count_activations
 from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine
-from dsyolo.planner.auto import PlannedConfig, plan_config
+from dsyolo.planner.auto import plan_config
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.dry_run import dry_run, dry_run_case
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
@@ -309,21 +312,23 @@ def run_config(tmp_path, **options) -> RunConfig:
 def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None = None) -> PlannedConfig:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    return plan_config(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
+    return plan_config(
+        run_config(tmp_path, deepspeed_config=path), read_source(path), hardware, 80, saved_batch
+    )
 
 
 def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
     for recompute in ("none", "blocks", "0.500GiB"):
         run = run_config(tmp_path, deepspeed_config="auto", recompute=recompute)
-        got = plan_config(run, lambda: a10, 80)
-        said = got.config.get("activation_checkpointing", {}).get("recompute", "none")
+        got = plan_config(run, None, a10, 80)
+        said = got.ds.source.get("activation_checkpointing", {}).get("recompute", "none")
         assert said == recompute
         assert ("recompute" in got.lines[0]) == (recompute != "none")
     activations = float(re.search(r"activations (\d+\.\d+)", got.lines[1])[1])
     assert 0.25 < activations <= 0.5
     with pytest.raises(UserError, match="nothing fits"):
-        plan_config(run.model_copy(update={"recompute": "0.001GiB"}), lambda: a10, 80)
+        plan_config(run.model_copy(update={"recompute": "0.001GiB"}), None, a10, 80)
     words = f"--deepspeed_config=auto --data={run.data} --imgsz=64 --recompute=blocks".split()
     assert (
         train.read(words, World(0, 2, 0, 2)).ds.parallelism.recompute == "blocks"
@@ -332,9 +337,8 @@ def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
     with pytest.raises(UserError, match=r"data\.yaml cannot be used.*\n.*nowhere") as told:
         train.read(words, World(0, 2, 0, 2))
     assert "auto cannot be used" not in str(told.value)  # it was not planned yet
-    got = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=3), 80, 64)
     with pytest.raises(UserError, match="64 when it was saved, and 3 ranks do not divide it"):
-        check(got.config, world_size=3, accelerator="cuda", saved_batch=64, name="auto")
+        plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10._replace(gpus=3), 80, 64)
 
 
 def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
@@ -343,11 +347,11 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 64}))
     whole = run_config(tmp_path, deepspeed_config=path)
     first, again = (
-        plan_config(one, lambda: a10, 80)
+        plan_config(one, read_source(path), a10, 80)
         for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
     )
-    assert (first.is_halved, again.is_halved) == (False, True)
-    sizes = [check(one.config, world_size=2, accelerator="cuda") for one in (first, again)]
+    sizes = [check(one.ds.source, world_size=2, accelerator="cuda") for one in (first, again)]
+    assert sizes == [replace(one.ds, path=None) for one in (first, again)]
     assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
 
 
@@ -373,7 +377,7 @@ def test_a_precision_that_is_auto_is_one_that_the_device_has(tmp_path, gpu, stag
     hardware = Hardware(DEVICES.get(gpu, DEVICES["T4"]), 1, 2, 16 * GIB, None, 3e9, accelerator)
     content = {"train_batch_size": 16, "zero_optimization": {"stage": stage}, **given}
     got = filled(tmp_path, content, hardware)
-    assert check(got.config, world_size=2, accelerator=accelerator).precision.name == expected
+    assert check(got.ds.source, world_size=2, accelerator=accelerator).precision.name == expected
 
 
 def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
@@ -381,10 +385,10 @@ def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
     for name, rate in (("auto", 0.01), ("AdamW", 0.001)):
         optimizer = {"type": name, "params": {"lr": "auto", "weight_decay": "auto"}}
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": optimizer}, a10)
-        params = check(got.config, world_size=2, accelerator="cuda").optimizer.params
+        params = check(got.ds.source, world_size=2, accelerator="cuda").optimizer.params
         assert (params["lr"], params["weight_decay"]) == (rate, 0.0005)
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": {"type": name, "params": "auto"}}, a10)
-        assert check(got.config, world_size=2, accelerator="cuda").optimizer.params == params
+        assert check(got.ds.source, world_size=2, accelerator="cuda").optimizer.params == params
 
 
 @pytest.mark.parametrize(("sizes", "ranks"), [((2, 1), 3), ((4, 4), 8), ((1,), 1)])
@@ -407,25 +411,24 @@ def test_a_key_given_twice_is_no_matter_of_auto(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
     path = tmp_path / "ds.json"
     path.write_text('{"train_batch_size": 16, "train_batch_size": 32, "gradient_clipping": "auto"}')
-    got = plan_config(run_config(tmp_path, deepspeed_config=path), lambda: a10, 80)
     with pytest.raises(UserError, match="train_batch_size: given twice"):
-        check(got.config, world_size=2, accelerator="cuda")
+        plan_config(run_config(tmp_path, deepspeed_config=path), read_source(path), a10, 80)
 
 
 def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
-    first = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80)
-    assert check(first.config, world_size=2, accelerator="cuda").global_batch == 64
+    first = plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10, 80)
+    assert check(first.ds.source, world_size=2, accelerator="cuda").global_batch == 64
     assert first.lines[0].startswith("planned for 2 x 24.0 GiB (A10): ZeRO ")
     halved = run_config(tmp_path, deepspeed_config="auto").model_copy(update={"halve_micro_batch": True})
-    again = plan_config(halved, lambda: a10, 80)
+    again = plan_config(halved, None, a10, 80)
     peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
     assert peaks[1] < 0.65 * peaks[0]
     assert re.search(r"\(A10\), for \d+\.\d GiB of each, as memory ran out: ZeRO", again.lines[0])
     cpu = a10._replace(accelerator="cpu", gpus=1)  # states are most of it: less by a fifth is all there is
     states = run_config(tmp_path, deepspeed_config="auto", model="yolov5l", imgsz=64)
     wide, least = (
-        plan_config(one, lambda: cpu, 80)
+        plan_config(one, None, cpu, 80)
         for one in (states, states.model_copy(update={"halve_micro_batch": True}))
     )
     peaks = [float(one.lines[1].split()[1]) for one in (wide, least)]
@@ -433,15 +436,16 @@ def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     assert least.val_images == 1
     one = states.model_copy(update={"halve_micro_batch": True, "recompute": "blocks"})
     with pytest.raises(UserError, match="memory ran out, and no plan needs less"):
-        plan_config(one, lambda: cpu, 80, 1)
-    odd = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
-    assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
-    resumes = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
-    assert check(resumes.config, world_size=2, accelerator="cuda").global_batch == 48
+        plan_config(one, None, cpu, 80, 1)
+    odd = plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10._replace(gpus=6), 80)
+    assert check(odd.ds.source, world_size=6, accelerator="cuda").global_batch == 66
+    resumes = plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10, 80, 48)
+    assert check(resumes.ds.source, world_size=2, accelerator="cuda").global_batch == 48
     with pytest.raises(UserError, match=r"nothing fits 0\.60 GiB a rank, .* for 64 images a step"):
         plan_config(
             run_config(tmp_path, deepspeed_config="auto"),
-            lambda: a10._replace(memory_bytes=int(0.6 * GIB)),
+            None,
+            a10._replace(memory_bytes=int(0.6 * GIB)),
             80,
         )
 
@@ -457,21 +461,21 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01}},
     }
     got = filled(tmp_path, content, a10)
-    ds = check(got.config, world_size=2, accelerator="cuda")
+    ds = check(got.ds.source, world_size=2, accelerator="cuda")
     assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision.name) == (64, 32, 1, "bf16")
     assert got.lines == (
         "train_batch_size: auto, so 64",
         "train_micro_batch_size_per_gpu: auto, so 32",
         "gradient_accumulation_steps: auto, so 1",
         "bf16.enabled: auto, so true",
-        f"zero_optimization.reduce_bucket_size: auto, so {got.config['zero_optimization']['reduce_bucket_size']}",
+        f"zero_optimization.reduce_bucket_size: auto, so {got.ds.source['zero_optimization']['reduce_bucket_size']}",
         "optimizer.params.lr: auto, so 0.001",
     )
-    assert got.config["optimizer"]["params"] == {"lr": 0.001, "weight_decay": 0.01}
+    assert got.ds.source["optimizer"]["params"] == {"lr": 0.001, "weight_decay": 0.01}
     small = filled(tmp_path, content, a10._replace(memory_bytes=3 * GIB))
-    assert check(small.config, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
+    assert check(small.ds.source, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
     given = {**content, "train_micro_batch_size_per_gpu": 12}
-    ds = check(filled(tmp_path, given, a10).config, world_size=2, accelerator="cuda")
+    ds = check(filled(tmp_path, given, a10).ds.source, world_size=2, accelerator="cuda")
     assert (ds.global_batch, ds.micro_batch, ds.accumulation) == (72, 12, 3)
     lower = filled(tmp_path, {**given, "gradient_clipping": "auto"}, a10)
     assert lower.lines[-1] == "gradient_clipping: auto, so 10.0"
@@ -481,18 +485,18 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
         "zero_optimization": {"stage": 1},
         "pipeline": {"stages": 2},
     }
-    ds = check(filled(tmp_path, piped, a10).config, world_size=2, accelerator="cuda")
+    ds = check(filled(tmp_path, piped, a10).ds.source, world_size=2, accelerator="cuda")
     assert (ds.micro_batch, ds.accumulation) == (16, 4)  # two for each stage, so that they do not wait
     for wrong, told in (
         ({"zero_optimization": {"stagee": "auto"}}, "Did you mean stage"),
         ({"scheduler": "auto"}, "scheduler: "),
         ({"train_micro_batch_size_per_gpuu": "auto"}, "Did you mean train_micro_batch_size_per_gpu"),
     ):
-        got = filled(tmp_path, {"train_batch_size": 16, "gradient_clipping": "auto", **wrong}, a10)
         with pytest.raises(UserError, match=told):
-            check(got.config, world_size=2, accelerator="cuda", name="ds.json")
+            filled(tmp_path, {"train_batch_size": 16, "gradient_clipping": "auto", **wrong}, a10)
     nothing = {"train_batch_size": 8, "activation_checkpointing": {"recompute": "none"}}
-    assert filled(tmp_path, nothing, a10).config == str(tmp_path / "ds.json")
+    (tmp_path / "ds.json").write_text(json.dumps(nothing))
+    assert read_source(tmp_path / "ds.json") == JsonSource(str(tmp_path / "ds.json"), nothing)
 
 
 def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.deepspeed.batch_sizes import batch_json, batch_plan, halved
-from dsyolo.config.deepspeed.json_reader import read_json, sane_part
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, sane_part
 from dsyolo.config.deepspeed.rules import (
     activations,
     data_types,
@@ -212,7 +212,7 @@ class DeepSpeedConfig:
 
 
 def check(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | JsonSource,
     *,
     world_size: int,
     accelerator: str,
@@ -222,15 +222,15 @@ def check(
     saved_batch: int | None = None,
     name: str | None = None,
 ) -> DeepSpeedConfig:
-    """The DeepSpeed configuration of a file or dict, for so many ranks.
+    """Check a DeepSpeed JSON by all rules, for so many ranks, and resolve it.
 
     Args:
-        config: path of the JSON, or its content.
+        config: path of the JSON, its content, or the JSON as read: where that leaves its batch open, the recipe's is taken.
         world_size: ranks of the run, all hosts together.
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
         recompute: what the command line says of it; `auto` leaves it to the JSON.
-        halve: half of the JSON's micro-batch, twice the accumulation.
+        halve: take half of the JSON's micro-batch, and twice the accumulation.
         saved_batch: global batch of the run that goes on. It stays on any ranks that divide it: micro-batch and
             accumulation are fitted, where a run that begins must have them right.
         name: of the file that a content comes from.
@@ -239,18 +239,32 @@ def check(
         UserError: every problem of the file, each with what was given, the rule and the remedy.
     """
     assert world_size >= 1, world_size
-    path = name if isinstance(config, Mapping) else str(config)
+    path = name
     problems: list[str] = []
-    source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
+    if isinstance(config, JsonSource):
+        path, problems = config.name, list(config.problems)
+        source = None if config.content is None else dict(config.content)
+        if source is not None and config.left_open and (batch := open_batch(source, world_size)):
+            source[BATCH_KEYS[0]] = batch
+    elif isinstance(config, Mapping):
+        source = dict(config)
+    else:
+        path = str(config)
+        source = read_json(path, problems)
     result = None
     if source is not None:
         result = _resolve(
             path, source, world_size, accelerator, layers, recompute, halve, saved_batch, problems
         )
     if problems or result is None:
-        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-        raise UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
+        raise cannot_be_used(path, world_size, problems)
     return result
+
+
+def cannot_be_used(path: str | None, world_size: int, problems: Sequence[str]) -> UserError:
+    """Return the error of a JSON with these problems."""
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
 
 
 def _resolve(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
@@ -52,6 +54,31 @@ def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
             return source
         problems.append('must be an object, as in {"train_batch_size": 64}.')
     return None
+
+
+@dataclass(frozen=True)
+class JsonSource:
+    """A DeepSpeed JSON as its file was read.
+
+    Attributes:
+        name: of the file.
+        content: without the values that are "auto"; None: it could not be read.
+        left_open: the paths of these values.
+        problems: of its syntax.
+    """
+
+    name: str
+    content: Mapping[str, Any] | None
+    left_open: tuple[tuple[str, ...], ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def read_source(path: str | Path) -> JsonSource:
+    """Read a JSON, some of whose values may be "auto". Its problems are left for `check` to raise."""
+    problems: list[str] = []
+    source = read_json(str(path), problems)
+    content, left_open = without_auto(source) if source is not None else (None, [])
+    return JsonSource(str(path), content, tuple(left_open), tuple(problems))
 
 
 class _BadNumberError(Exception):
