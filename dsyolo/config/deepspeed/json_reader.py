@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
+from dsyolo.config.deepspeed.json_keys import JsonKey, JsonSection, Refused
 from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
-from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Refused
+from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import AUTO, RUN_KEYS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsyolo.config.deepspeed.schema import ADAM_KEYS, SGD_KEYS, Keys
+from dsyolo.config.deepspeed.json_keys import BETAS, FLAG, Keys, Refused, number
 from dsyolo.config.spec import OptimizerSpec
 
 RECIPE_WEIGHT_DECAY = 0.0005  # what a plan and the value "auto" take, whatever the optimizer
@@ -27,15 +27,29 @@ class OptimizerFacts:
     states: int
 
 
+_SGD_KEYS: Keys = {
+    "lr": number(above=True),
+    "momentum": number(below=1),
+    "nesterov": FLAG,
+    "weight_decay": number(),
+}
+_ADAM_KEYS: Keys = {
+    "lr": number(above=True),
+    "betas": BETAS,
+    "eps": number(above=True),
+    "weight_decay": number(),
+    "adam_w_mode": FLAG,
+    "torch_adam": Refused("torch's own optimizer is what runs here. Leave it out.", True),
+}
 _ADAM_DEFAULTS: Mapping[str, Any] = {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}
 OPTIMIZERS: Mapping[str, OptimizerFacts] = {
     "SGD": OptimizerFacts(
         {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": RECIPE_WEIGHT_DECAY},
-        SGD_KEYS,
+        _SGD_KEYS,
         states=1,
     ),
-    "Adam": OptimizerFacts({**_ADAM_DEFAULTS, "weight_decay": 0.0}, ADAM_KEYS, states=2),
-    "AdamW": OptimizerFacts({**_ADAM_DEFAULTS, "weight_decay": 0.01}, ADAM_KEYS, states=2),
+    "Adam": OptimizerFacts({**_ADAM_DEFAULTS, "weight_decay": 0.0}, _ADAM_KEYS, states=2),
+    "AdamW": OptimizerFacts({**_ADAM_DEFAULTS, "weight_decay": 0.01}, _ADAM_KEYS, states=2),
 }
 
 
