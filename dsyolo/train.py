@@ -41,7 +41,7 @@ from dsyolo.trainer.oom_restart import restart_with_less
 from dsyolo.trainer.run_folder import check_folder
 
 GRACE_S = (
-    10  # the launcher kills all ranks once one has failed: the others leave the main process time to say why
+    10  # the launcher kills all ranks once one has failed: the others leave the main process time to log why
 )
 log = logging.getLogger(__name__)
 

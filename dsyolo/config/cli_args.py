@@ -1,7 +1,6 @@
-"""The command line of a run, built from the fields of `RunConfig` and `Recipe`: options, the recipe's file, the files named.
+"""Reads the command line of a run, whose options are the fields of `RunConfig` and `Recipe`.
 
-Values stay text until the models judge them. A field's `knob` has its help and group. Dashes and underscores are the
-same in an option's name.
+Values stay text until pydantic checks them. Dashes and underscores are the same in an option's name.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def _resume_point(given: Mapping[str, Any], problems: list[str]) -> ResumePoint 
 
 
 def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:
-    """Of the three files that a run reads, those that are not there. A resumed run needs no weights."""
+    """Return a problem for each file that a run reads and that does not exist. A resumed run needs no weights."""
     fields = RunConfig.model_fields
     problems = []
     for key in ("deepspeed_config", "data", "weights"):
@@ -97,7 +96,7 @@ def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:
 
 
 def _missing_file(path: Path, key: str) -> tuple[str, str]:
-    """What is wrong with the path given for `key`, and the question for the file that was likely meant."""
+    """Return what is wrong with the path given for `key`, and a question for the file that was likely meant."""
     suffixes = {"deepspeed_config": (".json",), "weights": (".safetensors",)}.get(key, (".yaml", ".yml"))
     if path.is_dir():
         inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
@@ -109,7 +108,7 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
 
 
 def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
-    """Values of a preset, or of a YAML file on top of preset low. A key that it may not have is a problem."""
+    """Return the values of a preset, or of a YAML file on top of preset low. An unknown key is a problem."""
     if hyp in PRESETS:
         return preset(hyp).model_dump()
     path = Path(hyp)
@@ -133,27 +132,27 @@ def read_options(
     argv: Sequence[str] | None,
     problems: list[str],
 ) -> dict[str, Any]:
-    """The options given, by field; `none` and `auto` are None where a field may be None.
+    """Return the options given, by field; `none` and `auto` are None where a field may be None.
 
     Args:
-        argv: the words, None for those of this process.
-        problems: gets a line for each word that cannot be placed.
+        argv: None: the arguments of this process.
+        problems: gets a line for each argument that is no option.
 
     Raises:
         UserError: an option without its value. `--help` prints and exits with status 0.
     """
     flags = {key for key, field in fields.items() if field.annotation is bool}
-    words = [_canonical(word, flags) for word in (sys.argv[1:] if argv is None else argv)]
-    known, extras = _build_parser(fields).parse_known_args(words)
+    argv = [_canonical(one, flags) for one in (sys.argv[1:] if argv is None else argv)]
+    known, unknown = _build_parser(fields).parse_known_args(argv)
     is_value = False  # of the unknown option before it
-    for word in extras:
-        is_option = word.startswith("--")
+    for one in unknown:
+        is_option = one.startswith("--")
         if is_option:
-            problems.append(unknown_option(word[2:].partition("=")[0]))
+            problems.append(unknown_option(one[2:].partition("=")[0]))
         elif not is_value:
             rule = "Options start with --, and flags take no value: --ema, --no-ema"
-            problems.append(f"{word}: not an option. {rule}.")
-        is_value = is_option and "=" not in word
+            problems.append(f"{one}: not an option. {rule}.")
+        is_value = is_option and "=" not in one
     given = {key: value for key, value in vars(known).items() if key in fields}
     for key, value in given.items():
         if type(None) in get_args(fields[key].annotation) and value.lower() in ("none", "auto"):
@@ -172,7 +171,7 @@ def _build_parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
     parser = _Parser(
         usage="train.py --data FILE [options]",
         description="Train a YOLOv5 detector under DeepSpeed.",
-        epilog="How it runs (batch sizes, precision, ZeRO, optimizer, lr) stands in the DeepSpeed JSON.",
+        epilog="The DeepSpeed JSON sets how the training runs: batch sizes, precision, ZeRO, optimizer, lr.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
@@ -183,7 +182,7 @@ def _build_parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(f"--{key}", **_option(field))
-    # The launchers pass the first, habit the second; the rank comes from the environment.
+    # Launchers pass the first, many users the second out of habit. The rank comes from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -203,15 +202,15 @@ def _option(field: FieldInfo) -> dict[str, Any]:
             "nargs": "?",
             "const": alone,
             "metavar": "TEXT",
-            "help": f"{text}, {alone} where it stands alone",
+            "help": f"{text}; {alone} without a value",
         }
     return {"metavar": {int: "N", float: "X"}.get(plain_type(field), "TEXT"), "help": text}
 
 
-def _canonical(word: str, flags: Iterable[str]) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
+def _canonical(argument: str, flags: Iterable[str]) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
     name = name.replace("-", "_")
     if name.startswith("no_") and name[3:] in flags:
         name = "no-" + name[3:]

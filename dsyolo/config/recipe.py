@@ -19,9 +19,10 @@ PRESETS = ("low", "med", "high")
 def knob(
     default: Any, text: str, group: str, *, learned: bool = False, alone: str = "", **limits: float
 ) -> Any:
-    """A field: its default, help text, help group, whether it changes what is learned, and its limits.
+    """Describe a field: its default, help text, help group, whether it changes what is learned, and its limits.
 
-    `alone` is its value where the option stands without one.
+    Args:
+        alone: the value of the option where the command line gives none.
     """
     extra: dict[str, Any] = {"group": group, "learned": learned, "alone": alone}
     return Field(default, description=text, json_schema_extra=extra, **limits)
@@ -42,16 +43,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    lrf: float = _recipe(0.01, "last lr as a fraction of the first", "recipe: schedule", ge=0, le=1)
-    schedule: Literal["linear", "cosine"] = _recipe(
-        "linear", "shape of the fall of the lr", "recipe: schedule"
-    )
+    lrf: float = _recipe(0.01, "final lr as a fraction of the peak", "recipe: schedule", ge=0, le=1)
+    schedule: Literal["linear", "cosine"] = _recipe("linear", "shape of the lr decay", "recipe: schedule")
     lr_scaling: Literal["none", "linear", "sqrt"] = _recipe(
-        "none", "the JSON's lr is for 64 images a step: times batch / 64, or its root", "recipe: schedule"
+        "none",
+        "scale the JSON's lr, meant for 64 images per step, by batch / 64 or its square root",
+        "recipe: schedule",
     )
     warmup_epochs: float = _recipe(3.0, "length of the warm-up in epochs", "recipe: schedule", ge=0)
     # At least 100 iterations of 16 images; counted in images, it does not depend on the batch.
-    warmup_min_images: int = _recipe(1600, "least length of the warm-up in images", "recipe: schedule", ge=0)
+    warmup_min_images: int = _recipe(1600, "shortest warm-up in images", "recipe: schedule", ge=0)
     warmup_bias_lr: float = _recipe(0.1, "lr of biases at the start of the warm-up", "recipe: schedule", ge=0)
     warmup_momentum: float = _recipe(
         0.8, "momentum at the start of the warm-up", "recipe: schedule", ge=0, lt=1
@@ -70,7 +71,9 @@ class Recipe(BaseModel):
     hsv_s: float = _recipe(0.7, "gain of the saturation", "recipe: augmentation", ge=0, le=1)
     hsv_v: float = _recipe(0.4, "gain of the brightness", "recipe: augmentation", ge=0, le=1)
     degrees: float = _recipe(0.0, "largest rotation in degrees", "recipe: augmentation", ge=0, le=180)
-    translate: float = _recipe(0.1, "largest shift, of the image's side", "recipe: augmentation", ge=0, lt=1)
+    translate: float = _recipe(
+        0.1, "largest shift as a fraction of the image's side", "recipe: augmentation", ge=0, lt=1
+    )
     scale: float = _recipe(
         0.5, "largest change of scale, as in 1 +- scale", "recipe: augmentation", ge=0, lt=1
     )
@@ -78,14 +81,16 @@ class Recipe(BaseModel):
     perspective: float = _recipe(
         0.0, "largest perspective, per pixel", "recipe: augmentation", ge=0, le=0.001
     )
-    flipud: float = _recipe(0.0, "probability of a flip upside down", "recipe: augmentation", ge=0, le=1)
-    fliplr: float = _recipe(0.5, "probability of a flip left to right", "recipe: augmentation", ge=0, le=1)
+    flipud: float = _recipe(0.0, "probability of a vertical flip", "recipe: augmentation", ge=0, le=1)
+    fliplr: float = _recipe(0.5, "probability of a horizontal flip", "recipe: augmentation", ge=0, le=1)
     mosaic: float = _recipe(1.0, "probability of a mosaic of four images", "recipe: augmentation", ge=0, le=1)
     mixup: float = _recipe(
         0.0, "probability of a mix with a second mosaic", "recipe: augmentation", ge=0, le=1
     )
     copy_paste: float = _recipe(0.0, "probability of pasting objects", "recipe: augmentation", ge=0, le=1)
-    multi_scale: bool = _recipe(False, "draw the size of a batch in [0.5, 1.5] imgsz", "recipe: augmentation")
+    multi_scale: bool = _recipe(
+        False, "draw the image size of each batch from [0.5, 1.5] imgsz", "recipe: augmentation"
+    )
 
 
 RECIPE_KEYS = frozenset(Recipe.model_fields)
@@ -93,7 +98,7 @@ DEFAULT_RECIPE = Recipe()
 
 
 def preset(name: str) -> Recipe:
-    """The packaged recipe `low`, `med` or `high`."""
+    """Return the packaged recipe `low`, `med` or `high`."""
     assert name in PRESETS, name
     text = resources.files("dsyolo").joinpath("config", "presets", f"{name}.yaml").read_text(encoding="utf-8")
     return Recipe(**yaml.safe_load(text))

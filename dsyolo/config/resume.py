@@ -15,7 +15,7 @@ class ResumePoint:
     Attributes:
         folder: of the run.
         config: its settings so far.
-        version: tells one version of config.yaml from another.
+        version: of config.yaml: inode, size and time of change.
         global_batch: images in a step so far; None: no checkpoint could be read yet.
     """
 

@@ -22,7 +22,7 @@ MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsml
 RECOMPUTE_RULE = '"none", "blocks" or a budget in GiB like "4.5GiB"'
 AUTO = "auto"  # --deepspeed_config: planned for the machine (planner/auto.py); in the JSON: this value is
 
-# Options of other trainers, and YOLOv5's hyper-parameter names, whose owner is the DeepSpeed JSON.
+# Options of other trainers and names of YOLOv5's hyper-parameters that the DeepSpeed JSON owns: its key for each.
 JSON_KNOBS = {
     "accumulate": "gradient_accumulation_steps",
     "adam": "optimizer.type",
@@ -55,13 +55,13 @@ RENAMED = {
 
 
 class RunConfig(BaseModel):
-    """One run. None means: found from the machine or from another field when the run starts."""
+    """The settings of a run. None: derived from the machine or from another field when the run starts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     deepspeed_config: str = knob(
         "ds_configs/zero1.json",
-        "DeepSpeed JSON: how it runs; from the working directory; auto: planned for this machine",
+        "DeepSpeed JSON: how the training runs; auto: plan it for this machine",
         "run",
     )
     data: str = knob(..., "data set's YAML file", "run", learned=True)
@@ -69,44 +69,44 @@ class RunConfig(BaseModel):
     weights: str | None = knob(None, "weights to start from", "run", learned=True)
     imgsz: int = knob(640, "side of the training images in pixels", "run", learned=True)
     epochs: int = knob(300, "epochs", "run", learned=True, ge=1)
-    seed: int = knob(0, "seed of everything drawn", "run", learned=True, ge=0, lt=2**63)
+    seed: int = knob(0, "random seed", "run", learned=True, ge=0, lt=2**63)
     hyp: str = knob("low", "recipe: low, med, high or a YAML file", "run")
     resume: Literal["never", "always", "auto"] = knob(
         "never",
-        "go on with PROJECT/NAME where it stopped; auto: if it has a checkpoint",
+        "resume PROJECT/NAME where it stopped; auto: if it has a checkpoint",
         "run",
         alone="always",
     )
     project: str = knob("runs", "folder of runs", "run", min_length=1)
-    name: str = knob("train", "folder of this run in the project", "run", min_length=1)
+    name: str = knob("train", "folder of this run inside the project", "run", min_length=1)
 
-    workers: int | None = knob(None, "loader processes per rank, auto: from the cores", "machine", ge=0)
-    threads: int | None = knob(None, "threads per rank, auto: from the cores", "machine", ge=1)
+    workers: int | None = knob(
+        None, "loader processes per rank; auto: by the number of cores", "machine", ge=0
+    )
+    threads: int | None = knob(None, "threads per rank; auto: by the number of cores", "machine", ge=1)
     recompute: str = knob(
         "auto",
-        "activations computed again: none, blocks, the fewest blocks for a budget: 4.5GiB, auto: the JSON says",
+        "activation checkpointing: none, blocks, as few blocks as fit a budget like 4.5GiB; auto: as in the JSON",
         "machine",
     )
     halve_micro_batch: bool = knob(
         False,
-        "half the JSON's micro-batch, twice its accumulation: a run sets it where memory ran out",
+        "halve the JSON's micro-batch and double its accumulation; a run that ran out of memory sets it",
         "machine",
     )
     hang_timeout_s: float = knob(
-        600, "seconds without progress until all ranks end and the late one is named", "machine", ge=5
+        600, "seconds without progress after which all ranks end and the late one is named", "machine", ge=5
     )
-    rendezvous_timeout_s: float = knob(
-        300, "seconds that ranks wait for one that has not come when the run starts", "machine", ge=5
-    )
+    rendezvous_timeout_s: float = knob(300, "rendezvous timeout in seconds", "machine", ge=5)
     memory_profile: Literal["start", "epochs", "off"] = knob(
-        "start", "when the memory of a step is measured, term by term", "machine"
+        "start", "when to measure the memory of a step, term by term", "machine"
     )
     time_profile: Literal["epochs", "steps", "off"] = knob(
         "epochs",
-        "where the time goes, told after every epoch; steps: each one's in steps.json too",
+        "log where the time goes after every epoch; steps: also write each step to steps.json",
         "machine",
     )
-    cache: Literal["none", "ram"] = knob("none", "where decoded images are kept", "machine")
+    cache: Literal["none", "ram"] = knob("none", "where to keep decoded images", "machine")
 
     ema: bool = knob(True, "average the weights", "training", learned=True)
     ema_decay: float = knob(0.9999, "decay of the average", "training", learned=True, gt=0, lt=1)
@@ -114,21 +114,21 @@ class RunConfig(BaseModel):
     freeze_batchnorm: bool = knob(False, "keep BatchNorm's statistics as they are", "training", learned=True)
     sync_batchnorm: bool = knob(False, "BatchNorm over the images of all ranks", "training", learned=True)
     patience: int = knob(
-        100, "epochs without a better fitness before stopping, 0: never stop", "training", ge=0
+        100, "epochs without a better fitness before stopping; 0: never stop", "training", ge=0
     )
     val_every: int = knob(1, "epochs between validations", "training", ge=1)
     save_every: int = knob(1, "epochs between checkpoints", "training", ge=1)
     keep_checkpoints: int = knob(2, "newest checkpoints kept, beside the best one", "training", ge=1)
     max_skipped_steps: int = knob(
-        25, "steps in a row with a loss that is not finite before stopping", "training", ge=1
+        25, "consecutive steps with a non-finite loss before stopping", "training", ge=1
     )
     log_every: int = knob(10, "optimizer steps between logged steps", "training", ge=1)
 
-    val_batch_size: int = knob(16, "most validation images per rank and batch", "validation", ge=1)
-    score_threshold: float = knob(0.001, "least score of a detection", "validation", ge=0, lt=1)
+    val_batch_size: int = knob(16, "largest validation batch of a rank, in images", "validation", ge=1)
+    score_threshold: float = knob(0.001, "lowest score of a detection", "validation", ge=0, lt=1)
     iou_threshold: float = knob(0.6, "IoU of NMS", "validation", gt=0, le=1)
     max_detections: int = knob(300, "most detections per image", "validation", ge=1)
-    rect_val: bool = knob(True, "pad validation images to their batch's shape only", "validation")
+    rect_val: bool = knob(True, "pad validation images to the shape of their batch only", "validation")
 
     hook: str | None = knob(
         None, "your own hooks, as my_module:MyHook or my_file.py:MyHook, several with commas", "tracking"
@@ -137,8 +137,8 @@ class RunConfig(BaseModel):
         None, "your own writers of figures, as my_module:MyWriter, several with commas", "tracking"
     )
     wandb: Literal["disabled", "online", "offline"] = knob("disabled", "Weights & Biases", "tracking")
-    wandb_project: str = knob("dsyolo", "project there", "tracking", min_length=1)
-    wandb_name: str | None = knob(None, "name there, by default that of the run", "tracking")
+    wandb_project: str = knob("dsyolo", "W&B project", "tracking", min_length=1)
+    wandb_name: str | None = knob(None, "W&B name of the run; default: --name", "tracking")
 
     recipe: Recipe = knob(DEFAULT_RECIPE, "", "recipe", learned=True)
 
@@ -172,16 +172,16 @@ class RunConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The folder of the run."""
         return Path(self.project, self.name)
 
     def dump(self) -> dict[str, Any]:
-        """Plain YAML types, recipe resolved; without `resume`, which tells of a start and not of the run."""
+        """Return plain YAML types with the recipe resolved, without `resume`, which belongs to a start and not to the run."""
         return self.model_dump(exclude={"resume"})
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """What `dump` gave, from a YAML file. Raises UserError naming the file and every bad key."""
+        """Read what `dump` gave from a YAML file. Raises UserError naming the file and every bad key."""
         problems: list[str] = []
         values = {RENAMED.get(key, key): value for key, value in read_yaml(path, problems).items()}
         recipe = values.pop("recipe", {})
@@ -199,7 +199,7 @@ RUN_KEYS = frozenset(RunConfig.model_fields) - {"recipe"}
 
 
 def read_recompute(text: str) -> str | int | None:
-    """`none`, `blocks`, or the bytes that a budget like `4.5GiB` names; None where it is none of these."""
+    """Return `none`, `blocks`, or the bytes of a budget like `4.5GiB`; None where it is none of these."""
     budget = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text)
     if budget and len(budget[1]) < 20:  # longer ones are no numbers of bytes
         return int(float(budget[1]) * 2**30) or None
@@ -207,14 +207,14 @@ def read_recompute(text: str) -> str | int | None:
 
 
 def max_stride(model: str) -> int:
-    """Pixels of the input per cell of the coarsest level: 32, or 64 for the P6 variants."""
+    """Return the pixels of the input per cell of the coarsest level: 32, or 64 for the P6 variants."""
     return 64 if model.endswith("6") else 32
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """What changed between two configurations of what is learned, as lines `key: old -> new`.
+    """Return the differences in what is learned, as lines `key: old -> new`.
 
-    Paths of runs, workers, logging and validation may change at a resume: they are not named.
+    Paths of runs, workers, logging and validation may change at a resume, and are left out.
     """
     pairs = [(RunConfig, old, new), (Recipe, old.recipe, new.recipe)]
     return [
@@ -226,7 +226,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
-    """The mapping in a YAML file. A file that is none is a problem, and gives an empty one."""
+    """Return the mapping in a YAML file. Any other file is a problem, and gives an empty mapping."""
     try:
         values = parse_yaml(read_text(path))
     except BadYamlError as error:
@@ -243,7 +243,7 @@ def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-# ---- keys that are nobody's, or somebody else's
+# ---- unknown keys, and keys of the DeepSpeed JSON
 
 
 def _unknown(key: str, known: Iterable[str], prefix: str = "") -> str:
@@ -255,7 +255,7 @@ def _unknown(key: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def unknown_option(key: str) -> str:
-    """What to tell of an option that there is not."""
+    """Return the problem of an option that does not exist."""
     return _unknown(key, RUN_KEYS | RECIPE_KEYS, "--")
 
 
@@ -264,7 +264,7 @@ def _unknown_in_file(key: str) -> str:
 
 
 def unknown_in_recipe(key: str) -> str:
-    """What to tell of a key that a recipe may not have."""
+    """Return the problem of a key that a recipe may not have."""
     if key in RUN_KEYS:
         return f"{key}: not part of the recipe. Give it on the command line: --{key}."
     return _unknown(key, RECIPE_KEYS)

@@ -1,7 +1,7 @@
-"""Reads, checks and explains the DeepSpeed JSON: how a run runs. Nothing of torch or DeepSpeed is needed for it.
+"""Checks and explains the DeepSpeed JSON, which sets how a training runs. Needs neither torch nor DeepSpeed.
 
-DeepSpeed ignores unknown keys and finds wrong arithmetic after every rank has built its model. Here all
-problems are told at once, within a second. What dsyolo owns itself is taken out before DeepSpeed sees it.
+DeepSpeed ignores unknown keys, and finds wrong arithmetic after every rank has built its model. Here one error names
+all problems within a second. The blocks that dsyolo owns are taken out before DeepSpeed sees the JSON.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ MIN_BUCKET_ELEMENTS = 2**20  # 4 MB: smaller messages cost more time than their 
 # DeepSpeed's default sums a bucket that several ranks own parts of on all of them, and sends half as much again as ZeRO
 # needs. One reduction for each owner sends what is needed, in more messages: for shares of 1 MB and more.
 MIN_SHARE_ELEMENTS = 2**18
+PRINTING_KEYS = ("steps_per_print", "dump_state", "memory_breakdown", "comms_logger")
 NO_PRINT = 10**9  # steps between DeepSpeed's own lines; dsyolo's tracker prints
 
 
@@ -104,21 +105,19 @@ class DeepSpeedConfig:
         )
 
     def deepspeed_json(self, num_parameters: int, *, cpu: bool) -> dict[str, Any]:
-        """What `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
+        """Return what `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
 
-        What the JSON gives stays. Where it is silent: the batch triple, clipping, gradients of autocast in fp32 as
-        everywhere in torch, DeepSpeed's lines off, no device synchronisation for its throughput timer, and ZeRO's buffers sized to a model of
-        `num_parameters` elements (DeepSpeed's defaults are for 10^9 and more).
+        The JSON's own values stay. Added are the batch triple, clipping, fp32 gradients under autocast as in torch, and
+        buffers of ZeRO sized to a model of `num_parameters` elements (DeepSpeed's defaults are for 10^9 and more).
+        DeepSpeed's own lines are off, and so is the device synchronisation of its throughput timer.
         """
         out = {key: copy.deepcopy(value) for key, value in self.source.items() if key not in OWN_BLOCKS}
         out |= batch_json(self.batch)
         out["gradient_clipping"] = self.gradient_clipping
-        out["zero_allow_untested_optimizer"] = True  # SGD is untested, says DeepSpeed
+        out["zero_allow_untested_optimizer"] = True  # SGD is untested for DeepSpeed
         out["zero_force_ds_cpu_optimizer"] = False  # its CPU Adam is a compiled op
-        speaks = [
-            out.get(key) for key in ("steps_per_print", "dump_state", "memory_breakdown", "comms_logger")
-        ]
-        out.setdefault("log_level", "info" if any(speaks) else "warning")  # of DeepSpeed's own lines
+        prints = any(out.get(key) for key in PRINTING_KEYS)
+        out.setdefault("log_level", "info" if prints else "warning")  # of DeepSpeed's own lines
         out.setdefault("steps_per_print", NO_PRINT)
         out.setdefault("timers", {"throughput": {"enabled": False}})
         if self.precision.is_autocast:
@@ -229,7 +228,7 @@ def check(
         world_size: ranks of the run, all hosts together.
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
-        recompute: what the command line says of it; `auto` leaves it to the JSON.
+        recompute: the option; `auto` leaves it to the JSON.
         halve: take half of the JSON's micro-batch, and twice the accumulation.
         saved_batch: global batch of the run that goes on. It stays on any ranks that divide it: micro-batch and
             accumulation are fitted, where a run that begins must have them right.
@@ -278,7 +277,7 @@ def _resolve(
     saved_batch: int | None,
     problems: list[str],
 ) -> DeepSpeedConfig | None:
-    """The whole, or None; problems are added in the order in which a reader wants them."""
+    """Return the resolved JSON, or None; add problems in the order in which a reader wants them."""
     faults: list[str] = []
     sane = sane_part(source, faults)
     zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))

@@ -15,7 +15,7 @@ NEVER = object()  # no value turns the key off: DeepSpeed refuses its presence, 
 
 @dataclass(frozen=True)
 class JsonKey:
-    """A value: the rule in words, as in "must be ...", and whether a value of JSON keeps it."""
+    """A value: its rule as text, as in "must be ...", and whether a value of JSON keeps it."""
 
     rule: str
     keeps: Callable[[Any], bool]
@@ -52,20 +52,20 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(least: int = 0, *, even: bool = False) -> JsonKey:
-    """A whole number; 5e8 is one."""
+    """Describe a whole number; 5e8 is one."""
     rule = f"{'an even' if even else 'a'} whole number of at least {least}"
     return JsonKey(rule, lambda v: _is_number(v) and v == int(v) and v >= least and not (even and v % 2))
 
 
 def number(least: float = 0.0, *, above: bool = False, below: float = math.inf) -> JsonKey:
-    """A finite number: of at least `least`, or `above` it, and `below` a bound."""
+    """Describe a finite number: of at least `least`, or `above` it, and `below` a bound."""
     rule = f"a number {'above' if above else 'of at least'} {least:g}"
     rule += f" and below {below:g}" if below < math.inf else ""
     return JsonKey(rule, lambda v: _is_number(v) and (v > least if above else v >= least) and v < below)
 
 
 def one_of(*values: str) -> JsonKey:
-    """One of these texts."""
+    """Describe one of these texts."""
     names = [json.dumps(value) for value in values]
     return JsonKey(" or ".join(names), lambda v: isinstance(v, str) and v in values)
 

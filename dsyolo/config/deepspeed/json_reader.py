@@ -30,7 +30,7 @@ class _Object(dict[str, Any]):
 
 
 def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
-    """The object of a strict JSON file (no comments, no NaN, no key twice), or None."""
+    """Return the object of a strict JSON file (no comments, no NaN, no key twice), or None with a problem."""
     try:
         text = read_text(path)
         source = json.loads(
@@ -134,13 +134,13 @@ def _syntax_remedy(text: str, position: int) -> str:
 
 
 def sane_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The part of the JSON with legal keys and types; a line for each of the others."""
+    """Return the part of the JSON with legal keys and types; add a problem for each of the others."""
     keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
     return _sane_block(source, keys, "", problems)
 
 
 def without_auto(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """(a copy without the values that are "auto", their paths). Under a key that may not be there "auto" stays, to be refused."""
+    """Return (a copy without the values that are "auto", their paths). Under an unknown key "auto" stays, to be refused."""
     keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
     return _without_auto(source, keys, ())
 
@@ -163,7 +163,7 @@ def _without_auto(
 
 
 def _optimizer_section(block: Any) -> JsonSection:
-    """The keys of `optimizer`: those of its `params` follow from its `type`, the recipe's SGD where silent."""
+    """Return the keys of `optimizer`: those of its `params` follow from its `type`, SGD where it gives none."""
     given = block.get("type", AUTO) if isinstance(block, dict) else None
     name = optimizer_name("SGD" if given == AUTO else given)
     names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
@@ -234,6 +234,6 @@ def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """Return a value as JSON, cut where it is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:36] + " ..."

@@ -34,7 +34,7 @@ def pipeline(
     layers: Sequence[bool] | None,
     problems: list[str],
 ) -> tuple[int, str | tuple[int, ...]]:
-    """(stages, partition). A number of stages that cannot be is refused and counted as 1."""
+    """Return (stages, partition). An impossible number of stages is refused and counted as 1."""
     block = sane.get("pipeline", {})
     stages = int(block.get("stages", 1))
     given = block.get("partition", "balanced")
@@ -62,7 +62,7 @@ def pipeline(
 
 
 def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str]) -> None:
-    """Every stage must have something to train."""
+    """Check that every stage has something to train."""
     bounds = [0, *partition, len(layers)]
     if partition and partition[-1] >= len(layers):
         rule = f"the network has {len(layers)} layers, 0 to {len(layers) - 1}"
@@ -77,7 +77,7 @@ def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str
 def activations(
     sane: Mapping[str, Any], stages: int, command_line: str, problems: list[str]
 ) -> tuple[str | int, bool]:
-    """(none, blocks or the bytes of a budget, whether what is kept for it waits in host memory)."""
+    """Return (none, blocks or the bytes of a budget, whether the inputs of the blocks wait in host memory)."""
     block = sane.get("activation_checkpointing", {})
     given = block.get("recompute", command_line)
     path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
@@ -98,7 +98,7 @@ def activations(
 
 
 def optimizer(sane: Mapping[str, Any], problems: list[str]) -> OptimizerSpec:
-    """The optimizer that runs; the recipe's SGD where none is given.
+    """Return the optimizer that runs; the recipe's SGD where none is given.
 
     As in DeepSpeed, `Adam` decouples the weight decay, and so is AdamW, unless `adam_w_mode` is false.
     """
@@ -119,7 +119,7 @@ def optimizer(sane: Mapping[str, Any], problems: list[str]) -> OptimizerSpec:
 
 
 def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, problems: list[str]) -> Precision:
-    """The types that the JSON asks for, without `data_types`."""
+    """Return the types that the JSON asks for, without `data_types`."""
     on = [key for key in ("torch_autocast", "bf16", "fp16") if sane.get(key, {}).get("enabled")]
     if len(on) > 1:
         rule = f"and so is {' and '.join(f'{key}.enabled' for key in on[1:])}"
@@ -150,7 +150,10 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
 
 
 def data_types(sane: Mapping[str, Any], given: Precision, zero_stage: int, problems: list[str]) -> Precision:
-    """The precision with the gradients' type of `data_types`, which may not contradict it, nor take BatchNorm's buffers out of fp32."""
+    """Return the precision with the gradients' type of `data_types`.
+
+    `data_types` may not contradict the precision, nor take BatchNorm's buffers out of fp32.
+    """
     block, model = sane.get("data_types", {}), given.params
     parameters = block.get("param_dtype", model)
     if parameters != model:
@@ -178,20 +181,22 @@ def data_types(sane: Mapping[str, Any], given: Precision, zero_stage: int, probl
 
 
 def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> OffloadSpec:
-    """Where the optimizer's states and the parameters lie."""
+    """Return where the optimizer's states and the parameters lie."""
     zero = sane.get("zero_optimization", {})
     devices: list[str | None] = []
-    for key, (stages, words) in OFFLOADED.items():
+    for key, (stages, listed) in OFFLOADED.items():
         path = f"zero_optimization.{key}"
         device = zero.get(key, {}).get("device", "none")
         if zero.get(key) and "device" not in zero[key]:
             problems.append(f'{path}.device: missing. Write "cpu" or "nvme", or leave the block out.')
         if device != "none" and zero_stage not in stages:
-            rule = f"it needs stage {words}, and stage {zero_stage} is given"
+            rule = f"it needs stage {listed}, and stage {zero_stage} is given"
             problems.append(
                 f"{path}: device {shown(device)} given, but {rule}. Set the stage, or leave it out."
             )
-        if not any(line.startswith(f"{path}.nvme_path:") for line in problems):  # of another type, say
+        if not any(
+            line.startswith(f"{path}.nvme_path:") for line in problems
+        ):  # of another type, for example
             problems += [f"{path}.{line}" for line in _folder(zero.get(key, {}), device)]
         devices.append(None if device == "none" else device)
     folders = [
@@ -202,7 +207,7 @@ def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> Of
 
 
 def _folder(block: Mapping[str, Any], device: str) -> list[str]:
-    """What is wrong with the folder of an offload."""
+    """Return what is wrong with the folder of an offload."""
     path = block.get("nvme_path")
     if device != "nvme":
         rule = 'it belongs to the device "nvme"'
@@ -222,7 +227,7 @@ def _folder(block: Mapping[str, Any], device: str) -> list[str]:
 
 
 def monitors(sane: Mapping[str, Any], stages: int, problems: list[str]) -> None:
-    """DeepSpeed's TensorBoard monitor needs a package, files a folder, and two of its timers no pipeline."""
+    """Check what DeepSpeed's own monitors need: TensorBoard a package, files a folder, its timers no pipeline."""
     timed = {
         "wall_clock_breakdown": bool(sane.get("wall_clock_breakdown")),
         "flops_profiler.enabled": bool(sane.get("flops_profiler", {}).get("enabled")),
