@@ -1,6 +1,6 @@
 """The recipe of a training: schedule, gains of the loss, augmentation; and its presets.
 
-Source of the numbers: spec.md.
+Source of the numbers: docs/yolov5.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PRESETS = ("low", "med", "high")
 
 
 def knob(
-    default: Any, text: str, group: str, *, learned: bool = False, alone: str = "", **limits: float
+    default: Any, text: str, group: str, *, learned: bool = False, alone: str = "", **limits: Any
 ) -> Any:
     """Describe a field: its default, help text, help group, whether it changes what is learned, and its limits.
 
@@ -28,7 +28,7 @@ def knob(
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
 
-def _recipe(default: Any, text: str, group: str, **limits: float) -> Any:
+def _recipe(default: Any, text: str, group: str, **limits: Any) -> Any:
     return knob(default, text, group, learned=True, **limits)
 
 
@@ -100,5 +100,5 @@ DEFAULT_RECIPE = Recipe()
 def preset(name: str) -> Recipe:
     """Return the packaged recipe `low`, `med` or `high`."""
     assert name in PRESETS, name
-    text = resources.files("dsyolo").joinpath("config", "presets", f"{name}.yaml").read_text(encoding="utf-8")
+    text = (resources.files("dsyolo") / "config" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     return Recipe(**yaml.safe_load(text))

@@ -169,7 +169,7 @@ def plan_activations(config: RunConfig, ds: DeepSpeedConfig, num_classes: int) -
     """
     size_px = largest_image_px(config)
     network = meta_network(config.model, num_classes)
-    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision.name)
+    counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
     return choose(counted, ds.parallelism.recompute, offload=ds.parallelism.offload.activations)
 
 

@@ -216,7 +216,10 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
     Paths of runs, workers, logging and validation may change at a resume, and are left out.
     """
-    pairs = [(RunConfig, old, new), (Recipe, old.recipe, new.recipe)]
+    pairs: list[tuple[type[BaseModel], BaseModel, BaseModel]] = [
+        (RunConfig, old, new),
+        (Recipe, old.recipe, new.recipe),
+    ]
     return [
         f"{key}: {getattr(a, key)} -> {getattr(b, key)}"
         for cls, a, b in pairs

@@ -87,6 +87,11 @@ class Precision:
     def master_bytes(self) -> int:
         return BYTES[self.master]
 
+    def with_bf16(self) -> Precision:
+        """Return the precision with bf16 in the place of fp16: its tensors have the same sizes."""
+        kinds = (self.compute, self.params, self.grads, self.master)
+        return Precision(*("bf16" if kind == "fp16" else kind for kind in kinds))
+
     def deepspeed_json(self) -> dict[str, Any]:
         """Return the block of a DeepSpeed JSON that asks for it."""
         if self.is_autocast:

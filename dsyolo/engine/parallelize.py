@@ -80,9 +80,7 @@ def parallelize(
     optimizer = build_optimizer(stage, ds.optimizer.type, ds.optimizer.params)
     groups = _sizes(optimizer)
     pipeline = PipelineEngine(stage, whole, loss, optimizer, schedule, place=place, **settings)
-    plan = activations or ActivationPlan(
-        count_activations(whole, shape, ds.precision.name), network.recompute
-    )
+    plan = activations or ActivationPlan(count_activations(whole, shape, ds.precision), network.recompute)
     kept = [plan.stage_bytes(network.order[first:last]) for first, last in pairwise(bounds)]
     table = stage_table(costs, cuts, balance, ds.precision.compute_bytes, kept)
     nodes = network.order[start:stop]

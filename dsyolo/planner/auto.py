@@ -15,6 +15,7 @@ from dsyolo.config.deepspeed.json_reader import JsonSource
 from dsyolo.config.deepspeed.optimizers import RECIPE_WEIGHT_DECAY
 from dsyolo.config.resolve import PlannedConfig, largest_image_px
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
+from dsyolo.config.spec import Precision
 from dsyolo.planner.hardware import GIB, Hardware
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner, StrategyEstimate
@@ -58,13 +59,18 @@ def _plan_all(
     batch = saved_batch or open_batch({}, hardware.ranks)
     assert batch
     if batch % hardware.ranks:  # refused there, with the ranks that divide it
-        where = {"world_size": hardware.ranks, "accelerator": hardware.accelerator}
-        check({BATCH_KEYS[0]: batch}, **where, saved_batch=saved_batch, name=NAME)
+        check(
+            {BATCH_KEYS[0]: batch},
+            world_size=hardware.ranks,
+            accelerator=hardware.accelerator,
+            saved_batch=saved_batch,
+            name=NAME,
+        )
     best, room = _best(run, hardware, profile, batch)
     one = best.settings
     line = (
         f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){room}: "
-        f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.dp_size}"
+        f"{one.in_words()} in {one.precision.name}, {one.micro_batch} images x {one.accumulation} x {one.dp_size}"
     )
     lines = [line, terms(best)]
     val_images = max(1, best.val_images)
@@ -109,10 +115,12 @@ def _best(
     return best, what
 
 
-def _precisions(hardware: Hardware) -> tuple[str, ...]:
+def _precisions(hardware: Hardware) -> list[Precision]:
     if hardware.accelerator == "cpu":
-        return ("autocast_bf16",) if hardware.device.has_bf16 else ("fp32",)
-    return ("autocast_bf16", "bf16") if hardware.device.has_bf16 else ("autocast_fp16", "fp16")
+        names = ["autocast_bf16" if hardware.device.has_bf16 else "fp32"]
+    else:
+        names = ["autocast_bf16", "bf16"] if hardware.device.has_bf16 else ["autocast_fp16", "fp16"]
+    return [Precision.named(name) for name in names]
 
 
 # ---- values that are "auto"
@@ -227,7 +235,7 @@ def _settings_of(ds: DeepSpeedConfig) -> StrategySettings:
         on_host[ds.parallelism.offload.optimizer],
         on_host[ds.parallelism.offload.params],
         ds.parallelism.recompute,
-        ds.precision.name,
+        ds.precision,
         ds.micro_batch,
         ds.accumulation,
         ds.stages,

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
+from dsyolo.config.spec import Precision
 from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
@@ -85,7 +86,7 @@ class Planner:
 
     def __init__(self, work: ModelProfile, hardware: Hardware, *, ema: bool = True) -> None:
         self.work, self.hardware, self.ema = work, hardware, ema
-        self._plans: dict[tuple[str, int, str | int], ActivationPlan] = {}
+        self._plans: dict[tuple[Precision, int, str | int], ActivationPlan] = {}
         self._stages: dict[int, list[StageProfile]] = {}
 
     def predict(self, settings: StrategySettings, ds: DeepSpeedConfig | None = None) -> StrategyEstimate:
@@ -229,10 +230,10 @@ class Planner:
         times t with m micro-batches takes sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
         """
         hardware, dp_size, accumulation = self.hardware, settings.dp_size, settings.accumulation
-        gradient_bytes = weight_bytes = 2 if settings.precision in ("bf16", "fp16") else 4
+        gradient_bytes = weight_bytes = settings.precision.params_bytes
         again = self._share_recomputed(plan)
         passes = [self._pass_s(settings, stage, 1 + BACKWARD + again) for stage in stages]
-        each = 4 if settings.precision == "fp32" else 2
+        each = settings.precision.compute_bytes
         borders = [boundary_bytes(stage.crossing, settings.micro_batch, each) for stage in stages]
         crossings = [2 * size / hardware.border_bytes_s(i, dp_size) for i, size in enumerate(borders)]
         stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
@@ -265,7 +266,7 @@ class Planner:
         That takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth, but no
         less than the host takes to start its kernels; the backward pass twice as much; what is recomputed once more.
         """
-        each = 4 if settings.precision == "fp32" else 2
+        each = settings.precision.compute_bytes
         bandwidth = self.hardware.device.memory_bytes_s * REACHED_BANDWIDTH
         image_s = stage.flops / self.hardware.flops(settings.precision) + stage.elements * each / bandwidth
         launched = LAUNCH_S * KERNELS * sum(map(len, stage.groups)) / PARAMETERS_OF_CONV

@@ -31,7 +31,7 @@ class StrategySettings(NamedTuple):
     offload_optimizer: str | None
     offload_param: str | None
     recompute: str | int  # none, blocks, or the bytes of a budget per micro-batch
-    precision: str
+    precision: Precision
     micro_batch: int
     accumulation: int
     pipeline_stages: int
@@ -55,7 +55,7 @@ class StrategySettings(NamedTuple):
         recompute = self.recompute if isinstance(self.recompute, str) else gib(self.recompute)
         return {
             **batch_json(BatchPlan(self.micro_batch, self.accumulation, self.dp_size)),
-            **Precision.named(self.precision).deepspeed_json(),
+            **self.precision.deepspeed_json(),
             "zero_optimization": zero,
             **({"activation_checkpointing": {"recompute": recompute}} if recompute != "none" else {}),
             **(
@@ -88,7 +88,7 @@ def settings(
     ranks: int,
     global_batch: int,
     optimizer: str,
-    precisions: tuple[str, ...],
+    precisions: tuple[Precision, ...],
     recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Iterator[StrategySettings]:
     """All strategies that are looked at: those that need something of their ranks and batch, where they have it.
@@ -108,11 +108,11 @@ def settings(
             if stages > 1 and (zero_stage > 1 or of_optimizer):
                 continue
             for precision in precisions:
-                is_half = precision in ("bf16", "fp16")
+                is_half = precision.params_bytes == 2
                 if dp_size == 1 and zero_stage > is_half and not of_optimizer:
                     continue  # nobody to share with
                 # DeepSpeed never lowers the scale of fp16 autocast from ZeRO 1 on, and has no ZeRO 0 for half weights
-                if precision == "autocast_fp16" and (zero_stage or stages > 1):
+                if precision.name == "autocast_fp16" and (zero_stage or stages > 1):
                     continue
                 if is_half and not zero_stage:
                     continue

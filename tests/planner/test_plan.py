@@ -20,6 +20,7 @@ from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
+from dsyolo.config.spec import PRECISIONS, Precision
 from dsyolo.data.loader import StepSampler
 from dsyolo.models.activation_memory import count_activations
 from dsyolo.models.inference_memory import inference_bytes
@@ -36,7 +37,7 @@ from dsyolo.planner.search import search
 from dsyolo.planner.simulation import cover, simulate
 from dsyolo.planner.strategy import StrategySettings, settings
 
-PLAIN = StrategySettings(0, None, None, "none", "autocast_fp16", 16, 1, 1, 1, "SGD")
+PLAIN = StrategySettings(0, None, None, "none", Precision.named("autocast_fp16"), 16, 1, 1, 1, "SGD")
 
 
 def one_gpu(memory_gib: int = 80) -> Hardware:
@@ -56,15 +57,15 @@ def test_published_peaks_are_predicted(case):
 def test_activations_of_any_micro_batch_are_those_that_a_run_counts(precision):
     work = ModelProfile("yolov5n", 5, 128)
     for images in (2, 7):
-        direct = count_activations(work.network, (images, 3, 128, 128), precision)
-        drawn = work.activations(images, precision)
+        direct = count_activations(work.network, (images, 3, 128, 128), Precision.named(precision))
+        drawn = work.activations(images, Precision.named(precision))
         assert drawn.peak_bytes() == direct.peak_bytes()
         assert drawn.peak_bytes(drawn.blocks) == direct.peak_bytes(direct.blocks)
 
 
 def test_settings_are_all_different_and_all_accepted():
     work = ModelProfile("yolov5n", 80, 64)
-    found = list(settings(8, 64, "AdamW", ("autocast_bf16", "autocast_fp16", "bf16", "fp16", "fp32")))
+    found = list(settings(8, 64, "AdamW", tuple(PRECISIONS.values())))
     assert len(set(found)) == len(found) > 200
     for one in found:
         ds = check(one.deepspeed_json(), world_size=8, accelerator="cuda", layers=work.layers)
@@ -73,7 +74,7 @@ def test_settings_are_all_different_and_all_accepted():
             one.accumulation,
             one.zero_stage,
         )
-        assert (ds.precision.name, ds.stages, ds.parallelism.recompute) == (
+        assert (ds.precision, ds.stages, ds.parallelism.recompute) == (
             one.precision,
             one.pipeline_stages,
             one.recompute,
@@ -108,7 +109,7 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
 
 def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_are():
     """Each stage's replicas are neighbours: on two nodes of two GPUs a stage each, whose activations cross."""
-    pipeline = StrategySettings(1, None, None, "none", "fp32", 4, 4, 2, 1, "SGD")
+    pipeline = StrategySettings(1, None, None, "none", Precision.named("fp32"), 4, 4, 2, 1, "SGD")
     found = Planner(ModelProfile("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
     assert found.wire / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
     work = ModelProfile("yolov5s", 80, 320)
@@ -141,7 +142,8 @@ def test_as_json_every_strategy_has_its_terms(capsys):
     status, out, _ = plan(capsys, *words.split())
     assert status == 0
     found = json.loads(out)
-    plain = [one for one in found if {**one["settings"], **PLAIN._asdict()} == one["settings"]]
+    wanted = {**PLAIN._asdict(), "precision": PLAIN.precision.name}
+    plain = [one for one in found if {**one["settings"], **wanted} == one["settings"]]
     assert len(plain) == 1
     assert plain[0]["peak_gpu_gib"] * GIB / 1e9 == pytest.approx(1.5, rel=0.05)
     for one in found:
@@ -152,11 +154,11 @@ def test_as_json_every_strategy_has_its_terms(capsys):
 
 def test_a_cpu_is_its_own_host():
     cpu = one_gpu()._replace(accelerator="cpu")
-    planner, precisions = Planner(ModelProfile("yolov5s", 80, 64), cpu), ("fp32",)
+    planner, precisions = Planner(ModelProfile("yolov5s", 80, 64), cpu), (Precision.named("fp32"),)
     found = search(planner, 8, "SGD", precisions)
     assert len(found.fitting) > 4
     assert not [one for one in found.fitting + found.others if one.settings.offload_optimizer]
-    plain = PLAIN._replace(precision="fp32", micro_batch=8, zero_stage=1)
+    plain = PLAIN._replace(precision=Precision.named("fp32"), micro_batch=8, zero_stage=1)
     own, offloaded = (planner.predict(plain._replace(offload_optimizer=device)) for device in (None, "cpu"))
     assert offloaded.peak_bytes > own.peak_bytes  # copies come on top
     assert offloaded.host_bytes == 0
@@ -178,9 +180,9 @@ def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
     assert f"--data data.yaml --val_batch_size {images}\n" in out
     assert 8 < images < 16
     work = ModelProfile("yolov5n6", 80, 1280)
-    most = inference_bytes(work.network, [(images, 3, 1280, 1280)], "autocast_bf16")[0]
-    assert work.most_inferred(most, "autocast_bf16") == images
-    assert work.most_inferred(most - 1, "autocast_bf16") == images - 1
+    most = inference_bytes(work.network, [(images, 3, 1280, 1280)], Precision.named("autocast_bf16"))[0]
+    assert work.most_inferred(most, Precision.named("autocast_bf16")) == images
+    assert work.most_inferred(most - 1, Precision.named("autocast_bf16")) == images - 1
     status, out, err = plan(capsys, *words[:4], "--gpus", "1x0.65GiB", "--write", str(tmp_path / "none.json"))
     assert (status, (tmp_path / "none.json").exists()) == (1, False)
     assert "Nothing was written to" in err
@@ -297,7 +299,7 @@ def test_the_loss_holds_what_it_is_said_to():
         if event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
-    assert most == pytest.approx(work.loss_bytes(4, "fp32"), rel=0.15)
+    assert most == pytest.approx(work.loss_bytes(4, Precision.named("fp32")), rel=0.15)
 
 
 # ---- what a JSON leaves to the machine

@@ -17,7 +17,7 @@ class OptimizerFacts:
     """What is known of an optimizer.
 
     Attributes:
-        defaults: of its parameters, where the JSON gives none. SGD's are the recipe's (spec.md), the others torch's.
+        defaults: of its parameters, where the JSON gives none. SGD's are the recipe's (docs/yolov5.md), the others torch's.
         keys: of `optimizer.params`.
         states: tensors that it keeps for each weight.
     """

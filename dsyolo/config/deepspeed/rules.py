@@ -203,7 +203,7 @@ def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> Of
         zero[key].get("nvme_path") if device == "nvme" else None
         for key, device in zip(OFFLOADED, devices, strict=True)
     ]
-    return OffloadSpec(*devices, *folders)
+    return OffloadSpec(devices[0], devices[1], folders[0], folders[1])
 
 
 def _folder(block: Mapping[str, Any], device: str) -> list[str]:

@@ -51,13 +51,13 @@ def _renamed(name: str) -> Refused:
 
 MAX_GRAD_NORM = Refused("an optimizer does not clip. Set gradient_clipping, at the top level.", NEVER)
 
-_OFFLOAD = {
+_OFFLOAD: Keys = {
     "device": one_of("none", "cpu", "nvme"),
     "pin_memory": FLAG,
     "buffer_count": whole(),
     "nvme_path": JsonKey("the path of a folder, in quotes", lambda v: isinstance(v, str) and v != ""),
 }
-OFFLOAD_OPTIMIZER = {
+OFFLOAD_OPTIMIZER: Keys = {
     **_OFFLOAD,
     "pipeline_read": Refused(_OWN_FOLDER),
     "pipeline_write": Refused(_OWN_FOLDER),
@@ -66,9 +66,9 @@ OFFLOAD_OPTIMIZER = {
     "super_offload": Refused("SuperOffload is made for Grace Hopper and Adam only. Leave it out."),
     "cpuadam_cores_perc": Refused("it belongs to SuperOffload. Leave it out.", NEVER),
 }
-OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()}
+OFFLOAD_PARAM: Keys = {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()}
 
-_STAGE3 = {
+_STAGE3: Keys = {
     "prefetch_bucket_size": whole(),
     "param_persistence_threshold": whole(),
     "model_persistence_threshold": whole(),

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from dsyolo.cluster import collectives
+from dsyolo.config.spec import Precision
 from dsyolo.engine import device
 from dsyolo.engine.comm_timer import CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
@@ -56,7 +57,7 @@ class TimeProfileHook(Hook):
         self._flops_per_image = PASSES * sum(
             cost.flops for cost in node_costs(network, (1, 3, size_px, size_px))
         )
-        self._peak = _peak_of_rank(spec.ds.precision.name, engine.device, engine.all_gather)
+        self._peak = _peak_of_rank(spec.ds.precision, engine.device, engine.all_gather)
         self._peak_flops_per_s = sum(engine.all_gather(self._peak.flops_per_s))
         if trainer.world.is_main_process:
             log.info("peak of a rank: %s", self._peak.source)
@@ -134,7 +135,9 @@ class TimeProfileHook(Hook):
         return StepDetails(path if world.is_main_process else None, about, usage)
 
 
-def _peak_of_rank(precision: str, own_device: torch.device, all_gather: Callable[[Any], list[Any]]) -> Peak:
+def _peak_of_rank(
+    precision: Precision, own_device: torch.device, all_gather: Callable[[Any], list[Any]]
+) -> Peak:
     found: Peak | None = None
     if own_device.type == "cpu":
         # All ranks at once, as they train; what disturbs one of them does not make it a slower machine.
