@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dsyolo.config.run_config import NOMINAL_BATCH
+from dsyolo.config.recipe import NOMINAL_BATCH
 
 GROUPS = ("weights", "norms", "biases")  # decayed; not decayed; not decayed, with a warm-up of their own
 
