@@ -26,7 +26,8 @@ from dsyolo.data.index_builder import build_index
 from dsyolo.data.loader import EvalLoader, to_batch
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.detection.boxes import letterbox, unletterbox
-from dsyolo.detection.evaluator import PlainPredictor, PostProcessor, validate
+from dsyolo.detection.evaluator import validate
+from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
 from dsyolo.models.weights import WeightsInfo, rebuild
 from dsyolo.scaling import options as scale_options
 from dsyolo.tracking.plots import draw, save

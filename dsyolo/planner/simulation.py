@@ -15,7 +15,7 @@ import torch
 
 from dsyolo.cluster.world import balanced_owners
 from dsyolo.config.deepspeed.config import check
-from dsyolo.data.loader import StepSampler
+from dsyolo.data.sampler import StepSampler
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.yolov5 import YOLOv5, build_yolov5
 from dsyolo.planner.comm_volume import comm_bytes

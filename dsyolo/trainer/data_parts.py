@@ -14,8 +14,9 @@ from dsyolo.config.resolve import RunSpec
 from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.index_builder import build_index
-from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader
+from dsyolo.data.loader import EvalLoader, TrainLoader
 from dsyolo.data.parallel_map import Communicator
+from dsyolo.data.sampler import StepSampler
 from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine import device

@@ -12,7 +12,7 @@ from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.reader import read_buffers
 from dsyolo.cluster.world import World, parallel_dims, set_threads
 from dsyolo.config.resolve import RunSpec
-from dsyolo.data.loader import StepSampler
+from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.batchnorm import synchronise_batchnorm
 from dsyolo.engine.buffers import named_buffers

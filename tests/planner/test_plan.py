@@ -17,7 +17,7 @@ from dsyolo.cluster.world import World
 from dsyolo.config.command_line import parse
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.run_config import RunConfig
-from dsyolo.data.loader import StepSampler
+from dsyolo.data.sampler import StepSampler
 from dsyolo.models.activation_memory import count_activations
 from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine
