@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.user_code import is_reference
 from dsyolo.config.cli_args import read_options
 from dsyolo.config.messages import did_you_mean, validate
 from dsyolo.config.run_config import (
@@ -47,6 +48,10 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     if "data" not in values and not resumes:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
     problems += _missing_files(values, resumes)
+    if is_reference(str(base.get("model", ""))) and "model" not in given:
+        # A run's folder may be somebody else's: what it names is not run unless the command line names it.
+        rule = f"missing, and the run to go on with trains {base['model']}, whose code only the command line may name"
+        problems.append(f"--model: {rule}. Add --model {base['model']}.")
     values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
     run = validate(RunConfig, values, "--", unknown_option, problems)
     if problems or run is None:

@@ -18,8 +18,8 @@ from dsyolo.config.run_config import AUTO, RunConfig
 from dsyolo.data.formats.yolo import DataSpec, read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
+from dsyolo.models.registry import build_model, has_parameters, max_stride, refuse_image_size
 from dsyolo.models.weights import read_weights
-from dsyolo.models.yolov5 import build_yolov5, has_parameters, level_strides
 
 Planner = Callable[[RunConfig, int, int | None], Any]  # of a run, its number of classes, a saved global batch
 
@@ -65,6 +65,7 @@ def resolve(
         UserError: something in it cannot be used.
     """
     run = command_line.parse(argv)
+    refuse_image_size(run.model, run.imgsz)
     folder, resumes = run.folder, run.resumes()
     saved = saved_state(folder / "checkpoints") if resumes else None
     filled = _plan(run, saved, plan)
@@ -136,8 +137,8 @@ def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> Activ
     """
     size_px = config.imgsz
     if config.recipe.multi_scale:
-        size_px = largest_size_px(size_px, level_strides(config.model)[-1])
+        size_px = largest_size_px(size_px, max_stride(config.model))
     with torch.device("meta"):
-        network = build_yolov5(config.model, num_classes)
+        network = build_model(config.model, num_classes)
     counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
     return choose(counted, ds.recompute, offload=ds.offload_activations)

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsyolo.models.activation_memory import LOW_PRECISION, fake_copy
-from dsyolo.models.yolov5 import YOLOv5
+from dsyolo.models.detection_network import DetectionNetwork
 
 
 def inference_bytes(
-    network: YOLOv5, images_shapes: Sequence[tuple[int, int, int, int]], precision: str
+    network: DetectionNetwork, images_shapes: Sequence[tuple[int, int, int, int]], precision: str
 ) -> list[int]:
     """For uint8 images of each shape, the most bytes of tensors that are alive at once from the images to decoded boxes.
 
@@ -27,7 +27,7 @@ def inference_bytes(
         return [_count(fake, shape, precision) for shape in images_shapes]
 
 
-def _count(fake: YOLOv5, images_shape: tuple[int, int, int, int], precision: str) -> int:
+def _count(fake: DetectionNetwork, images_shape: tuple[int, int, int, int], precision: str) -> int:
     images = torch.empty(images_shape, dtype=torch.uint8)
     autocast = precision.startswith("autocast")
     dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None

@@ -12,7 +12,7 @@ from dsyolo.config.deepspeed.json_reader import read_json, without_auto
 from dsyolo.config.deepspeed.rules import BATCH_KEYS, open_batch
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
 from dsyolo.data.loader import largest_size_px
-from dsyolo.models.yolov5 import level_strides
+from dsyolo.models.registry import max_stride
 from dsyolo.planner.hardware import GIB, Hardware
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
@@ -232,7 +232,7 @@ def _size_px(run: RunConfig) -> int:
     """The largest side of its images."""
     if not run.recipe.multi_scale:
         return run.imgsz
-    return largest_size_px(run.imgsz, level_strides(run.model)[-1])
+    return largest_size_px(run.imgsz, max_stride(run.model))
 
 
 def _precisions(hardware: Hardware) -> tuple[str, ...]:

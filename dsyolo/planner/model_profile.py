@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from dsyolo.models.activation_memory import Activations, count_each
+from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.flops import NodeCost, node_costs
 from dsyolo.models.inference_memory import inference_bytes
-from dsyolo.models.yolov5 import YOLOv5, build_yolov5
+from dsyolo.models.registry import build_model
 
-ANCHORS = 3
 SAME_BYTES = {"autocast_fp16": "autocast_bf16", "fp16": "bf16"}
 
 
@@ -28,7 +28,7 @@ class ModelProfile:
     def __init__(self, model: str, num_classes: int, image_size_px: int) -> None:
         self.model, self.num_classes, self.image_size_px = model, num_classes, image_size_px
         with torch.device("meta"):
-            self.network: YOLOv5 = build_yolov5(model, num_classes)
+            self.network: DetectionNetwork = build_model(model, num_classes)
         self.numels = [p.numel() for p in self.network.parameters()]
         self.num_parameters = sum(self.numels)
         self.layers = tuple(
@@ -83,7 +83,10 @@ class ModelProfile:
         largest of them once more while the gradient of its objectness is added to that of its boxes and classes; and
         logits and targets of objectness in fp32.
         """
-        cells = [(self.image_size_px // stride) ** 2 * ANCHORS * images for stride in self.network.strides]
+        cells = [
+            (self.image_size_px // stride) ** 2 * self.network.anchors.shape[1] * images
+            for stride in self.network.strides
+        ]
         each = 4 if precision == "fp32" else 2
         channels = 5 + self.num_classes
         return each * channels * (sum(cells) + max(cells)) + 8 * sum(cells)

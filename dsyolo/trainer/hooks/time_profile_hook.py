@@ -18,7 +18,7 @@ from dsyolo.engine.comm_timer import CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import PHASES, StepTimer, clock_of_device
 from dsyolo.models.flops import BACKWARD, node_costs
-from dsyolo.models.yolov5 import build_yolov5
+from dsyolo.models.registry import build_model
 from dsyolo.planner.peak_flops import Peak, peak_of_cpu, peak_of_gpu
 from dsyolo.tracking.nvml import Gpu, load_nvml
 from dsyolo.tracking.resource_usage import ResourceUsage
@@ -52,7 +52,7 @@ class TimeProfileHook(Hook):
         engine.tell(self._timer)
         self._comm = CommTimer(self._timer)
         with torch.device("meta"):
-            network = build_yolov5(spec.config.model, spec.data.num_classes)
+            network = build_model(spec.config.model, spec.data.num_classes)
         size_px = spec.config.imgsz
         self._flops_per_image = PASSES * sum(
             cost.flops for cost in node_costs(network, (1, 3, size_px, size_px))
