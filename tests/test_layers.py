@@ -131,8 +131,11 @@ def test_models_data_and_loss_do_not_know_each_other():
 
 
 def test_nobody_imports_the_entries():
+    """But for `dsyolo train`, which is the other entry."""
+
     def check(path: Path) -> Iterator[str]:
-        yield from sorted(own_imports(path) & {"train", "cli"})
+        allowed = {"train"} if path == PACKAGE / "cli.py" else set()
+        yield from sorted(own_imports(path) & {"train", "cli"} - allowed)
 
     each(check)
 
