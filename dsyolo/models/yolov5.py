@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ class YOLOv5(Network):
         """Boxes and probabilities of raw maps, as (B, boxes, 5 + K) float32.
 
         Per box: centre and size in pixels of the input, objectness, class probabilities. Levels in order,
-        each flattened A, H, W. centre = (2 s - 0.5 + cell) * stride, size = (2 s)^2 * anchor (spec.md, Decoding).
+        each flattened A, H, W. centre = (2 s - 0.5 + cell) * stride, size = (2 s)^2 * anchor (docs/yolov5.md, Decoding).
         """
         decoded = []
         for raw, anchors, stride in zip(maps, self.anchors.float(), self.strides, strict=True):
@@ -204,6 +205,13 @@ def build_yolov5(variant: str, num_classes: int) -> YOLOv5:
         channels_of[row.name] = outputs
         previous = row.name
     return YOLOv5(variant, num_classes, nodes, strides)
+
+
+@functools.cache
+def meta_network(variant: str, num_classes: int) -> YOLOv5:
+    """Return the network without memory, to count on: one for all who ask, and so not to be changed."""
+    with torch.device("meta"):
+        return build_yolov5(variant, num_classes)
 
 
 def _build(row: LayerRow, c1: int, c2: int, depth: float) -> nn.Module:
