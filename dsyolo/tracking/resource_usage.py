@@ -26,7 +26,7 @@ class ResourceUsage:
     def __init__(self, *, of_machine: bool, gpu: Callable[[], GpuUse | None] = lambda: None) -> None:
         self._of_machine, self._gpu = of_machine, gpu
         self._own = psutil.Process()
-        self._workers: dict[int, psutil.Process] = {}
+        self._processes: dict[int, psutil.Process] = {}
         self._next_gauges = 0.0
 
     def look(self) -> dict[str, Any]:
@@ -53,11 +53,10 @@ class ResourceUsage:
     def _own_cpu_s(self) -> float:
         """Return the CPU seconds of this process and its loader workers."""
         total = 0.0
-        for pid in (self._own.pid, *(child.pid for child in multiprocessing.active_children())):
+        workers = [child.pid for child in multiprocessing.active_children() if child.pid]
+        for pid in (self._own.pid, *workers):
             with contextlib.suppress(psutil.Error):  # a worker may have ended meanwhile
-                process = (
-                    self._own if pid == self._own.pid else self._workers.setdefault(pid, psutil.Process(pid))
-                )
+                process = self._processes.setdefault(pid, psutil.Process(pid))
                 times = process.cpu_times()
                 total += times.user + times.system
         return total
