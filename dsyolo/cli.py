@@ -17,7 +17,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.commands import doctor, plan, scale, simulate
 from dsyolo.config.messages import cannot_hold_files, rule_of
 from dsyolo.config.messages import validate as judge
-from dsyolo.config.run_config import RunConfig, max_stride
+from dsyolo.config.run_config import RunConfig
 from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
 from dsyolo.data.formats.convert import convert_coco, convert_voc
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
@@ -26,7 +26,9 @@ from dsyolo.data.index_builder import build_index
 from dsyolo.data.loader import EvalLoader, to_batch
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.detection.boxes import letterbox, unletterbox
-from dsyolo.detection.evaluator import PlainPredictor, PostProcessor, validate
+from dsyolo.detection.evaluator import validate
+from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
+from dsyolo.models.registry import max_stride, model_option
 from dsyolo.models.weights import WeightsInfo, rebuild
 from dsyolo.scaling import options as scale_options
 from dsyolo.tracking.plots import draw, save
@@ -123,7 +125,7 @@ def run_val(args: argparse.Namespace) -> None:
     loader = EvalLoader(
         DetectionDataset(split, size_px),
         image_size_px=size_px,
-        stride=max_stride(info.variant),
+        stride=max_stride(args.model or info.variant),
         batch_size=args.batch_size,
         rank=0,
         world_size=1,
@@ -144,7 +146,7 @@ def run_detect(args: argparse.Namespace) -> None:
     if problem := cannot_hold_files(args.out):
         raise UserError(f"--out {args.out} cannot be used", [problem])
     info, predict = _load(args)
-    size_px, stride = _image_size(args, info), max_stride(info.variant)
+    size_px, stride = _image_size(args, info), max_stride(args.model or info.variant)
     finder = _finder(args, multi_label=False)
     args.out.mkdir(parents=True, exist_ok=True)
     counts, num_written, is_long = Counter(), 0, len(targets) >= MANY_IMAGES
@@ -190,6 +192,9 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
 def _add_model_options(parser: argparse.ArgumentParser, *, score: float, iou: float) -> None:
     parser.add_argument(
         "--weights", type=Path, required=True, metavar="FILE", help="a .safetensors file of a run"
+    )
+    parser.add_argument(
+        "--model", type=model_option, metavar="FILE.py:FUNCTION", help="for weights of your own network"
     )
     parser.add_argument(
         "--imgsz", type=int, metavar="N", help="image size in pixels (default: of the training)"
@@ -258,13 +263,16 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _load(args: argparse.Namespace) -> tuple[WeightsInfo, PlainPredictor]:
-    network, info = rebuild(args.weights)
+    network, info = rebuild(args.weights, args.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return info, PlainPredictor(network, device)
 
 
 def _image_size(args: argparse.Namespace, info: WeightsInfo) -> int:
-    size_px, stride = info.image_size_px if args.imgsz is None else args.imgsz, max_stride(info.variant)
+    size_px, stride = (
+        info.image_size_px if args.imgsz is None else args.imgsz,
+        max_stride(args.model or info.variant),
+    )
     if size_px < stride or size_px % stride:
         raise UserError(
             "The command line cannot be used",

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.run_config import AUTO, MODELS
+from dsyolo.config.run_config import AUTO
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import check_options, examine
 from dsyolo.doctor.findings import can_start, table, to_json
+from dsyolo.models.registry import model_option
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", type=Path, metavar="FILE", help="check its hosts (default: this machine)")
     add("--deepspeed_config", type=Path, metavar="FILE", help="DeepSpeed JSON, checked for the hosts' ranks")
     add("--data", type=Path, metavar="FILE", help="data set's YAML file, compared on all hosts")
-    add("--model", choices=MODELS, metavar="NAME", help="variant, for the size of its checkpoints")
+    add(
+        "--model",
+        type=model_option,
+        metavar="NAME",
+        help="variant or FILE.py:FUNCTION, for the size of its checkpoints",
+    )
     add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
     add("--project", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
     add("--workers", type=int, metavar="N", help="loader workers per rank (default: as in a run)")

@@ -11,8 +11,8 @@ from typing import Any
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.run_config import MODELS, max_stride
 from dsyolo.config.spec import PRECISIONS
+from dsyolo.models.registry import max_stride, model_option
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
@@ -27,7 +27,13 @@ MOST_BATCH, MOST_RANKS, MOST_IMGSZ = 2**16, 2**16, 2**13
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is to be trained, and on what."""
     add = parser.add_argument
-    add("--model", choices=MODELS, default="yolov5n", metavar="NAME", help="variant (default: yolov5n)")
+    add(
+        "--model",
+        type=model_option,
+        default="yolov5n",
+        metavar="NAME",
+        help="variant, or FILE.py:FUNCTION (default: yolov5n)",
+    )
     add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
     add(
         "--global-batch",

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args
 from pydantic.fields import FieldInfo
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.user_code import is_reference
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
@@ -60,6 +61,12 @@ def read_command_line(argv: Sequence[str] | None = None) -> tuple[RunConfig, Res
     if "data" not in values and not resumes:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
     problems += _missing_files(values, resumes)
+    if is_reference(str(base.get("model", ""))) and "model" not in given:
+        # A run's folder may be somebody else's: what it names is not run unless the command line names it.
+        rule = (
+            f"missing, and the resumed run trains {base['model']}, whose code only the command line may name"
+        )
+        problems.append(f"--model: {rule}. Add --model {base['model']}.")
     values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
     run = validate(RunConfig, values, "--", unknown_option, problems)
     if problems or run is None:

@@ -17,8 +17,8 @@ from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
+from dsyolo.models.registry import has_parameters, max_stride, meta_network, refuse_image_size
 from dsyolo.models.weights import GivenWeights, read_weights
-from dsyolo.models.yolov5 import has_parameters, level_strides, meta_network
 
 T = TypeVar("T")
 
@@ -88,6 +88,7 @@ def resolve(
         UserError: something in it cannot be used.
     """
     run, resume = read_command_line(argv)
+    refuse_image_size(run.model, run.imgsz)
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)
     data = _attempt(lambda: read_data_yaml(run.data))
@@ -177,4 +178,4 @@ def largest_image_px(config: RunConfig) -> int:
     """Return the largest side of a training's images."""
     if not config.recipe.multi_scale:
         return config.imgsz
-    return largest_size_px(config.imgsz, level_strides(config.model)[-1])
+    return largest_size_px(config.imgsz, max_stride(config.model))

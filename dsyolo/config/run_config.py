@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text
+from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
+from dsyolo.base.user_code import is_reference
 from dsyolo.config.messages import did_you_mean, validate
 from dsyolo.config.recipe import DEFAULT_RECIPE, RECIPE_KEYS, Recipe, extra_of, knob
 
@@ -65,7 +66,7 @@ class RunConfig(BaseModel):
         "run",
     )
     data: str = knob(..., "data set's YAML file", "run", learned=True)
-    model: Literal[MODELS] = knob("yolov5n", "variant", "run", learned=True)  # type: ignore[valid-type]
+    model: str = knob("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", "run", learned=True)
     weights: str | None = knob(None, "weights to start from", "run", learned=True)
     imgsz: int = knob(640, "side of the training images in pixels", "run", learned=True)
     epochs: int = knob(300, "epochs", "run", learned=True, ge=1)
@@ -142,11 +143,16 @@ class RunConfig(BaseModel):
 
     recipe: Recipe = knob(DEFAULT_RECIPE, "", "recipe", learned=True)
 
+    @field_validator("model")
+    @classmethod
+    def _can_be_built(cls, model: str) -> str:
+        return check_model_name(model)
+
     @field_validator("imgsz")
     @classmethod
     def _fits_strides(cls, imgsz: int, info: ValidationInfo) -> int:
         model = info.data.get("model")
-        if model is None:  # refused itself
+        if model is None or is_reference(model):  # refused itself; or checked with the network (registry.py)
             return imgsz
         stride = max_stride(model)
         if imgsz % stride or imgsz < 2 * stride:
@@ -204,6 +210,15 @@ def read_recompute(text: str) -> str | int | None:
     if budget and len(budget[1]) < 20:  # longer ones are no numbers of bytes
         return int(float(budget[1]) * 2**30) or None
     return text if text in ("none", "blocks") else None
+
+
+def check_model_name(model: str) -> str:
+    """Return `model`. Raises ValueError where it is neither a variant nor FILE.py:FUNCTION."""
+    if model not in MODELS and not is_reference(model):
+        rule = f"one of {', '.join(MODELS)}, or FILE.py:FUNCTION for your own"
+        remedy = did_you_mean(model, MODELS) or "Leave it out for yolov5n."
+        raise ValueError(f"{shortened(model)} given, but it must be {rule}. {remedy}")
+    return model
 
 
 def max_stride(model: str) -> int:

@@ -14,7 +14,6 @@ from dsyolo.base.environment import all_variables
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import read_source
-from dsyolo.config.run_config import max_stride
 from dsyolo.doctor import dataset_checks as data_set
 from dsyolo.doctor import interconnect as network
 from dsyolo.doctor import probe, software
@@ -26,7 +25,7 @@ from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, merged
 from dsyolo.doctor.gradients import gradients
 from dsyolo.doctor.hosts import ForwardedEnvironment, Host, read_forwarded, read_hostfile
 from dsyolo.doctor.launcher import check_launcher
-from dsyolo.models.yolov5 import build_yolov5, has_parameters
+from dsyolo.models.registry import build_model, has_parameters, max_stride
 
 LOCAL = "this machine"
 NUM_CLASSES = 80  # for the size of checkpoints; another number changes it by some 100 KB
@@ -71,7 +70,7 @@ def _model(name: str | None) -> tuple[list[bool] | None, int | None]:
     if name is None:
         return None, None
     with torch.device("meta"):
-        network = build_yolov5(name, NUM_CLASSES)
+        network = build_model(name, NUM_CLASSES)
     return list(has_parameters(name)), sum(p.numel() for p in network.parameters())
 
 
@@ -207,7 +206,7 @@ def check_options(options: DoctorOptions) -> None:
         problems.append(f"--master_port: {options.master_port} given, but ports are 1 to 65535.")
     if not 1 <= options.timeout_s <= 600:
         problems.append(f"--timeout: {options.timeout_s:g} given, but it must be 1 to 600 seconds.")
-    stride = max_stride(options.model or "")
+    stride = max_stride(options.model or "yolov5n")
     if options.image_size_px < stride or options.image_size_px % stride:
         problems.append(f"--imgsz: {options.image_size_px} given, but it must be a multiple of {stride}.")
     if options.num_gpus is not None and (options.num_gpus < 1 or options.hostfile):

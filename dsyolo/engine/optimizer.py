@@ -18,7 +18,7 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the parameters by kind: convolution weights, BatchNorm weights, all biases. Each exactly once."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in network.named_parameters():
-        kind = "biases" if name.endswith("bias") else "norms" if ".bn." in name else "weights"
+        kind = "biases" if name.endswith("bias") else "norms" if parameter.ndim < 2 else "weights"
         groups[kind].append(parameter)
     return groups
 

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from dsyolo.config.spec import Precision
 from dsyolo.models.activation_memory import DTYPES, fake_copy
-from dsyolo.models.yolov5 import YOLOv5
+from dsyolo.models.detection_network import DetectionNetwork
 
 
 def inference_bytes(
-    network: YOLOv5, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
+    network: DetectionNetwork, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
 ) -> list[int]:
     """For uint8 images of each shape, the most bytes of tensors that are alive at once from the images to decoded boxes.
 
@@ -28,7 +28,7 @@ def inference_bytes(
         return [_count(fake, shape, precision) for shape in images_shapes]
 
 
-def _count(fake: YOLOv5, images_shape: tuple[int, int, int, int], precision: Precision) -> int:
+def _count(fake: DetectionNetwork, images_shape: tuple[int, int, int, int], precision: Precision) -> int:
     images = torch.empty(images_shape, dtype=torch.uint8)
     dtype = DTYPES[precision.compute] if precision.is_autocast else None
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=precision.is_autocast), _Alive() as alive:

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from dsyolo.config.spec import Precision
 from dsyolo.models.activation_memory import Activations, count_each
+from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.flops import NodeCost, node_costs
 from dsyolo.models.inference_memory import inference_bytes
-from dsyolo.models.yolov5 import YOLOv5, meta_network
-
-ANCHORS = 3
+from dsyolo.models.registry import meta_network
 
 
 class ModelProfile:
@@ -25,7 +24,7 @@ class ModelProfile:
 
     def __init__(self, model: str, num_classes: int, image_size_px: int) -> None:
         self.model, self.num_classes, self.image_size_px = model, num_classes, image_size_px
-        self.network: YOLOv5 = meta_network(model, num_classes)
+        self.network: DetectionNetwork = meta_network(model, num_classes)
         self.numels = [p.numel() for p in self.network.parameters()]
         self.num_parameters = sum(self.numels)
         self.layers = tuple(
@@ -80,7 +79,8 @@ class ModelProfile:
         largest of them once more while the gradient of its objectness is added to that of its boxes and classes; and
         logits and targets of objectness in fp32.
         """
-        cells = [(self.image_size_px // stride) ** 2 * ANCHORS * images for stride in self.network.strides]
+        num_anchors = self.network.anchors.shape[1]
+        cells = [(self.image_size_px // s) ** 2 * num_anchors * images for s in self.network.strides]
         each = precision.compute_bytes
         channels = 5 + self.num_classes
         return each * channels * (sum(cells) + max(cells)) + 8 * sum(cells)

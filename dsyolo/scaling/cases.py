@@ -13,7 +13,7 @@ from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import read_json, sane_part, without_auto
 from dsyolo.config.run_config import AUTO
 from dsyolo.config.spec import BatchPlan
-from dsyolo.models.yolov5 import has_parameters
+from dsyolo.models.registry import has_parameters
 
 WEAK, STRONG = "weak", "strong"
 HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")

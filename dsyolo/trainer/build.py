@@ -24,8 +24,8 @@ from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.watchdog import Watchdog
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
-from dsyolo.data.loader import StepSampler
-from dsyolo.detection.evaluator import OomSafePredictor, Predict
+from dsyolo.data.sampler import StepSampler
+from dsyolo.detection.postprocess import OomSafePredictor, Predict
 from dsyolo.engine import device
 from dsyolo.engine.memory_profile import peak_memory_gib
 from dsyolo.tracking.artifacts import RunArtifacts

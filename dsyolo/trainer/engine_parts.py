@@ -12,7 +12,7 @@ from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.reader import read_buffers
 from dsyolo.cluster.world import World, parallel_dims, set_threads
 from dsyolo.config.resolve import RunSpec
-from dsyolo.data.loader import StepSampler
+from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.buffers import named_buffers
 from dsyolo.engine.ema import Ema, NoEma
@@ -22,8 +22,9 @@ from dsyolo.engine.optimizer import Schedule, lr_factor
 from dsyolo.engine.parallelize import Parallelized, parallelize
 from dsyolo.engine.partitions import Partitions
 from dsyolo.models.blocks import freeze_batchnorm
+from dsyolo.models.detection_network import DetectionNetwork
+from dsyolo.models.registry import build_model
 from dsyolo.models.weights import WeightsInfo, describe, load_into
-from dsyolo.models.yolov5 import YOLOv5, build_yolov5
 from dsyolo.planner.memory_estimate import RankLoad
 
 LOSS_SETTINGS = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
@@ -41,24 +42,24 @@ class EngineParts(NamedTuple):
     load: RankLoad
 
 
-def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[YOLOv5, str]:
+def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[DetectionNetwork, str]:
     """Build the network with its first weights; return it and what was taken from a weights file.
 
     A resumed run gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
     """
     config = spec.config
     torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
-    network = build_yolov5(config.model, spec.data.num_classes)
+    network = build_model(config.model, spec.data.num_classes)
     taken = ""
     if checkpoint:
         saved = named_buffers(network, read_buffers(checkpoint))
-        network.anchors.copy_(saved["detect.anchors"])
+        network.anchors.copy_(saved[f"{network.head}.anchors"])
     elif config.weights:
         taken = load_into(network, Path(config.weights), spec.weights)
     return network, taken
 
 
-def build_engine(spec: RunSpec, world: World, network: YOLOv5, sampler: StepSampler) -> EngineParts:
+def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler: StepSampler) -> EngineParts:
     """Build the engine around the network, and what keeps its state."""
     config, ds = spec.config, spec.ds
     threads = set_threads(world, config.threads)

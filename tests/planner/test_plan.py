@@ -21,7 +21,7 @@ from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
 from dsyolo.config.spec import PRECISIONS, Precision
-from dsyolo.data.loader import StepSampler
+from dsyolo.data.sampler import StepSampler
 from dsyolo.models.activation_memory import count_activations
 from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine

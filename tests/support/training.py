@@ -44,9 +44,12 @@ def batch(step: int, *groups: int) -> Batch:
     parts = [_group(step, group) for group in groups]
     of_image = np.concatenate([part[1] + i * MICRO for i, part in enumerate(parts)])
     images, _, classes, boxes = (np.concatenate([part[k] for part in parts]) for k in range(4))
-    assign = Assigner(anchors_px("yolov5n").numpy(), level_strides("yolov5n"), 4.0)
-    targets = assign(of_image, classes, boxes.astype(np.float32), len(images), (SIZE_PX, SIZE_PX))
+    targets = assigner()(of_image, classes, boxes.astype(np.float32), len(images), (SIZE_PX, SIZE_PX))
     return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), targets)
+
+
+def assigner() -> Assigner:
+    return Assigner(anchors_px("yolov5n").numpy(), level_strides("yolov5n"), 4.0)
 
 
 def _group(step: int, group: int) -> tuple[np.ndarray, ...]:

@@ -19,7 +19,7 @@ from dsyolo.engine.comm_timer import CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import PHASES, StepTimer, clock_of_device
 from dsyolo.models.flops import BACKWARD, node_costs
-from dsyolo.models.yolov5 import meta_network
+from dsyolo.models.registry import meta_network
 from dsyolo.planner.peak_flops import Peak, peak_of_cpu, peak_of_gpu
 from dsyolo.tracking.nvml import Gpu, load_nvml
 from dsyolo.tracking.resource_usage import ResourceUsage
