@@ -181,7 +181,7 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
         (["--num_gpus", "2", "--hostfile", "x"], "--num_gpus: 2 given"),
         (["--workers", "-1"], "--workers: -1 given"),
         (["--json", "{file}/x.json"], "is a file, and a folder is needed there"),
-        (["--model", "yolov9"], "invalid choice: 'yolov9'"),
+        (["--model", "yolov9"], "yolov9 given, but it must be one of"),
     ],
 )
 def test_a_mistake_in_the_command_line_is_no_finding(tmp_path, capsys, option, told):
