@@ -239,7 +239,8 @@ def called(node: ast.AST) -> Iterator[str]:
         root = node.func
         while isinstance(root, (ast.Attribute, ast.Call, ast.Subscript)):
             root = root.func if isinstance(root, ast.Call) else root.value
-        yield root.id if isinstance(root, ast.Name) else ast.unparse(root)
+        if not isinstance(root, ast.Constant):  # the methods of a literal do nothing
+            yield root.id if isinstance(root, ast.Name) else ast.unparse(root)
     for child in ast.iter_child_nodes(node):
         yield from called(child)
 
