@@ -17,27 +17,27 @@ class BatchPlan:
     Attributes:
         micro: images of a rank in a forward pass.
         accumulation: micro-batches in an optimizer step.
-        replicas: ranks that hold the same parameters and take different images.
+        dp_size: ranks that hold the same parameters and take different images.
     """
 
     micro: int
     accumulation: int
-    replicas: int
+    dp_size: int
 
     @property
     def global_batch(self) -> int:
         """Images in an optimizer step."""
-        return self.micro * self.accumulation * self.replicas
+        return self.micro * self.accumulation * self.dp_size
 
     @property
     def share(self) -> int:
-        """Images of a replica in an optimizer step."""
+        """Images of a data-parallel rank in an optimizer step."""
         return self.micro * self.accumulation
 
     def with_micro(self, micro: int) -> BatchPlan:
         """Return the plan with the same global batch and another micro-batch, a divisor of the share."""
         assert self.share % micro == 0, (self, micro)
-        return BatchPlan(micro, self.share // micro, self.replicas)
+        return BatchPlan(micro, self.share // micro, self.dp_size)
 
 
 @dataclass(frozen=True)

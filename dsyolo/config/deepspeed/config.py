@@ -80,9 +80,9 @@ class DeepSpeedConfig:
         return self.batch.accumulation
 
     @property
-    def data_parallel_size(self) -> int:
+    def dp_size(self) -> int:
         """Ranks that hold the same parameters."""
-        return self.batch.replicas
+        return self.batch.dp_size
 
     @property
     def zero_stage(self) -> int:
@@ -143,7 +143,7 @@ class DeepSpeedConfig:
         bucket = min(max(num_parameters // BUCKETS, MIN_BUCKET_ELEMENTS), MAX_BUCKET_ELEMENTS)
         zero.setdefault("reduce_bucket_size", _even(min(bucket, num_parameters)))
         zero.setdefault("allgather_bucket_size", min(_even(num_parameters), MAX_BUCKET_ELEMENTS))  # no memory
-        is_small = num_parameters // self.data_parallel_size < MIN_SHARE_ELEMENTS
+        is_small = num_parameters // self.dp_size < MIN_SHARE_ELEMENTS
         zero.setdefault("use_multi_rank_bucket_allreduce", is_small)
         if self.zero_stage == 3:
             # At 10^9, the defaults of "live" and "reuse" keep every weight of a detector whole from its first
@@ -189,7 +189,7 @@ class DeepSpeedConfig:
     def explain(self) -> list[str]:
         """Return a few lines for the start of a run: how it runs."""
         batch, spread = self.batch, self.parallelism
-        ranks = f"{batch.replicas} rank{'s' if batch.replicas > 1 else ''}"
+        ranks = f"{batch.dp_size} rank{'s' if batch.dp_size > 1 else ''}"
         sharded = ("nothing", "optimizer states", "optimizer states and gradients", "all states")
         params = ", ".join(f"{key} {value}" for key, value in self.optimizer.params.items())
         clipped = f"clipped at {self.gradient_clipping:g}" if self.gradient_clipping else "not clipped"
