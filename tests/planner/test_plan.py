@@ -16,7 +16,7 @@ from dsyolo import cli, train
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
 from dsyolo.config.cli_args import parse
-from dsyolo.config.deepspeed.config import check
+from dsyolo.config.deepspeed.config import UNNAMED, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
@@ -353,7 +353,7 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
         for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
     )
     sizes = [check(one.ds.source, world_size=2, accelerator="cuda") for one in (first, again)]
-    assert sizes == [replace(one.ds, path=None) for one in (first, again)]
+    assert sizes == [replace(one.ds, path=UNNAMED) for one in (first, again)]
     assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from dsyolo.config.messages import counted
 from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.spec import BatchPlan
 
@@ -90,7 +91,7 @@ def batch_plan(
         return None  # refused itself
     train, micro, steps = batch_sizes(sane)
     dp_size = world_size // stages
-    ranks = f"{dp_size} {'data-parallel ' if stages > 1 else ''}rank{'s' if dp_size > 1 else ''}"
+    ranks = counted(dp_size, "data-parallel rank" if stages > 1 else "rank")
     if saved_batch and train in (None, saved_batch) and (micro or train):
         if saved_batch % dp_size == 0:
             return fitted(saved_batch, micro, steps, dp_size)
@@ -107,18 +108,15 @@ def batch_plan(
         assert micro is not None
         return BatchPlan(micro, steps or 1, dp_size)
     else:
-        batch = _derived(train, micro, steps, dp_size)
+        if micro is None:
+            batch = BatchPlan(train // dp_size // (steps or 1), steps or 1, dp_size)
+        else:
+            batch = BatchPlan(micro, train // micro // dp_size if steps is None else steps, dp_size)
         fault = _fault(train, batch, ranks, stages, given_micro=micro is not None)
         if not fault:
             return batch
         problems.append(f"train_batch_size: {train} given, but {fault}")
     return None
-
-
-def _derived(train: int, micro: int | None, steps: int | None, dp_size: int) -> BatchPlan:
-    if micro is None:
-        return BatchPlan(train // dp_size // (steps or 1), steps or 1, dp_size)
-    return BatchPlan(micro, train // micro // dp_size if steps is None else steps, dp_size)
 
 
 def _fault(train: int, batch: BatchPlan, ranks: str, stages: int, *, given_micro: bool) -> str:
@@ -147,10 +145,5 @@ def _dividing(batch: int, dp_size: int, stages: int) -> str:
     """Return numbers of ranks near `dp_size` x `stages` that divide a batch, as text."""
     fitting = divisors(batch)
     below, above = ([n for n in fitting if (n > dp_size) == up] for up in (False, True))
-    return _listed([str(n * stages) for n in (*below[-4:], *above[:1])])
-
-
-def _listed(numbers: Sequence[str]) -> str:
-    *first, last = numbers
-    listed = ", ".join(first)
-    return f"{listed}{' or ' if first else ''}{last} rank{'s' if last != '1' else ''}"
+    *first, last = [str(n * stages) for n in (*below[-4:], *above[:1])]
+    return f"{', '.join(first)}{' or ' if first else ''}{last} rank{'s' if last != '1' else ''}"
