@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import free_port, long_but
+from ranks import long_but
 from runs import environment, launch, make_place
 
 from dsyolo import cli, train
@@ -503,7 +503,7 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
 
 def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
     place = make_place(tmp_path)
-    words = launch(place, "auto", free_port(), deepspeed_config="auto", epochs=1)
+    words = launch(place, "auto", deepspeed_config="auto", epochs=1)
     done = subprocess.run(
         words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=120
     )
