@@ -1,4 +1,4 @@
-"""The command `dsyolo doctor`: its options, its table and its JSON."""
+"""`dsyolo doctor`: check whether a run can start on its hosts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.option_checks import model_option
+from dsyolo.config.option_checks import cannot_hold_file, model_option
 from dsyolo.config.run_config import AUTO
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import check_options, examine
@@ -21,45 +20,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", type=Path, metavar="FILE", help="check its hosts (default: this machine)")
     add("--deepspeed_config", type=Path, metavar="FILE", help="DeepSpeed JSON, checked for the hosts' ranks")
     add("--data", type=Path, metavar="FILE", help="data set's YAML file, compared on all hosts")
-    add(
-        "--model",
-        type=model_option,
-        metavar="NAME",
-        help="variant or FILE.py:FUNCTION, for the size of its checkpoints",
-    )
-    add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
+    text = "variant or FILE.py:FUNCTION, for the size of its checkpoints"
+    add("--model", type=model_option, metavar="NAME", help=text)
+    text = "image size in pixels (default: 640)"
+    add("--imgsz", dest="image_size_px", type=int, default=640, metavar="N", help=text)
     add("--project", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
     add("--workers", type=int, metavar="N", help="loader workers per rank (default: as in a run)")
     add("--num_gpus", type=int, metavar="N", help="ranks without a hostfile (default: the GPUs, or 1)")
     add("--master_addr", metavar="ADDRESS", help="the same as for the launcher")
     add("--master_port", type=int, default=29500, metavar="N", help="the same as for the launcher")
-    add("--timeout", type=float, default=10, metavar="S", help="seconds for a host to answer (default: 10)")
+    text = "seconds for a host to answer (default: 10)"
+    add("--timeout", dest="timeout_s", type=float, default=10, metavar="S", help=text)
     add("--fix", action="store_true", help="remove stale build locks")
     add("--json", type=Path, metavar="FILE", help="write the findings to this file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; return 0 if the run can start, else 1.
-
-    Raises:
-        UserError: for a mistake in the command line.
-    """
-    options = DoctorOptions(
-        hostfile=args.hostfile,
-        deepspeed_config=None if args.deepspeed_config == Path(AUTO) else args.deepspeed_config,
-        data=args.data,
-        model=args.model,
-        image_size_px=args.imgsz,
-        project=args.project,
-        num_gpus=args.num_gpus,
-        master_addr=args.master_addr,
-        master_port=args.master_port,
-        workers=args.workers,
-        timeout_s=args.timeout,
-        fix=args.fix,
-    )
+    """Print the table; return 0 if the run can start, else 1. Raise UserError for a mistake in the command line."""
+    if args.deepspeed_config == Path(AUTO):
+        args.deepspeed_config = None
+    options = DoctorOptions(**{name: getattr(args, name) for name in DoctorOptions._fields})
     check_options(options)
-    if args.json and (fault := cannot_hold_files(args.json.parent)):
+    if args.json and (fault := cannot_hold_file(args.json)):
         raise UserError("The command line cannot be used", [f"--json: {fault}"])
     findings, hosts = examine(options)
     print(table(findings))

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.option_checks import model_option, out_of_range
+from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
 from dsyolo.config.spec import PRECISIONS
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.planner.strategy import OPTIMIZERS
@@ -48,11 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the ranking; return 0 if a strategy fits, else 1.
-
-    Raises:
-        UserError: for a mistake in the command line.
-    """
+    """Print the ranking; return 0 if a strategy fits, else 1. Raise UserError for a mistake in the command line."""
     from dsyolo.planner.model_profile import ModelProfile  # late, so that `--help` does not wait for torch
     from dsyolo.planner.predict import Planner
     from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
@@ -100,20 +95,16 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     gpus, memory = read("gpus", args.gpus, read_gpus, (1, GIB))
     rate = read("bandwidth", args.bandwidth or BANDWIDTH, read_rate, 1.0)
     if args.bandwidth and args.nodes == 1:
-        problems.append(
-            f"--bandwidth: {args.bandwidth} given, but it is between nodes, and there is 1. Give --nodes too."
-        )
+        rule = "it is between nodes, and there is 1. Give --nodes too"
+        problems.append(f"--bandwidth: {args.bandwidth} given, but {rule}.")
     host = read("host-memory", args.host_memory, read_bytes, None) if args.host_memory else None
     device = DEVICES[args.gpu] if args.gpu else typical_device(memory)
     problems += out_of_range(args, BOUNDS)
     problems += [*_image_size_problems(args), *_batch_problems(args, gpus * args.nodes)]
     if args.precision and PRECISIONS[args.precision].compute == "bf16" and not device.has_bf16:
-        problems.append(
-            f"--precision: {args.precision} given, but a {device.name} has no bf16. Take autocast_fp16."
-        )
-    if args.write and args.write.exists() and not args.write.is_file():
-        problems.append(f"--write: {args.write} given, but it is a folder or device. Name a file.")
-    elif args.write and (problem := cannot_hold_files(args.write.parent)):
+        rule = f"a {device.name} has no bf16. Take autocast_fp16"
+        problems.append(f"--precision: {args.precision} given, but {rule}.")
+    if args.write and (problem := cannot_hold_file(args.write)):
         problems.append(f"--write: {problem}")
     if problems:
         raise UserError("The command line cannot be used", problems)
@@ -152,7 +143,5 @@ def _write(path: Path, content: str, force: bool) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        rule = f"{error.strerror}. The file that was there is kept"
-        raise UserError(
-            "The plan was not written", [f"--write: {path}: {rule}. Name another file."]
-        ) from None
+        rule = f"{error.strerror}. The file that was there is kept: name another"
+        raise UserError("The plan was not written", [f"--write: {path}: {rule}."]) from None
