@@ -165,7 +165,7 @@ class Planner:
         """Estimate some ranks of a stage: shares differ little, and most at the ends and in the middle."""
         in_flight = min(ds.stages - index, ds.accumulation)
         kept = plan.stage_bytes(stage.nodes, in_flight)
-        dp_size, dp_ranks = ds.data_parallel_size, {0}
+        dp_size, dp_ranks = ds.dp_size, {0}
         if ds.zero_stage == 2 and ds.parallelism.offload.optimizer:
             dp_ranks = {0, dp_size // 3, dp_size // 2, dp_size - 1}
         loads = [RankLoad(stage.groups, kept, kept, kept, one, dp_size, self.ema) for one in sorted(dp_ranks)]
