@@ -1,11 +1,9 @@
 """Every private or undocumented name of DeepSpeed that dsyolo reads or replaces, each behind one function.
 
-All names are as of DeepSpeed 0.19.8. The rest of `engine/` uses DeepSpeed's documented API and these functions only.
-`tests/engine/test_deepspeed_internals.py` asserts each name and says which feature depends on it: after an upgrade of
-DeepSpeed, run it first.
-
-In all functions `engine` is what `deepspeed.initialize` returned, and `optimizer` its `optimizer`: ZeRO's wrapper of the
-torch optimizer, or at stage 0 the torch optimizer itself.
+All names are as of DeepSpeed 0.19.8. The rest of `engine/` uses DeepSpeed's documented API and these functions.
+After an upgrade run `tests/engine/test_deepspeed_internals.py` first: it asserts each name, and names the feature
+that depends on it. `engine` is what `deepspeed.initialize` returned, `optimizer` its ZeRO wrapper of the torch
+optimizer, or at stage 0 the torch optimizer itself.
 """
 
 from __future__ import annotations
@@ -13,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-
-# ---- start and logging
 
 
 def disable_shared_memory_op() -> None:
@@ -35,12 +31,8 @@ def quiet_logger() -> None:
     """Log warnings and errors of DeepSpeed only, and not the warning about optimizers that are tested here."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_relevant)
-
-
-def _is_relevant(record: logging.LogRecord) -> bool:
-    # DeepSpeed warns about all but Adam's kinds under ZeRO; SGD is compared to plain torch in tests/support/parity.py.
-    return "untested optimizer" not in record.getMessage()
+    # It warns about all but Adam's kinds under ZeRO; SGD is compared to plain torch in tests/support/parity.py.
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 
 # ---- communication
@@ -129,7 +121,7 @@ def replace_clipping(engine: Any, clip: Callable[[], None]) -> None:
 
 
 def set_overflow(optimizer: Any, overflow: bool) -> None:
-    """Tell the engine at stage 0 whether the step was skipped: it reads the attribute as of ZeRO's optimizers."""
+    """Mark the step as skipped at stage 0: the engine reads this attribute, which only ZeRO's optimizers have."""
     optimizer.overflow = overflow
 
 
@@ -190,15 +182,6 @@ def load_scaler_state(scaler: Any, state: Mapping[str, float]) -> None:
 # ---- partitions
 
 
-class FragmentAddress(NamedTuple):
-    """A run of elements of a parameter, and its place in one of this rank's flat fp32 masters."""
-
-    group: int  # index of the master
-    start: int  # first element in the parameter, flattened
-    offset: int  # first element in the master
-    numel: int
-
-
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Return the shape of the whole parameter, of which ZeRO 3 leaves an empty tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -206,26 +189,28 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def flat_masters(engine: Any) -> list[torch.Tensor]:
     """Return the flat fp32 tensors that the torch optimizer steps at ZeRO 1 to 3, one per group."""
-    sharded = engine.zero_optimization_stage() == 3
-    optimizer = engine.optimizer
-    return list(
-        optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
-    )
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return list(engine.optimizer.single_partition_of_fp32_groups)
 
 
-def fragment_address(engine: Any, parameter: nn.Parameter, rank: int) -> FragmentAddress | None:
-    """Return which elements of `parameter` are in this rank's masters at ZeRO 1 to 3; None: other ranks have all."""
+def fragment_address(engine: Any, parameter: nn.Parameter, rank: int) -> tuple[int, int, int, int] | None:
+    """Return which elements of `parameter` are in this rank's masters at ZeRO 1 to 3; None: other ranks have all.
+
+    Returns:
+        (index of the master, first element in the flattened parameter, first element in the master, elements).
+    """
     if engine.zero_optimization_stage() < 3:
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return FragmentAddress(mapping.param_group_index, source.start, place.start, place.numel)
+        return mapping.param_group_index, source.start, place.start, place.numel
     optimizer = engine.optimizer
     group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = rank * padded  # the last ranks' parts are padding
     numel = min(padded, parameter.ds_numel - start)
-    return FragmentAddress(group, start, offset, numel) if numel > 0 else None
+    return (group, start, offset, numel) if numel > 0 else None
 
 
 def shard(parameter: nn.Parameter) -> torch.Tensor:
@@ -286,7 +271,9 @@ def bucket_buffers(optimizer: Any) -> list[Any]:
 def gradient_buffers(optimizer: Any, tensors: Iterable[torch.Tensor]) -> list[Any]:
     """Return where (nested) the gradients of `tensors` are kept: each stage has some of these attributes."""
     beside = [getattr(tensor, "grad_accum", None) for tensor in tensors]  # accumulated in another precision
-    return [beside, *(getattr(optimizer, name, None) for name in _GRADIENT_BUFFERS)]
+    names = ["grads_in_partition", "averaged_gradients", "all_grad_tensors"]
+    names += ["grad_partitions_flat_buffer", "accumulated_grads_in_cpu"]
+    return [beside, *(getattr(optimizer, name, None) for name in names)]
 
 
 def all_attributes(optimizer: Any) -> list[Any]:
@@ -294,21 +281,10 @@ def all_attributes(optimizer: Any) -> list[Any]:
     return list(vars(optimizer).values())
 
 
-_GRADIENT_BUFFERS = (
-    "grads_in_partition",
-    "averaged_gradients",
-    "all_grad_tensors",
-    "grad_partitions_flat_buffer",
-    "accumulated_grads_in_cpu",
-)
-
-
 # ---- pipeline
 
 
-def replace_instructions(
-    engine: Any, wrap: Callable[[str, Callable[..., None]], Callable[..., None]]
-) -> None:
+def replace_instructions(engine: Any, wrap: Callable[[str, Callable], Callable]) -> None:
     """Replace the methods that the pipeline's schedule runs: `wrap(name, method)`, name as in `schedule.ForwardPass`."""
     engine._INSTRUCTION_MAP = {
         kind: wrap(kind.__name__, method) for kind, method in type(engine)._INSTRUCTION_MAP.items()

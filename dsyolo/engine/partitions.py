@@ -67,7 +67,8 @@ class Partitions:
         fragments: list[list[Fragment]] = [[] for _ in masters]
         for name, p in self._params.items():
             if found := internals.fragment_address(engine, p, rank):
-                fragments[found.group].append(Fragment(name, found.start, found.offset, found.numel))
+                group, start, offset, numel = found
+                fragments[group].append(Fragment(name, start, offset, numel))
         return [FlatPartition(m.detach(), tuple(f)) for m, f in zip(masters, fragments, strict=True)]
 
     def optimizer_keys(self) -> list[tuple[torch.nn.Parameter, FlatPartition]]:
