@@ -97,21 +97,21 @@ def pickled(path: Path) -> str | None:
     """Return what kind of pickle (or container of pickles) a file is, whatever its name; None if it is none."""
     with open(path, "rb") as file:
         start = file.read(4)
-    if start.startswith(_ZIP):
-        return "a zip file, as torch.save and numpy write pickles in"
-    if start[:1] == _PICKLE and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "a pickle"
-    if start.startswith(_HDF5):
-        return "an HDF5 file"
-    return "a pickle" if _is_old_pickle(path) else None
+        if start.startswith(_ZIP):
+            return "a zip file, as torch.save and numpy write pickles in"
+        if start[:1] == _PICKLE and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            return "a pickle"
+        if start.startswith(_HDF5):
+            return "an HDF5 file"
+        rest = file.read(MOST_TEXT_BYTES)
+    return "a pickle" if len(rest) < MOST_TEXT_BYTES and _is_old_pickle(start + rest) else None
 
 
-def _is_old_pickle(path: Path) -> bool:
-    """Whether a file is a pickle of protocol 0 or 1, which have no signature: all its operations must parse."""
+def _is_old_pickle(data: bytes) -> bool:
+    """Whether data are a pickle of protocol 0 or 1, which have no signature: all operations must parse."""
     try:
-        data = read_bytes(path, MOST_TEXT_BYTES)
         return sum(1 for _ in pickletools.genops(data)) > 1  # parses, and runs nothing
-    except (OSError, ValueError, OverflowError, UnicodeDecodeError, IndexError):
+    except (ValueError, OverflowError, UnicodeDecodeError, IndexError):
         return False
 
 

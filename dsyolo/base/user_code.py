@@ -15,6 +15,11 @@ from typing import Any
 from dsyolo.base.errors import UserError
 
 
+def is_reference(name: str) -> bool:
+    """Whether `name` has the form `MODULE:NAME` or `FILE.py:NAME`."""
+    return ":" in name
+
+
 def load_object(reference: str, option: str) -> Any:
     """Return the object that `MODULE:NAME` or `FILE.py:NAME` names.
 

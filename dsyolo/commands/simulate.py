@@ -7,7 +7,7 @@ import json
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.config import MIN_SHARE_ELEMENTS
-from dsyolo.config.run_config import MODELS
+from dsyolo.config.option_checks import model_option
 from dsyolo.planner.dry_run import DryRunResult, dry_run, dry_run_case
 from dsyolo.planner.simulation import Scale, simulate
 
@@ -18,7 +18,13 @@ MOST_RANKS = 4096
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is trained, on how many ranks."""
     add = parser.add_argument
-    add("--model", choices=MODELS, default="yolov5x", metavar="NAME", help="variant (default: yolov5x)")
+    add(
+        "--model",
+        type=model_option,
+        default="yolov5x",
+        metavar="NAME",
+        help="variant, or FILE.py:FUNCTION (default: yolov5x)",
+    )
     add("--num-classes", "--num_classes", type=int, default=80, metavar="N", help="classes (default: 80)")
     add("--images", type=int, default=COCO_IMAGES, metavar="N", help="of the data set (default: COCO's)")
     add("--ranks", default="8,64,512,4096", metavar="N,N", help="numbers of ranks (default: 8,64,512,4096)")
@@ -40,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="the same as JSON, in bytes")
 
 
-def run_simulate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Prints a line for each number of ranks and ZeRO stage; returns 1 where an image does not come exactly once.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The loss of YOLOv5 (spec.md, Loss), normalised by counts that come with the targets.
+"""The loss of YOLOv5 (docs/yolov5.md, Loss), normalised by counts that come with the targets.
 
 Because it divides by `targets.num_matches` and `targets.num_images` and by nothing that it counts itself,
 the micro-batches of a step, whoever computes them, add up to the loss of the global batch.
@@ -13,7 +13,14 @@ from torch import nn
 from dsyolo.base.batch import Targets
 from dsyolo.detection.boxes import paired_ciou
 
-BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # objectness weight per level, finest first
+# Objectness weight per level, finest first, by the number of levels. YOLOv5 has 3 or 4; the others follow its 4.
+BALANCE = {
+    1: (4.0,),
+    2: (4.0, 1.0),
+    3: (4.0, 1.0, 0.4),
+    4: (4.0, 1.0, 0.25, 0.06),
+    5: (4.0, 1.0, 0.25, 0.06, 0.015),
+}
 FOCAL_ALPHA = 0.25
 
 

@@ -14,7 +14,7 @@ from dsyolo.engine.partitions import Partitions
 class Ema:
     """Averages the fp32 masters of this rank, at no communication, and the buffers.
 
-    decay(n) = decay * (1 - exp(-n / tau)) after n updates (spec.md, Recipe).
+    decay(n) = decay * (1 - exp(-n / tau)) after n updates (docs/yolov5.md, Recipe).
 
     Args:
         partitions: this rank's part of the parameters.

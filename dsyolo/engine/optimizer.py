@@ -1,4 +1,4 @@
-"""The optimizer's three groups, and their schedule (spec.md, Recipe)."""
+"""The optimizer's three groups, and their schedule (docs/yolov5.md, Recipe)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dsyolo.config.run_config import NOMINAL_BATCH
+from dsyolo.config.recipe import NOMINAL_BATCH
 
 GROUPS = ("weights", "norms", "biases")  # decayed; not decayed; not decayed, with a warm-up of their own
 
@@ -18,7 +18,7 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the parameters by kind: convolution weights, BatchNorm weights, all biases. Each exactly once."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in network.named_parameters():
-        kind = "biases" if name.endswith("bias") else "norms" if ".bn." in name else "weights"
+        kind = "biases" if name.endswith("bias") else "norms" if parameter.ndim < 2 else "weights"
         groups[kind].append(parameter)
     return groups
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dsyolo.cluster.world import ParallelDims, World, parallel_dims
-from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.engine.batchnorm import synchronise_batchnorm
 from dsyolo.engine.device import pins_memory
 from dsyolo.engine.engine import Engine
@@ -38,7 +38,7 @@ def parallelize(
     network: Network,
     loss: nn.Module,
     schedule: Schedule,
-    ds: DsConfig,
+    ds: DeepSpeedConfig,
     world: World,
     *,
     image_size_px: int,
@@ -67,7 +67,7 @@ def parallelize(
     pipeline = _cut_into_stages(network, ds, place, image_size_px, activations) if ds.stages > 1 else None
     module: nn.Module = pipeline.stage if pipeline else network
 
-    optimizer = build_optimizer(module, ds.optimizer, ds.optimizer_params)
+    optimizer = build_optimizer(module, ds.optimizer.type, ds.optimizer.params)
     groups = _group_sizes(optimizer)  # before ZeRO 3 takes the parameters apart
 
     num_parameters = sum(p.numel() for p in network.parameters())
@@ -99,7 +99,7 @@ class _Pipeline(NamedTuple):
 
 def _cut_into_stages(
     network: Network,
-    ds: DsConfig,
+    ds: DeepSpeedConfig,
     place: ParallelDims,
     image_size_px: int,
     activations: ActivationPlan | None,
@@ -108,7 +108,11 @@ def _cut_into_stages(
     shape = (ds.micro_batch, 3, image_size_px, image_size_px)
     costs = node_costs(whole, shape)
     balance = ACCELERATOR if pins_memory() else CPU
-    cuts = balanced_cuts(costs, ds.stages, balance) if ds.partition == "balanced" else ds.partition
+    cuts = (
+        balanced_cuts(costs, ds.stages, balance)
+        if ds.parallelism.partition == "balanced"
+        else ds.parallelism.partition
+    )
     bounds = [0, *cuts, len(costs)]
     start, stop = bounds[place.pp_rank : place.pp_rank + 2]
     nodes = network.order[start:stop]
@@ -117,7 +121,7 @@ def _cut_into_stages(
         network.get_submodule(name).to("meta")  # other ranks have them
     plan = activations or ActivationPlan(count_activations(whole, shape, ds.precision), network.recompute)
     kept = [plan.stage_bytes(network.order[first:last]) for first, last in pairwise(bounds)]
-    table = stage_table(costs, cuts, balance, 4 if ds.precision == "fp32" else 2, kept)
+    table = stage_table(costs, cuts, balance, ds.precision.compute_bytes, kept)
     return _Pipeline(stage, whole, nodes, table.splitlines())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -150,16 +151,21 @@ class Detect(nn.Module):
 
     Args:
         channels: of the levels' inputs, finest level first.
-        anchors_px: (L, A, 2) widths and heights in pixels.
+        anchors_px: (L, A, 2) widths and heights in pixels: a tensor, or nested sequences.
         strides: pixels per cell of each level.
 
     The biases start at the prior of the spec: about 8 objects in an image of 640 px, classes of 0.6 / K.
     """
 
     def __init__(
-        self, channels: tuple[int, ...], num_classes: int, anchors_px: torch.Tensor, strides: tuple[int, ...]
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        anchors_px: torch.Tensor | Sequence[Sequence[Sequence[float]]],
+        strides: Sequence[int],
     ) -> None:
         super().__init__()
+        anchors_px = torch.as_tensor(anchors_px, dtype=torch.float32)
         self.num_classes = num_classes
         self.num_anchors = anchors_px.shape[1]
         num_outputs = 5 + num_classes

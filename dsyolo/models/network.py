@@ -17,11 +17,14 @@ from dsyolo.models.blocks import BatchNorm
 
 
 class Node(NamedTuple):
-    """A module with a name, and the names of the nodes (or of the input) whose outputs it reads."""
+    """A module with a name, and the names of the nodes (or of the input) whose outputs it reads.
+
+    Without `reads` it reads the node before it, the first one the input.
+    """
 
     name: str
     module: nn.Module
-    reads: tuple[str, ...]
+    reads: tuple[str, ...] = ()
 
 
 class NodeLink(NamedTuple):
@@ -41,6 +44,10 @@ def connect(nodes: Sequence[Node], source: str = "images") -> tuple[NodeLink, ..
         AssertionError: a name is used twice, read before it is made, or never read.
     """
     names = [node.name for node in nodes]
+    nodes = [
+        node._replace(reads=node.reads or (before,))
+        for node, before in zip(nodes, [source, *names], strict=False)
+    ]
     assert len(set(names) | {source}) == len(nodes) + 1, "a node's name is used twice"
     last_read = {name: i for i, node in enumerate(nodes) for name in node.reads}
     boundary, links = [source], []
@@ -77,11 +84,16 @@ class Network(nn.Module):
             self.add_module(node.name, node.module)
 
     def blocks(self) -> frozenset[str]:
-        """Names of the nodes with activations inside, which recomputing saves: those with a BatchNorm."""
-        parts = {name: self.get_submodule(name).modules() for name in self.order}
-        return frozenset(
-            name for name, modules in parts.items() if any(isinstance(part, BatchNorm) for part in modules)
-        )
+        """Return the nodes that keep activations inside, and so gain by being recomputed.
+
+        Those with parameters; of the last node, which has no node behind it to keep its inputs for, only with a
+        BatchNorm: convolutions alone keep nothing but their inputs.
+        """
+        *inner, last = self.order
+        found = {name for name in inner if any(True for _ in self.get_submodule(name).parameters())}
+        if any(isinstance(part, BatchNorm) for part in self.get_submodule(last).modules()):
+            found.add(last)
+        return frozenset(found)
 
     def run(self, boundary: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple:
         """The carry after nodes `start` .. `stop` - 1, from the carry before them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +17,10 @@ from safetensors.torch import save_file
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import pickled, shortened
-from dsyolo.models.yolov5 import P5, P6, VARIANTS, YOLOv5, build_yolov5
+from dsyolo.base.user_code import is_reference
+from dsyolo.models.detection_network import DetectionNetwork
+from dsyolo.models.registry import build_model, is_known, saved_name
+from dsyolo.models.yolov5 import P5, P6, VARIANTS
 
 METADATA_KEY = "dsyolo"
 MOST_BYTES = 4 << 30
@@ -84,7 +88,10 @@ def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: Weigh
         part.unlink(missing_ok=True)  # there only where something failed, as on a full disk
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsInfo | None]:
+GivenWeights: TypeAlias = tuple[dict[str, torch.Tensor], WeightsInfo | None]
+
+
+def read_weights(path: Path) -> GivenWeights:
     """The tensors of a safetensors file under the network's own names, and its info where there is one.
 
     Reads files of dsyolo and files with YOLOv5's names alike.
@@ -152,72 +159,102 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
 
 
-def load_into(network: YOLOv5, path: Path) -> str:
-    """Starts `network` from the tensors of `path` whose names and shapes fit, and tells how many did.
+def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None = None) -> str:
+    """Start `network` from the tensors of `path` whose names and shapes fit; return a line that says how many did.
 
-    A detector of other classes fits in all but its last layer, which is what fine-tuning wants.
+    A detector of other classes fits in all but its last layer, which is what fine-tuning wants. A network of the
+    user's own takes what it shares with any other.
+
+    Args:
+        read: what `read_weights` gave, where the file was read already.
 
     Raises:
-        UserError: as `read_weights`; or it is of another network: another variant, or less than half of the tensors fit.
+        UserError: as `read_weights`; or it is of another variant, or too few of the tensors fit.
     """
-    tensors, info = read_weights(path)
-    if info is not None and info.variant != network.variant:
-        rule = f"it is of {info.variant}, but this run trains {network.variant}. Give --model {info.variant}"
-        raise UserError(f"{path} cannot be used as weights", [f"{rule}, or other weights."])
+    tensors, info = read or read_weights(path)
+    headline = f"{path} cannot be used as weights"
+    is_own = not is_known(network.variant)
+    if info is not None and info.variant != network.variant and not is_own:
+        remedy = f"Give --model {info.variant}, or other weights"
+        raise UserError(
+            headline, [f"it is of {info.variant}, but this run trains {network.variant}. {remedy}."]
+        )
     own = network.state_dict()
     fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
-    if 2 * len(fits) < len(own):
-        raise UserError(
-            f"{path} cannot be used as weights",
-            [
-                f"{len(fits)} of the {len(own)} tensors of {network.variant} are in it. Give the weights of {network.variant}."
-            ],
+    if not fits or (2 * len(fits) < len(own) and not is_own):
+        rule = f"{len(fits)} of the {len(own)} tensors of {network.variant} are in it"
+        remedy = (
+            "Nodes must have its names and shapes" if is_own else f"Give the weights of {network.variant}"
         )
+        raise UserError(headline, [f"{rule}. {remedy}."])
     network.load_state_dict(fits, strict=False)
-    told = f"{path}: {len(fits)} of {len(own)} tensors taken"
-    anew = dict.fromkeys(name.partition(".")[0] for name in own if name not in fits)
-    if anew:
-        told += f"; from random values start {', '.join(anew)}"
-    if anew.keys() - {"detect"}:
-        told += f". These are not the weights of a {network.variant}"
-    return told
+    line = f"{path}: {len(fits)} of {len(own)} tensors taken"
+    fresh = dict.fromkeys(name.partition(".")[0] for name in own if name not in fits)
+    if fresh:
+        line += f"; from random values start {', '.join(fresh)}"
+    if fresh.keys() - {network.head} and not is_own:
+        line += f". These are not the weights of a {network.variant}"
+    return line
 
 
-def rebuild(path: Path) -> tuple[YOLOv5, WeightsInfo]:
-    """The network in eval mode that a file of `save_weights` describes.
+def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, WeightsInfo]:
+    """Return the network in eval mode that a file of `save_weights` describes, and the description.
+
+    Args:
+        model: what the user gave as --model. A file's own description never makes code run: weights of a user's
+            network need it.
 
     Raises:
-        UserError: as `read_weights`; no metadata; or tensors that do not fit it.
+        UserError: as `read_weights`; no metadata; tensors that do not fit it; or `model` is missing, or another one.
     """
     tensors, info = read_weights(path)
     headline = f"{path} cannot be used as weights"
     if info is None:
         remedy = "Give a file that dsyolo wrote: a training that starts from these weights writes one"
         raise UserError(headline, [f"it says nothing of variant and classes. {remedy}."])
-    if info.variant not in VARIANTS:
-        raise UserError(
-            headline, [f"its metadata says {info.variant}, but the variants are {', '.join(VARIANTS)}."]
-        )
+    model = _model_of(info.variant, model, headline)
     try:
         with torch.device("meta"):  # before memory is taken for as many classes as the file says
-            expected = build_yolov5(info.variant, len(info.names)).state_dict()
+            expected = build_model(model, len(info.names)).state_dict()
         if wrong := [
-            name
-            for name, tensor in tensors.items()
-            if name in expected and tensor.shape != expected[name].shape
+            n for n, tensor in tensors.items() if n in expected and tensor.shape != expected[n].shape
         ]:
             shapes = [tuple(one[wrong[0]].shape) for one in (tensors, expected)]
             raise ValueError(f"{wrong[0]} is {shapes[0]} and not {shapes[1]}")
-        network = build_yolov5(info.variant, len(info.names))
+        network = build_model(model, len(info.names))
         network.load_state_dict(tensors)
+    except UserError:
+        raise
     except (ValueError, RuntimeError) as error:
-        raise UserError(
-            headline, [f"its tensors do not fit its metadata ({error}). Take another copy."]
-        ) from None
+        remedy = (
+            "Take another copy" if is_known(model) else f"Give the {info.variant} that it was trained with"
+        )
+        raise UserError(headline, [f"its tensors do not fit its metadata ({error}). {remedy}."]) from None
     return network.eval(), info
 
 
-def describe(network: YOLOv5, names: Sequence[str], image_size_px: int) -> WeightsInfo:
+def _model_of(variant: str, model: str | None, headline: str) -> str:
+    """The model to build for weights of `variant`: a variant that is known, or else what the user gave.
+
+    Raises:
+        UserError: the user gave none for weights of his own network, or another one.
+    """
+    if not is_known(variant) and not is_reference(variant):
+        known = ", ".join(VARIANTS)
+        raise UserError(headline, [f"its metadata says {shortened(variant)}, but the variants are {known}."])
+    if model is None and not is_known(variant):
+        rule = f"it is of {shortened(variant)}, a network of somebody's own, and its code is not in the file"
+        raise UserError(
+            headline, [f"{rule}. Name the file that builds it, as in --model {shortened(variant)}."]
+        )
+    if model is not None and saved_name(model) != variant:
+        raise UserError(
+            headline, [f"it is of {shortened(variant)}, but --model {model} was given. Correct one."]
+        )
+    return model or variant
+
+
+def describe(network: DetectionNetwork, names: Sequence[str], image_size_px: int) -> WeightsInfo:
     """The info to save beside the tensors of `network`."""
     strides = torch.tensor(network.strides, dtype=torch.float32).view(-1, 1, 1)
     anchors = (network.anchors.detach().float().cpu() * strides).tolist()

@@ -1,4 +1,4 @@
-"""The ten YOLOv5 v6/v7 networks: one table per family, two numbers per variant, and the decoding of maps."""
+"""The ten YOLOv5 v6/v7 networks: one table per family, two numbers per variant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dsyolo.models.blocks import C3, SPPF, Concat, Conv, Detect, Stem, Upsample
-from dsyolo.models.network import Network, Node
+from dsyolo.models.detection_network import DetectionNetwork
+from dsyolo.models.network import Node
 
 
 class LayerRow(NamedTuple):
@@ -112,52 +113,13 @@ DEPTH_WIDTH = {"n": (0.33, 0.25), "s": (0.33, 0.5), "m": (0.67, 0.75), "l": (1.0
 VARIANTS = tuple(f"yolov5{size}{family}" for family in ("", "6") for size in DEPTH_WIDTH)
 
 
-class YOLOv5(Network):
-    """A YOLOv5 detector. `forward(images)` gives the raw maps, one (B, A, H, W, 5 + K) per level.
-
-    Attributes:
-        variant: its name, as in VARIANTS.
-        num_classes: K.
-        strides: pixels per cell of each level.
-    """
-
-    def __init__(self, variant: str, num_classes: int, nodes: list[Node], strides: tuple[int, ...]) -> None:
-        super().__init__(nodes)
-        self.variant = variant
-        self.num_classes = num_classes
-        self.strides = strides
-
-    @property
-    def anchors(self) -> torch.Tensor:
-        """(L, A, 2) widths and heights in cells of the level."""
-        return self.detect.anchors
-
-    def decode(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Boxes and probabilities of raw maps, as (B, boxes, 5 + K) float32.
-
-        Per box: centre and size in pixels of the input, objectness, class probabilities. Levels in order,
-        each flattened A, H, W. centre = (2 s - 0.5 + cell) * stride, size = (2 s)^2 * anchor (spec.md, Decoding).
-        """
-        decoded = []
-        for raw, anchors, stride in zip(maps, self.anchors.float(), self.strides, strict=True):
-            b, a, h, w, outputs = raw.shape
-            s = raw.float().sigmoid()
-            ys = torch.arange(h, device=raw.device, dtype=torch.float32)
-            xs = torch.arange(w, device=raw.device, dtype=torch.float32)
-            cells = torch.stack((xs.expand(h, w), ys[:, None].expand(h, w)), -1)
-            centres = (s[..., :2] * 2 - 0.5 + cells) * stride
-            sizes = (s[..., 2:4] * 2) ** 2 * (anchors * stride).view(1, a, 1, 1, 2)
-            decoded.append(torch.cat((centres, sizes, s[..., 4:]), -1).view(b, a * h * w, outputs))
-        return torch.cat(decoded, 1)
-
-
 def family(variant: str) -> tuple[LayerRow, ...]:
     """The table that `variant` is built from."""
     return P6 if variant.endswith("6") else P5
 
 
 def has_parameters(variant: str) -> tuple[bool, ...]:
-    """Of every node of the variant, in order."""
+    """Return of every node of the variant, in order, whether it has parameters."""
     return tuple(row.kind not in (Upsample, Concat) for row in family(variant))
 
 
@@ -171,7 +133,7 @@ def anchors_px(variant: str) -> torch.Tensor:
     return torch.tensor(ANCHORS_P6_PX if variant.endswith("6") else ANCHORS_P5_PX, dtype=torch.float32)
 
 
-def build_yolov5(variant: str, num_classes: int) -> YOLOv5:
+def build_yolov5(variant: str, num_classes: int) -> DetectionNetwork:
     """Builds a network with torch's default initialisation of convolutions, in train mode.
 
     Args:
@@ -203,7 +165,7 @@ def build_yolov5(variant: str, num_classes: int) -> YOLOv5:
         nodes.append(Node(row.name, module, reads))
         channels_of[row.name] = outputs
         previous = row.name
-    return YOLOv5(variant, num_classes, nodes, strides)
+    return DetectionNetwork(nodes, num_classes, strides, variant=variant)
 
 
 def _build(row: LayerRow, c1: int, c2: int, depth: float) -> nn.Module:

@@ -14,7 +14,8 @@ from dsyolo.config.deepspeed.config import check
 from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.optimizer import Schedule
-from dsyolo.models.yolov5 import YOLOv5, build_yolov5
+from dsyolo.models.detection_network import DetectionNetwork
+from dsyolo.models.registry import build_model
 from dsyolo.planner.comm_volume import comm_bytes
 from dsyolo.planner.memory_estimate import RankLoad, predict
 
@@ -74,7 +75,7 @@ def _rehearse(case: DryRunCase) -> DryRunResult:
         "optimizer": SGD,
     }
     ds = check(source, world_size=case.ranks, accelerator="cpu")
-    network = build_yolov5(case.model, case.num_classes)
+    network = build_model(case.model, case.num_classes)
     batch = one_batch(network, IMAGES, SIZE_PX)
     loss = DetectionLoss(network.anchors, case.num_classes, SIZE_PX)
     schedule = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, ds.global_batch, 0.1, 0.8, is_adam=False)
@@ -106,7 +107,7 @@ def _rehearse(case: DryRunCase) -> DryRunResult:
     )
 
 
-def one_batch(network: YOLOv5, images: int, size_px: int) -> Batch:
+def one_batch(network: DetectionNetwork, images: int, size_px: int) -> Batch:
     """A micro-batch of noise (images, 3, size_px, size_px) with a box in each image: work of the size of real work."""
     anchors_px = network.anchors * torch.tensor(network.strides).view(-1, 1, 1)
     assign = Assigner(anchors_px.numpy(), network.strides, 4.0)

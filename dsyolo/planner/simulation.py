@@ -1,6 +1,6 @@
 """A training on many ranks, on paper: the stream of samples, shares of memory, traffic and checkpoints of every rank.
 
-Each figure comes out of the code that trains: `StepSampler`, `DsConfig`, `predict`, `comm_bytes`, `balanced_owners`.
+Each figure comes out of the code that trains: `StepSampler`, `DeepSpeedConfig`, `predict`, `comm_bytes`, `balanced_owners`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 
 from dsyolo.cluster.world import balanced_owners
 from dsyolo.config.deepspeed.config import check
-from dsyolo.data.loader import StepSampler
+from dsyolo.data.sampler import StepSampler
 from dsyolo.engine.optimizer import parameter_groups
-from dsyolo.models.yolov5 import YOLOv5, build_yolov5
+from dsyolo.models.detection_network import DetectionNetwork
+from dsyolo.models.registry import build_model
 from dsyolo.planner.comm_volume import comm_bytes
 from dsyolo.planner.memory_estimate import RankLoad, predict
 
@@ -62,7 +63,7 @@ def simulate(
         global_batch: rounded up to a micro-batch for each rank, or several.
     """
     with torch.device("meta"):
-        network = build_yolov5(model, num_classes)
+        network = build_model(model, num_classes)
     found = []
     for num in ranks:
         batch = -(-global_batch // (num * micro_batch)) * num * micro_batch
@@ -90,7 +91,7 @@ def cover(num_images: int, global_batch: int, micro_batch: int, ranks: int) -> C
 
 
 def _scale(
-    network: YOLOv5,
+    network: DetectionNetwork,
     stage: int,
     ranks: int,
     batch: int,
@@ -144,7 +145,7 @@ def _formula(stage: int, numels: Sequence[int], ranks: int, zero: dict[str, Any]
     return whole + shared
 
 
-def _saved(network: YOLOv5, ranks: int) -> tuple[int, int]:
+def _saved(network: DetectionNetwork, ranks: int) -> tuple[int, int]:
     """Bytes of a checkpoint's tensors by the rank that writes them: whole names go to the rank with the least."""
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     loads: Counter[int] = Counter()

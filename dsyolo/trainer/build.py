@@ -24,8 +24,8 @@ from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.watchdog import Watchdog
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
-from dsyolo.data.loader import StepSampler
-from dsyolo.detection.evaluator import OomSafePredictor, Predict
+from dsyolo.data.sampler import StepSampler
+from dsyolo.detection.postprocess import OomSafePredictor, Predict
 from dsyolo.engine import device
 from dsyolo.engine.memory_profile import peak_memory_gib
 from dsyolo.tracking.artifacts import RunArtifacts
@@ -155,8 +155,8 @@ def new_state(spec: RunSpec, sampler: StepSampler) -> TrainState:
         global_batch=sampler.global_batch,
         seed=spec.config.seed,
         settings={
-            "optimizer.type": spec.ds.optimizer,
-            **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer_params.items()},
+            "optimizer.type": spec.ds.optimizer.type,
+            **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer.params.items()},
             "gradient_clipping": spec.ds.gradient_clipping,
             "names": list(spec.data.names),
         },

@@ -14,12 +14,13 @@ from dsyolo.config.resolve import RunSpec
 from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.index_builder import build_index
-from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader
+from dsyolo.data.loader import EvalLoader, TrainLoader
 from dsyolo.data.parallel_map import Communicator
+from dsyolo.data.sampler import StepSampler
 from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine import device
-from dsyolo.models.yolov5 import YOLOv5
+from dsyolo.models.detection_network import DetectionNetwork
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def index_splits(
 
 
 def build_data(
-    run: RunSpec, world: World, indexes: tuple[DatasetIndex, DatasetIndex], network: YOLOv5
+    run: RunSpec, world: World, indexes: tuple[DatasetIndex, DatasetIndex], network: DetectionNetwork
 ) -> DataParts:
     """The loaders of both splits."""
     config, ds = run.config, run.ds
@@ -104,7 +105,7 @@ def build_data(
         Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
         Assigner(anchors_px.numpy(), strides, config.recipe.anchor_t),
         image_size_px=config.imgsz,
-        stride=strides[-1],
+        stride=network.size_multiple_px,
         multi_scale=config.recipe.multi_scale,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -112,7 +113,7 @@ def build_data(
     val_loader = EvalLoader(
         val_set,
         image_size_px=config.imgsz,
-        stride=strides[-1],
+        stride=network.size_multiple_px,
         batch_size=config.val_batch_size,
         rank=world.rank,
         world_size=world.size,

@@ -11,7 +11,8 @@ from dsyolo.cluster import preemption
 from dsyolo.cluster.preemption import Preempted
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
-from dsyolo.detection.evaluator import PostProcessor, validate
+from dsyolo.detection.evaluator import validate
+from dsyolo.detection.postprocess import PostProcessor
 from dsyolo.engine.engine import Engine
 from dsyolo.trainer.data_parts import DataParts
 from dsyolo.trainer.hooks.base import ExitStatus, Hook, HookList, StepResult, StopTraining, Validation

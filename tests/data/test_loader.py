@@ -15,7 +15,8 @@ import torch
 from dsyolo.base.batch import Batch
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.index_builder import build_index
-from dsyolo.data.loader import EvalLoader, StepSampler, TrainLoader, to_batch
+from dsyolo.data.loader import EvalLoader, TrainLoader, to_batch
+from dsyolo.data.sampler import StepSampler
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner

@@ -8,7 +8,8 @@ import torch
 
 from dsyolo.base.batch import EvalBatch, GroundTruth
 from dsyolo.detection.boxes import letterbox
-from dsyolo.detection.evaluator import MAX_CANDIDATES, PlainPredictor, PostProcessor, detect_all, validate
+from dsyolo.detection.evaluator import detect_all, validate
+from dsyolo.detection.postprocess import MAX_CANDIDATES, PlainPredictor, PostProcessor
 from dsyolo.models.yolov5 import build_yolov5
 
 NAMES = ("cat", "dog", "emu")

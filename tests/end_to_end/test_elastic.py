@@ -14,7 +14,7 @@ import pytest
 from runs import CONFIG, ROOT, arguments, environment, losses
 
 from dsyolo.cluster import preemption as stop
-from dsyolo.data.loader import StepSampler
+from dsyolo.data.sampler import StepSampler
 
 NUM_IMAGES, BATCH, SIZE_PX = 48, 4, 64  # 12 steps
 GREYS = [5 * number + 4 for number in range(NUM_IMAGES)]

@@ -19,7 +19,7 @@ from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_pla
 from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.cluster import watchdog
 from dsyolo.config.run_config import RunConfig
-from dsyolo.detection.evaluator import OomSafePredictor
+from dsyolo.detection.postprocess import OomSafePredictor
 
 GIB = 2**30
 LITTLE_MEMORY = """

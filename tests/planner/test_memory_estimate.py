@@ -11,7 +11,7 @@ import training
 from ranks import run_ranks
 from runs import arguments, environment, make_place
 
-from dsyolo.config.deepspeed.config import DsConfig, check
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.engine.memory_profile import MemoryProfiler
 from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.optimizer import parameter_groups
@@ -43,7 +43,7 @@ CASES = {
 }
 
 
-def resolved(zero_block: dict, json: dict, optimizer: str, world_size: int) -> DsConfig:
+def resolved(zero_block: dict, json: dict, optimizer: str, world_size: int) -> DeepSpeedConfig:
     source = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
@@ -245,6 +245,5 @@ def test_what_ranks_hold_is_what_was_predicted(ranks, world_size, case):
             assert found.terms.together.buckets == pytest.approx(wanted.together.buckets, rel=0.35, abs=64)
         assert found.terms.device.activations > 0
         assert (
-            found.peak
-            >= wanted.device.parameters + wanted.device.optimizer + found.terms.device.activations
+            found.peak >= wanted.device.parameters + wanted.device.optimizer + found.terms.device.activations
         )

@@ -44,9 +44,12 @@ def batch(step: int, *groups: int) -> Batch:
     parts = [_group(step, group) for group in groups]
     of_image = np.concatenate([part[1] + i * MICRO for i, part in enumerate(parts)])
     images, _, classes, boxes = (np.concatenate([part[k] for part in parts]) for k in range(4))
-    assign = Assigner(anchors_px("yolov5n").numpy(), level_strides("yolov5n"), 4.0)
-    targets = assign(of_image, classes, boxes.astype(np.float32), len(images), (SIZE_PX, SIZE_PX))
+    targets = assigner()(of_image, classes, boxes.astype(np.float32), len(images), (SIZE_PX, SIZE_PX))
     return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), targets)
+
+
+def assigner() -> Assigner:
+    return Assigner(anchors_px("yolov5n").numpy(), level_strides("yolov5n"), 4.0)
 
 
 def _group(step: int, group: int) -> tuple[np.ndarray, ...]:
@@ -175,8 +178,9 @@ def build(
     if synchronised:
         synchronise_batchnorm(engine.network, engine.dp_group)
     ema = Ema(partitions, engine.buffers, EMA_DECAY, EMA_TAU)
-    if any(ds.offload_folders):
-        move_to_folders(OffloadFolders(*ds.offload_folders), engine.deepspeed, partitions, ema.tensors, world)
+    if any(ds.parallelism.offload.folders):
+        folders = OffloadFolders(*ds.parallelism.offload.folders)
+        move_to_folders(folders, engine.deepspeed, partitions, ema.tensors, world)
     return engine, partitions, ema, Checkpointer(folder, engine, partitions, ema, world)
 
 

@@ -111,7 +111,7 @@ def runs_that_raise(place: Path) -> dict[str, dict]:
     words = arguments(place, "x", hook="my_hooks.py:Raising", wandb="offline", epochs=1, workers=1)
     command = [sys.executable, "-c", DRIVER, json.dumps(EVENTS), json.dumps(words)]
     done = subprocess.run(
-        command, env=environment(place), cwd=place, capture_output=True, text=True, timeout=280
+        command, env=environment(place), cwd=place, capture_output=True, text=True, timeout=900
     )
     found: dict[str, dict] = {}
     for line in done.stdout.splitlines():
@@ -197,6 +197,11 @@ def test_hooks_open_in_order_and_close_in_reverse_even_where_one_fails_to_open_o
     hooks = HookList([Noting("a", log), Noting("b", log, "open"), Noting("c", log)])
     with pytest.raises(ZeroDivisionError), hooks.running(None):
         raise AssertionError("not reached")
+    assert log == ["a open", "b open", "b close", "a close"]
+    log.clear()
+    hooks = HookList([Noting("a", log), Noting("b", log, "close")])
+    with pytest.raises(KeyError), hooks.running(None):  # the first error is the one to tell
+        raise KeyError
     assert log == ["a open", "b open", "b close", "a close"]
     log.clear()
     hooks = HookList([Noting("a", log), Noting("b", log, "close"), Noting("c", log)])

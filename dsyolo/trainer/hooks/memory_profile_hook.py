@@ -81,7 +81,7 @@ class MemoryProfileHook(Hook):
     def _shortage(self) -> str:
         trainer = self.trainer
         estimates = self._predicted[: trainer.world.local_size]
-        if "nvme" in (trainer.spec.ds.offload_optimizer, trainer.spec.ds.offload_param):
+        if "nvme" in trainer.spec.ds.parallelism.offload.devices:
             # the page cache keeps what fits of the host's part
             estimates = [MemoryEstimate(one.device) for one in estimates]
         on_cpu = trainer.engine.device.type == "cpu"

@@ -1,0 +1,67 @@
+"""Which image comes when, on which rank.
+
+The samples of a run are one endless sequence: the shuffled images of epoch 0, then those of epoch 1, and so on.
+Step k takes positions k * G .. (k + 1) * G - 1 of it, where G is the global batch. So batches are always full and
+of one shape, every image comes exactly once per epoch on any number of ranks, and a run's position is one number:
+the images seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+
+class SampleKey(NamedTuple):
+    """All that a training sample depends on, besides the run's seed."""
+
+    epoch: int
+    index: int
+    size_px: int
+
+
+class StepSampler:
+    """The order of samples of a run.
+
+    Args:
+        num_images: of the data set, at least 1.
+        seed: of the run.
+        global_batch: images of an optimizer step over all ranks, `micro_batch` x accumulation x `world_size`.
+    """
+
+    def __init__(
+        self, num_images: int, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        assert global_batch % (micro_batch * world_size) == 0
+        self.num_images, self.seed = num_images, seed
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.world_size = rank, world_size
+        self.accumulation = global_batch // (micro_batch * world_size)
+
+    def epoch_start_step(self, epoch: int) -> int:
+        """The first step all of whose images belong to `epoch` or later; the steps before it train the epochs before it."""
+        return -(-epoch * self.num_images // self.global_batch)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, image index) of a position in the stream."""
+        epoch, place = divmod(position, self.num_images)
+        return epoch, int(_shuffled(self.seed, epoch, self.num_images)[place])
+
+    def micro_batches(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        """This rank's micro-batches of a step, as (epoch, index).
+
+        The groups of `micro_batch` consecutive samples go round the ranks, so the groups, and with them the
+        statistics of BatchNorm, are the same on any number of ranks.
+        """
+        for turn in range(self.accumulation):
+            group = turn * self.world_size + self.rank
+            start = step * self.global_batch + group * self.micro_batch
+            yield [self.at(position) for position in range(start, start + self.micro_batch)]
+
+
+@lru_cache(maxsize=4)  # a step reaches into two epochs at most, unless the data set is tiny
+def _shuffled(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_images)

@@ -1,0 +1,204 @@
+"""Networks by name: the ten variants of YOLOv5, and a user's own as `FILE.py:FUNCTION`.
+
+A user's own is code that runs. Its name must come from the command line, never from weights, checkpoints or data.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from dsyolo.base.errors import UserError
+from dsyolo.base.user_code import is_reference, load_object
+from dsyolo.models import yolov5
+from dsyolo.models.blocks import BatchNorm
+from dsyolo.models.detection_network import DetectionNetwork
+from dsyolo.models.yolov5 import VARIANTS, build_yolov5
+
+MOST_LEVELS = 5
+_CHECKED_CLASSES = 2
+
+
+class _Facts(NamedTuple):
+    """What is known of a user's network before it is built for a run: see the functions of the same names."""
+
+    level_strides: tuple[int, ...]
+    size_multiple_px: int
+    has_parameters: tuple[bool, ...]
+
+
+def is_known(name: str) -> bool:
+    """Whether `name` is one of the variants, which need no code of the user's."""
+    return name in VARIANTS
+
+
+def build_model(name: str, num_classes: int) -> DetectionNetwork:
+    """Build the network that `--model` names, with its first weights, in train mode.
+
+    Args:
+        name: one of VARIANTS, or FILE.py:FUNCTION, from the command line only.
+
+    Raises:
+        UserError: the user's file or function cannot be used.
+        ValueError: no such variant.
+    """
+    if not is_reference(name):
+        return build_yolov5(name, num_classes)
+    network = _call(name, num_classes)
+    network.variant = saved_name(name)
+    return network
+
+
+@cache
+def meta_network(name: str, num_classes: int) -> DetectionNetwork:
+    """Return the network on the meta device, without memory, to count on. It is built once: change nothing of it."""
+    with torch.device("meta"):
+        return build_model(name, num_classes)
+
+
+def saved_name(name: str) -> str:
+    """Return the name by which weights files know a network: of the user's own, the file without its folder."""
+    return name if is_known(name) else Path(name).name
+
+
+def level_strides(name: str) -> tuple[int, ...]:
+    """Return the pixels per cell of the network's levels, finest first."""
+    return yolov5.level_strides(name) if is_known(name) else _checked_facts(name).level_strides
+
+
+def max_stride(name: str) -> int:
+    """Return the number of pixels that the sides of images must be multiples of."""
+    return yolov5.level_strides(name)[-1] if is_known(name) else _checked_facts(name).size_multiple_px
+
+
+def has_parameters(name: str) -> tuple[bool, ...]:
+    """Return of every node, in order, whether it has parameters."""
+    return yolov5.has_parameters(name) if is_known(name) else _checked_facts(name).has_parameters
+
+
+def refuse_image_size(name: str, image_size_px: int) -> None:
+    """Check the size of images against a user's own network; RunConfig does so for the variants.
+
+    Raises:
+        UserError: no multiple of what the network takes.
+    """
+    if is_known(name):
+        return
+    multiple = max_stride(name)
+    if image_size_px % multiple or image_size_px < 2 * multiple:
+        nearest = max(image_size_px // multiple, 2) * multiple
+        rule = f"the images of {name} must be a multiple of {multiple}, and at least {2 * multiple}"
+        raise UserError(
+            "This run cannot start", [f"--imgsz: {image_size_px} given, but {rule}. Set it to {nearest}."]
+        )
+
+
+# ---- a user's own network
+
+
+@cache
+def _builder(reference: str, _folder: Path) -> Callable[[int], Any]:
+    """Load the function once in a process, so that its classes stay the same."""
+    with torch.device("cpu"):  # tensors that the file makes must not become those of a meta build
+        build = load_object(reference, "model")
+    if not callable(build):
+        raise _error(reference, f"{build!r} is no function", "Name a function build(num_classes)")
+    return build
+
+
+def _call(reference: str, num_classes: int) -> DetectionNetwork:
+    build = _builder(reference, Path.cwd())
+    remedy = "It must return a DetectionNetwork: see docs/model.md"
+    try:
+        network = build(num_classes)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own function raises
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        raise _error(
+            reference, f"it raised {type(error).__name__}: {error} ({where})", "Correct it"
+        ) from error
+    if not isinstance(network, DetectionNetwork):
+        raise _error(reference, f"it returned a {type(network).__name__}", remedy)
+    if network.num_classes != num_classes:
+        rule = f"it returned a network of {network.num_classes} classes for build({num_classes})"
+        raise _error(reference, rule, "Build the head for num_classes")
+    return network
+
+
+@cache
+def _checked_facts(reference: str) -> _Facts:
+    """Build a user's network without memory, check it, and return what is known of it."""
+    with torch.device("meta"):
+        network = build_model(reference, _CHECKED_CLASSES)
+        _check(reference, network)
+    nodes = [network.get_submodule(node) for node in network.order]
+    has_parameters = tuple(next(node.parameters(), None) is not None for node in nodes)
+    return _Facts(network.strides, network.size_multiple_px, has_parameters)
+
+
+def _check(reference: str, network: DetectionNetwork) -> None:
+    """Check the contract of a network on the meta device: what later steps would fail at, or get silently wrong."""
+    strides, multiple = network.strides, network.size_multiple_px
+    if not 1 <= len(strides) <= MOST_LEVELS or list(strides) != sorted(set(strides)):
+        raise _error(reference, f"its strides are {strides}", f"Give 1 to {MOST_LEVELS}, finest first")
+    if any(multiple % stride for stride in strides):
+        rule = f"its size_multiple_px, {multiple}, is no multiple of each of its strides, {strides}"
+        raise _error(reference, rule, "Correct it")
+    anchors = network.get_submodule(network.head)._buffers.get("anchors")
+    if anchors is None or anchors.ndim != 3 or (len(anchors), anchors.shape[2]) != (len(strides), 2):
+        shape = None if anchors is None else tuple(anchors.shape)
+        rule = f"the buffer `anchors` of its last node, {network.head}, is {shape}"
+        raise _error(reference, rule, f"It must be ({len(strides)}, A, 2), in cells")
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, BatchNorm):
+            rule = f"{name} is a {type(module).__name__} of torch, whose statistics move twice in a recomputed block"
+            raise _error(reference, rule, "Use dsyolo.models.blocks.BatchNorm")
+        if isinstance(module, _DropoutNd):
+            rule = f"{name} is a {type(module).__name__}, and a recomputed block would draw anew"
+            raise _error(reference, rule, "Leave it out")
+    in_nodes = [p for node in network.order for p in network.get_submodule(node).parameters()]
+    if len(in_nodes) != len({id(p) for p in in_nodes}) or len(in_nodes) != len(list(network.parameters())):
+        rule = "some of its parameters are in two nodes, or in none, so that no stage of a pipeline would own them"
+        raise _error(reference, rule, "Put each into one node")
+    _check_shapes(reference, network, anchors.shape[1])
+
+
+@torch.no_grad()
+def _check_shapes(reference: str, network: DetectionNetwork, num_anchors: int) -> None:
+    """Run the nodes on tensors without memory."""
+    batch, height, width = 2, 2 * network.size_multiple_px, 3 * network.size_multiple_px
+    boundary: tuple[Any, ...] = (torch.empty(batch, 3, height, width, dtype=torch.uint8, device="meta"),)
+    for i, name in enumerate(network.order):
+        try:
+            boundary = network.run(boundary, i, i + 1)
+        except Exception as error:  # whatever the user's own block raises
+            rule = f"node {name} raised {type(error).__name__}: {error}"
+            raise _error(
+                reference, rule, f"Images come as uint8 of {width} x {height} px in this check"
+            ) from error
+        out = boundary[-1]
+        if name != network.head and not (isinstance(out, torch.Tensor) and out.ndim == 4):
+            shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise _error(
+                reference, f"node {name} returned {shape}", "Return one tensor of shape (B, C, H, W)"
+            )
+    outputs = 5 + network.num_classes
+    wanted = [(batch, num_anchors, height // s, width // s, outputs) for s in network.strides]
+    maps = boundary[-1] if isinstance(boundary[-1], (tuple, list)) else ()
+    if [tuple(raw.shape) for raw in maps] != wanted:
+        given = [tuple(raw.shape) for raw in maps] or type(boundary[-1]).__name__
+        rule = f"its last node returned {given} for images of {width} x {height} px"
+        raise _error(reference, rule, f"Return maps of shapes {wanted}: B, A, H, W, 5 + K")
+
+
+def _error(reference: str, rule: str, remedy: str) -> UserError:
+    return UserError("This run cannot start", [f"--model: {reference} given, but {rule}. {remedy}."])
