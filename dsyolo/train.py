@@ -103,7 +103,6 @@ def read(argv: Sequence[str] | None, world: World) -> RunSpec:
 def join(spec: RunSpec, world: World, run_log: RunLog) -> Session:
     """Wait for all ranks. From then on all hear when one of them is asked to stop, or is lost."""
     with process_group.started(spec.config.rendezvous_timeout_s):
-        run_log.adopt_deepspeed()
         watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)
         return Session(watchdog, PreemptionHandler(world), RunLock(spec.folder), run_log)
 
@@ -113,7 +112,7 @@ def train(spec: RunSpec, world: World, session: Session) -> int:
     end: ExitStatus | None = None
     with ExitStack() as closing:
         closing.callback(session.run_lock.leave)
-        closing.push(lambda kind, *_: leave(world, session, orderly=kind is None))
+        closing.push(lambda kind, *_: leave(session, orderly=kind is None))
         try:
             end = build(spec, world, session, closing).fit()
         except Preempted:  # before the first step
@@ -130,12 +129,12 @@ def train(spec: RunSpec, world: World, session: Session) -> int:
     return end.status
 
 
-def leave(world: World, session: Session, *, orderly: bool) -> None:
+def leave(session: Session, *, orderly: bool) -> None:
     """Leave the other ranks: together with them where the end is orderly, else without waiting for any."""
     if orderly:
         session.preemption.close()
     session.watchdog.close()
-    process_group.destroy_process_group(world, orderly=orderly)
+    process_group.destroy_process_group(orderly=orderly)
 
 
 if __name__ == "__main__":

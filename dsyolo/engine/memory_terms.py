@@ -34,9 +34,7 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def together(self) -> MemoryTerms:
-        """Return the terms of device and host together."""
         return MemoryTerms(*(a + b for a, b in zip(self.device, self.host, strict=True)))
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        """Return bytes by place and term."""
         return {"device": self.device._asdict(), "host": self.host._asdict()}

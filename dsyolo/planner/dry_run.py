@@ -62,9 +62,9 @@ def dry_run(cases: Sequence[DryRunCase], processes: int = 2) -> list[DryRunResul
 def _rehearse(case: DryRunCase) -> DryRunResult:
     from dsyolo.engine.comm_timer import CommTimer
     from dsyolo.engine.ema import Ema
-    from dsyolo.engine.fake_world import pretend, sent_bytes
     from dsyolo.engine.memory_profile import Probe
     from dsyolo.engine.parallelize import parallelize
+    from dsyolo.engine.process_group import pretend
     from dsyolo.engine.step_timer import HostClock, StepTimer
 
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def _rehearse(case: DryRunCase) -> DryRunResult:
         expected.states,
         held.buckets,
         expected.buckets,
-        int(sent_bytes(collectives.sizes, case.ranks)),
+        int(collectives.sent_bytes(case.ranks)),
         int(comm_bytes(zero, numels, case.ranks, 1)),
     )
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from dsyolo.engine import device
-from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.ema import Ema
 from dsyolo.engine.memory_profile import MemoryMeasurement, MemoryProfiler
 from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.partitions import Partitions
@@ -34,7 +34,7 @@ class MemoryProfileHook(Hook):
         self,
         load: RankLoad,
         partitions: Partitions,
-        ema: Ema | NoEma,
+        ema: Ema,
         measure: str,
         artifacts: RunArtifacts | None,
         times: TimeProfileHook | None,
