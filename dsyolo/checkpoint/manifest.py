@@ -129,10 +129,12 @@ def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[
 
 
 def headline_of(path: Path) -> str:
+    """Return the headline of all errors about a checkpoint."""
     return f"{path} cannot be resumed from"
 
 
 def sha256_of(path: Path) -> str:
+    """Return the checksum of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

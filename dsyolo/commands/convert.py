@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsyolo.data.formats.convert import convert_coco, convert_voc
+from dsyolo.data.formats.converters import convert_coco, convert_voc
 
 CONVERTERS = {"coco": convert_coco, "voc": convert_voc}
 

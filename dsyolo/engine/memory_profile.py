@@ -64,7 +64,7 @@ def held(engine: Engine, partitions: Partitions, ema: Ema) -> MemoryEstimate:
     parts["buckets"] = [a + b for a, b in zip(parts["buckets"], _sizes(rest, seen), strict=True)]
     device, host = (MemoryTerms(**{name: sizes[i] for name, sizes in parts.items()}) for i in (0, 1))
     found = MemoryEstimate(device, host)
-    return MemoryEstimate(found.together) if engine.device.type == "cpu" else found
+    return MemoryEstimate(found.combined) if engine.device.type == "cpu" else found
 
 
 def _sizes(values: Any, seen: set[int]) -> list[int]:
@@ -246,8 +246,8 @@ class _MallocPeaks(_NoPeaks):
 class _Mallinfo(ctypes.Structure):
     """struct mallinfo2 (mallinfo(3))."""
 
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
+    _fields_ = [(name, ctypes.c_size_t) for name in (*_names, "keepcost")]
 
 
 def malloc_bytes() -> Callable[[], int] | None:

@@ -33,7 +33,7 @@ class MemoryEstimate(NamedTuple):
     host: MemoryTerms = MemoryTerms()
 
     @property
-    def together(self) -> MemoryTerms:
+    def combined(self) -> MemoryTerms:
         return MemoryTerms(*(a + b for a, b in zip(self.device, self.host, strict=True)))
 
     def to_json(self) -> dict[str, dict[str, int]]:

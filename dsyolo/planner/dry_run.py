@@ -92,10 +92,10 @@ def _rehearse(case: DryRunCase) -> DryRunResult:
         with probe.looking():
             engine.train_step(batches, 1)
     collectives.close()
-    held = probe.result().terms.together
+    held = probe.result().terms.combined
     zero = engine.deepspeed_json["zero_optimization"]
     load = RankLoad(groups, 0, 0, 0, engine.dp_rank, engine.dp_size, True)
-    expected = predict(load, ds, zero).together
+    expected = predict(load, ds, zero).combined
     return DryRunResult(
         case.rank,
         held.states,

@@ -27,7 +27,7 @@ class RankLoad(NamedTuple):
         groups: number of elements of each parameter, in the optimizer's groups.
         activations: bytes that autograd keeps at once; without recompute, and with all blocks recomputed.
         activations_host: bytes of inputs of recomputed blocks that wait in host memory.
-        replica, replicas: among how many ranks that hold the same parameters, and which of them.
+        dp_rank, dp_size: among how many ranks that hold the same parameters, and which of them.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -184,8 +184,8 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
     """
     unsharded = replace(ds, parallelism=replace(ds.parallelism, zero_stage=0, offload=OffloadSpec()))
     plain = load._replace(activations=load.activations_plain, activations_host=0)
-    of_stage = predict(plain, unsharded, {}).together.total
-    base = of_stage if ds.stages == 1 else predict(alone, unsharded, {}).together.total
+    of_stage = predict(plain, unsharded, {}).combined.total
+    base = of_stage if ds.stages == 1 else predict(alone, unsharded, {}).combined.total
     unit, divisor = ("GiB", 2**30) if base >= 2**30 else ("MiB", 2**20)
 
     def amount(size: int) -> str:
@@ -196,7 +196,7 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
 
     says = [effect("the pipeline", base - of_stage)] if ds.stages > 1 else []
     if ds.zero_stage:
-        says.append(effect(f"ZeRO {ds.zero_stage}", of_stage - predict(plain, ds, zero).together.total))
+        says.append(effect(f"ZeRO {ds.zero_stage}", of_stage - predict(plain, ds, zero).combined.total))
     if load.activations != load.activations_plain:
         kept = load.activations + load.activations_host
         says.append(effect("recompute", load.activations_plain - kept))
@@ -206,7 +206,7 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
     if account.host.total:
         says.append(f"offload moves {amount(account.host.total)} to the host")
     whose = "the rank that needs most" if ds.stages > 1 else "a rank"
-    return f"memory: {amount(account.together.total)} {unit} on {whose}, {amount(base)} without all this: {', '.join(says)}"
+    return f"memory: {amount(account.combined.total)} {unit} on {whose}, {amount(base)} without all this: {', '.join(says)}"
 
 
 def shortage(accounts: Sequence[MemoryEstimate], device_bytes: int | None, host_bytes: int) -> str:
@@ -216,7 +216,7 @@ def shortage(accounts: Sequence[MemoryEstimate], device_bytes: int | None, host_
         accounts: of those ranks.
         device_bytes: memory of a rank's device; None: ranks compute on the host.
     """
-    on_host = [account.together.total if device_bytes is None else account.host.total for account in accounts]
+    on_host = [account.combined.total if device_bytes is None else account.host.total for account in accounts]
     needs = [("the machine", sum(on_host), host_bytes)]
     if device_bytes is not None:
         needs.append(("a rank's device", max(account.device.total for account in accounts), device_bytes))

@@ -174,7 +174,7 @@ class Planner:
         """Of some ranks of a stage: shares differ by little, and most at the ends and in the middle."""
         in_flight = min(ds.stages - index, ds.accumulation)
         kept = plan.stage_bytes(stage.nodes, in_flight)
-        ranks = ds.data_parallel_size
+        ranks = ds.dp_size
         some = (
             sorted({0, ranks // 3, ranks // 2, ranks - 1})
             if ds.zero_stage == 2 and ds.parallelism.offload.optimizer
@@ -183,7 +183,7 @@ class Planner:
         loads = [RankLoad(stage.groups, kept, kept, kept, rank, ranks, self.ema) for rank in some]
         accounts = [predict(load, ds, zero) for load in loads]
         is_cpu = self.hardware.accelerator == "cpu"  # which is its own host
-        return [MemoryEstimate(account.together) for account in accounts] if is_cpu else accounts
+        return [MemoryEstimate(account.combined) for account in accounts] if is_cpu else accounts
 
     def _terms(self, account: MemoryEstimate, settings: StrategySettings, stage: int) -> dict[str, int]:
         images, is_last = settings.micro_batch, stage == settings.pipeline_stages - 1

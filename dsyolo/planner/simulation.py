@@ -113,7 +113,7 @@ def _scale(
         predict(RankLoad(groups, 0, 0, 0, dp_rank, ranks, True), ds, zero)
         for dp_rank in (0, ranks // 2, ranks - 1)
     ]
-    states = [account.together.states for account in accounts]
+    states = [account.combined.states for account in accounts]
     sent = comm_bytes(zero, numels, ranks, ds.accumulation)
     ring = (ranks - 1) / ranks * 4 * elements
     times = {2: 1 + ds.accumulation, 3: 3 * ds.accumulation}.get(stage, 2)

@@ -12,7 +12,7 @@ import pytest
 
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats import coco, voc, writer
-from dsyolo.data.formats.convert import convert_coco, convert_voc
+from dsyolo.data.formats.converters import convert_coco, convert_voc
 from dsyolo.data.formats.yolo import read_data_yaml, read_labels
 from dsyolo.data.index_builder import build_index
 
