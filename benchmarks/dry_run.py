@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsyolo.base.batch import Batch
-from dsyolo.base.environment import export_to_torch, read_environment
-from dsyolo.cluster.world import World
 from dsyolo.config.deepspeed.config import check
 from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.loss import DetectionLoss
@@ -27,7 +26,7 @@ from dsyolo.engine.ema import Ema
 from dsyolo.engine.memory_profile import Probe
 from dsyolo.engine.optimizer import Schedule
 from dsyolo.engine.parallelize import parallelize
-from dsyolo.engine.process_group import quiet_deepspeed
+from dsyolo.engine.process_group import join_store
 from dsyolo.engine.step_timer import HostClock, StepTimer
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
@@ -75,7 +74,7 @@ def dry_run(cases: Sequence[DryRunCase], processes: int = 2) -> list[DryRunResul
 
 def _run(case: DryRunCase) -> DryRunResult:
     torch.set_num_threads(1)
-    world = _pretend(case.rank, case.ranks)
+    world = join_store("fake", FakeStore(), case.rank, case.ranks)
     source = {
         "train_micro_batch_size_per_gpu": IMAGES,
         "zero_optimization": {"stage": case.zero_stage},
@@ -99,43 +98,18 @@ def _run(case: DryRunCase) -> DryRunResult:
         with probe.looking():
             engine.train_step(batches, 1)
     collectives.close()
-    held = probe.result().terms.together
+    held = probe.result().terms.combined
     zero = engine.deepspeed_json["zero_optimization"]
     load = RankLoad(groups, 0, 0, 0, engine.dp_rank, engine.dp_size, True)
-    expected = predict(load, ds, zero).together
+    expected = predict(load, ds, zero).combined
     return DryRunResult(
         held.states,
         expected.states,
         held.buckets,
         expected.buckets,
-        int(sent_bytes(collectives.sizes, case.ranks)),
+        int(collectives.sent_bytes(case.ranks)),
         int(comm_bytes(zero, numels, case.ranks, 1)),
     )
-
-
-def _pretend(rank: int, ranks: int) -> World:
-    """Make this process rank `rank` of `ranks`, each on its own machine, until it ends."""
-    import deepspeed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    export_to_torch(read_environment({**place, "MASTER_ADDR": "127.0.0.1"}))
-    quiet_deepspeed()
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    deepspeed.init_distributed("gloo", verbose=False)
-    return World(rank, ranks, 0, 1)
-
-
-def sent_bytes(sizes: Mapping[str, int], ranks: int) -> float:
-    """Return the bytes that one of N ranks sends if every collective is a ring (Patarasu and Yuan 2009).
-
-    An all-reduce sends 2 (N - 1) / N of its tensor; a gather, scatter, or reduction to one rank half of that.
-
-    Args:
-        sizes: `CommTimer.sizes`.
-    """
-    passes = sum((2 if name == "all_reduce" else 1) * size for name, size in sizes.items())
-    return passes * (ranks - 1) / ranks
 
 
 def one_batch(network: DetectionNetwork, images: int, size_px: int) -> Batch:

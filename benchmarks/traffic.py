@@ -81,7 +81,7 @@ def measure(stage: int, args: argparse.Namespace, world: World) -> Traffic:
     def step(number: int) -> None:
         engine.train_step([batch] * args.accumulation, number)
         ema.update()
-        request.agreed()
+        request.raise_if_requested()
 
     for number in range(2):  # the first ones trace and link what later ones use
         step(number)
@@ -104,7 +104,7 @@ def on_a_rank(args: argparse.Namespace) -> None:
     found = {stage: measure(stage, args, world) for stage in args.stages}
     watch.close()
     print(f"{LINE} {world.rank}: {json.dumps(found)}", flush=True)
-    process_group.destroy_process_group(world)
+    process_group.destroy_process_group()
 
 
 def across(cluster: Cluster, *words: str, place: Path) -> dict[int, list[Traffic]]:

@@ -188,8 +188,8 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
     """
     unsharded = replace(ds, parallelism=replace(ds.parallelism, zero_stage=0, offload=OffloadSpec()))
     plain = load._replace(activations=load.activations_plain, activations_host=0)
-    of_stage = predict(plain, unsharded, {}).together.total
-    base = of_stage if ds.stages == 1 else predict(alone, unsharded, {}).together.total
+    of_stage = predict(plain, unsharded, {}).combined.total
+    base = of_stage if ds.stages == 1 else predict(alone, unsharded, {}).combined.total
     unit, divisor, digits = ("GiB", 2**30, 2) if base >= 2**30 else ("MiB", 2**20, 0)
 
     def amount(size: int) -> str:
@@ -200,7 +200,7 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
 
     effects = [effect("the pipeline", base - of_stage)] if ds.stages > 1 else []
     if ds.zero_stage:
-        effects.append(effect(f"ZeRO {ds.zero_stage}", of_stage - predict(plain, ds, zero).together.total))
+        effects.append(effect(f"ZeRO {ds.zero_stage}", of_stage - predict(plain, ds, zero).combined.total))
     if load.activations != load.activations_plain:
         kept = load.activations + load.activations_host
         effects.append(effect("recompute", load.activations_plain - kept))
@@ -210,7 +210,7 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
     if estimate.host.total:
         effects.append(f"offload moves {amount(estimate.host.total)} to the host")
     whose = "the rank that needs most" if ds.stages > 1 else "a rank"
-    total = amount(estimate.together.total)
+    total = amount(estimate.combined.total)
     return f"memory: {total} {unit} on {whose}, {amount(base)} without all this: {', '.join(effects)}"
 
 
@@ -221,7 +221,7 @@ def shortage(estimates: Sequence[MemoryEstimate], device_bytes: int | None, host
         estimates: of those ranks.
         device_bytes: memory of a rank's device; None: ranks compute on the host.
     """
-    on_host = [one.together.total if device_bytes is None else one.host.total for one in estimates]
+    on_host = [one.combined.total if device_bytes is None else one.host.total for one in estimates]
     needs = [("the machine", sum(on_host), host_bytes)]
     if device_bytes is not None:
         needs.append(("a rank's device", max(one.device.total for one in estimates), device_bytes))

@@ -171,7 +171,7 @@ class Planner:
         loads = [RankLoad(stage.groups, kept, kept, kept, one, dp_size, self.ema) for one in sorted(dp_ranks)]
         estimates = [predict(load, ds, zero) for load in loads]
         is_cpu = self.hardware.accelerator == "cpu"  # which is its own host
-        return [MemoryEstimate(one.together) for one in estimates] if is_cpu else estimates
+        return [MemoryEstimate(one.combined) for one in estimates] if is_cpu else estimates
 
     def _terms(self, estimate: MemoryEstimate, settings: StrategySettings, stage: int) -> dict[str, int]:
         images, is_last = settings.micro_batch, stage == settings.pipeline_stages - 1

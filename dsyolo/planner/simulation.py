@@ -107,7 +107,7 @@ def _simulate(
     groups = tuple(tuple(p.numel() for p in group) for group in parameter_groups(network).values() if group)
     loads = [RankLoad(groups, 0, 0, 0, dp_rank, ranks, True) for dp_rank in (0, ranks // 2, ranks - 1)]
     estimates = [predict(load, ds, zero) for load in loads]
-    states = [estimate.together.states for estimate in estimates]
+    states = [estimate.combined.states for estimate in estimates]
     passes = {2: 1 + ds.accumulation, 3: 3 * ds.accumulation}.get(stage, 2)
     return SimulatedScale(
         ranks,

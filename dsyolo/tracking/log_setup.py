@@ -22,8 +22,8 @@ log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
 class RunLog:
     """The handlers of this rank, from construction to the end of the process.
 
-    The console shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's own
-    lines go to the file alone until `show_deepspeed` is called.
+    The console shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's lines,
+    which engine/process_group.py hands over, go to the file alone until `show_deepspeed` is called.
 
     Args:
         rank: of this process; all but rank 0 show only warnings on the console.
@@ -58,13 +58,6 @@ class RunLog:
         root = logging.getLogger()
         root.removeHandler(self._file)
         root.addHandler(file)
-
-    def adopt_deepspeed(self) -> None:
-        """Take over DeepSpeed's logger, which has its own console. Call this once deepspeed is imported."""
-        theirs = logging.getLogger("DeepSpeed")
-        for handler in theirs.handlers[:]:
-            theirs.removeHandler(handler)
-        theirs.propagate = True
 
     def show_deepspeed(self) -> None:
         """Show DeepSpeed's lines on the console from now on, as a JSON with `steps_per_print` asks for."""

@@ -104,9 +104,9 @@ def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s:
 
 def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
     """Return the peak and the maximum of each term, in GiB, of the rank that needs most."""
-    most = max(measured, key=lambda one: one.peak or one.terms.together.total)
+    most = max(measured, key=lambda one: one.peak or one.terms.combined.total)
     peak = {} if most.peak is None else {"peak_gib": most.peak / 2**30}
-    terms = most.terms.together._asdict()
+    terms = most.terms.combined._asdict()
     return peak | {f"peak_{name}_gib": size / 2**30 for name, size in terms.items()}
 
 
