@@ -45,16 +45,13 @@ class Watchdog:
     Args:
         late_s: seconds without progress of any rank, after which the rank that is furthest behind is named.
         end: called with the exit status when a rank is lost; it does not return.
-
-    Attributes:
-        where: what the main thread was doing last.
     """
 
     def __init__(self, world: World, *, late_s: float, end: Callable[[int], Any] = os._exit) -> None:
         self._world, self._late_s, self._end = world, late_s, end
         self._own = own_info(world.rank)
         self._main = threading.get_ident()
-        self.where, self._progress = "starting", 0
+        self.where, self._progress = "starting", 0  # of the main thread
         self._closed = threading.Event()
         self._ended = threading.Lock()
         self._ranks = [self._own]

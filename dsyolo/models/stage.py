@@ -11,7 +11,7 @@ from torch import nn
 
 from dsyolo.models.network import Network
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, ...]  # (B, C, H, W)
 
 
 class PipelineStage(nn.Module):
