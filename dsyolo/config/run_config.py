@@ -129,7 +129,12 @@ class RunConfig(BaseModel):
         "run",
     )
     data: str = _knob(..., "data set's YAML file", "run", learned=True)
-    model: str = _knob("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", "run", learned=True)
+    model: str = _knob(
+        "yolov5n",
+        "yolov5n, s, m, l, x, the same with 6 behind, or your own FILE.py:FUNCTION",
+        "run",
+        learned=True,
+    )
     weights: str | None = _knob(None, "weights to start from", "run", learned=True)
     imgsz: int = _knob(640, "side of the training images in pixels", "run", learned=True)
     epochs: int = _knob(300, "epochs", "run", learned=True, ge=1)
