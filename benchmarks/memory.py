@@ -80,15 +80,15 @@ def main() -> None:
     for stage in range(4):
         results = run_ranks(args.ranks, measure, stage, args, timeout_s=900)
         print(f"\nZeRO {stage}, {args.model}, ranks: {args.ranks}")
-        print(table((f"rank {i}", found.account.together) for i, (_, found, _) in enumerate(results)))
+        print(table((f"rank {i}", found.terms.together) for i, (_, found, _) in enumerate(results)))
         weight_bytes = 2 if args.bf16 and stage else 4
         for i, (wanted, found, num_parameters) in enumerate(results):
             expected = formula(stage, num_parameters, args.ranks, weight_bytes)
-            states = found.account.together.states
+            states = found.terms.together.states
             print(
                 f"rank {i}: states {states / 2**20:.1f} MiB; formula {expected / 2**20:.1f}, {states / expected - 1:+.1%}; "
                 f"predicted {wanted.together.states / 2**20:.1f}, {states / wanted.together.states - 1:+.2%}; "
-                f"average {found.account.together.ema / num_parameters / 4:.3f} P"
+                f"average {found.terms.together.ema / num_parameters / 4:.3f} P"
             )
 
 

@@ -28,10 +28,11 @@ from dsyolo.cluster.preemption import Preempted, PreemptionHandler
 from dsyolo.cluster.run_lock import RunLock
 from dsyolo.cluster.watchdog import Watchdog
 from dsyolo.cluster.world import World, world_from_environment
-from dsyolo.config.resolve import RunSpec, resolve
+from dsyolo.config.deepspeed.json_reader import JsonSource
+from dsyolo.config.resolve import PlannedConfig, RunSpec, resolve
 from dsyolo.config.run_config import RunConfig
 from dsyolo.engine import process_group
-from dsyolo.planner.auto import PlannedConfig, plan_config
+from dsyolo.planner.auto import plan_config
 from dsyolo.planner.local_hardware import hardware_here
 from dsyolo.tracking.log_setup import RunLog
 from dsyolo.trainer.build import Session, build
@@ -40,7 +41,7 @@ from dsyolo.trainer.oom_restart import restart_with_less
 from dsyolo.trainer.run_folder import check_folder
 
 GRACE_S = (
-    10  # the launcher kills all ranks once one has failed: the others leave the main process time to say why
+    10  # the launcher kills all ranks once one has failed: the others leave the main process time to log why
 )
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,19 @@ def read(argv: Sequence[str] | None, world: World) -> RunSpec:
     """
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    def plan(config: RunConfig, num_classes: int, saved_batch: int | None) -> PlannedConfig:
-        return plan_config(config, lambda: hardware_here(world, accelerator), num_classes, saved_batch)
+    def plan(
+        config: RunConfig, source: JsonSource | None, num_classes: int, saved_batch: int | None
+    ) -> PlannedConfig:
+        return plan_config(config, source, hardware_here(world, accelerator), num_classes, saved_batch)
 
-    return resolve(argv, world, accelerator, plan=plan, saved_state=saved_progress, check_folder=check_folder)
+    return resolve(
+        argv,
+        world_size=world.size,
+        accelerator=accelerator,
+        plan=plan,
+        saved_state=saved_progress,
+        check_folder=check_folder,
+    )
 
 
 def join(spec: RunSpec, world: World, run_log: RunLog) -> Session:

@@ -41,6 +41,15 @@ ROOT_FILES = {"__init__", "train", "cli"}
 # Functions that may be called while a module is imported, beside those of the module itself.
 PURE = {"tuple", "frozenset", "set", "dict", "sorted", "range", "len", "object", "float", "int", "zip"}
 PURE |= {"TypeVar", "re", "field", "Field", "ConfigDict", "logging", "Path"}
+PURE |= {
+    "knob",
+    "JsonKey",
+    "JsonSection",
+    "Refused",
+    "number",
+    "one_of",
+    "whole",
+}  # make descriptions of keys
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
 FORBIDDEN_CALLS = ("eval", "exec", "__import__", "compile")
 

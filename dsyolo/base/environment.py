@@ -73,6 +73,8 @@ def export_to_torch(place: Environment, *, instead: bool = False) -> None:
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": place.master_port,
     }
+    if place.accelerator:
+        told["DS_ACCELERATOR"] = place.accelerator
     for name, value in told.items():
         if instead or name not in os.environ:
             os.environ[name] = str(value)

@@ -97,21 +97,21 @@ def pickled(path: Path) -> str | None:
     """What a file is, where it is pickled or may hold pickles whatever its name says; None otherwise."""
     with open(path, "rb") as file:
         start = file.read(4)
-    if start.startswith(_ZIP):
-        return "a zip file, as torch.save and numpy write pickles in"
-    if start[:1] == _PICKLE and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "a pickle"
-    if start.startswith(_HDF5):
-        return "an HDF5 file"
-    return "a pickle" if _is_old_pickle(path) else None
+        if start.startswith(_ZIP):
+            return "a zip file, as torch.save and numpy write pickles in"
+        if start[:1] == _PICKLE and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            return "a pickle"
+        if start.startswith(_HDF5):
+            return "an HDF5 file"
+        rest = file.read(MOST_TEXT_BYTES)
+    return "a pickle" if len(rest) < MOST_TEXT_BYTES and _is_old_pickle(start + rest) else None
 
 
-def _is_old_pickle(path: Path) -> bool:
-    """Of the protocols 0 and 1, which have no sign of their own: whether its operations can be told to their end."""
+def _is_old_pickle(data: bytes) -> bool:
+    """Whether its operations can be read to their end: the protocols 0 and 1 have no sign of their own."""
     try:
-        data = read_bytes(path, MOST_TEXT_BYTES)
-        return sum(1 for _ in pickletools.genops(data)) > 1  # which tells and does not do them
-    except (OSError, ValueError, OverflowError, UnicodeDecodeError, IndexError):
+        return sum(1 for _ in pickletools.genops(data)) > 1  # which runs none of them
+    except (ValueError, OverflowError, UnicodeDecodeError, IndexError):
         return False
 
 

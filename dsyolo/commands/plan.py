@@ -11,13 +11,14 @@ from typing import Any
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.spec import PRECISIONS
 from dsyolo.models.registry import max_stride, model_option
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
 from dsyolo.planner.search import search
-from dsyolo.planner.strategy import OPTIMIZERS, PRECISIONS
+from dsyolo.planner.strategy import OPTIMIZERS
 
 BANDWIDTH = "3GB/s"  # of 25 Gbit/s Ethernet
 MOST_BATCH, MOST_RANKS, MOST_IMGSZ = 2**16, 2**16, 2**13
@@ -81,7 +82,9 @@ def run_plan(args: argparse.Namespace) -> int:
     work = ModelProfile(args.model, args.classes, args.imgsz)
     has_bf16 = hardware.device.has_bf16
     precisions = (
-        [args.precision] if args.precision else [p for p in PRECISIONS if has_bf16 or "bf16" not in p]
+        [PRECISIONS[args.precision]]
+        if args.precision
+        else [one for one in PRECISIONS.values() if has_bf16 or one.compute != "bf16"]
     )
     planner = Planner(work, hardware, ema=not args.no_ema)
     ranking = search(planner, args.global_batch, args.optimizer, precisions)
@@ -148,7 +151,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
         rule = f"{ranks} GPUs take equal shares of it. Take {f'{below} or ' if below else ''}{above}"
         problems.append(f"--global-batch: {args.global_batch} given, but {rule}.")
     device = DEVICES[args.gpu] if args.gpu else typical_device(memory)
-    if args.precision and "bf16" in args.precision and not device.has_bf16:
+    if args.precision and PRECISIONS[args.precision].compute == "bf16" and not device.has_bf16:
         problems.append(
             f"--precision: {args.precision} given, but a {device.name} has no bf16. Take autocast_fp16."
         )

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from dsyolo.base.stdio import outlive_readers
-from dsyolo.config.command_line import parse
+from dsyolo.config.cli_args import parse
 from dsyolo.data.formats.yolo import DataSpec, list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted

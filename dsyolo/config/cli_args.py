@@ -1,60 +1,170 @@
-"""A command line built from the fields of pydantic models. Values stay text: the models judge them.
+"""Reads the command line of a run, whose options are the fields of `RunConfig` and `Recipe`.
 
-A field's `json_schema_extra` has its help `group`. Dashes and underscores are the same in an option's name.
+Values stay text until pydantic checks them. Dashes and underscores are the same in an option's name.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.messages import choices_of, plain_type
+from dsyolo.base.user_code import is_reference
+from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
+from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
+from dsyolo.config.resume import ResumePoint, config_path, resume_point
+from dsyolo.config.run_config import (
+    AUTO,
+    RUN_KEYS,
+    RunConfig,
+    read_yaml,
+    unknown_in_recipe,
+    unknown_option,
+)
+
+FOLDER_KEYS = ("project", "name")
+
+
+def parse(argv: Sequence[str] | None = None) -> RunConfig:
+    """Return the run configuration of a command line, as `read_command_line` does."""
+    return read_command_line(argv)[0]
+
+
+def read_command_line(argv: Sequence[str] | None = None) -> tuple[RunConfig, ResumePoint | None]:
+    """Read a command line (None: of this process); return the run and where it resumes.
+
+    Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
+    `config.yaml` of the run that goes on, then the defaults.
+
+    Raises:
+        UserError: unknown options, values out of range, missing files: all of them at once.
+    """
+    problems: list[str] = []
+    fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
+    given = read_options({**fields, **Recipe.model_fields}, argv, problems)
+    point = _resume_point(given, problems)
+    resumes = point is not None or given.get("resume") == "always"
+    base = point.config.dump() if point else {}
+    for key in FOLDER_KEYS:
+        base.pop(key, None)  # it may have been moved: its folder is the one where it was found
+    recipe_base = base.pop("recipe", None)
+    recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
+    values = {**base, **given}
+    if recipe_base is None or "hyp" in given:
+        recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
+    recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)
+    if "data" not in values and not resumes:
+        problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
+    problems += _missing_files(values, resumes)
+    if is_reference(str(base.get("model", ""))) and "model" not in given:
+        # A run's folder may be somebody else's: what it names is not run unless the command line names it.
+        rule = (
+            f"missing, and the resumed run trains {base['model']}, whose code only the command line may name"
+        )
+        problems.append(f"--model: {rule}. Add --model {base['model']}.")
+    values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
+    run = validate(RunConfig, values, "--", unknown_option, problems)
+    if problems or run is None:
+        raise UserError("The command line cannot be used", problems)
+    return run, point
+
+
+def _resume_point(given: Mapping[str, Any], problems: list[str]) -> ResumePoint | None:
+    fields = RunConfig.model_fields
+    folder = Path(*(given.get(key, fields[key].default) for key in FOLDER_KEYS))
+    resume = given.get("resume", fields["resume"].default)
+    if resume == "always" and not config_path(folder).is_file():
+        rule = f"{config_path(folder)} does not exist, so there is no run to go on with"
+        problems.append(f"--resume: {rule}. Check --project and --name, or leave --resume out.")
+        return None
+    return resume_point(resume, folder)
+
+
+def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:
+    """Return a problem for each file that a run reads and that does not exist. A resumed run needs no weights."""
+    fields = RunConfig.model_fields
+    problems = []
+    for key in ("deepspeed_config", "data", "weights"):
+        value = values.get(key, fields[key].default)
+        needed = isinstance(value, str) and not (key == "weights" and resumes)
+        needed = needed and (key, value) != ("deepspeed_config", AUTO)
+        if not needed or Path(value).is_file():
+            continue
+        what, hint = _missing_file(Path(value), key)
+        seen = "" if Path(value).is_absolute() or Path(value).exists() else f", seen from {Path.cwd()}"
+        hint = hint or f"Give the path of a file{seen}: {fields[key].description}."
+        problems.append(f"--{key}: {value} {what}. {hint}")
+    return problems
+
+
+def _missing_file(path: Path, key: str) -> tuple[str, str]:
+    """Return what is wrong with the path given for `key`, and a question for the file that was likely meant."""
+    suffixes = {"deepspeed_config": (".json",), "weights": (".safetensors",)}.get(key, (".yaml", ".yml"))
+    if path.is_dir():
+        inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
+        return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
+    if path.exists():
+        return "is a device or pipe, but it must be a file", ""
+    beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
+    return "does not exist", did_you_mean(path.name, beside)
+
+
+def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
+    """Return the values of a preset, or of a YAML file on top of preset low. An unknown key is a problem."""
+    if hyp in PRESETS:
+        return preset(hyp).model_dump()
+    path = Path(hyp)
+    if not path.is_file():
+        what, near = _missing_file(path, "hyp")
+        hint = did_you_mean(hyp, PRESETS) or near or "Name one of them, or a YAML file that is there."
+        problems.append(f"--hyp: {hyp} {what}, and the presets are {', '.join(PRESETS)}. {hint}")
+        return {}
+    faults: list[str] = []
+    values = read_yaml(path, faults)
+    validate(Recipe, values, "", unknown_in_recipe, faults)
+    problems += [f"--hyp: {path}: {fault}" for fault in faults]
+    return {} if faults else values
+
+
+# ---- options
 
 
 def read_options(
     fields: Mapping[str, FieldInfo],
     argv: Sequence[str] | None,
-    unknown: Callable[[str], str],
     problems: list[str],
 ) -> dict[str, Any]:
-    """The options given, by field; `none` and `auto` are None where a field may be None.
+    """Return the options given, by field; `none` and `auto` are None where a field may be None.
 
     Args:
-        argv: the words, None for those of this process.
-        unknown: the problem line for an option that no field has.
-        problems: gets a line for each word that cannot be placed.
+        argv: None: the arguments of this process.
+        problems: gets a line for each argument that is no option.
 
     Raises:
         UserError: an option without its value. `--help` prints and exits with status 0.
     """
     flags = {key for key, field in fields.items() if field.annotation is bool}
-    words = [_canonical(word, flags) for word in (sys.argv[1:] if argv is None else argv)]
-    known, extras = _build_parser(fields).parse_known_args(words)
+    argv = [_canonical(one, flags) for one in (sys.argv[1:] if argv is None else argv)]
+    known, unknown = _build_parser(fields).parse_known_args(argv)
     is_value = False  # of the unknown option before it
-    for word in extras:
-        is_option = word.startswith("--")
+    for one in unknown:
+        is_option = one.startswith("--")
         if is_option:
-            problems.append(unknown(word[2:].partition("=")[0]))
+            problems.append(unknown_option(one[2:].partition("=")[0]))
         elif not is_value:
             rule = "Options start with --, and flags take no value: --ema, --no-ema"
-            problems.append(f"{word}: not an option. {rule}.")
-        is_value = is_option and "=" not in word
+            problems.append(f"{one}: not an option. {rule}.")
+        is_value = is_option and "=" not in one
     given = {key: value for key, value in vars(known).items() if key in fields}
     for key, value in given.items():
         if type(None) in get_args(fields[key].annotation) and value.lower() in ("none", "auto"):
             given[key] = None
     return given
-
-
-def extra_of(field: FieldInfo, key: str) -> Any:
-    """What a field says about itself under `key`."""
-    assert isinstance(field.json_schema_extra, dict), field
-    return field.json_schema_extra[key]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +178,7 @@ def _build_parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
     parser = _Parser(
         usage="train.py --data FILE [options]",
         description="Train a YOLOv5 detector under DeepSpeed.",
-        epilog="How it runs (batch sizes, precision, ZeRO, optimizer, lr) stands in the DeepSpeed JSON.",
+        epilog="The DeepSpeed JSON sets how the training runs: batch sizes, precision, ZeRO, optimizer, lr.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
@@ -79,7 +189,7 @@ def _build_parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(f"--{key}", **_option(field))
-    # The launchers pass the first, habit the second; the rank comes from the environment.
+    # Launchers pass the first, many users the second out of habit. The rank comes from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -99,15 +209,15 @@ def _option(field: FieldInfo) -> dict[str, Any]:
             "nargs": "?",
             "const": alone,
             "metavar": "TEXT",
-            "help": f"{text}, {alone} where it stands alone",
+            "help": f"{text}; {alone} without a value",
         }
     return {"metavar": {int: "N", float: "X"}.get(plain_type(field), "TEXT"), "help": text}
 
 
-def _canonical(word: str, flags: Iterable[str]) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
+def _canonical(argument: str, flags: Iterable[str]) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
     name = name.replace("-", "_")
     if name.startswith("no_") and name[3:] in flags:
         name = "no-" + name[3:]

@@ -1,4 +1,4 @@
-"""Faults of what a user gave in words: what was given, the rule, the remedy; and did-you-mean."""
+"""Messages for what a user got wrong: what was given, the rule, the remedy, did-you-mean."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def validate(
     unknown: Callable[[str], str],
     problems: list[str],
 ) -> Model | None:
-    """An instance, or None with one line per fault added to `problems`.
+    """Return an instance, or None with a line for each fault added to `problems`.
 
     Args:
-        prefix: what stands before a key where the user wrote it: `--` on the command line.
-        unknown: the line for a key that the model does not have.
+        prefix: of a key as the user wrote it: `--` on the command line.
+        unknown: returns the line for a key that the model does not have.
     """
     try:
         return model(**values)
@@ -50,7 +50,7 @@ def validate(
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question with the known word nearest to `word`, upper or lower case, or nothing."""
+    """Return a question with the nearest known word, whatever its case; empty where none is near."""
     word = shortened(word)
     by_lower = {one.lower(): one for one in sorted(known)}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
@@ -58,12 +58,12 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def cannot_hold_files(folder: Path) -> str | None:
-    """Why nothing can be written into a folder, made when missing; None where it can. Leaves nothing behind."""
+    """Return why nothing can be written into a folder, made when missing; None where it can. Leaves nothing behind."""
     there = folder
     try:
         while not there.exists() and there != there.parent:
             there = there.parent
-        with tempfile.TemporaryDirectory(prefix=".dsyolo-", dir=there):  # permissions alone do not tell
+        with tempfile.TemporaryDirectory(prefix=".dsyolo-", dir=there):  # permissions alone do not show it
             return None
     except NotADirectoryError:
         return f"{there} is a file, and a folder is needed there. Name another."
@@ -72,7 +72,7 @@ def cannot_hold_files(folder: Path) -> str | None:
 
 
 def rule_of(field: FieldInfo) -> str:
-    """What a value must be, as in "must be ..."."""
+    """Return what a value must be, as in "must be ..."."""
     choices = choices_of(field)
     if choices:
         return f"one of {', '.join(choices)}"
@@ -80,13 +80,13 @@ def rule_of(field: FieldInfo) -> str:
     if "min_length" in limits:
         return "a name, not empty"
     kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(plain_type(field), "text")
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    bounds = " and ".join(f"{words[key]} {limits[key]}" for key in words if key in limits)
+    names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = " and ".join(f"{names[key]} {limits[key]}" for key in names if key in limits)
     return f"{kind}{', ' + bounds if bounds else ''}"
 
 
 def _nearest(given: Any, field: FieldInfo) -> str:
-    """The remedy for a number out of range: the limit where it may be reached, else the default."""
+    """Return the remedy for a number out of range: the limit where it may be reached, else the default."""
     try:
         number = float(given)
     except (TypeError, ValueError):
@@ -105,10 +105,10 @@ def _limits(field: FieldInfo) -> dict[str, Any]:
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """The values of a Literal field, otherwise nothing."""
+    """Return the values of a Literal field, of others nothing."""
     return tuple(arg for arg in get_args(field.annotation) if isinstance(arg, str))
 
 
 def plain_type(field: FieldInfo) -> Any:
-    """The type of a field, without the None of an optional one."""
+    """Return the type of a field, without the None of an optional one."""
     return next((arg for arg in get_args(field.annotation) if isinstance(arg, type)), field.annotation)

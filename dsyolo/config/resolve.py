@@ -3,60 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster.world import World
-from dsyolo.config import command_line
-from dsyolo.config.deepspeed import config as ds_config
-from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.cli_args import read_command_line
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
+from dsyolo.config.resume import ResumePoint
 from dsyolo.config.run_config import AUTO, RunConfig
-from dsyolo.data.formats.yolo import DataSpec, read_data_yaml
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
-from dsyolo.models.registry import build_model, has_parameters, max_stride, refuse_image_size
-from dsyolo.models.weights import read_weights
+from dsyolo.models.registry import has_parameters, max_stride, meta_network, refuse_image_size
+from dsyolo.models.weights import GivenWeights, read_weights
 
-Planner = Callable[[RunConfig, int, int | None], Any]  # of a run, its number of classes, a saved global batch
+T = TypeVar("T")
 
 
-class _Unplanned(NamedTuple):
-    config: Any
+class PlannedConfig(NamedTuple):
+    """A DeepSpeed configuration that leaves nothing open.
+
+    Attributes:
+        lines: what was filled in, for the start of the run.
+        val_images: the most images that can be validated at a time, where that was planned.
+    """
+
+    ds: DeepSpeedConfig
     lines: tuple[str, ...] = ()
-    is_halved: bool = False
     val_images: int | None = None
+
+
+# Of a run, its JSON (None: all is planned), its number of classes, the global batch of the run that goes on.
+Planner = Callable[[RunConfig, JsonSource | None, int, int | None], PlannedConfig]
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One resolved run: everything that is known before anything is built."""
+    """One resolved run: everything that is known before anything is built.
+
+    Attributes:
+        resume: where it goes on; None: it begins anew.
+        planned: what was filled in that the JSON leaves to the machine, as lines for the start of the run.
+        weights: that it starts from.
+    """
 
     config: RunConfig
-    ds: DsConfig
+    ds: DeepSpeedConfig
     data: DataSpec
-    world: World
     folder: Path
     activations: ActivationPlan
-    resumes: bool = False  # begins at a checkpoint
-    planned: tuple[str, ...] = ()  # what the JSON left to the machine, in words
+    resume: ResumePoint | None = None
+    planned: tuple[str, ...] = ()
+    weights: GivenWeights | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it begins at a checkpoint."""
+        return self.resume is not None
 
 
 def resolve(
     argv: Sequence[str] | None,
-    world: World,
-    accelerator: str,
     *,
+    world_size: int,
+    accelerator: str,
     plan: Planner,
     saved_state: Callable[[Path], Any],
-    check_folder: Callable[[RunConfig, bool], None],
+    check_folder: Callable[[RunConfig, ResumePoint | None], None],
 ) -> RunSpec:
-    """Reads and checks all that the user gave, before any rank builds a model.
+    """Read each file that the user gave once, and check everything before any rank builds a model.
 
     Args:
+        argv: the command line; None: of this process.
+        world_size: ranks of the run, all hosts together.
+        accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         plan: fills in what the DeepSpeed JSON leaves to the machine.
         saved_state: reads the newest checkpoint's state in a folder of checkpoints, None where there is none.
         check_folder: refuses a folder that cannot be this run's.
@@ -64,81 +87,95 @@ def resolve(
     Raises:
         UserError: something in it cannot be used.
     """
-    run = command_line.parse(argv)
+    run, resume = read_command_line(argv)
     refuse_image_size(run.model, run.imgsz)
-    folder, resumes = run.folder, run.resumes()
-    saved = saved_state(folder / "checkpoints") if resumes else None
-    filled = _plan(run, saved, plan)
-    is_auto = run.deepspeed_config == AUTO
-
-    def checked() -> Any:
-        if filled.config == AUTO:
-            return None  # not planned, as the data cannot be used
-        return ds_config.check(
-            filled.config,
-            world_size=world.size,
-            accelerator=accelerator,
-            layers=has_parameters(run.model),
-            recompute="auto" if is_auto else run.recompute,  # it is in the plan
-            halved=run.halve_micro_batch and not filled.is_halved,
-            saved_batch=saved and saved.global_batch,
-            name=f"--deepspeed_config {AUTO}" if is_auto else run.deepspeed_config,
-        )
-
-    ds, data, *_ = _all_of(
-        checked,
-        lambda: read_data_yaml(run.data),
-        lambda: check_folder(run, resumes),
-        lambda: run.weights and not resumes and read_weights(Path(run.weights)),
-    )
+    if resume and (saved := saved_state(resume.checkpoints)):
+        resume = replace(resume, global_batch=saved.global_batch)
+    data = _attempt(lambda: read_data_yaml(run.data))
+    planned = _attempt(lambda: _configure(run, data.value, resume, world_size, accelerator, plan))
+    folder = _attempt(lambda: check_folder(run, resume))
+    weights = _attempt(lambda: read_weights(Path(run.weights)) if run.weights and not resume else None)
+    _raise_all(planned, data, folder, weights)
+    assert planned.value
+    assert data.value
+    ds, lines, val_images = planned.value
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
         raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
-    if filled.val_images:
-        fitting = min(run.val_batch_size, filled.val_images)
-        run = run.model_copy(update={"val_batch_size": fitting})
-    activations = plan_activations(run, ds, data.num_classes)
-    return RunSpec(run, ds, data, world, folder, activations, resumes, filled.lines)
+    if val_images:
+        run = run.model_copy(update={"val_batch_size": min(run.val_batch_size, val_images)})
+    activations = plan_activations(run, ds, data.value.num_classes)
+    return RunSpec(run, ds, data.value, run.folder, activations, resume, lines, weights.value)
 
 
-def _plan(run: RunConfig, saved: Any, plan: Planner) -> Any:
-    """The DeepSpeed JSON with all that it leaves to the machine; untouched where that is nothing.
+def _configure(
+    run: RunConfig,
+    data: DataSpec | None,
+    resume: ResumePoint | None,
+    world_size: int,
+    accelerator: str,
+    plan: Planner,
+) -> PlannedConfig | None:
+    """Read and check the DeepSpeed JSON once; plan what it leaves open. None where the data that it takes cannot be used.
 
     Raises:
-        UserError: nothing fits this machine.
+        UserError: the JSON cannot be used, or nothing fits this machine.
     """
+    saved_batch = resume.global_batch if resume else None
+    if run.deepspeed_config == AUTO:
+        return plan(run, None, data.num_classes, saved_batch) if data else None
+    source = read_source(run.deepspeed_config)
+    if source.left_open and data:
+        return plan(run, source, data.num_classes, saved_batch)
+    return PlannedConfig(
+        check(
+            source,
+            world_size=world_size,
+            accelerator=accelerator,
+            layers=has_parameters(run.model),
+            recompute=run.recompute,
+            halve=run.halve_micro_batch,
+            saved_batch=saved_batch,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Attempt(Generic[T]):
+    value: T | None
+    error: UserError | None = None
+
+
+def _attempt(reader: Callable[[], T]) -> _Attempt[T]:
     try:
-        num_classes = read_data_yaml(run.data).num_classes
-    except UserError:  # is told with the other mistakes
-        return _Unplanned(run.deepspeed_config)
-    return plan(run, num_classes, saved and saved.global_batch)
+        return _Attempt(reader())
+    except UserError as error:
+        return _Attempt(None, error)
 
 
-def _all_of(*readers: Callable[[], Any]) -> list[Any]:
-    """What each reader gives; where some fail, all of their problems in one error."""
-    results, errors = [], []
-    for reader in readers:
-        try:
-            results.append(reader())
-        except UserError as error:
-            errors.append(error)
+def _raise_all(*attempts: _Attempt[Any]) -> None:
+    """Raise the problems of all attempts in one error."""
+    errors = [attempt.error for attempt in attempts if attempt.error]
     if len(errors) > 1:
         raise UserError("This run cannot start", [str(error).replace("\n", "\n  ") for error in errors])
     if errors:
         raise errors[0]
-    return results
 
 
-def plan_activations(config: RunConfig, ds: DsConfig, num_classes: int) -> ActivationPlan:
-    """What is recomputed, counted on a network without memory, at the largest size of its images.
+def plan_activations(config: RunConfig, ds: DeepSpeedConfig, num_classes: int) -> ActivationPlan:
+    """Return what is recomputed, counted on a network without memory, at the largest size of its images.
 
     Raises:
         UserError: the budget is too small.
     """
-    size_px = config.imgsz
-    if config.recipe.multi_scale:
-        size_px = largest_size_px(size_px, max_stride(config.model))
-    with torch.device("meta"):
-        network = build_model(config.model, num_classes)
+    size_px = largest_image_px(config)
+    network = meta_network(config.model, num_classes)
     counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
-    return choose(counted, ds.recompute, offload=ds.offload_activations)
+    return choose(counted, ds.parallelism.recompute, offload=ds.parallelism.offload.activations)
+
+
+def largest_image_px(config: RunConfig) -> int:
+    """Return the largest side of a training's images."""
+    if not config.recipe.multi_scale:
+        return config.imgsz
+    return largest_size_px(config.imgsz, max_stride(config.model))

@@ -1,4 +1,4 @@
-"""Which anchors of which cells answer for which labels. The predictions play no part (spec.md, Assignment).
+"""Which anchors of which cells answer for which labels. The predictions play no part (docs/yolov5.md, Assignment).
 
 So it runs on the host, in the loader's workers, and the device gets tensors of fixed size.
 """

@@ -1,4 +1,4 @@
-"""The loss of YOLOv5 (spec.md, Loss), normalised by counts that come with the targets.
+"""The loss of YOLOv5 (docs/yolov5.md, Loss), normalised by counts that come with the targets.
 
 Because it divides by `targets.num_matches` and `targets.num_images` and by nothing that it counts itself,
 the micro-batches of a step, whoever computes them, add up to the loss of the global batch.

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.doctor.answers import Answer
 from dsyolo.doctor.ask import Reply
 from dsyolo.doctor.hosts import Crossing, Host
@@ -45,7 +45,7 @@ class DoctorContext(NamedTuple):
     hosts: Sequence[Host]
     crossing: Crossing
     replies: Mapping[str, Reply]
-    ds: DsConfig | None
+    ds: DeepSpeedConfig | None
     num_parameters: int | None
 
     @property

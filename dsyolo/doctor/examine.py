@@ -12,9 +12,8 @@ import torch
 
 from dsyolo.base.environment import all_variables
 from dsyolo.base.errors import UserError
-from dsyolo.config.deepspeed import config as ds_config
-from dsyolo.config.deepspeed.config import DsConfig
-from dsyolo.config.deepspeed.json_reader import read_json, without_auto
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
+from dsyolo.config.deepspeed.json_reader import read_source
 from dsyolo.doctor import dataset_checks as data_set
 from dsyolo.doctor import interconnect as network
 from dsyolo.doctor import probe, software
@@ -23,6 +22,7 @@ from dsyolo.doctor.answers import Devices, Hello
 from dsyolo.doctor.ask import Asked, Reply, ask, probing
 from dsyolo.doctor.context import DoctorContext, DoctorOptions
 from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, joined
+from dsyolo.doctor.gradients import gradients
 from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
 from dsyolo.doctor.launcher import try_launcher
 from dsyolo.models.registry import build_model, has_parameters, max_stride
@@ -100,18 +100,18 @@ def _requests(
 
 def _json(
     options: DoctorOptions, world_size: int, replies: Mapping[str, Reply]
-) -> tuple[dict[str, Any], DsConfig | None]:
+) -> tuple[dict[str, Any], DeepSpeedConfig | None]:
     """The JSON, and what it comes to. What is wrong with it the hosts themselves tell."""
     if options.deepspeed_config is None:
         return {}, None
-    source = read_json(str(options.deepspeed_config), []) or {}
+    source = read_source(options.deepspeed_config)
     found = next((one for reply in replies.values() if (one := reply.get(Devices))), None)
+    accelerator = found.accelerator if found else "cuda"
     try:
-        accelerator = found.accelerator if found else "cuda"
-        source, _ = without_auto(source)
-        return source, ds_config.check(source, world_size=world_size, accelerator=accelerator)
+        ds = check(source, world_size=world_size, accelerator=accelerator)
     except UserError:
-        return source, None
+        ds = None
+    return dict(source.content or {}), ds
 
 
 def _judged(case: DoctorContext, source: Mapping[str, Any], master: str | None) -> Iterator[Finding]:
@@ -124,6 +124,7 @@ def _judged(case: DoctorContext, source: Mapping[str, Any], master: str | None) 
     yield from software.deepspeed_json(case)
     yield from software.ops(case, source)
     yield from software.locks(case)
+    yield from gradients(case)
     yield from data_set.data_set(case)
     yield from machine.disk(case)
     yield from machine.shared_memory(case)

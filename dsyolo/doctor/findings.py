@@ -10,7 +10,7 @@ OK, WARNING, FAIL = "OK", "WARNING", "FAIL"
 WIDTH = 110
 # Of the table: first what the others rest on.
 ORDER = (
-    "hostfile environment launcher ssh probe python torch deepspeed dsyolo packages slots deepspeed_config ops locks "
+    "hostfile environment launcher ssh probe python torch deepspeed dsyolo packages slots deepspeed_config ops locks gradients "
     "data disk shm clock names interface master port project link"
 )
 

@@ -138,17 +138,12 @@ def _deepspeed_json(request: Section) -> Section:
     path = request["deepspeed_config"]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
     checker = importlib.import_module("dsyolo.config.deepspeed.config")
-    checks = importlib.import_module("dsyolo.config.deepspeed.rules")
     reader = importlib.import_module("dsyolo.config.deepspeed.json_reader")
     errors = importlib.import_module("dsyolo.base.errors")
     accelerator = _devices(request)["accelerator"]
-    source = reader.read_json(path, [])
-    content, autos = reader.without_auto(source) if source else ({}, [])
-    if autos and (batch := checks.open_batch(content, request["world_size"])):
-        content["train_batch_size"] = batch  # as the run will have it
     try:
         checker.check(
-            content if autos else path,
+            reader.read_source(path),
             world_size=request["world_size"],
             accelerator=accelerator,
             layers=request["layers"],

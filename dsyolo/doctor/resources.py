@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
 from dsyolo.doctor.answers import Devices, Disk, Hello
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
-from dsyolo.planner.memory_estimate import STATES
 
 KEPT = 3  # checkpoints at once: the last two, and the one that is being written
 LITTLE_DISK, LITTLE_SHM = (
@@ -79,7 +79,7 @@ def runs_bytes(case: DoctorContext) -> tuple[int | None, str]:
     """Bytes that the folder of a run comes to, and of what; None without --model."""
     if case.num_parameters is None:
         return None, ""
-    states = STATES[case.ds.optimizer] if case.ds else max(STATES.values())
+    states = case.ds.optimizer.states_per_param if case.ds else max(one.states for one in OPTIMIZERS.values())
     tensor = 4 * case.num_parameters  # fp32, as all files have it
     checkpoint = tensor * (2 + states)  # weights and their average
     return KEPT * checkpoint + 2 * tensor, f"for {KEPT} checkpoints of {_size(checkpoint)} and two of weights"

@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all data-parallel ranks: its statistics are those of the whole micro-batch."""
+"""Synchronised BatchNorm: statistics over the micro-batches of all data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dsyolo.models.blocks import BatchNorm
 
 
 def synchronise_batchnorm(network: nn.Module, group: torch_dist.ProcessGroup | None = None) -> None:
-    """Makes every BatchNorm of `network` normalise over the ranks of `group` while it trains.
+    """Make every BatchNorm of `network` normalise over the ranks of `group` in training.
 
-    So R ranks with m images each train as one with R x m. Parameters and buffers keep their names. All ranks of
-    the group must run the same forwards and backwards in the same order; a forward may run twice (recompute), as
-    long as it does on all of them.
+    So R ranks with m images each train as one with R x m. Parameters and buffers keep their names. All ranks of the
+    group must run the same forwards and backwards in the same order. With activation checkpointing a forward runs twice,
+    on all of them.
 
     Args:
-        group: the ranks that hold replicas of `network`; None: all.
+        group: the replicas of `network`; None: all ranks.
     """
     for module in network.modules():
         if isinstance(module, BatchNorm):
@@ -39,11 +39,11 @@ def batch_norm(
     *,
     group: torch_dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """`F.batch_norm` whose batch is that of all ranks of `group`. Gradients of weight and bias are this rank's.
+    """Compute `F.batch_norm` over the batches of all ranks of `group`. Gradients of weight and bias are this rank's.
 
     Args:
         x: (B, C, H, W), of any floating type; the others are (C,) float32.
-        training: otherwise it normalises with the running statistics, and nothing is exchanged.
+        training: False normalises by the running statistics, without communication.
     """
     size = torch_dist.get_world_size(group)
     if not training or size == 1:
@@ -60,7 +60,7 @@ def batch_norm(
 
 
 class _CpuSyncBatchNorm(torch.autograd.Function):
-    """One collective forward, one backward; in fp32, the ranks' statistics put together in fp64."""
+    """One collective forward, one backward; in fp32, with the ranks' statistics combined in fp64."""
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, momentum, eps, group):
@@ -75,7 +75,7 @@ class _CpuSyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Of y = w x_hat + b: dx = w / std (dy - mean(dy) - x_hat mean(dy x_hat)), means over all ranks."""
+        """For y = w x_hat + b: dx = w / std (dy - mean(dy) - x_hat mean(dy x_hat)), means over all ranks."""
         x, mean, inverse_std, weight = ctx.saved_tensors
         grad = grad.float()
         normalised = (x.float() - _by_channel(mean)) * _by_channel(inverse_std)
@@ -91,10 +91,10 @@ class _CpuSyncBatchNorm(torch.autograd.Function):
 def _global_statistics(
     x: torch.Tensor, group: torch_dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(elements of a channel on all ranks (), mean (C,), biased variance (C,)), all fp64.
+    """Return (elements of a channel on all ranks (), mean (C,), biased variance (C,)), all fp64.
 
-    Means and variances are exchanged and not sums of squares, whose difference loses digits: the variance is
-    the mean of variances plus the variance of means, each rank by its share of the elements.
+    Ranks exchange means and variances, since differences of sums of squares lose digits. The variance is the mean of
+    variances plus the variance of means, weighted by the ranks' elements.
     """
     var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
     own = torch.cat((mean, var, mean.new_tensor([x.numel() // x.shape[1]]))).double()

@@ -9,7 +9,7 @@ from torch import nn
 class Buffers:
     """All float buffers of a network as views of one flat fp32 tensor.
 
-    So that averaging them over ranks is one small collective a step, and their EMA one operation.
+    So averaging them over ranks is one small collective a step, and their EMA one operation.
 
     Args:
         network: its buffers are moved; do not move or cast it afterwards.
@@ -32,20 +32,20 @@ class Buffers:
             module._buffers[name] = view.view(buffer.shape)
 
     def gathered(self, flat: torch.Tensor) -> torch.Tensor:
-        """The values in `flat`, like this rank's, of the whole network. All ranks must call it."""
+        """Return `flat` (laid out like this rank's) for the whole network. All ranks must call it."""
         return flat
 
     def own(self, gathered: torch.Tensor) -> torch.Tensor:
-        """This rank's part of what `gathered` gave."""
+        """Return this rank's part of what `gathered` returned."""
         return gathered
 
     def named(self, gathered: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every buffer of the whole network by its name in the state."""
+        """Return every buffer of the whole network by its name in the state."""
         return named_buffers(self._network, gathered)
 
 
 def named_buffers(network: nn.Module, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The buffers of `network` by name, those of floats with the values of `flat`, in the order of `named_buffers`."""
+    """Return the buffers of `network` by name, float ones with the values of `flat`, in the order of `named_buffers`."""
     named, start = {}, 0
     for name, buffer in network.named_buffers():
         if buffer.is_floating_point():

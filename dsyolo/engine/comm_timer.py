@@ -1,7 +1,8 @@
-"""The time and bytes of collectives, by a seam at torch.distributed's own functions: DeepSpeed's calls and dsyolo's meet there."""
+"""Times collectives and counts their bytes, by wrapping torch.distributed, which DeepSpeed and dsyolo both call."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.step_timer import COMMUNICATION, StepTimer
 
 NAMES = (
@@ -27,51 +29,44 @@ NAMES = (
     "irecv",
     "barrier",
 )
-# DeepSpeed's backend took these from torch when it was made.
-TAKEN = {"all_gather_function": "all_gather_into_tensor", "reduce_scatter_function": "reduce_scatter_tensor"}
 
 
 class CommTimer:
-    """Counts the collectives of steps as communication, with the waiting for other ranks in it.
+    """Times the collectives of steps as communication, waiting for other ranks included.
 
     Attributes:
-        sizes: by function, bytes of the whole tensors that it has reduced, gathered or sent so far: of a gathered one
-            all ranks' parts together.
-        calls: so far.
+        sizes: bytes so far, by function: of the whole tensors, and of all ranks' parts together in a gather.
+        calls: collectives so far.
     """
 
-    def __init__(self, phases: StepTimer) -> None:
-        from deepspeed.comm import comm as deepspeed_comm
-
-        self._phases = phases
+    def __init__(self, timer: StepTimer) -> None:
+        self._timer = timer
         self.calls = 0
         self.sizes: Counter[str] = Counter()
         self._plain = {name: getattr(torch_dist, name) for name in NAMES}
-        self._backend = deepspeed_comm.cdb
         for name, plain in self._plain.items():
             setattr(torch_dist, name, self._timed(name, plain))
-        for name, own in TAKEN.items():
-            setattr(self._backend, name, getattr(torch_dist, own))
+        self._rebound = contextlib.ExitStack()
+        self._rebound.enter_context(internals.rebound_collectives())
 
     def close(self) -> None:
-        """Puts everything back."""
+        """Restore the wrapped functions."""
         for name, plain in self._plain.items():
             setattr(torch_dist, name, plain)
-        for name in TAKEN:
-            vars(self._backend).pop(name, None)
+        self._rebound.close()
 
     def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        phases = self._phases
+        timer = self._timer
 
         @functools.wraps(plain)
         def timed(*args: Any, **settings: Any) -> Any:
-            if not phases.inside:
+            if not timer.inside:
                 return plain(*args, **settings)
             self.calls += 1
             self.sizes[name] += max(map(_bytes_of, (*args, *settings.values())), default=0)
-            with phases.phase(COMMUNICATION):
+            with timer.phase(COMMUNICATION):
                 work = plain(*args, **settings)
-            return work if work is None or isinstance(work, int) else _Timed(work, phases)
+            return work if work is None or isinstance(work, int) else _Timed(work, timer)
 
         return timed
 
@@ -83,13 +78,13 @@ def _bytes_of(argument: Any) -> int:
 
 
 class _Timed:
-    """A collective that goes on: the time in which somebody waits for it is communication."""
+    """An asynchronous collective: waiting for it counts as communication."""
 
-    def __init__(self, work: Any, phases: StepTimer) -> None:
-        self._work, self._phases = work, phases
+    def __init__(self, work: Any, timer: StepTimer) -> None:
+        self._work, self._timer = work, timer
 
     def wait(self, *args: Any) -> Any:
-        with self._phases.phase(COMMUNICATION):
+        with self._timer.phase(COMMUNICATION):
             return self._work.wait(*args)
 
     def __getattr__(self, name: str) -> Any:
@@ -97,30 +92,21 @@ class _Timed:
 
 
 class CommsLog:
-    """DeepSpeed's comms logger, on for one step: on an accelerator it waits for the device at every collective."""
+    """DeepSpeed's comms logger, on for one step only, since it waits for the device at every collective."""
 
     def __init__(self) -> None:
-        from deepspeed.comm import comm as deepspeed_comm
-
-        self._module = deepspeed_comm
-        self._is_free = not deepspeed_comm.comms_logger.enabled  # else the JSON has it on for the whole run
+        self._is_ours = (
+            not internals.comms_logger_is_on()
+        )  # else the JSON has switched it on for the whole run
 
     def start(self) -> None:
-        """From here on it logs."""
-        if self._is_free:
-            self._module.configure(enabled=True, prof_all=True, verbose=False)
+        """Start logging."""
+        if self._is_ours:
+            internals.set_comms_logger(True)
 
     def stop(self) -> dict[str, dict[str, int]]:
-        """By operation how many calls, and bytes as DeepSpeed counts them: of the tensors, not of the wire."""
-        logger = self._module.comms_logger
-        found = {
-            name: {
-                "calls": sum(record[0] for record in sizes.values()),
-                "bytes": sum(int(size) * record[0] for size, record in sizes.items()),
-            }
-            for name, sizes in logger.comms_dict.items()
-        }
-        if self._is_free:
-            self._module.configure(enabled=False)
-            logger.comms_dict.clear()
+        """Stop logging. Return calls and bytes by operation, bytes of the tensors and not of what is sent."""
+        found = internals.logged_collectives()
+        if self._is_ours:
+            internals.set_comms_logger(False)
         return found

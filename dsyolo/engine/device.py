@@ -8,34 +8,34 @@ from dsyolo.cluster.world import World, cores_of_rank
 
 
 def total_memory(local_rank: int) -> int:
-    """Bytes of the accelerator that this rank will use."""
+    """Return the memory of this rank's accelerator in bytes."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().total_memory(local_rank)
 
 
 def empty_cache() -> None:
-    """Gives back what its allocator keeps and nobody uses."""
+    """Return unused memory of the accelerator's allocator to the device."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().empty_cache()
 
 
 def current_device() -> torch.device:
-    """The device that this rank computes on."""
+    """Return the device that this rank computes on."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
 
 
 def pins_memory() -> bool:
-    """Whether batches are copied to a device of its own, from pinned memory."""
+    """Whether batches are copied to an accelerator, from pinned memory."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().device_name() != "cpu"
 
 
 def num_workers(world: World, workers: int | None) -> int:
-    """Loader processes of this rank: `workers`, or as many as its cores carry beside the training."""
+    """Return the loader processes of this rank: `workers`, or as many as its cores allow beside the training."""
     # On a CPU the training itself takes the rank's cores; one worker keeps ahead of it.
     return (min(8, cores_of_rank(world)) if pins_memory() else 1) if workers is None else workers

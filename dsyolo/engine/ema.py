@@ -1,4 +1,4 @@
-"""The exponential moving average of weights and buffers, held only for the pieces that a rank owns."""
+"""The exponential moving average of weights and buffers, held only for the partitions that a rank owns."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dsyolo.engine.partitions import Partitions
 class Ema:
     """Averages the fp32 masters of this rank, at no communication, and the buffers.
 
-    decay(n) = decay * (1 - exp(-n / tau)) after n updates (spec.md, Recipe).
+    decay(n) = decay * (1 - exp(-n / tau)) after n updates (docs/yolov5.md, Recipe).
 
     Args:
-        shards: the rank's share of the parameters.
+        partitions: this rank's part of the parameters.
         buffers: the network's float buffers, equal on all ranks.
         decay: the limit; 0 makes the average the weights themselves.
         tau: updates over which the decay grows.
 
     Attributes:
-        shards: the part of them that is averaged here; of replicas of the same weights each averages a share.
-        tensors: the average, one per holding of `shards`.
+        partitions: the part that is averaged here; replicas of the same weights average a share each.
+        tensors: the average, one per flat partition.
     """
 
     def __init__(self, partitions: Partitions, buffers: Buffers, decay: float, tau: float) -> None:
@@ -36,24 +36,24 @@ class Ema:
         self.buffers = buffers.flat.clone()
 
     def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """The average as the network's state, fp32 on the host; empty where not `keep`. All ranks must call it."""
+        """Return the average as the network's state, fp32 on the host; empty unless `keep`. All ranks must call it."""
         return _state_dict(self.partitions, self.tensors, self._live_buffers, self.buffers, keep)
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step."""
+        """Update the average after an optimizer step."""
         self.updates += 1
         weight = 1 - self._decay * (1 - math.exp(-self.updates / self._tau))
         torch._foreach_lerp_(self.tensors, self.partitions.masters(), weight)
         self.buffers.lerp_(self._live_buffers.flat, weight)
 
     def swapped(self) -> AbstractContextManager[None]:
-        """Inside, the network computes with the average; after it, with the trained weights again."""
+        """Inside, the network computes with the average; afterwards with the trained weights again."""
         return self.partitions.swap_parameters(self.tensors, self.buffers)
 
 
 class NoEma:
-    """In the place of an average: the trained weights themselves."""
+    """Stands in for `Ema` when it is off: the trained weights themselves."""
 
     updates = 0
 
@@ -63,10 +63,10 @@ class NoEma:
         self.buffers = buffers.flat[:0]
 
     def update(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def state_dict(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """The weights as `Ema.state_dict` gives them."""
+        """Return the weights as `Ema.state_dict` does."""
         live = self._live_buffers
         return _state_dict(self.partitions, self.partitions.masters(), live, live.flat, keep)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from dsyolo.base.batch import Batch, StepStats, Targets
 from dsyolo.cluster.collectives import all_gather_objects, all_reduce_sum, broadcast
 from dsyolo.cluster.world import World
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.buffers import Buffers
 from dsyolo.engine.loss_scale import LossScale
 from dsyolo.engine.optimizer import Schedule
@@ -23,21 +23,21 @@ _LOSS_EVENT = "Train/Samples/train_loss"
 class Engine:
     """Trains `network` under DeepSpeed.
 
-    Invariant: the gradient of a step is that of the loss over the global batch, however it is split into
-    micro-batches and ranks; and parameters and buffers are equal on all ranks between steps.
+    Invariant: a step's gradient is that of the loss over the global batch, however it is split into micro-batches and
+    ranks. Between steps, parameters and buffers are equal on all ranks.
 
     Args:
-        network: gives raw maps for uint8 images; its weights and buffers are made those of rank 0.
-        loss: `loss(maps, targets)` gives (total summed over images, parts (3,)).
-        optimizer: over the network's parameters, with rate 0.
+        network: maps uint8 images to raw maps; gets the weights and buffers of rank 0.
+        loss: `loss(maps, targets)` returns (total summed over images, parts (3,)).
+        optimizer: over the network's parameters, with learning rate 0.
         schedule: sets the optimizer's values before every step.
-        deepspeed_json: what `deepspeed.initialize` gets.
+        deepspeed_json: for `deepspeed.initialize`.
         accumulation: micro-batches of a rank in one step.
-        statistics_move: BatchNorm's statistics follow each rank's own batches, and so must be put together.
+        statistics_move: BatchNorm's statistics follow each rank's own batches, and so must be averaged.
 
     Attributes:
         network: what this rank trains, under the parameters' own names.
-        buffers: of `network`.
+        buffers: those of `network`.
     """
 
     def __init__(
@@ -54,8 +54,7 @@ class Engine:
     ) -> None:
         from deepspeed.accelerator import get_accelerator
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        logging.getLogger("DeepSpeed").addFilter(_is_news)
+        internals.quiet_logger()
         self.device = torch.device(get_accelerator().current_device_name())
         self.world = world
         self.accumulation = accumulation
@@ -64,37 +63,29 @@ class Engine:
         self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
         self.network = network.to(self.device)
         self.deepspeed = self._initialize(optimizer)
-        _sum_in_the_share(self.deepspeed)
+        internals.accumulate_in_partition(self.deepspeed)
         self._norm: torch.Tensor | None = None
-        self._phases: StepTimer | NoStepTimer = NoStepTimer()
+        self._timer: StepTimer | NoStepTimer = NoStepTimer()
         if self.deepspeed.zero_optimization_stage() == 0:
-            # DeepSpeed's own waits for the device, tells nobody the norm, and forgets a pipeline's other stages.
-            self.deepspeed.clip_fp32_gradients = self._clip_gradients
-            self._take_step, self.deepspeed.optimizer.step = (
-                self.deepspeed.optimizer.step,
-                self._step_if_finite,
-            )
-        self._tell_monitor, self.deepspeed.monitor.write_events = (
-            self.deepspeed.monitor.write_events,
-            self._lr_only,
-        )
+            internals.replace_clipping(self.deepspeed, self._clip_gradients)
+            self._take_step = internals.replace_step(self.deepspeed.optimizer, self._step_if_finite)
+        self._write_events = internals.replace_monitor_writer(self.deepspeed, self._write_own_events)
         self.buffers = self._make_buffers()
         broadcast(self.buffers.flat, self.dp_group)
-        self._share_of_statistics = self._slow_down_statistics() if statistics_move else None
+        self._statistics_weight = self._scale_batchnorm_momentum() if statistics_move else None
         self.loss_scale = LossScale(self.deepspeed)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
-        """One optimizer step from this rank's micro-batches. A step whose gradients are not finite leaves no trace.
+        """Take one optimizer step from this rank's micro-batches. If its gradients are not finite, change nothing.
 
-        Whether they are is asked once in a step, before the optimizer: the only wait for the device, and DeepSpeed's
-        own at ZeRO 1 to 3.
+        That check is the only wait for the device in a step; at ZeRO 1 to 3 it is DeepSpeed's own.
 
         Args:
             batches: `accumulation` micro-batches.
             step: optimizer steps done so far in the whole run.
 
         Returns:
-            what happened, over the global batch, and the learning rate of the weights.
+            the statistics of the global batch, and the learning rate of the weights.
         """
         assert len(batches) == self.accumulation
         self.deepspeed.train()
@@ -103,13 +94,13 @@ class Engine:
         losses = torch.zeros(3, device=self.device)
         for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
             losses += self._add_gradients(batch.images, targets)
-            with self._phases.phase(OPTIMIZER):
+            with self._timer.phase(OPTIMIZER):
                 self.deepspeed.step()
         return self._stats(losses, len(batches[0].images), buffers_before), lr
 
     def _add_gradients(self, images: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """Of a micro-batch, to those that are there. The maps are freed with the graph, before the next one's are made."""
-        phase = self._phases.phase
+        """Accumulate the gradients of one micro-batch. Its maps are freed with the graph, before the next one's exist."""
+        phase = self._timer.phase
         with phase(COPY):
             images = self.to_device_images(images)
         with phase(FORWARD):
@@ -119,37 +110,37 @@ class Engine:
             self.deepspeed.backward(total * self._undo_averaging())
         return parts
 
-    def tell(self, phases: StepTimer) -> None:
-        """From now on `phases` hears what a step does."""
-        self._phases = phases
+    def set_timer(self, timer: StepTimer) -> None:
+        """Time the phases of every step from now on."""
+        self._timer = timer
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Decoded boxes (B, boxes, 5 + K) on the device. Under ZeRO 3 all ranks must call it as often."""
+        """Return decoded boxes (B, boxes, 5 + K) on the device. Under ZeRO 3 all ranks must call it equally often."""
         self.deepspeed.eval()
         return self.network.decode(self.deepspeed(self.to_device_images(images)))
 
     def to_device_images(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, H, W) to the device, channels-last, without waiting."""
+        """Copy uint8 images (B, 3, H, W) to the device, channels-last, without waiting."""
         return self._to_device(images).contiguous(memory_format=torch.channels_last)
 
     def all_gather(self, item: Any) -> list[Any]:
-        """Every rank's item, on every rank."""
+        """Return every rank's item, on every rank."""
         return all_gather_objects(item)
 
     @property
     def dp_size(self) -> int:
-        """Ranks among which a step's images are divided."""
+        """Return the number of replicas, among which a step's images are divided."""
         return self.world.size
 
     @property
     def dp_rank(self) -> int:
-        """Which of them this rank is."""
+        """Return which replica this rank is part of."""
         return self.world.rank
 
     @property
     def dp_group(self) -> Any:
-        """Their process group; None for all ranks."""
+        """Return the process group of the replicas; None for all ranks."""
         return None
 
     def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -168,12 +159,13 @@ class Engine:
         return self._sum_over_stages(torch.nn.utils.get_total_norm(gradients).square()).sqrt()
 
     def _step_if_finite(self) -> None:
-        """At ZeRO 0, as DeepSpeed's other optimizers do by themselves."""
-        optimizer, scaled = self.deepspeed.optimizer, self.loss_scale.can_skip
+        """Step at ZeRO 0; ZeRO's own optimizers check by themselves."""
+        scaled = self.loss_scale.can_skip
         if not scaled and not self.deepspeed.gradient_clipping():
             self._norm = self._total_norm()
-        optimizer.overflow = not scaled and not bool(self._norm.isfinite())  # DeepSpeed looks there
-        if not optimizer.overflow:
+        overflow = not scaled and not bool(self._norm.isfinite())
+        internals.set_overflow(self.deepspeed.optimizer, overflow)
+        if not overflow:
             self._take_step()
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -185,73 +177,56 @@ class Engine:
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _slow_down_statistics(self) -> float | None:
-        """Lets BatchNorm's statistics move on N replicas as on one that sees the micro-batches one after the other.
+    def _scale_batchnorm_momentum(self) -> float | None:
+        """Make BatchNorm's statistics move on N replicas as on one that sees all micro-batches one after the other.
 
-        There each micro-batch moves them by the momentum m: s <- (1 - m) s + m x. Micro-batches go round the replicas, so
-        those of one replica move its own by 1 - (1 - m)^N, and what N replicas came to counts by m (1 - m)^(N - 1 - i)
-        of replica i, over the sum of these: algebra, not an approximation.
+        There each micro-batch moves them by the momentum m: s <- (1 - m) s + m x. Micro-batches go round the replicas,
+        so here one moves them by 1 - (1 - m)^N, and replica i counts in the average by m (1 - m)^(N - 1 - i) over the
+        sum of these weights. This is exact, not an approximation.
 
         Returns:
-            this replica's weight; None where there is one alone, or nothing to move.
+            this replica's weight; None for a single replica.
         """
         n = self.dp_size
         if n == 1:
             return None
         norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
-        m = norms[0].momentum if norms else 0.5  # a stage without any has only to take part
+        m = norms[0].momentum if norms else 0.5  # a stage without any still takes part in the collective
         for norm in norms:
             assert norm.momentum == m, "one momentum for all"
             norm.momentum = 1 - (1 - m) ** n
         return m * (1 - m) ** (n - 1 - self.dp_rank) / (1 - (1 - m) ** n)
 
     def _counted_targets(self, batches: Sequence[Batch]) -> list[Targets]:
-        """The targets on the device, with matches per level and images of the global batch as their counts."""
+        """Return the targets on the device, with the global batch's matches per level and images as their counts."""
         own = [torch.cat((b.targets.num_matches, b.targets.num_images[None])) for b in batches]
-        with self._phases.phase(COPY):
+        with self._timer.phase(COPY):
             counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.dp_group)
             return [
                 Targets(*(self._to_device(t) for t in batch.targets[:-2]), counts[:-1], counts[-1])
                 for batch in batches
             ]
 
-    def _lr_only(self, events: Sequence[tuple[str, Any, int]]) -> None:
-        """DeepSpeed's events for its monitors. Its loss is per step and not per image, and there in a pipeline only."""
-        self._tell_monitor([event for event in events if event[0] != _LOSS_EVENT])
+    def _write_own_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
+        """Write DeepSpeed's events but its loss, which is per step and not per image, and there in a pipeline only."""
+        self._write_events([event for event in events if event[0] != _LOSS_EVENT])
 
     def _undo_averaging(self) -> int:
-        """DeepSpeed divides by accumulation and replicas; the loss is a sum, so both are multiplied back in."""
+        """Return the factor that undoes DeepSpeed's division by accumulation and replicas: the loss is a sum."""
         return self.accumulation * self.dp_size
 
     def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
-        """After a step. `losses`: this rank's share of them."""
-        if self._share_of_statistics is not None:
-            # Anchors do not move, and so come out of it to the last bit.
-            moved = (self.buffers.flat - buffers_before).mul_(self._share_of_statistics)
+        """Return a step's statistics, and settle the buffers. `losses` (3,) are this rank's share."""
+        if self._statistics_weight is not None:
+            # Anchors do not move, so they stay bit-equal.
+            moved = (self.buffers.flat - buffers_before).mul_(self._statistics_weight)
             torch.add(buffers_before, all_reduce_sum(moved, self.dp_group), out=self.buffers.flat)
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
         applied = self.loss_scale.step_was_applied()
         if not applied:
-            self.buffers.flat.copy_(buffers_before)  # what is not finite may have been BatchNorm's input
+            self.buffers.flat.copy_(buffers_before)  # non-finite values may have reached BatchNorm
         losses = all_reduce_sum(losses)
-        if self.deepspeed.monitor.enabled:  # waits for the device, as DeepSpeed's own events do
-            self._tell_monitor([(_LOSS_EVENT, losses.sum().item(), self.deepspeed.global_samples)])
+        if (samples := internals.monitor_samples(self.deepspeed)) is not None:
+            # waits for the device, as DeepSpeed's own events do
+            self._write_events([(_LOSS_EVENT, losses.sum().item(), samples)])
         return StepStats(losses, norm, self._undo_averaging() * micro_batch, applied)
-
-
-def _sum_in_the_share(deepspeed_engine: Any) -> None:
-    """ZeRO 2 keeps of the gradients a rank's share alone, and adds up micro-batches in it.
-
-    DeepSpeed 0.19.8 does so only where it sums bf16 or fp16 in fp32 (`GradPartitionBufferGroup`). Elsewhere it keeps whole
-    the gradients of parameters at the share's borders, of which a wide layer alone is larger than a share of hundreds,
-    and flattens them anew for the optimizer. With the optimizer in host memory they wait there, part by part.
-    """
-    wrapper = deepspeed_engine.optimizer
-    if deepspeed_engine.zero_optimization_stage() == 2 and not wrapper.cpu_offload:
-        assert callable(wrapper._use_compact_grad_partition_buffer), "as of DeepSpeed 0.19.8"
-        wrapper._use_compact_grad_partition_buffer = lambda group: True
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """DeepSpeed warns of every optimizer but Adam's kinds under ZeRO; with SGD it is tested here (tests/support/parity.py)."""
-    return "untested optimizer" not in record.getMessage()

@@ -1,6 +1,6 @@
-"""A process that is one of thousands of ranks, without the others: torch's fake process group sends nothing and waits for nobody.
+"""One process as one rank of thousands, by torch's fake process group, which sends nothing.
 
-What ranks would tell each other stays what it was before, so results mean nothing; sizes of tensors and of what is sent do.
+Collectives leave their tensors as they are, so results mean nothing. Sizes of tensors and messages are right.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dsyolo.engine.process_group import quiet_deepspeed
 
 
 def pretend(rank: int, ranks: int) -> World:
-    """This process as the `rank`-th of `ranks`, each on a machine of its own, for as long as it lives."""
+    """Make this process rank `rank` of `ranks`, each on its own machine, until it ends."""
     import deepspeed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -36,11 +36,12 @@ def pretend(rank: int, ranks: int) -> World:
 
 
 def sent_bytes(sizes: Mapping[str, int], ranks: int) -> float:
-    """Of one rank, where every collective goes by a ring (Patarasu and Yuan 2009): twice (N - 1) / N of what is reduced for all,
-    once of what is gathered, scattered, or reduced for one.
+    """Return the bytes that one of N ranks sends if every collective is a ring (Patarasu and Yuan 2009).
+
+    An all-reduce sends 2 (N - 1) / N of its tensor; a gather, scatter, or reduction to one rank half of that.
 
     Args:
-        sizes: `Collectives.sizes`.
+        sizes: `CommTimer.sizes`.
     """
     return (
         sum((2 if name == "all_reduce" else 1) * size for name, size in sizes.items()) * (ranks - 1) / ranks

@@ -1,9 +1,8 @@
-"""Gloo's collectives in as few bytes as they need.
+"""Reductions over gloo that send only what the other rank needs.
 
-Gloo sends the whole tensor around as an all-reduce does, where each rank is to have only its share of the sum: measured per
-rank, of a tensor's bytes on 2 and 4 ranks, 1.00 and 1.50 for a reduce-scatter, 1.09 and 0.94 for a reduce of each share to
-its rank. ZeRO 1 to 3 do nothing else with gradients. Here ranks send each other what the other is to have and sum it up
-themselves: 0.50 and 0.75. NCCL needs none of this.
+Gloo's own reduce-scatter sends as much as an all-reduce. Bytes sent per rank, relative to the tensor, measured on 2 and 4
+ranks: 1.00 and 1.50 for gloo's reduce-scatter, 1.09 and 0.94 for a reduce of each share to its rank, 0.50 and 0.75 here.
+ZeRO 1 to 3 reduce all gradients so. NCCL needs none of this.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.engine import deepspeed_internals as internals
+
 
 def send_only_shares() -> None:
-    """Makes DeepSpeed's reductions on gloo send what is needed. Sums are taken in the order of ranks. Call it once joined."""
-    from deepspeed.comm import comm as deepspeed_comm
-
+    """Replace DeepSpeed's reductions on gloo, once the process group is there. Sums are in the order of ranks."""
     if torch_dist.get_backend() == "gloo":
-        deepspeed_comm.cdb.reduce_scatter_tensor = _reduce_scatter
-        deepspeed_comm.cdb.reduce = _reduce
+        internals.replace_reductions(_reduce_scatter, _reduce)
 
 
 def _reduce_scatter(
@@ -30,7 +28,7 @@ def _reduce_scatter(
     group: Any = None,
     async_op: bool = False,
 ) -> None:
-    """The sum of every rank's i-th part of `input_tensor` (N * elements,), in the `output_tensor` of rank i."""
+    """Write the sum of all ranks' i-th parts of `input_tensor` (N * elements,) into `output_tensor` of rank i."""
     _assert_plain(op, async_op)
     parts = torch.empty_like(input_tensor)
     torch_dist.all_to_all_single(parts, input_tensor, group=group)
@@ -40,7 +38,7 @@ def _reduce_scatter(
 def _reduce(
     tensor: torch.Tensor, dst: int, op: Any = None, group: Any = None, async_op: bool = False
 ) -> None:
-    """The sum of all ranks' `tensor`, in place, on the rank `dst` of the world."""
+    """Sum all ranks' `tensor` in place on the rank `dst` of the world."""
     _assert_plain(op, async_op)
     if torch_dist.get_rank() != dst:
         torch_dist.send(tensor, dst, group=group)

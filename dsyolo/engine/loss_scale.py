@@ -1,27 +1,26 @@
-"""The loss scale of fp16: what a checkpoint keeps of it, and whether a step was skipped because of it."""
+"""The loss scale of fp16: its state in checkpoints, and whether it made a step be skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+from dsyolo.engine import deepspeed_internals as internals
 
 
 class LossScale:
     """The scaler of a DeepSpeed engine: its own (`fp16.enabled`), torch's (fp16 autocast at ZeRO 0), or none.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
+        engine: as returned by `deepspeed.initialize`.
 
     Attributes:
-        can_skip: there is one; a step whose gradients are not finite is left out, and the scale halved.
+        can_skip: there is a scaler; it skips a step whose gradients are not finite, and halves the scale.
     """
 
     def __init__(self, engine) -> None:
         self._engine = engine
-        self._torch: torch.amp.GradScaler | None = getattr(engine, "torch_autocast_z0_gradscaler", None)
-        scaler = getattr(engine.optimizer, "loss_scaler", None)
-        self._own = scaler if getattr(scaler, "dynamic", False) else None
+        self._torch = internals.autocast_scaler(engine)
+        self._own = internals.dynamic_scaler(engine)
         self.can_skip = self._torch is not None or engine.fp16_enabled()
         self._before = self._torch.get_scale() if self._torch else 0.0
 
@@ -33,28 +32,18 @@ class LossScale:
         return self._before >= before
 
     def state(self) -> dict[str, float]:
-        """Scale, steps since it last changed, and (DeepSpeed's) overflows until it falls. Empty: nothing moves."""
+        """Return scale, steps since its last change, and (DeepSpeed's) overflows until it falls; empty without a scaler."""
         if self._torch is not None:
             state = self._torch.state_dict()
             return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
-        if self._own is None:
-            return {}
-        scaler = self._own
-        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
-        return {
-            "scale": scaler.cur_scale,
-            "good_steps": good_steps,
-            "hysteresis": scaler.cur_hysteresis,
-        }
+        return {} if self._own is None else internals.scaler_state(self._own)
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Goes on from what `state` gave, of either scaler; an empty one, or no scaler here, changes nothing."""
+        """Continue from a `state` of either scaler. An empty one changes nothing, nor does any without a scaler here."""
         if state and self._torch is not None:
             settings = self._torch.state_dict()
             good_steps = int(state["good_steps"]) % settings["growth_interval"]
             self._torch.load_state_dict({**settings, "scale": state["scale"], "_growth_tracker": good_steps})
             self._before = self._torch.get_scale()
         elif state and self._own is not None:
-            self._own.cur_scale = state["scale"]
-            self._own.cur_iter, self._own.last_overflow_iter = int(state["good_steps"]), -1
-            self._own.cur_hysteresis = int(state.get("hysteresis", self._own.delayed_shift))
+            internals.load_scaler_state(self._own, state)

@@ -1,7 +1,7 @@
-"""How much memory a rank takes, term by term, measured in a step of its training.
+"""Measures a rank's memory in a training step, term by term.
 
-What lies there is found at the tensors that the engine, the optimizer and the average hold, each storage once. What
-comes and goes beside it is told by the allocator: an accelerator's is torch's own, a CPU's is the C library's malloc.
+What stays is counted from the tensors of the engine, the optimizer and the EMA, each storage once. Activations come from
+the allocator's peaks: torch's own on an accelerator, the C library's malloc on a CPU.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.partitions import Partitions
 
-EVERY = 8  # of the parameters' gradients, one is an occasion to look: a look takes some milliseconds
+EVERY = 8  # look after every eighth parameter's gradient: a look takes some milliseconds
 
 
 def process_memory_gib() -> float:
-    """Peak resident memory of this process, in GiB."""
+    """Return the peak resident memory of this process in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The largest memory of this rank so far: the device's allocator, or on a CPU the process's resident set."""
+    """Return this rank's peak so far in GiB: of the device's allocator, or on a CPU of the process's resident set."""
     from deepspeed.accelerator import get_accelerator
 
     return process_memory_gib() if device.type == "cpu" else get_accelerator().max_memory_allocated() / 2**30
 
 
 class MemoryMeasurement(NamedTuple):
-    """Of one rank in one step: the most that each term came to, and of all together.
+    """The largest value of each term of one rank in one step, and of all together.
 
-    Where nobody tells what comes and goes, `peak` is None and activations are 0.
+    If the allocator cannot be asked, `peak` is None and activations are 0.
     """
 
-    account: MemoryEstimate
-    peak: int | None  # bytes; at no moment is everything at its most
+    terms: MemoryEstimate
+    peak: int | None  # bytes; less than the sum: the terms peak at different moments
 
 
 def held(engine: Engine, partitions: Partitions, ema: Ema | NoEma) -> MemoryEstimate:
-    """The bytes that this rank holds now, but for activations."""
-    wrapper = engine.deepspeed.optimizer
+    """Return the bytes that this rank holds now, without activations."""
+    optimizer = engine.deepspeed.optimizer
     keys = [key for key, _ in partitions.optimizer_keys()]
     parameters = list(engine.network.parameters())
-    own = [getattr(p, "ds_tensor", p.data) for p in parameters]
-    own += [p.data for p in parameters if getattr(p, "ds_persist", False)]
-    buckets = [bucket.buffer for bucket in getattr(wrapper, "ipg_buckets", {}).values()]
-    gradients = [(tensor.grad, getattr(tensor, "grad_accum", None)) for tensor in chain(parameters, keys)]
-    gradients += [getattr(wrapper, name, None) for name in _GRADIENTS]
+    gradients = [
+        [tensor.grad for tensor in chain(parameters, keys)],
+        internals.gradient_buffers(optimizer, chain(parameters, keys)),
+    ]
     states = [list(partitions.optimizer.state[key].values()) for key in keys]
     seen: set[int] = set()
     parts = {
-        "parameters": _sizes(own, seen),
+        "parameters": _sizes([internals.weights_held(p) for p in parameters], seen),
         "ema": _sizes(ema.tensors, seen),
         "optimizer": _sizes([keys, partitions.masters(), states], seen),
-        "buckets": _sizes(buckets, seen),
+        "buckets": _sizes(internals.bucket_buffers(optimizer), seen),
         "gradients": _sizes(gradients, seen),
     }
-    rest = _sizes([[p.data for p in parameters], list(vars(wrapper).values())], seen)
+    rest = _sizes([[p.data for p in parameters], internals.all_attributes(optimizer)], seen)
     parts["buckets"] = [a + b for a, b in zip(parts["buckets"], rest, strict=True)]
     device, host = (MemoryTerms(**{name: sizes[i] for name, sizes in parts.items()}) for i in (0, 1))
     return (
@@ -77,22 +77,12 @@ def held(engine: Engine, partitions: Partitions, ema: Ema | NoEma) -> MemoryEsti
     )
 
 
-# Where ZeRO's optimizers keep gradients beside those of the parameters themselves.
-_GRADIENTS = (
-    "grads_in_partition",
-    "averaged_gradients",
-    "all_grad_tensors",
-    "grad_partitions_flat_buffer",
-    "accumulated_grads_in_cpu",
-)
-
-
 def _sizes(values: Any, seen: set[int]) -> list[int]:
-    """Bytes of the storages of the tensors in nested `values` that are not yet `seen`: (accelerators', the host's)."""
+    """Return bytes of (accelerator, host): of the storages of tensors in nested `values` that are not yet `seen`."""
     sizes = [0, 0]
     for tensor in _tensors(values):
         storage = tensor.untyped_storage()
-        # In a file that is mapped to memory everything that was offloaded shares one storage.
+        # All tensors that are offloaded to a file share one storage.
         key, size = (
             (tensor.data_ptr(), tensor.nbytes) if storage.filename else (storage._cdata, storage.nbytes())
         )
@@ -112,12 +102,10 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 class MemoryProfiler:
-    """Measures the second step of a run, all ranks together, and hands what it found to `tell`.
-
-    The first one makes the optimizer's states.
+    """Measures the second step of a run on all ranks; the first one creates the optimizer's states.
 
     Args:
-        tell: gets every rank's measurement, in their order; called on all ranks, after the step.
+        report: takes the measurements of all ranks, in their order; called on all ranks after the step.
         again: measure the first step of every later epoch too.
     """
 
@@ -126,21 +114,21 @@ class MemoryProfiler:
         engine: Engine,
         partitions: Partitions,
         ema: Ema | NoEma,
-        tell: Callable[[list[MemoryMeasurement]], None],
+        report: Callable[[list[MemoryMeasurement]], None],
         *,
         again: bool = False,
     ) -> None:
         self._parts = engine, partitions, ema
-        self._tell, self._again = tell, again
+        self._report, self._again = report, again
         self._steps_left = 2
 
     def begin_epoch(self) -> None:
-        """Its first step is measured too, where every epoch's is."""
+        """Measure this epoch's first step, if `again`."""
         if self._again and self._steps_left <= 0:
             self._steps_left = 1
 
     def step(self) -> AbstractContextManager[None]:
-        """Around a training step."""
+        """Wrap a training step."""
         self._steps_left -= 1
         return nullcontext() if self._steps_left else self._measured()
 
@@ -149,22 +137,11 @@ class MemoryProfiler:
         probe = Probe(*self._parts)
         with probe.looking():
             yield
-        self._tell(self._parts[0].all_gather(probe.result()))
-
-
-class NoMemoryProfiler:
-    """In the place of a watch: measures nothing."""
-
-    def begin_epoch(self) -> None:
-        """Nothing to do."""
-
-    def step(self) -> AbstractContextManager[None]:
-        """Around a training step."""
-        return nullcontext()
+        self._report(self._parts[0].all_gather(probe.result()))
 
 
 class Probe:
-    """Looks at what a rank holds whenever a forward pass has ended or a gradient is there, in one step."""
+    """Samples what a rank holds after forward passes and gradients of one step."""
 
     def __init__(self, engine: Engine, partitions: Partitions, ema: Ema | NoEma) -> None:
         self._parts = engine, partitions, ema
@@ -173,16 +150,15 @@ class Probe:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Around the step."""
+        """Wrap the step."""
         engine, *_ = self._parts
-        wrapper = engine.deepspeed.optimizer
-        step = wrapper.step
+        optimizer = engine.deepspeed.optimizer
 
         def last_look(*args: Any, **settings: Any) -> Any:
             self._look(in_passes=False)
             return step(*args, **settings)
 
-        wrapper.step = last_look
+        step = internals.replace_step(optimizer, last_look)
         hooks = []
         for module in engine.network.modules():
             hooks.append(module.register_forward_hook(lambda *_: self._peaks.sample()))
@@ -197,7 +173,7 @@ class Probe:
             yield
         finally:
             self._peaks.stop()
-            wrapper.step = step
+            internals.replace_step(optimizer, step)
             for hook in hooks:
                 hook.remove()
 
@@ -206,33 +182,32 @@ class Probe:
         self._looks.append(_Look(held(*self._parts), in_passes))
 
     def result(self) -> MemoryMeasurement:
-        """The most of each term. Activations: what the allocator gave out beyond what is held, between two looks."""
+        """Return the peak of each term. Activations are what the allocator gave out beyond what is held."""
         device, host = (
-            MemoryTerms(*map(max, zip(*(look.account[i] for look in self._looks), strict=True)))
-            for i in (0, 1)
+            MemoryTerms(*map(max, zip(*(look.terms[i] for look in self._looks), strict=True))) for i in (0, 1)
         )
         peaks = self._peaks.above_start()
         if peaks is None:
             return MemoryMeasurement(MemoryEstimate(device, host), None)
-        start = self._looks[0].account.device.total
-        # What the optimizer's step takes in passing, after the last look, are no activations; nor are buckets and
-        # gradients that came between two looks.
+        start = self._looks[0].terms.device.total
+        # Not activations: temporaries of the optimizer's step, after the last look, and buckets and gradients that
+        # came between two looks.
         beyond = [
-            peak - (max(look.account.device.total, after.account.device.total) - start)
+            peak - (max(look.terms.device.total, after.terms.device.total) - start)
             for peak, (look, after) in zip(peaks[:-1], pairwise(self._looks), strict=True)
             if look.in_passes
         ]
-        account = MemoryEstimate(device._replace(activations=max(beyond)), host)
-        return MemoryMeasurement(account, start + max(peaks))
+        terms = MemoryEstimate(device._replace(activations=max(beyond)), host)
+        return MemoryMeasurement(terms, start + max(peaks))
 
 
 class _Look(NamedTuple):
-    account: MemoryEstimate
-    in_passes: bool  # between it and the next one runs a forward or backward pass, and nothing of ZeRO's
+    terms: MemoryEstimate
+    in_passes: bool  # only forward or backward passes run between it and the next look
 
 
 class _AllocatorPeaks:
-    """The most that an accelerator's allocator gave out after each mark, beyond what it had at the first one."""
+    """Peaks of an accelerator's allocator between marks, beyond its level at the first mark."""
 
     def __init__(self) -> None:
         from deepspeed.accelerator import get_accelerator
@@ -256,7 +231,7 @@ class _AllocatorPeaks:
 
 
 class _MallocPeaks:
-    """The same of the C library's, of which torch takes a CPU's memory. It tells what is given out, not its peaks."""
+    """The same for malloc, which torch uses on a CPU. It reports the present level only, so peaks are sampled."""
 
     def __init__(self, used: Callable[[], int]) -> None:
         self._used = used
@@ -280,7 +255,7 @@ class _MallocPeaks:
 
 
 class _NoPeaks:
-    """Where nobody tells."""
+    """The allocator cannot be asked."""
 
     def mark(self) -> None: ...
 
@@ -320,7 +295,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def malloc_bytes() -> Callable[[], int] | None:
-    """Tells the bytes that malloc has given out; None where it cannot be asked (before glibc 2.33, other libraries)."""
+    """Return a function for the bytes that malloc has given out; None before glibc 2.33 and with other libraries."""
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError):
@@ -334,5 +309,5 @@ def malloc_bytes() -> Callable[[], int] | None:
     before = used()
     block = torch.empty(
         2**26, dtype=torch.uint8
-    )  # more than other threads give back meanwhile; no page is touched
-    return used if used() - before >= block.nbytes else None  # else another malloc was loaded before this one
+    )  # more than other threads free meanwhile; no page is touched
+    return used if used() - before >= block.nbytes else None  # else another malloc is preloaded

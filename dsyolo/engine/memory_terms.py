@@ -1,4 +1,4 @@
-"""The terms of a rank's memory, estimated or measured."""
+"""The terms of a rank's memory, estimated or measured, in bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class MemoryTerms(NamedTuple):
-    """Bytes. What is small is left out: BatchNorm's buffers, images, targets, scalars."""
+    """Bytes by term. Small parts are left out: BatchNorm's buffers, images, targets, scalars."""
 
     parameters: int = 0  # that the network computes with
     gradients: int = 0
@@ -17,26 +17,26 @@ class MemoryTerms(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them at once: no moment of a step needs more, and most need less."""
+        """Return the sum: an upper bound, since the terms peak at different moments."""
         return sum(self)
 
     @property
     def states(self) -> int:
-        """What lies there whatever the images are: parameters, gradients, optimizer and EMA."""
+        """Return what does not depend on the images: parameters, gradients, optimizer and EMA."""
         return self.parameters + self.gradients + self.optimizer + self.ema
 
 
 class MemoryEstimate(NamedTuple):
-    """Of one rank. Where the device is the CPU, `host` is what was offloaded all the same."""
+    """The terms of one rank, by place. If the device is the CPU, `host` is still what was offloaded."""
 
     device: MemoryTerms
     host: MemoryTerms = MemoryTerms()
 
     @property
     def together(self) -> MemoryTerms:
-        """Wherever it lies."""
+        """Return the terms of device and host together."""
         return MemoryTerms(*(a + b for a, b in zip(self.device, self.host, strict=True)))
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        """Bytes by place and term."""
+        """Return bytes by place and term."""
         return {"device": self.device._asdict(), "host": self.host._asdict()}

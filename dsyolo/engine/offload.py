@@ -1,7 +1,7 @@
 """Offload to a folder: optimizer states, EMA and parameters in a file that is mapped to memory.
 
-DeepSpeed's own swapper to NVMe is a compiled op. Here DeepSpeed offloads to the host's memory, and that memory is
-a file's: the kernel keeps in its page cache what fits, and writes and drops the rest.
+DeepSpeed's own swapper to NVMe is a compiled op. Here DeepSpeed offloads to host memory that is mapped from a file: the
+kernel keeps what fits in its page cache, and writes and drops the rest.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.collectives import all_gather_objects
 from dsyolo.cluster.world import World
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.partitions import Partitions
 
 ALIGNMENT = 64  # bytes; that of torch's own allocator
 
-# What torch's optimizers begin with; a first step from zeros is a first step from nothing, to the last bit.
+# The state that torch's optimizers create in their first step. Starting from these zeros is bit-equal to that.
 FIRST_STATE: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "SGD": (("momentum_buffer",), {}),
     "Adam": (("exp_avg", "exp_avg_sq"), {"step": 0.0}),
@@ -30,7 +31,7 @@ FIRST_STATE: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
 
 
 class OffloadFolders(NamedTuple):
-    """Where the optimizer's states and the parameters are offloaded to; None: they stay where they are."""
+    """Folders for the optimizer's states and for the parameters; None: no offload to a folder."""
 
     optimizer: str | None
     parameters: str | None
@@ -39,47 +40,47 @@ class OffloadFolders(NamedTuple):
 def move_to_folders(
     folders: OffloadFolders, engine, partitions: Partitions, ema_tensors: Sequence[torch.Tensor], world: World
 ) -> None:
-    """Moves what DeepSpeed offloaded to the host's memory into files. Values, names and identities stay.
+    """Move what DeepSpeed offloaded to host memory into files. Values, names and tensor identities stay.
 
-    Every rank has a file per folder. It has no name any more once it is mapped, so nothing is left behind
-    however the run ends; and all of it is allocated here, so that a full disk is told now.
+    Every rank has one file per folder. It is unlinked once it is mapped, so nothing is left behind however the run ends.
+    It is allocated here as a whole, so that a full disk shows now and not in the middle of a step.
 
     Args:
         engine: what `deepspeed.initialize` returned, with offload to the CPU.
         ema_tensors: the average of the masters.
 
     Raises:
-        UserError: a folder cannot be written, or has not enough room; on every rank.
+        UserError: on every rank; a folder cannot be written, or has not enough room.
     """
-    wrapper = engine.optimizer
+    optimizer = engine.optimizer
     problems: list[str] = []
     if folders.optimizer:
         names, scalars = FIRST_STATE[type(partitions.optimizer).__name__]
         states = partitions.make_state(names, scalars)
-        masters = [tensor for key, holding in partitions.optimizer_keys() for tensor in (key, holding.master)]
+        masters = [
+            tensor for key, partition in partitions.optimizer_keys() for tensor in (key, partition.master)
+        ]
         tensors = [*masters, *ema_tensors, *(tensor for name in names for tensor in states[name])]
         _move(tensors, folders.optimizer, world, problems)
         if partitions.stage in (1, 2):
-            wrapper._link_all_hp_params()  # its views of the masters
+            internals.relink_masters(optimizer)
     if folders.parameters:
-        flats = wrapper.fp16_partitioned_groups_flat
+        flats = internals.flat_shards(optimizer)
         shared = {
             flat.data_ptr() for flat in flats
-        }  # by the masters, where weights are fp32 on the same device
+        }  # with the masters, if weights are fp32 on the same device
         masters = [tensor for pair in partitions.optimizer_keys() for tensor in (pair[0], pair[1].master)]
         _move([*flats, *(m for m in masters if m.data_ptr() in shared)], folders.parameters, world, problems)
-        for buffer in wrapper.param_groups_fp16_flat_cpu_memory:  # of which those were views
-            _accelerator().unpin_memory(buffer)
-        wrapper.param_groups_fp16_flat_cpu_memory = []
-        for group in range(len(wrapper.fp16_partitioned_groups_flat)):
-            wrapper._unflatten_partitioned_parameters(group)
-    told = all_gather_objects(problems)
-    if any(told):
-        raise UserError("Offload to a folder cannot start", [line for lines in told for line in lines])
+        internals.relink_shards(optimizer)
+    of_all_ranks = all_gather_objects(problems)
+    if any(of_all_ranks):
+        raise UserError(
+            "Offload to a folder cannot start", [line for lines in of_all_ranks for line in lines]
+        )
 
 
 def _move(tensors: Sequence[torch.Tensor], folder: str, world: World, problems: list[str]) -> None:
-    """Gives each tensor a place in one file; those that share memory share it there too."""
+    """Move each tensor into one file; tensors that share memory share it there too."""
     places: dict[int, int] = {}
     size = 0
     for tensor in tensors:
@@ -101,18 +102,12 @@ def _move(tensors: Sequence[torch.Tensor], folder: str, world: World, problems: 
 
 
 def _mapped_file(folder: str, size: int, rank: int) -> torch.Tensor:
-    """`size` bytes (uint8) of a new file without a name. Raises OSError where the folder does not take them."""
+    """Return `size` bytes (uint8) of a new, unlinked file. Raise OSError if the folder has no room."""
     descriptor, path = tempfile.mkstemp(prefix=f"dsyolo-rank{rank}-", suffix=".offload", dir=folder)
     try:
-        # Blocks that are only promised, as by truncate, would be missed in the middle of a step, by SIGBUS.
+        # A sparse file, as truncate makes it, would raise SIGBUS in the middle of a step on a full disk.
         os.posix_fallocate(descriptor, 0, max(size, 1))
         return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
     finally:
         os.close(descriptor)
         os.unlink(path)
-
-
-def _accelerator():
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator()

@@ -1,4 +1,4 @@
-"""The optimizer's three groups, and what changes in them from step to step (spec.md, Recipe)."""
+"""The optimizer's three groups, and their schedule (docs/yolov5.md, Recipe)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dsyolo.config.run_config import NOMINAL_BATCH
+from dsyolo.config.recipe import NOMINAL_BATCH
 
 GROUPS = ("weights", "norms", "biases")  # decayed; not decayed; not decayed, with a warm-up of their own
 
 
 def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters by kind: convolution weights, BatchNorm weights, all biases. Each exactly once."""
+    """Return the parameters by kind: convolution weights, BatchNorm weights, all biases. Each exactly once."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in network.named_parameters():
         kind = "biases" if name.endswith("bias") else "norms" if parameter.ndim < 2 else "weights"
@@ -24,12 +24,12 @@ def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object]) -> torch.optim.Optimizer:
-    """The torch optimizer `name` (SGD, Adam or AdamW) over the three groups.
+    """Return the torch optimizer `name` (SGD, Adam or AdamW) over the three groups.
 
-    Learning rate and weight decay start at 0: `Schedule.apply` sets them before each step, and a step that an
-    engine takes only to make the states changes nothing.
+    Learning rate and weight decay start at 0, so a step that an engine takes only to create states changes nothing.
+    `Schedule.apply` sets them before each step.
     """
-    # A pipeline's stage may have none of a kind.
+    # A pipeline stage may lack a kind.
     groups = [{"params": p, "name": kind} for kind, p in parameter_groups(network).items() if p]
     settings = {
         key: value for key, value in params.items() if key not in ("lr", "weight_decay", "torch_adam")
@@ -38,7 +38,7 @@ def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object])
 
 
 def lr_factor(scaling: str, global_batch: int) -> float:
-    """What the learning rate of 64 images is multiplied by for a larger (or smaller) batch.
+    """Return the factor of the learning rate for a batch other than 64 images.
 
     linear: Goyal et al. 2017 (arXiv:1706.02677), who went to 8,192 images with a gradual warm-up, as the schedule
     has; sqrt: Krizhevsky 2014 (arXiv:1404.5997), which keeps the variance of a step, for Adam's kinds.
@@ -73,7 +73,7 @@ class Schedule:
     is_adam: bool
 
     def explain(self) -> list[str]:
-        """A line for the start of a run, and a warning where it is too short to learn."""
+        """Return a line for the start of a run, and a warning if the run is too short to learn."""
         line = f"steps: {self.total_steps}, of them {min(self.warmup_steps, self.total_steps)} to warm up"
         if self.total_steps > self.warmup_steps:
             return [line]
@@ -81,16 +81,16 @@ class Schedule:
         return [line, f"WARNING: the run ends before the learning rate has risen to its value. {remedy}"]
 
     def lr_at(self, step: int) -> float:
-        """The rate of weights at step `step` (0-based), without the warm-up."""
+        """Return the learning rate of the weights at step `step` (0-based), without the warm-up."""
         x = step / max(self.total_steps, 1)
         falling = (1 + math.cos(math.pi * x)) / 2 if self.shape == "cosine" else 1 - x
         return self.lr * (falling * (1 - self.lrf) + self.lrf)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Sets every group's values for step `step` (0-based) and returns the rate of the weights."""
+        """Set every group's values for step `step` (0-based). Return the learning rate of the weights."""
         warm = min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
         goal = self.lr_at(step)
-        # None at all is no value to warm up to: SGD then keeps no state.
+        # Without momentum SGD keeps no state, so there is nothing to warm up.
         first = self.momentum if self.is_adam or not self.momentum else self.warmup_momentum
         momentum = _mix(first, self.momentum, warm)
         for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
-"""What this rank owns of each parameter, whatever the ZeRO stage: the one place that knows DeepSpeed's partitions.
+"""The part of each parameter that this rank owns, whatever the ZeRO stage.
 
-A holding is one of the flat fp32 tensors that the torch optimizer steps, with the pieces of parameters in it.
-EMA, checkpoints and the weights of a run are made of holdings and of nothing else.
+A flat partition is one of the flat fp32 tensors that the torch optimizer steps, with its fragments of parameters.
+EMA, checkpoints and a run's weights are made of flat partitions only.
 """
 
 from __future__ import annotations
@@ -15,49 +15,46 @@ import torch
 from torch import nn
 
 from dsyolo.cluster.collectives import all_reduce_sum
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.engine import Engine
 
 GATHER_ELEMENTS = 1 << 24  # 64 MiB of fp32 at a time, while tensors are gathered
 
 
 class Fragment(NamedTuple):
-    """A run of elements of the parameter `name`, flattened, and where it lies in the holding."""
+    """A run of elements of the flattened parameter `name`, and its position in the flat partition."""
 
     name: str
     start: int  # in the parameter
-    offset: int  # in the holding
+    offset: int  # in the master
     numel: int
 
 
 class FlatPartition(NamedTuple):
-    """A fp32 master tensor of this rank and the pieces of parameters that it is made of."""
+    """An fp32 master tensor of this rank and its fragments of parameters."""
 
     master: torch.Tensor
-    pieces: tuple[Fragment, ...]
+    fragments: tuple[Fragment, ...]
 
 
 class Partitions:
-    """All holdings of this rank.
+    """All flat partitions of this rank.
 
     Attributes:
-        holdings: in the order of the optimizer's groups.
+        flat: the flat partitions, in the order of the optimizer's groups.
         shapes: of every parameter of the whole network, by name.
-        replicated: each replica holds everything (ZeRO 0).
+        replicated: each replica has everything (ZeRO 0).
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._params: dict[str, nn.Parameter] = dict(engine.network.named_parameters())
-        self._wrapper = engine.deepspeed.optimizer
-        stage = engine.deepspeed.zero_optimization_stage()
-        self.stage = stage
-        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._params.items()}
-        self.replicated = stage == 0
+        self.stage: int = engine.deepspeed.zero_optimization_stage()
+        self.shapes = {name: internals.full_shape(p) for name, p in self._params.items()}
+        self.replicated = self.stage == 0
         self._all = self  # of which this may be a part: see `to_average`
-        self.optimizer: torch.optim.Optimizer = self._wrapper if stage == 0 else self._wrapper.optimizer
-        self.holdings = {0: self._whole, 1: self._partitioned, 2: self._partitioned, 3: self._sharded}[
-            stage
-        ]()
+        self.optimizer = internals.torch_optimizer(engine.deepspeed)
+        self.flat = self._whole() if self.replicated else self._partitioned()
 
     def _whole(self) -> list[FlatPartition]:
         return [
@@ -65,69 +62,51 @@ class Partitions:
         ]
 
     def _partitioned(self) -> list[FlatPartition]:
-        pieces: dict[int, list[Fragment]] = {}
+        engine, rank = self._engine.deepspeed, torch.distributed.get_rank()
+        masters = internals.flat_masters(engine)
+        fragments: list[list[Fragment]] = [[] for _ in masters]
         for name, p in self._params.items():
-            mapping = p._hp_mapping  # None where another rank owns the parameter
-            if mapping is not None:
-                there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                piece = Fragment(name, there.start, here.start, here.numel)
-                pieces.setdefault(mapping.param_group_index, []).append(piece)
-        masters = self._wrapper.single_partition_of_fp32_groups
-        return [FlatPartition(master.detach(), tuple(pieces.get(i, ()))) for i, master in enumerate(masters)]
-
-    def _sharded(self) -> list[FlatPartition]:
-        masters = self._wrapper.fp32_partitioned_groups_flat
-        pieces: list[list[Fragment]] = [[] for _ in masters]
-        for name, p in self._params.items():
-            group, offset, padded = self._wrapper.grad_position[self._wrapper.get_param_id(p)]
-            start = torch.distributed.get_rank() * padded
-            numel = min(padded, p.ds_numel - start)
-            if numel > 0:
-                pieces[group].append(Fragment(name, start, offset, numel))
-        return [FlatPartition(master.detach(), tuple(p)) for master, p in zip(masters, pieces, strict=True)]
+            if found := internals.fragment_address(engine, p, rank):
+                fragments[found.group].append(Fragment(name, found.start, found.offset, found.numel))
+        return [FlatPartition(m.detach(), tuple(f)) for m, f in zip(masters, fragments, strict=True)]
 
     def optimizer_keys(self) -> list[tuple[torch.nn.Parameter, FlatPartition]]:
-        """The tensors by which the torch optimizer knows its state, one per holding."""
-        if self.stage == 0:
-            keys = list(self._params.values())
-        elif self.stage == 3:
-            keys = list(self._wrapper.fp32_partitioned_groups_flat)
-        else:
-            keys = list(self._wrapper.single_partition_of_fp32_groups)
-        return list(zip(keys, self.holdings, strict=True))
+        """Return the tensors that key the torch optimizer's state, each with its flat partition."""
+        keys = self._params.values() if self.replicated else internals.flat_masters(self._engine.deepspeed)
+        return list(zip(keys, self.flat, strict=True))
 
     def to_average(self) -> Partitions:
-        """What this rank averages for the EMA: what it holds, or its share of that where all replicas hold the same."""
+        """Return what this rank averages for the EMA: all it owns, or its share where all replicas own the same."""
         if not self.replicated or self._engine.dp_size == 1:
             return self
         ranks, rank = self._engine.dp_size, self._engine.dp_rank
-        total = sum(holding.master.numel() for holding in self.holdings)
+        total = sum(partition.master.numel() for partition in self.flat)
         first, last = total * rank // ranks, total * (rank + 1) // ranks
         part = copy.copy(self)
-        part.holdings, begin = [], 0
-        for holding in self.holdings:
-            end = begin + holding.master.numel()
+        part.flat, begin = [], 0
+        for partition in self.flat:
+            end = begin + partition.master.numel()
             start, stop = max(first, begin) - begin, min(last, end) - begin
             if start < stop:
-                piece = Fragment(holding.pieces[0].name, start, 0, stop - start)
-                part.holdings.append(FlatPartition(holding.master.view(-1)[start:stop], (piece,)))
+                fragment = Fragment(partition.fragments[0].name, start, 0, stop - start)
+                part.flat.append(FlatPartition(partition.master.view(-1)[start:stop], (fragment,)))
             begin = end
         return part
 
     def gather(
         self, tensors: Sequence[torch.Tensor], names: Sequence[str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole of each parameter's values in `tensors`, one tensor per holding and like its master.
+        """Gather each parameter's values from `tensors`, one tensor per flat partition and shaped like its master.
 
-        Every rank must run this to its end. What is yielded is valid until the next one.
+        Every rank must run this to its end. A yielded tensor is valid until the next one.
 
         Yields:
             (name, fp32 tensor of the parameter's shape), in the order of `names` (default: all).
         """
         where: dict[str, list[tuple[Fragment, torch.Tensor]]] = {}
-        for holding, tensor in zip(self.holdings, tensors, strict=True):
-            for piece in holding.pieces:
-                where.setdefault(piece.name, []).append((piece, tensor))
+        for partition, tensor in zip(self.flat, tensors, strict=True):
+            for fragment in partition.fragments:
+                where.setdefault(fragment.name, []).append((fragment, tensor))
         for bucket in self._buckets(names or list(self.shapes)):
             if self._has_all():
                 yield from ((name, where[name][0][1]) for name in bucket)
@@ -136,26 +115,26 @@ class Partitions:
             flat = torch.zeros(sum(numels), dtype=torch.float32, device=self._device())
             views = flat.split(numels)
             for name, view in zip(bucket, views, strict=True):
-                for piece, tensor in where.get(name, ()) if self._gives() else ():
-                    part = tensor.reshape(-1)[piece.offset : piece.offset + piece.numel]
-                    view[piece.start : piece.start + piece.numel] = part
+                for fragment, tensor in where.get(name, ()) if self._contributes() else ():
+                    part = tensor.reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
+                    view[fragment.start : fragment.start + fragment.numel] = part
             all_reduce_sum(flat)
             yield from (
                 (name, view.view(self.shapes[name])) for name, view in zip(bucket, views, strict=True)
             )
 
     def scatter(self, tensors: Sequence[torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
-        """Writes this rank's pieces of `read(name)` into `tensors`, one per holding."""
-        for holding, tensor in zip(self.holdings, tensors, strict=True):
-            for piece in holding.pieces:
-                part = read(piece.name).reshape(-1)[piece.start : piece.start + piece.numel]
-                tensor.view(-1)[piece.offset : piece.offset + piece.numel].copy_(part)
+        """Write this rank's fragments of `read(name)` into `tensors`, one per flat partition."""
+        for partition, tensor in zip(self.flat, tensors, strict=True):
+            for fragment in partition.fragments:
+                part = read(fragment.name).reshape(-1)[fragment.start : fragment.start + fragment.numel]
+                tensor.view(-1)[fragment.offset : fragment.offset + fragment.numel].copy_(part)
 
     @contextmanager
     def swap_parameters(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
-        """Inside, the engine predicts with the values of `tensors`, one per holding, and with `buffers`."""
+        """Inside, the engine predicts with the values of `tensors`, one per flat partition, and with `buffers`."""
         live = self._engine.buffers.flat
-        # Under ZeRO 0 in fp32 the masters are the network's own parameters, which publishing overwrites.
+        # Under ZeRO 0 in fp32 the masters are the network's own parameters, which copying overwrites.
         masters = self._all.masters()
         kept = [master.clone() for master in masters] if self.replicated else masters
         kept_buffers = live.clone()
@@ -173,10 +152,9 @@ class Partitions:
 
     @torch.no_grad()
     def copy_to_model(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Makes the network compute with the values of `tensors`, without touching the masters.
+        """Make the network compute with the values of `tensors`, without touching the masters.
 
-        Under ZeRO 0 in fp32 the network's parameters are the masters: there `tensors` must be other ones, kept
-        by the caller together with a copy to come back to.
+        Under ZeRO 0 in fp32 the network's parameters are the masters: there the caller must keep a copy of them.
         """
         if self.stage == 3:
             self._copy_sharded_to_model(tensors)
@@ -186,45 +164,41 @@ class Partitions:
                 self._params[name].data.copy_(value)
 
     def _copy_sharded_to_model(self, tensors: Sequence[torch.Tensor]) -> None:
-        persistent = self._wrapper.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)
-        for holding, tensor in zip(self.holdings, tensors, strict=True):
-            for piece in holding.pieces:
-                own = self._params[piece.name].ds_tensor.data
-                own[: piece.numel].copy_(tensor[piece.offset : piece.offset + piece.numel])
-        if persistent:
-            persistent[0].all_gather(persistent)
+        with internals.persistent_parameters_sharded(self._engine.deepspeed.optimizer):
+            for partition, tensor in zip(self.flat, tensors, strict=True):
+                for fragment in partition.fragments:
+                    own = internals.shard(self._params[fragment.name]).data
+                    own[: fragment.numel].copy_(tensor[fragment.offset : fragment.offset + fragment.numel])
 
     def masters(self) -> list[torch.Tensor]:
-        """The masters, one per holding."""
-        return [holding.master for holding in self.holdings]
+        """Return the masters, one per flat partition."""
+        return [partition.master for partition in self.flat]
 
     def state(self) -> dict[str, list[torch.Tensor]]:
-        """The optimizer's tensors by their name there, each one per holding; made where the first step has not."""
+        """Return the optimizer's tensors by name, one per flat partition; empty before the first step."""
         state: dict[str, list[torch.Tensor]] = {}
-        for key, holding in self.optimizer_keys():
+        for key, partition in self.optimizer_keys():
             for name, value in self.optimizer.state[key].items():
-                if torch.is_tensor(value) and value.shape == holding.master.shape:
+                if torch.is_tensor(value) and value.shape == partition.master.shape:
                     state.setdefault(name, []).append(value)
-        return {name: values for name, values in state.items() if len(values) == len(self.holdings)}
+        return {name: values for name, values in state.items() if len(values) == len(self.flat)}
 
     def scalars(self) -> dict[str, float]:
-        """The optimizer's numbers that are no tensors of a holding's shape, such as Adam's step."""
-        key, holding = self.optimizer_keys()[0]
+        """Return the optimizer's numbers, such as Adam's step: state that has not a master's shape."""
+        key, partition = self.optimizer_keys()[0]
         return {
             name: float(value)
             for name, value in self.optimizer.state[key].items()
-            if value is not None and not (torch.is_tensor(value) and value.shape == holding.master.shape)
+            if value is not None and not (torch.is_tensor(value) and value.shape == partition.master.shape)
         }
 
     def make_state(self, names: Sequence[str], scalars: Mapping[str, float]) -> dict[str, list[torch.Tensor]]:
-        """Creates the optimizer's state where there is none before its first step, to be filled from a checkpoint."""
-        for key, holding in self.optimizer_keys():
+        """Create the optimizer's state where there is none before its first step, to be filled from a checkpoint."""
+        for key, partition in self.optimizer_keys():
             own = self.optimizer.state[key]
             for name in names:
-                if own.get(name) is None:  # else it may lie in a file
-                    own[name] = torch.zeros_like(holding.master)
+                if own.get(name) is None:  # else it may be mapped to a file
+                    own[name] = torch.zeros_like(partition.master)
             for name, value in scalars.items():
                 own[name] = torch.tensor(value)
         return self.state()
@@ -242,11 +216,11 @@ class Partitions:
             yield bucket
 
     def _has_all(self) -> bool:
-        """Whether this rank holds every value, so that gathering needs no communication."""
+        """Whether this rank has every value, so that gathering needs no communication."""
         return self.replicated and self._all is self
 
-    def _gives(self) -> bool:
-        """Whether this rank adds what it holds when values are gathered; of replicas only one does."""
+    def _contributes(self) -> bool:
+        """Whether this rank adds its values when they are gathered; of replicas only one does."""
         return True
 
     def _device(self) -> torch.device:

@@ -15,6 +15,7 @@ from torch import nn
 from dsyolo.base.batch import Batch, StepStats, Targets
 from dsyolo.cluster.collectives import all_reduce_sum
 from dsyolo.cluster.world import ParallelDims
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.buffers import Buffers, named_buffers
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.partitions import Partitions
@@ -24,13 +25,13 @@ from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, StepTim
 class PipelineEngine(Engine):
     """Trains one stage of a network; the other stages, and replicas of all of them, are on other ranks.
 
-    Invariant: as `Engine`'s, with the micro-batches of a replica passing through its stages.
+    Invariant: as `Engine`'s. A replica's micro-batches pass through its stages.
 
     Args:
-        stage: this rank's slice of the network, which gives flat tensors, or the last one the raw maps.
+        stage: this rank's slice of the network; it returns flat tensors, the last stage raw maps.
         whole: the whole network on the meta device: its names, shapes and decoding, without memory.
-        place: where this rank stands.
-        others: as `Engine` takes them. The optimizer is over the stage's parameters.
+        place: this rank's stage and replica.
+        others: as for `Engine`. The optimizer is over the stage's parameters.
     """
 
     def __init__(
@@ -42,18 +43,18 @@ class PipelineEngine(Engine):
         **settings: Any,
     ) -> None:
         self.place, self.whole = place, whole
-        self._shown: nn.Module | None = None
+        self._whole_on_device: nn.Module | None = None
         super().__init__(stage, *others, **settings)
         self._losses = torch.zeros(3, device=self.device)
-        wrapper = self.deepspeed.optimizer
         if self.deepspeed.zero_optimization_stage() == 1:
-            self._norm_of_stage, wrapper.scaled_global_norm = wrapper.scaled_global_norm, self._norm_of_stages
+            optimizer = self.deepspeed.optimizer
+            self._norm_of_stage = internals.replace_global_norm(optimizer, self._norm_of_stages)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
-        """One optimizer step, as `Engine.train_step`; the first and the last stage get the same micro-batches.
+        """Take one optimizer step, as `Engine.train_step`; the first and the last stage get the same micro-batches.
 
         Args:
-            batches: `accumulation` micro-batches of this replica; for a stage between those two they are not read.
+            batches: `accumulation` micro-batches of this replica; stages between those two do not read them.
         """
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
         buffers_before = self.buffers.flat.clone()
@@ -61,7 +62,7 @@ class PipelineEngine(Engine):
         images: list[torch.Tensor | None] = [None] * self.accumulation
         labels: list[Targets | None] = [None] * self.accumulation
         if self.place.is_first_stage:
-            with self._phases.phase(COPY):
+            with self._timer.phase(COPY):
                 images = [self.to_device_images(batch.images) for batch in batches]
         if self.place.is_last_stage:
             labels = self._counted_targets(batches)
@@ -71,43 +72,45 @@ class PipelineEngine(Engine):
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """As `Engine.predict`, by the whole network: only inside `StagePartitions.showing`."""
-        assert self._shown is not None
+        """Predict with the whole network: only inside `StagePartitions.swap_parameters`."""
+        assert self._whole_on_device is not None
         with self._compute():
-            return self._shown.decode(self._shown(self.to_device_images(images)))
+            return self._whole_on_device.decode(self._whole_on_device(self.to_device_images(images)))
 
-    def tell(self, phases: StepTimer) -> None:
-        """As `Engine.tell`. Waiting for a neighbour cannot be told from what it sends: both are communication."""
-        from deepspeed.runtime.pipe import schedule
+    def set_timer(self, timer: StepTimer) -> None:
+        """Time the phases. Waiting for a neighbour stage cannot be separated from its sending: both are communication."""
+        super().set_timer(timer)
+        phase_of = {
+            "LoadMicroBatch": COPY,
+            "ForwardPass": FORWARD,
+            "BackwardPass": BACKWARD,
+            "OptimizerStep": OPTIMIZER,
+        }
 
-        super().tell(phases)
-        of = {
-            schedule.LoadMicroBatch: COPY,
-            schedule.ForwardPass: FORWARD,
-            schedule.BackwardPass: BACKWARD,
-            schedule.OptimizerStep: OPTIMIZER,
-        }
-        plain = type(self.deepspeed)._INSTRUCTION_MAP
-        self.deepspeed._INSTRUCTION_MAP = {
-            kind: _within(phases, of[kind], instruction) if kind in of else instruction
-            for kind, instruction in plain.items()
-        }
+        def timed(name: str, instruction: Callable[..., None]) -> Callable[..., None]:
+            def run(*args: Any, **settings: Any) -> None:
+                with timer.phase(phase_of[name]):
+                    instruction(*args, **settings)
+
+            return run if name in phase_of else instruction
+
+        internals.replace_instructions(self.deepspeed, timed)
 
     @contextmanager
     def with_whole(self) -> Iterator[nn.Module]:
-        """The whole network on this rank's device, for the weights of all stages to be written into; freed at the end.
+        """Yield the whole network on this rank's device, for the weights of all stages; freed at the end.
 
-        So that every rank validates a share of the images: one pass through the stages at a time would leave all but
-        one of them waiting, and without gradients the whole of a detector takes less than its training stage.
+        So every rank validates a share of the images. Passing them through the stages would leave all but one stage
+        waiting, and without gradients a whole detector takes less memory than its training stage.
         """
-        self._shown = copy.deepcopy(self.whole).to_empty(device=self.device).eval()
+        self._whole_on_device = copy.deepcopy(self.whole).to_empty(device=self.device).eval()
         dtype = next(self.network.parameters()).dtype
-        for parameter in self._shown.parameters():
+        for parameter in self._whole_on_device.parameters():
             parameter.data = parameter.data.to(dtype)
         try:
-            yield self._shown
+            yield self._whole_on_device
         finally:
-            self._shown = None
+            self._whole_on_device = None
 
     @property
     def dp_size(self) -> int:
@@ -119,7 +122,7 @@ class PipelineEngine(Engine):
 
     @property
     def dp_group(self) -> Any:
-        return self.deepspeed.mpu.get_data_parallel_group()
+        return internals.replica_group(self.deepspeed)
 
     def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
         import deepspeed
@@ -144,44 +147,30 @@ class PipelineEngine(Engine):
         return total * self._undo_averaging()
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
-        return all_reduce_sum(tensor, self.deepspeed.mpu.get_pipe_parallel_group())
+        return all_reduce_sum(tensor, internals.stage_group(self.deepspeed))
 
     def _norm_of_stages(self) -> torch.Tensor:
-        """In the place of ZeRO 1's, which adds up the stages group by group: a stage without BatchNorm has fewer groups,
-        and the others would wait for it for ever.
+        """Return the gradient norm over all stages.
+
+        ZeRO 1's own sums over stages group by group. A stage without BatchNorm has fewer groups, and the other stages
+        would wait for it for ever.
         """
-        wrapper = self.deepspeed.optimizer
-        wrapper._model_parallel_all_reduce = _stay
-        try:
+        with internals.without_sum_over_stages(self.deepspeed.optimizer):
             own = torch.as_tensor(self._norm_of_stage(), dtype=torch.float32, device=self.device)
-        finally:
-            del wrapper._model_parallel_all_reduce
         return self._sum_over_stages(torch.where(own < 0, torch.inf, own.square())).sqrt()  # -1: not finite
 
     def _make_buffers(self) -> Buffers:
         return StageBuffers(self.network, self.whole, self.place)
 
     def _compute(self) -> AbstractContextManager:
-        """What DeepSpeed runs its own forward passes in."""
+        """Return the autocast context that DeepSpeed runs its forward passes in."""
         if self.deepspeed.torch_autocast_enabled():
             return torch.autocast(self.device.type, dtype=self.deepspeed.torch_autocast_dtype())
         return contextlib.nullcontext()
 
 
-def _within(phases: StepTimer, name: str, instruction: Callable[..., None]) -> Callable[..., None]:
-    def told(*args: Any, **settings: Any) -> None:
-        with phases.phase(name):
-            instruction(*args, **settings)
-
-    return told
-
-
-def _stay(tensor: torch.Tensor, op: Any) -> None:
-    """In the place of a collective."""
-
-
 class StageBuffers(Buffers):
-    """A stage's buffers, and their place among those of the whole network."""
+    """A stage's buffers, and their position among those of the whole network."""
 
     def __init__(self, stage: nn.Module, whole: nn.Module, place: ParallelDims) -> None:
         super().__init__(stage)
@@ -213,7 +202,7 @@ class StageBuffers(Buffers):
 
 
 class StagePartitions(Partitions):
-    """What this rank owns of its stage; gathering collects the parameters of all stages."""
+    """This rank's partitions of its stage; gathering collects the parameters of all stages."""
 
     def __init__(self, engine: PipelineEngine) -> None:
         super().__init__(engine)
@@ -237,5 +226,5 @@ class StagePartitions(Partitions):
     def _has_all(self) -> bool:
         return False
 
-    def _gives(self) -> bool:
+    def _contributes(self) -> bool:
         return not self.replicated or self._all is not self or self._engine.dp_rank == 0

@@ -13,20 +13,25 @@ import torch.distributed as torch_dist
 from dsyolo.base.environment import export_to_torch, read_environment
 from dsyolo.cluster.rendezvous import Rendezvous
 from dsyolo.cluster.world import World, world_from_environment
+from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.device import pins_memory
 from dsyolo.engine.gloo import send_only_shares
 
 
 @contextlib.contextmanager
 def started(rendezvous_timeout_s: float = 300) -> Iterator[World]:
-    """Starts the process group that DeepSpeed uses, alone or as the launcher said.
+    """Start the process group that DeepSpeed uses: of the launcher's ranks, or of one rank without a launcher.
 
-    Inside, the ranks' meeting still watches them: so nobody is unwatched until what watches a run has begun. Ranks wait `rendezvous_timeout_s` for each other; torchrun's agents see to that themselves.
+    Inside, the rendezvous still watches the ranks, until the watchdog takes over. torchrun's agents have a rendezvous of
+    their own.
+
+    Args:
+        rendezvous_timeout_s: how long ranks wait for each other.
     """
     place = read_environment()
     world = world_from_environment()
     is_alone = world.size == 1 and not place.under_torchrun
-    if is_alone:  # nobody has to find it: the launcher's port may be another run's
+    if is_alone:  # a port of its own: a launcher's default may be another run's
         place = place._replace(master_addr="127.0.0.1", master_port=_free_port())
     export_to_torch(place, instead=is_alone)
     import deepspeed
@@ -39,54 +44,48 @@ def started(rendezvous_timeout_s: float = 300) -> Iterator[World]:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     backend = get_accelerator().communication_backend_name()
-    meeting = None
+    rendezvous = None
     if world.size > 1 and not place.under_torchrun:
-        meeting = Rendezvous(
+        rendezvous = Rendezvous(
             world.rank,
             world.size,
             str(place.master_addr),
             place.master_port or 0,
             wait_s=rendezvous_timeout_s,
         )
-        meeting.wait()
+        rendezvous.wait()
     deepspeed.init_distributed(backend, verbose=False)
     send_only_shares()
     yield world
-    if meeting:
-        meeting.close()
+    if rendezvous:
+        rendezvous.close()
 
 
 def init_process_group(rendezvous_timeout_s: float = 300) -> World:
-    """As `joined`, where nobody has to watch the ranks afterwards."""
+    """Start the process group as `started`, for ranks that nothing watches afterwards."""
     with started(rendezvous_timeout_s) as world:
         return world
 
 
 def quiet_deepspeed() -> None:
-    """Leaves out what DeepSpeed would do at every start, or say at every step.
-
-    Its shared-memory collectives are a C++ op that would be compiled at the first start; gloo needs no compiler, and a
-    build that is killed leaves a lock that every later start waits for.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls some at every step, and only it can change that.
+    """Keep DeepSpeed from compiling an op at the first start, and from warning at every step."""
+    internals.disable_shared_memory_op()
+    # DeepSpeed itself calls deprecated functions at every step.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
 
 
 def destroy_process_group(world: World, *, orderly: bool = True) -> None:
-    """Leaves the process group, so that no rank is torn down while another still talks to it.
+    """Leave the process group, after all ranks have stopped talking to each other.
 
     Args:
-        orderly: all ranks leave; False: this rank leaves after an error, and waits for none.
+        orderly: all ranks leave together; False: this rank leaves after an error, and waits for no other.
 
-    Where the JSON's `comms_logger` is on, the first rank prints what it saw: DeepSpeed leaves that to the program.
+    With the JSON's `comms_logger` on, rank 0 prints its summary: DeepSpeed leaves that to the program.
     """
-    from deepspeed.comm import comm as deepspeed_comm
+    from deepspeed import comm
 
-    if orderly and deepspeed_comm.comms_logger is not None and deepspeed_comm.comms_logger.enabled:
-        deepspeed_comm.log_summary()
+    if orderly and internals.comms_logger_is_on():
+        comm.log_summary()
     if world.size > 1 and orderly:
         torch_dist.barrier()
     torch_dist.destroy_process_group()

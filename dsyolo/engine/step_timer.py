@@ -1,7 +1,7 @@
-"""Where the time of a step goes: to waiting for data, copying, forward, backward, communication, the optimizer.
+"""Divides the time of a step into phases: data, copy, forward, backward, communication, optimizer, other.
 
-Nothing here waits for a device. On a CPU a phase ends when its work has; on an accelerator its ends are events that the
-device passes as it works, read once it has passed them. So what the host does meanwhile is nowhere counted twice.
+Nothing here waits for a device. On a CPU a phase ends when its work ends. On an accelerator its ends are events on the
+stream, read after the device has passed them, so time of the host is not counted twice.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PHASES = (DATA, COPY, FORWARD, BACKWARD, COMMUNICATION, OPTIMIZER, OTHER)
 
 
 class StepTimes(NamedTuple):
-    """Of one optimizer step of a rank, from the end of the one before."""
+    """Seconds of one optimizer step of a rank, from the end of the step before."""
 
     step: int  # 1-based
-    seconds: dict[str, float]  # by phase; their sum is the step's
+    seconds: dict[str, float]  # by phase; they sum up to the step
 
     @property
     def whole_s(self) -> float:
@@ -31,23 +31,23 @@ class StepTimes(NamedTuple):
 
 
 class Clock(Protocol):
-    """Gives stamps, and tells the seconds between two."""
+    """Takes time stamps, and measures between two of them."""
 
     def now(self) -> Any:
-        """A stamp; None: this moment has none."""
+        """Return a stamp; None if this moment has none."""
 
     def between(self, first: Any, second: Any) -> float:
-        """Seconds; only of stamps that have passed."""
+        """Return the seconds between two stamps that have passed."""
 
     def has_passed(self, stamp: Any) -> bool:
-        """Whether `between` can tell it without waiting."""
+        """Whether `between` needs no wait for this stamp."""
 
     def wait(self, stamp: Any) -> None:
-        """Until it has passed."""
+        """Wait until the stamp has passed."""
 
 
 class HostClock:
-    """Where computing is done by this process's own threads."""
+    """The host's clock, for computing on the CPU."""
 
     def now(self) -> float:
         return time.perf_counter()
@@ -62,10 +62,10 @@ class HostClock:
 
 
 class DeviceClock:
-    """By events on the stream that computes. What runs on another one, beside it, gets no stamps.
+    """Events on the computing stream. Work on other streams gets no stamps.
 
     Args:
-        accelerator: DeepSpeed's.
+        accelerator: as DeepSpeed's `get_accelerator` returns it.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -95,25 +95,25 @@ class NoStepTimer:
     inside = False
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Around a part of a step."""
+        """Wrap a part of a step."""
         return nullcontext()
 
     def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """As they are."""
+        """Return `steps` unchanged."""
         return steps
 
 
 class StepTimer:
-    """Divides the time of steps among phases. One inside another takes its time from it.
+    """Divides the time of steps among phases. A nested phase is subtracted from the one around it.
 
     Args:
-        every: measure each so many-th step.
+        every: measure every n-th step.
     """
 
     def __init__(self, clock: Clock, every: int = 1) -> None:
         self._clock, self._every = clock, every
-        self._marks: list[tuple[str, Any]] = []  # what begins when
-        self._open = [OTHER]  # phases that are not over
+        self._marks: list[tuple[str, Any]] = []  # (phase, stamp of its begin)
+        self._open = [OTHER]  # phases under way, innermost last
         self._waiting: list[
             tuple[int, list[tuple[str, Any]]]
         ] = []  # steps that the device has not finished, perhaps
@@ -122,10 +122,10 @@ class StepTimer:
         self._step, self.inside = 0, False  # the step, and whether it is under way
 
     def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """Gives what `steps` gives. A step is over when the next one is asked for.
+        """Yield from `steps`. A step ends when the next one is requested.
 
         Args:
-            start: steps that are done.
+            start: steps done before.
         """
         step, steps = start, iter(steps)
         self._measures = False
@@ -143,7 +143,7 @@ class StepTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around a part of a step."""
+        """Wrap a part of a step."""
         self._open.append(name)
         self._mark(name)
         try:
@@ -153,9 +153,9 @@ class StepTimer:
             self._mark(self._open[-1])
 
     def take(self) -> list[StepTimes]:
-        """The steps that were measured since this was last asked; waits for the device to be done with them.
+        """Return the steps measured since the last call, after waiting for the device to finish them.
 
-        A step behind which the run stopped, so that nobody asked for another one, is over now.
+        The last step of a run, after which no other is requested, ends here.
         """
         if self.inside:
             self._end()
@@ -193,7 +193,7 @@ class StepTimer:
 
 
 def clock_of_device() -> Clock:
-    """The one that this rank's computing goes by."""
+    """Return the clock of this rank's device."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

@@ -17,9 +17,10 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from dsyolo.base.errors import UserError
+from dsyolo.config.spec import Precision
 from dsyolo.models.network import Network
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NodeBytes(NamedTuple):
@@ -175,14 +176,13 @@ def _gib(size: int) -> str:
 
 
 def count_activations(
-    network: Network, images_shape: tuple[int, int, int, int], precision: str
+    network: Network, images_shape: tuple[int, int, int, int], precision: Precision
 ) -> Activations:
     """What autograd saves in a forward pass of `network` in training, node by node.
 
     Args:
         network: its tensors may be on any device, meta included: they are not read.
         images_shape: (B, 3, H, W), of uint8.
-        precision: fp32, autocast_bf16, autocast_fp16, bf16 or fp16, as in `DsConfig`.
 
     The fake tensors are a CPU's: those of a GPU would start its context. In all operations of the network
     autocast treats both alike.
@@ -191,27 +191,26 @@ def count_activations(
 
 
 def count_each(
-    network: Network, images_shapes: Sequence[tuple[int, int, int, int]], precision: str
+    network: Network, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
 ) -> list[Activations]:
     """As `count_activations`, for images of several shapes, on one copy of the network.
 
     Storages are numbered in the order in which they come, which is the same for any number of images.
     """
     with FakeTensorMode():
-        fake = fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).train()
+        fake = fake_copy(network, DTYPES[precision.params]).train()
         return [_count(fake, shape, precision, network.blocks()) for shape in images_shapes]
 
 
 def _count(
-    fake: Network, images_shape: tuple[int, int, int, int], precision: str, blocks: frozenset[str]
+    fake: Network, images_shape: tuple[int, int, int, int], precision: Precision, blocks: frozenset[str]
 ) -> Activations:
     images = torch.empty(images_shape, dtype=torch.uint8)
-    autocast = precision.startswith("autocast")
-    dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
+    dtype = DTYPES[precision.compute] if precision.is_autocast else None
     ledger = _Ledger([images, *fake.parameters(), *fake.buffers()])
     boundary: tuple[torch.Tensor, ...] = (images,)
     nodes = []
-    with torch.autocast("cpu", dtype, enabled=autocast):
+    with torch.autocast("cpu", dtype, enabled=precision.is_autocast):
         for i, name in enumerate(fake.order):
             inputs = ledger.numbers(boundary[k] for k in fake.links[i].reads)
             saved: list[torch.Tensor] = []

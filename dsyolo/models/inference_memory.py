@@ -11,27 +11,27 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsyolo.models.activation_memory import LOW_PRECISION, fake_copy
+from dsyolo.config.spec import Precision
+from dsyolo.models.activation_memory import DTYPES, fake_copy
 from dsyolo.models.detection_network import DetectionNetwork
 
 
 def inference_bytes(
-    network: DetectionNetwork, images_shapes: Sequence[tuple[int, int, int, int]], precision: str
+    network: DetectionNetwork, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
 ) -> list[int]:
     """For uint8 images of each shape, the most bytes of tensors that are alive at once from the images to decoded boxes.
 
     Weights and images are left out; copies of weights that autocast keeps are counted.
     """
     with FakeTensorMode():
-        fake = fake_copy(network, LOW_PRECISION.get(precision, torch.float32)).eval()
+        fake = fake_copy(network, DTYPES[precision.params]).eval()
         return [_count(fake, shape, precision) for shape in images_shapes]
 
 
-def _count(fake: DetectionNetwork, images_shape: tuple[int, int, int, int], precision: str) -> int:
+def _count(fake: DetectionNetwork, images_shape: tuple[int, int, int, int], precision: Precision) -> int:
     images = torch.empty(images_shape, dtype=torch.uint8)
-    autocast = precision.startswith("autocast")
-    dtype = LOW_PRECISION[precision.removeprefix("autocast_")] if autocast else None
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast), _Alive() as alive:
+    dtype = DTYPES[precision.compute] if precision.is_autocast else None
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=precision.is_autocast), _Alive() as alive:
         fake.decode(fake(images))
     return alive.most
 

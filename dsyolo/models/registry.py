@@ -58,6 +58,13 @@ def build_model(name: str, num_classes: int) -> DetectionNetwork:
     return network
 
 
+@cache
+def meta_network(name: str, num_classes: int) -> DetectionNetwork:
+    """Return the network on the meta device, without memory, to count on. It is built once: change nothing of it."""
+    with torch.device("meta"):
+        return build_model(name, num_classes)
+
+
 def saved_name(name: str) -> str:
     """Return the name by which weights files know a network: of the user's own, the file without its folder."""
     return name if is_known(name) else Path(name).name

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -87,7 +88,10 @@ def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: Weigh
         part.unlink(missing_ok=True)  # there only where something failed, as on a full disk
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], WeightsInfo | None]:
+GivenWeights: TypeAlias = tuple[dict[str, torch.Tensor], WeightsInfo | None]
+
+
+def read_weights(path: Path) -> GivenWeights:
     """The tensors of a safetensors file under the network's own names, and its info where there is one.
 
     Reads files of dsyolo and files with YOLOv5's names alike.
@@ -155,16 +159,19 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
 
 
-def load_into(network: DetectionNetwork, path: Path) -> str:
+def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None = None) -> str:
     """Start `network` from the tensors of `path` whose names and shapes fit; return a line that says how many did.
 
     A detector of other classes fits in all but its last layer, which is what fine-tuning wants. A network of the
     user's own takes what it shares with any other.
 
+    Args:
+        read: what `read_weights` gave, where the file was read already.
+
     Raises:
         UserError: as `read_weights`; or it is of another variant, or too few of the tensors fit.
     """
-    tensors, info = read_weights(path)
+    tensors, info = read or read_weights(path)
     headline = f"{path} cannot be used as weights"
     is_own = not is_known(network.variant)
     if info is not None and info.variant != network.variant and not is_own:

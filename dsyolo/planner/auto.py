@@ -1,79 +1,97 @@
-"""What a DeepSpeed JSON leaves to the machine: all of it (`--deepspeed_config auto`), or values that are "auto"."""
+"""Plans what a DeepSpeed JSON leaves to the machine: all of it (`--deepspeed_config auto`), or values that are "auto"."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.deepspeed.config import DsConfig, check
-from dsyolo.config.deepspeed.json_reader import read_json, without_auto
-from dsyolo.config.deepspeed.rules import BATCH_KEYS, open_batch
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, halved, open_batch
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, cannot_be_used, check
+from dsyolo.config.deepspeed.json_reader import JsonSource
+from dsyolo.config.deepspeed.optimizers import RECIPE_WEIGHT_DECAY
+from dsyolo.config.resolve import PlannedConfig, largest_image_px
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
-from dsyolo.data.loader import largest_size_px
-from dsyolo.models.registry import max_stride
+from dsyolo.config.spec import Precision
 from dsyolo.planner.hardware import GIB, Hardware
 from dsyolo.planner.model_profile import ModelProfile
-from dsyolo.planner.predict import Planner
+from dsyolo.planner.predict import Planner, StrategyEstimate
 from dsyolo.planner.ranking_report import terms
 from dsyolo.planner.search import HEADROOM, Ranking, search
-from dsyolo.planner.strategy import OPTIMIZERS, RECOMPUTES, StrategySettings
+from dsyolo.planner.strategy import RECOMPUTES, StrategySettings
 
 PRECISION_BLOCKS = ("bf16", "fp16", "torch_autocast")
 AGAIN = 0.6  # of the memory that the first plan needed: what is planned for after memory ran out
-
-
-class PlannedConfig(NamedTuple):
-    """A configuration without any "auto".
-
-    Attributes:
-        config: a path that needed nothing, or the JSON's content.
-        lines: what was filled in, for the start of the run.
-        is_halved: planned for less memory, after it ran out.
-        val_images: the most that can be validated at a time, where it was planned.
-    """
-
-    config: str | Mapping[str, Any]
-    lines: tuple[str, ...] = ()
-    is_halved: bool = False
-    val_images: int | None = None
+NAME = f"--deepspeed_config {AUTO}"  # of a configuration that no file gives
 
 
 def plan_config(
-    run: RunConfig, find: Callable[[], Hardware], num_classes: int, saved_batch: int | None = None
+    run: RunConfig,
+    source: JsonSource | None,
+    hardware: Hardware,
+    num_classes: int,
+    saved_batch: int | None = None,
 ) -> PlannedConfig:
-    """The configuration of a run on this hardware. The same on all ranks whose hardware is told alike.
+    """Return the configuration of a run on this hardware. Ranks that describe it alike plan alike.
 
     Args:
-        find: tells the hardware, where that matters.
+        source: the JSON, some of whose values are "auto"; None: all is planned.
         saved_batch: global batch of the run that goes on.
+
+    Raises:
+        UserError: nothing fits, or the JSON cannot be used.
+    """
+    profile = ModelProfile(run.model, num_classes, largest_image_px(run))
+    if source is None:
+        return _plan_all(run, hardware, profile, saved_batch)
+    return _fill_values(run, source, hardware, profile, saved_batch)
+
+
+# ---- all of it
+
+
+def _plan_all(
+    run: RunConfig, hardware: Hardware, profile: ModelProfile, saved_batch: int | None
+) -> PlannedConfig:
+    batch = saved_batch or open_batch({}, hardware.ranks)
+    assert batch
+    if batch % hardware.ranks:  # refused there, with the ranks that divide it
+        check(
+            {BATCH_KEYS[0]: batch},
+            world_size=hardware.ranks,
+            accelerator=hardware.accelerator,
+            saved_batch=saved_batch,
+            name=NAME,
+        )
+    best, room = _best(run, hardware, profile, batch)
+    one = best.settings
+    line = (
+        f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){room}: "
+        f"{one.in_words()} in {one.precision.name}, {one.micro_batch} images x {one.accumulation} x {one.dp_size}"
+    )
+    lines = [line, terms(best)]
+    val_images = max(1, best.val_images)
+    if val_images < run.val_batch_size:
+        lines.append(f"val_batch_size: {val_images}, as {run.val_batch_size} images would not fit")
+    return PlannedConfig(replace(best.ds, path=NAME), tuple(lines), val_images)
+
+
+def _best(
+    run: RunConfig, hardware: Hardware, profile: ModelProfile, batch: int
+) -> tuple[StrategyEstimate, str]:
+    """Return the strategy to train by, and the memory that it was planned for where memory ran out before.
 
     Raises:
         UserError: nothing fits.
     """
-    if run.deepspeed_config == AUTO:
-        return _plan_all(run, find(), num_classes, saved_batch)
-    problems: list[str] = []
-    source = read_json(run.deepspeed_config, problems)
-    if source is None or problems:
-        return PlannedConfig(run.deepspeed_config)  # mistakes are told when it is checked
-    content, paths = without_auto(source)
-    if not paths:
-        return PlannedConfig(run.deepspeed_config)
-    return _fill_values(run, find(), num_classes, content, paths, saved_batch)
-
-
-def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch: int | None) -> PlannedConfig:
-    batch = saved_batch or open_batch({}, hardware.ranks)
-    if batch % hardware.ranks:
-        return PlannedConfig({BATCH_KEYS[0]: batch})  # which is refused, with the ranks that would do
-    work = ModelProfile(run.model, num_classes, _size_px(run))
     chosen = read_recompute(run.recompute)
     recomputes = RECOMPUTES if chosen is None else (chosen,)
 
     def ranked(machine: Hardware) -> Ranking:
-        planner = Planner(work, machine, ema=run.ema)
+        planner = Planner(profile, machine, ema=run.ema)
         return search(planner, batch, "SGD", _precisions(machine), recomputes)
 
     best, what = ranked(hardware).best, ""
@@ -94,58 +112,66 @@ def _plan_all(run: RunConfig, hardware: Hardware, num_classes: int, saved_batch:
         raise UserError(
             "No plan for this machine", [f"--deepspeed_config: auto given, but {rule}. {remedy}."]
         )
-    val_images = max(1, best.val_images)
-    one, content = best.settings, best.settings.deepspeed_json()
-    line = (
-        f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){what}: "
-        f"{one.in_words()} in {one.precision}, {one.micro_batch} images x {one.accumulation} x {one.dp_size}"
-    )
-    lines = [line, terms(best)]
-    if val_images < run.val_batch_size:
-        lines.append(f"val_batch_size: {val_images}, as {run.val_batch_size} images would not fit")
-    return PlannedConfig(content, tuple(lines), run.halve_micro_batch, val_images)
+    return best, what
+
+
+def _precisions(hardware: Hardware) -> list[Precision]:
+    if hardware.accelerator == "cpu":
+        names = ["autocast_bf16" if hardware.device.has_bf16 else "fp32"]
+    else:
+        names = ["autocast_bf16", "bf16"] if hardware.device.has_bf16 else ["autocast_fp16", "fp16"]
+    return [Precision.named(name) for name in names]
+
+
+# ---- values that are "auto"
 
 
 def _fill_values(
     run: RunConfig,
+    source: JsonSource,
     hardware: Hardware,
-    num_classes: int,
-    content: dict[str, Any],
-    paths: Sequence[tuple[str, ...]],
+    profile: ModelProfile,
     saved_batch: int | None,
 ) -> PlannedConfig:
-    """Values of the batch are planned, precision follows from the device, and every other one gets dsyolo's own value."""
+    """Plan sizes of batches, take the precision from the device, and give every other value dsyolo's own."""
+    content, paths = copy.deepcopy(dict(source.content or {})), source.left_open
     _fill_precision(hardware, content, paths)
     if {("optimizer", "params"), ("optimizer", "params", "weight_decay")} & set(paths):
-        content["optimizer"].setdefault("params", {})["weight_decay"] = OPTIMIZERS["SGD"]["weight_decay"]
-    is_halved = _fill_batch(run, hardware, num_classes, content, saved_batch)
-    work = ModelProfile(run.model, num_classes, _size_px(run))
-    try:
-        ds = check(
-            content,
-            world_size=hardware.ranks,
-            accelerator=hardware.accelerator,
-            layers=work.layers,
-            recompute=run.recompute,
-            saved_batch=saved_batch,
-        )
-    except UserError:  # is told when it is checked
-        return PlannedConfig(content, is_halved=is_halved)
-    used = ds.deepspeed_json(work.num_parameters, cpu=hardware.accelerator == "cpu")
-    used |= {"optimizer": {"type": ds.optimizer, "params": dict(ds.optimizer_params)}}
-    lines = []
-    for path in paths:
-        *blocks, key = path
-        value, block = used, content
-        for name in path:
-            value = value.get(name) if isinstance(value, Mapping) else None
-        for name in blocks:
-            block = block[name]
-        if value is not None:
-            block[key] = value
-        said = json.dumps(value) if value is not None else "left out, and its default holds"
-        lines.append(f"{'.'.join(path)}: auto, so {said}")
-    return PlannedConfig(content, tuple(lines), is_halved)
+        content["optimizer"].setdefault("params", {})["weight_decay"] = RECIPE_WEIGHT_DECAY
+    is_open = all(content.get(key) is None for key in BATCH_KEYS[1:])
+    if batch := open_batch(content, hardware.ranks):
+        content[BATCH_KEYS[0]] = saved_batch or batch
+    ds = check(
+        replace(source, content=content),
+        world_size=hardware.ranks,
+        accelerator=hardware.accelerator,
+        layers=profile.layers,
+        recompute=run.recompute,
+        halve=run.halve_micro_batch and not is_open,
+        saved_batch=saved_batch,
+    )
+    if is_open:
+        ds = _with_planned_batch(ds, Planner(profile, hardware, ema=run.ema), halve=run.halve_micro_batch)
+        content[BATCH_KEYS[1]] = ds.micro_batch
+    used = ds.deepspeed_json(profile.num_parameters, cpu=hardware.accelerator == "cpu")
+    used |= {"optimizer": {"type": ds.optimizer.type, "params": dict(ds.optimizer.params)}}
+    lines = [f"{'.'.join(path)}: auto, so {_fill(content, path, used)}" for path in paths]
+    return PlannedConfig(replace(ds, source=content), tuple(lines))
+
+
+def _fill(content: dict[str, Any], path: Sequence[str], used: Mapping[str, Any]) -> str:
+    """Put what is used at a path into the JSON; return it as text."""
+    *blocks, key = path
+    value: Any = used
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if value is None:
+        return "left out, and its default holds"
+    block = content
+    for name in blocks:
+        block = block[name]
+    block[key] = value
+    return json.dumps(value)
 
 
 def _fill_precision(hardware: Hardware, content: dict[str, Any], paths: Sequence[tuple[str, ...]]) -> None:
@@ -174,68 +200,45 @@ def _is_on(content: Mapping[str, Any], name: str) -> bool:
     return isinstance(block, dict) and bool(block.get("enabled"))
 
 
-def _fill_batch(
-    run: RunConfig, hardware: Hardware, num_classes: int, content: dict[str, Any], saved_batch: int | None
-) -> bool:
-    """Plans the sizes that are missing; returns whether for less memory than there is, since it ran out."""
-    _, micro, steps = (content.get(key) for key in BATCH_KEYS)
-    if batch := open_batch(content, hardware.ranks):
-        content[BATCH_KEYS[0]] = saved_batch or batch
-    if micro is not None or steps is not None:
-        return False
-    try:
-        found = _largest_micro_batch(run, hardware, num_classes, content)
-    except UserError:  # is told when it is checked
-        return False
-    is_halved = run.halve_micro_batch and found % 2 == 0
-    content[BATCH_KEYS[1]] = found // 2 if is_halved else found
-    return is_halved
+def _with_planned_batch(ds: DeepSpeedConfig, planner: Planner, *, halve: bool) -> DeepSpeedConfig:
+    """Take the largest micro-batch that fits with headroom, of those that divide a replica's share; 1 where none does.
 
+    In a pipeline there are two micro-batches for each stage where the share has so many: with fewer its stages wait.
 
-def _largest_micro_batch(
-    run: RunConfig, hardware: Hardware, num_classes: int, content: Mapping[str, Any]
-) -> int:
-    """That fits with headroom, of those that divide a rank's share; 1 where none does.
+    Args:
+        halve: then half of it.
 
-    In a pipeline there are two micro-batches for each stage where the share has so many: else its stages wait.
+    Raises:
+        UserError: it cannot be halved.
     """
-    work = ModelProfile(run.model, num_classes, _size_px(run))
-    options = {"world_size": hardware.ranks, "accelerator": hardware.accelerator, "layers": work.layers}
-    whole = check({**content, BATCH_KEYS[2]: 1}, **options, recompute=run.recompute)
-    planner, share = Planner(work, hardware, ema=run.ema), whole.global_batch // whole.data_parallel_size
-    room = (1 - HEADROOM) * hardware.usable_bytes
-    most = max(1, share // (2 * whole.stages)) if whole.stages > 1 else share
-    for micro_batch in (n for n in range(most, 0, -1) if share % n == 0):
-        found = planner.predict(_settings_of(whole, micro_batch, share // micro_batch))
+    room = (1 - HEADROOM) * planner.hardware.usable_bytes
+    share = ds.batch.share
+    most = max(1, share // (2 * ds.stages)) if ds.stages > 1 else share
+    for micro in reversed(divisors(share, most)):
+        fitting = replace(ds, batch=ds.batch.with_micro(micro))
+        found = planner.predict(_settings_of(fitting), fitting)
         if found.fits and found.peak_bytes <= room:
-            return micro_batch
-    return 1
+            break
+    if not halve:
+        return fitting
+    problems: list[str] = []
+    half = halved(fitting.batch, problems)
+    if half is None:
+        raise cannot_be_used(ds.path, ds.world_size, problems)
+    return replace(fitting, batch=half)
 
 
-def _settings_of(ds: DsConfig, micro_batch: int, accumulation: int) -> StrategySettings:
+def _settings_of(ds: DeepSpeedConfig) -> StrategySettings:
     on_host = {None: None, "cpu": "cpu", "nvme": "cpu"}
     return StrategySettings(
         ds.zero_stage,
-        on_host[ds.offload_optimizer],
-        on_host[ds.offload_param],
-        ds.recompute,
+        on_host[ds.parallelism.offload.optimizer],
+        on_host[ds.parallelism.offload.params],
+        ds.parallelism.recompute,
         ds.precision,
-        micro_batch,
-        accumulation,
+        ds.micro_batch,
+        ds.accumulation,
         ds.stages,
         ds.data_parallel_size,
-        ds.optimizer,
+        ds.optimizer.type,
     )
-
-
-def _size_px(run: RunConfig) -> int:
-    """The largest side of its images."""
-    if not run.recipe.multi_scale:
-        return run.imgsz
-    return largest_size_px(run.imgsz, max_stride(run.model))
-
-
-def _precisions(hardware: Hardware) -> tuple[str, ...]:
-    if hardware.accelerator == "cpu":
-        return ("autocast_bf16",) if hardware.device.has_bf16 else ("fp32",)
-    return ("autocast_bf16", "bf16") if hardware.device.has_bf16 else ("autocast_fp16", "fp16")

@@ -24,7 +24,7 @@ def comm_bytes(
     """Of one rank, among `ranks` that hold the same parameters.
 
     Args:
-        zero: the block `zero_optimization` that DeepSpeed gets: `DsConfig.deepspeed_json`.
+        zero: the block `zero_optimization` that DeepSpeed gets: `DeepSpeedConfig.deepspeed_json`.
         numels: elements of each parameter, in the order of the forward pass.
         accumulation: micro-batches of a step. ZeRO 2 sends the gradients of each, ZeRO 3 the weights for each too.
     """
@@ -34,7 +34,7 @@ def comm_bytes(
     if stage == 0:
         return share * elements * 2 * gradient_bytes
     if stage < 3:
-        # Summed for its owner alone, or on all ranks where shares are small: ds_config.py
+        # Summed for its owner alone, or on all ranks where shares are small: config/deepspeed/config.py
         gradients = gradient_bytes * (2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1)
         return share * elements * (gradients * (accumulation if stage == 2 else 1) + weight_bytes)
     filled = [math.ceil(numel / ranks) * ranks for numel in numels]  # ranks send parts of one size

@@ -92,7 +92,7 @@ def _rehearse(case: DryRunCase) -> DryRunResult:
         with probe.looking():
             engine.train_step(batches, 1)
     collectives.close()
-    held = probe.result().account.together
+    held = probe.result().terms.together
     zero = engine.deepspeed_json["zero_optimization"]
     load = RankLoad(groups, 0, 0, 0, engine.dp_rank, engine.dp_size, True)
     expected = predict(load, ds, zero).together

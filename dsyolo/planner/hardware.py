@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from dsyolo.config.spec import Precision
+
 GIB = 2**30
 REACHED_FLOPS, REACHED_BANDWIDTH = 0.4, 0.7  # of the peaks; assumptions
 RESERVED_BYTES = int(0.6 * GIB)  # of a GPU: context of CUDA, libraries, NCCL's buffers; an assumption
@@ -108,9 +110,9 @@ class Hardware(NamedTuple):
         leaving = Counter(r // self.gpus for r in ranks if not self.is_on_one_node(r, dp_size + 1))
         return min(inside, self.network_bytes_s / max(leaving.values())) if leaving else inside
 
-    def flops(self, precision: str) -> float:
+    def flops(self, precision: Precision) -> float:
         """Floating-point operations a second that are assumed to be reached."""
-        peak = self.device.tflops_fp32 if precision == "fp32" else self.device.tflops_half
+        peak = self.device.tflops_fp32 if precision.compute == "fp32" else self.device.tflops_half
         return peak * 1e12 * REACHED_FLOPS
 
     def explain(self) -> str:

@@ -13,11 +13,11 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from dsyolo.config.deepspeed.config import DsConfig
+from dsyolo.config.deepspeed.config import DeepSpeedConfig
+from dsyolo.config.spec import OffloadSpec
 from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 
 ALIGNMENT = 2  # elements: DeepSpeed pads a group of weights to a multiple of it times the ranks
-STATES = {"SGD": 1, "Adam": 2, "AdamW": 2}  # tensors that the optimizer keeps for each weight
 
 
 class RankLoad(NamedTuple):
@@ -44,11 +44,11 @@ class RankLoad(NamedTuple):
         return sum(map(sum, self.groups))
 
 
-def predict(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
+def predict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
     """The account of a rank.
 
     Args:
-        zero: the block `zero_optimization` that DeepSpeed gets: `DsConfig.deepspeed_json`.
+        zero: the block `zero_optimization` that DeepSpeed gets: `DeepSpeedConfig.deepspeed_json`.
     """
     by_stage = (_nothing_sharded, _states_sharded, _states_sharded, _all_sharded)
     account = by_stage[ds.zero_stage](load, ds, zero)
@@ -60,28 +60,30 @@ def predict(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimat
     )
 
 
-def _nothing_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
+def _nothing_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
     whole = 4 * load.num_elements
     # All-reduced as one tensor, flattened from the gradients; the average is shared by the replicas.
     bucket = whole if load.dp_size > 1 else 0
-    return MemoryEstimate(MemoryTerms(whole, whole, _num_states(ds) * whole, whole // load.dp_size, bucket))
+    return MemoryEstimate(
+        MemoryTerms(whole, whole, ds.optimizer.states_per_param * whole, whole // load.dp_size, bucket)
+    )
 
 
-def _states_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
+def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
     """ZeRO 1 and 2."""
-    weight, summed = _weight_bytes(ds), _gradient_bytes(ds)
+    weight, summed = ds.precision.params_bytes, ds.precision.grads_bytes
     step = ALIGNMENT * load.dp_size
     shares = [math.ceil(sum(group) / step) * ALIGNMENT for group in load.groups]
     share = sum(shares)
-    own = 4 * share * (1 + _num_states(ds))
+    own = 4 * share * (1 + ds.optimizer.states_per_param)
     # ZeRO 1 sends what it has summed, ZeRO 2 what a micro-batch gives; a kind of number each has a bucket.
-    buckets = _bucket_bytes(zero, summed if ds.zero_stage == 1 else weight) * _num_kinds_sent(ds)
+    buckets = _bucket_bytes(zero, summed if ds.zero_stage == 1 else weight) * ds.num_gradient_types
     if ds.zero_stage == 1:
         gradients = max(weight, summed) * load.num_elements
     else:
         gradients = summed * share + weight * _waiting(load, zero, shares)
     device = MemoryTerms(weight * share * load.dp_size, gradients, own, 4 * share, buckets)
-    if not ds.offload_optimizer:
+    if not ds.parallelism.offload.optimizer:
         return MemoryEstimate(device)
     # The optimizer gets its gradients in fp32, and its weights come back through a copy.
     largest = weight * max(map(max, load.groups))
@@ -96,9 +98,9 @@ def _states_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> Memor
     )
 
 
-def _all_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEstimate:
+def _all_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
     """ZeRO 3."""
-    weight, summed = _weight_bytes(ds), _gradient_bytes(ds)
+    weight, summed = ds.precision.params_bytes, ds.precision.grads_bytes
     numels = [numel for group in load.groups for numel in group]
     share = sum(math.ceil(numel / load.dp_size) for numel in numels)
     whole = 0  # that are never freed
@@ -111,40 +113,22 @@ def _all_sharded(load: RankLoad, ds: DsConfig, zero: dict[str, Any]) -> MemoryEs
     # What arrives is one flat tensor, from which each weight is copied: no look at what is held sees it.
     arriving = min(load.num_elements, int(zero.get("stage3_prefetch_bucket_size", 0)))
     if load.dp_size == 1:  # its share is the whole, and is used as it is
-        gathered, arriving = gathered if ds.offload_param else 0, 0
+        gathered, arriving = gathered if ds.parallelism.offload.params else 0, 0
     device = MemoryTerms(
         weight * (share + whole),
         summed * share + weight * _waiting(load, zero),
-        4 * share * (1 + _num_states(ds)),
+        4 * share * (1 + ds.optimizer.states_per_param),
         4 * share,
         _bucket_bytes(zero, weight) + weight * (gathered + arriving),
     )
     host = MemoryTerms()
-    if ds.offload_optimizer:
+    if ds.parallelism.offload.optimizer:
         host = MemoryTerms(0, device.gradients + 4 * share, device.optimizer, device.ema)
         device = device._replace(gradients=0, optimizer=0, ema=0)
-    if ds.offload_param:
+    if ds.parallelism.offload.params:
         host = host._replace(parameters=weight * share)
         device = device._replace(parameters=weight * whole)
     return MemoryEstimate(device, host)
-
-
-def _num_states(ds: DsConfig) -> int:
-    return STATES[ds.optimizer] if ds.optimizer_params.get("momentum", 1) else 0
-
-
-def _weight_bytes(ds: DsConfig) -> int:
-    return 2 if ds.precision in ("bf16", "fp16") else 4
-
-
-def _gradient_bytes(ds: DsConfig) -> int:
-    """Of an element of what micro-batches are summed in."""
-    given = ds.source.get("data_types", {}).get("grad_accum_dtype")
-    return {"fp32": 4, "bf16": 2, "fp16": 2}.get(given, _weight_bytes(ds))
-
-
-def _num_kinds_sent(ds: DsConfig) -> int:
-    return 2 if ds.source.get("torch_autocast", {}).get("lower_precision_safe_modules") else 1
 
 
 def _bucket_bytes(zero: dict[str, Any], weight_bytes: int) -> int:
@@ -191,14 +175,14 @@ def _met(group: Sequence[int], share: int, dp_rank: int) -> int:
     return sum(stop - start for start, stop in bounds if _reaches(start, stop, share, dp_rank))
 
 
-def verdict(load: RankLoad, ds: DsConfig, zero: dict[str, Any], alone: RankLoad) -> str:
+def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: RankLoad) -> str:
     """What the strategy saves of the memory of a rank, in a sentence.
 
     Args:
         load: of the rank that needs most.
         alone: of a rank with the whole network; the same as `load` where there is no pipeline.
     """
-    unsharded = replace(ds, zero_stage=0, offload_optimizer=None, offload_param=None)
+    unsharded = replace(ds, parallelism=replace(ds.parallelism, zero_stage=0, offload=OffloadSpec()))
     plain = load._replace(activations=load.activations_plain, activations_host=0)
     of_stage = predict(plain, unsharded, {}).together.total
     base = of_stage if ds.stages == 1 else predict(alone, unsharded, {}).together.total

@@ -10,7 +10,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from dsyolo.config.deepspeed.config import DsConfig, check
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
+from dsyolo.config.spec import Precision
 from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
@@ -65,6 +66,7 @@ class StrategyEstimate(NamedTuple):
     times: Times
     images_s: float
     why_not: str  # empty: it fits
+    ds: DeepSpeedConfig
 
     @property
     def peak_bytes(self) -> int:
@@ -84,17 +86,20 @@ class Planner:
 
     def __init__(self, work: ModelProfile, hardware: Hardware, *, ema: bool = True) -> None:
         self.work, self.hardware, self.ema = work, hardware, ema
-        self._plans: dict[tuple[str, int, str | int], ActivationPlan] = {}
+        self._plans: dict[tuple[Precision, int, str | int], ActivationPlan] = {}
         self._stages: dict[int, list[StageProfile]] = {}
 
-    def predict(self, settings: StrategySettings) -> StrategyEstimate:
+    def predict(self, settings: StrategySettings, ds: DeepSpeedConfig | None = None) -> StrategyEstimate:
         """Of settings that `check` accepts.
+
+        Args:
+            ds: the checked configuration, where there is one already.
 
         Raises:
             UserError: they cannot run.
         """
         work, hardware = self.work, self.hardware
-        ds = check(
+        ds = ds or check(
             settings.deepspeed_json(),
             world_size=hardware.ranks,
             accelerator=hardware.accelerator,
@@ -122,6 +127,7 @@ class Planner:
             settings.global_batch / times.step,
             self._why_not(settings, terms, host_bytes)
             or ("" if val_images else "no room to validate an image"),
+            ds,
         )
 
     def smallest_recompute(self, settings: StrategySettings, free_bytes: int) -> StrategySettings | None:
@@ -163,7 +169,7 @@ class Planner:
         return self._plans[key]
 
     def _accounts(
-        self, stage: StageProfile, index: int, plan: ActivationPlan, ds: DsConfig, zero: dict[str, Any]
+        self, stage: StageProfile, index: int, plan: ActivationPlan, ds: DeepSpeedConfig, zero: dict[str, Any]
     ) -> list[MemoryEstimate]:
         """Of some ranks of a stage: shares differ by little, and most at the ends and in the middle."""
         in_flight = min(ds.stages - index, ds.accumulation)
@@ -171,7 +177,7 @@ class Planner:
         ranks = ds.data_parallel_size
         some = (
             sorted({0, ranks // 3, ranks // 2, ranks - 1})
-            if ds.zero_stage == 2 and ds.offload_optimizer
+            if ds.zero_stage == 2 and ds.parallelism.offload.optimizer
             else [0]
         )
         loads = [RankLoad(stage.groups, kept, kept, kept, rank, ranks, self.ema) for rank in some]
@@ -213,7 +219,7 @@ class Planner:
     def _times(
         self,
         settings: StrategySettings,
-        ds: DsConfig,
+        ds: DeepSpeedConfig,
         zero: dict[str, Any],
         stages: list[StageProfile],
         plan: ActivationPlan,
@@ -224,10 +230,10 @@ class Planner:
         times t with m micro-batches takes sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
         """
         hardware, dp_size, accumulation = self.hardware, settings.dp_size, settings.accumulation
-        gradient_bytes = weight_bytes = 2 if settings.precision in ("bf16", "fp16") else 4
+        gradient_bytes = weight_bytes = settings.precision.params_bytes
         again = self._share_recomputed(plan)
         passes = [self._pass_s(settings, stage, 1 + BACKWARD + again) for stage in stages]
-        each = 4 if settings.precision == "fp32" else 2
+        each = settings.precision.compute_bytes
         borders = [boundary_bytes(stage.crossing, settings.micro_batch, each) for stage in stages]
         crossings = [2 * size / hardware.border_bytes_s(i, dp_size) for i, size in enumerate(borders)]
         stage_s = [a + b for a, b in zip(passes, crossings, strict=True)]
@@ -260,7 +266,7 @@ class Planner:
         That takes its operations at the reached rate and, beside them, its reads and writes at the reached bandwidth, but no
         less than the host takes to start its kernels; the backward pass twice as much; what is recomputed once more.
         """
-        each = 4 if settings.precision == "fp32" else 2
+        each = settings.precision.compute_bytes
         bandwidth = self.hardware.device.memory_bytes_s * REACHED_BANDWIDTH
         image_s = stage.flops / self.hardware.flops(settings.precision) + stage.elements * each / bandwidth
         launched = LAUNCH_S * KERNELS * sum(map(len, stage.groups)) / PARAMETERS_OF_CONV

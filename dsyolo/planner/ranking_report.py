@@ -41,7 +41,7 @@ def table(ranking: Ranking, most: int = 40) -> str:
         s = one.settings
         sizes = f"{s.micro_batch} x {s.accumulation} x {s.dp_size}"
         lines.append(
-            f"{number:2}  {s.in_words():{width}} {s.precision:13} {sizes:>19} {one.peak_bytes / GIB:8.2f} "
+            f"{number:2}  {s.in_words():{width}} {s.precision.name:13} {sizes:>19} {one.peak_bytes / GIB:8.2f} "
             f"{one.host_bytes / GIB:8.1f} {one.wire / 1e9:7.2f} {one.times.step:7.3f} {one.images_s:8.0f} {shares(one):>13}  "
             f"{one.why_not or 'yes'}"
         )
@@ -70,7 +70,7 @@ def recommendation(ranking: Ranking, hardware: Hardware) -> str:
         f"{name} {seconds / best.times.step:.0%}" for name, seconds in best.times._asdict().items() if seconds
     ]
     lines = [
-        f"Take {s.in_words()} in {s.precision}, {s.micro_batch} images a GPU x {s.accumulation} accumulation "
+        f"Take {s.in_words()} in {s.precision.name}, {s.micro_batch} images a GPU x {s.accumulation} accumulation "
         f"x {s.dp_size}: {best.images_s:.0f} images/s ({', '.join(share)}), {free / GIB:.1f} GiB free.",
         terms(best) + ".",
     ]
@@ -103,7 +103,7 @@ def why(one: StrategyEstimate, best: StrategyEstimate) -> str:
     words = {
         "compute": "by computing again"
         if one.settings.recompute != "none"
-        else f"in {one.settings.precision}",
+        else f"in {one.settings.precision.name}",
         "communication": "by communication",
         "bubble": "by stages that wait",
         "offload": "by the way to the host and its optimizer",
@@ -119,7 +119,7 @@ def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
     need = (nearest.peak_bytes + hardware.memory_bytes - hardware.usable_bytes) / GIB
     return (
         f"Nothing fits {hardware.ranks} GPU{'s' * (hardware.ranks > 1)} of {hardware.memory_bytes / GIB:.1f} GiB. The nearest is "
-        f"{nearest.settings.in_words()} in {nearest.settings.precision} with {nearest.settings.micro_batch} images a GPU: "
+        f"{nearest.settings.in_words()} in {nearest.settings.precision.name} with {nearest.settings.micro_batch} images a GPU: "
         f"{nearest.why_not}. {terms(nearest)}.\n"
         f"It would run with {need:.1f} GiB a GPU. Otherwise take a smaller --imgsz or --model, or more GPUs."
     )
@@ -130,7 +130,11 @@ def to_json(ranking: Ranking, work: ModelProfile, hardware: Hardware) -> list[di
     return [
         {
             "rank": number,
-            "settings": {**one.settings._asdict(), "global_batch": one.settings.global_batch},
+            "settings": {
+                **one.settings._asdict(),
+                "precision": one.settings.precision.name,
+                "global_batch": one.settings.global_batch,
+            },
             "peak_gpu_gib": one.peak_bytes / GIB,
             "terms_gib": {name: size / GIB for name, size in one.terms.items()},
             "host_gib": one.host_bytes / GIB,

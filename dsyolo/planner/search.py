@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from dsyolo.config.spec import Precision
 from dsyolo.planner.predict import Planner, StrategyEstimate
 from dsyolo.planner.strategy import RECOMPUTES, StrategySettings, settings
 
@@ -34,7 +35,7 @@ def search(
     planner: Planner,
     global_batch: int,
     optimizer: str,
-    precisions: Sequence[str],
+    precisions: Sequence[Precision],
     recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Ranking:
     """Predicts all; where a size fits with all blocks recomputed and not with none, the fewest blocks are looked for too."""

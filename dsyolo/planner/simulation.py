@@ -1,6 +1,6 @@
 """A training on many ranks, on paper: the stream of samples, shares of memory, traffic and checkpoints of every rank.
 
-Each figure comes out of the code that trains: `StepSampler`, `DsConfig`, `predict`, `comm_bytes`, `balanced_owners`.
+Each figure comes out of the code that trains: `StepSampler`, `DeepSpeedConfig`, `predict`, `comm_bytes`, `balanced_owners`.
 """
 
 from __future__ import annotations

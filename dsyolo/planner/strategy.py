@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dsyolo.config.deepspeed.rules import MOST_IMAGES
+from dsyolo.config.deepspeed.batch_sizes import MOST_IMAGES, batch_json, divisors
+from dsyolo.config.deepspeed.optimizers import recipe_params
+from dsyolo.config.spec import BatchPlan, Precision
 
-OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
-    "SGD": {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005},
-    "AdamW": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-08, "weight_decay": 0.0005},
-}
-PRECISIONS: Mapping[str, Mapping[str, Any]] = {
-    "autocast_bf16": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
-    "autocast_fp16": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True}},
-    "fp32": {},
-}
+OPTIMIZERS = ("SGD", "AdamW")
 # (ZeRO stage, device of the optimizer, device of the parameters)
 SHARDING = (
     (0, None, None),
@@ -39,7 +31,7 @@ class StrategySettings(NamedTuple):
     offload_optimizer: str | None
     offload_param: str | None
     recompute: str | int  # none, blocks, or the bytes of a budget per micro-batch
-    precision: str
+    precision: Precision
     micro_batch: int
     accumulation: int
     pipeline_stages: int
@@ -62,10 +54,8 @@ class StrategySettings(NamedTuple):
         zero = {"stage": self.zero_stage, **{key: {"device": to} for key, to in offload.items() if to}}
         recompute = self.recompute if isinstance(self.recompute, str) else gib(self.recompute)
         return {
-            "train_batch_size": self.global_batch,
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulation,
-            **PRECISIONS[self.precision],
+            **batch_json(BatchPlan(self.micro_batch, self.accumulation, self.dp_size)),
+            **self.precision.deepspeed_json(),
             "zero_optimization": zero,
             **({"activation_checkpointing": {"recompute": recompute}} if recompute != "none" else {}),
             **(
@@ -73,7 +63,7 @@ class StrategySettings(NamedTuple):
                 if self.pipeline_stages > 1
                 else {}
             ),
-            "optimizer": {"type": self.optimizer, "params": dict(OPTIMIZERS[self.optimizer])},
+            "optimizer": {"type": self.optimizer, "params": recipe_params(self.optimizer)},
             "gradient_clipping": 10.0,
         }
 
@@ -98,7 +88,7 @@ def settings(
     ranks: int,
     global_batch: int,
     optimizer: str,
-    precisions: tuple[str, ...],
+    precisions: tuple[Precision, ...],
     recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Iterator[StrategySettings]:
     """All strategies that are looked at: those that need something of their ranks and batch, where they have it.
@@ -113,16 +103,16 @@ def settings(
         if global_batch % dp_size:
             continue
         share = global_batch // dp_size
-        micro_batches = [n for n in range(1, min(share, MOST_IMAGES) + 1) if share % n == 0]
+        micro_batches = divisors(share, MOST_IMAGES)
         for zero_stage, of_optimizer, of_param in SHARDING:
             if stages > 1 and (zero_stage > 1 or of_optimizer):
                 continue
             for precision in precisions:
-                is_half = precision in ("bf16", "fp16")
+                is_half = precision.params_bytes == 2
                 if dp_size == 1 and zero_stage > is_half and not of_optimizer:
                     continue  # nobody to share with
                 # DeepSpeed never lowers the scale of fp16 autocast from ZeRO 1 on, and has no ZeRO 0 for half weights
-                if precision == "autocast_fp16" and (zero_stage or stages > 1):
+                if precision.name == "autocast_fp16" and (zero_stage or stages > 1):
                     continue
                 if is_half and not zero_stage:
                     continue

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsyolo.base.errors import UserError
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_sizes, fitted
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import read_json, sane_part, without_auto
-from dsyolo.config.deepspeed.rules import BATCH_KEYS
 from dsyolo.config.run_config import AUTO
+from dsyolo.config.spec import BatchPlan
 from dsyolo.models.registry import has_parameters
 
 WEAK, STRONG = "weak", "strong"
@@ -44,9 +45,8 @@ class ScalingStrategy(NamedTuple):
         if self.global_batch % dp_size:
             rule = f"{self.global_batch} images a step cannot be divided among {dp_size} replicas"
             raise UserError("This size cannot run", [rule])
-        share = self.global_batch // dp_size
-        micro_batch = max(n for n in range(1, min(share, self.micro_batch) + 1) if share % n == 0)
-        return micro_batch, share // micro_batch
+        batch = fitted(self.global_batch, self.micro_batch, None, dp_size)
+        return batch.micro, batch.accumulation
 
 
 class ScalingCase(NamedTuple):
@@ -75,7 +75,7 @@ class ScalingCase(NamedTuple):
 class Computes(NamedTuple):
     """What tells two trainings apart whatever they are spread over."""
 
-    precision: str  # as DsConfig has it, or "auto"
+    precision: str  # as `Precision.name` has it, or "auto"
     recompute: str | int
 
     def differences(self, other: Computes) -> list[str]:
@@ -116,7 +116,7 @@ def read_strategy(
         problems += [f"{path}: {fault}" for fault in faults]
         return None
     stages = int(sane.get("pipeline", {}).get("stages", 1))
-    train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
+    train, micro, steps = batch_sizes(sane)
     dp_size = max(1, smallest // stages)
     steps = (
         accumulation
@@ -153,8 +153,7 @@ def wanted(
 
 def deepspeed_json(strategy: ScalingStrategy, case: ScalingCase) -> dict[str, Any]:
     """What the case's training gets."""
-    sizes = (case.global_batch, case.micro_batch, case.accumulation)
-    return {**dict(zip(BATCH_KEYS, sizes, strict=True)), **strategy.source}
+    return {**batch_json(BatchPlan(case.micro_batch, case.accumulation, case.dp_size)), **strategy.source}
 
 
 def _case(
@@ -168,4 +167,4 @@ def _case(
     content, left_open = without_auto(deepspeed_json(strategy, case))
     ds = check(content, world_size=ranks, accelerator=accelerator, layers=has_parameters(model))
     is_open = any(path[-1] == "enabled" and path[0] in HALF_PRECISIONS for path in left_open)
-    return case, Computes(AUTO if is_open else ds.precision, ds.recompute)
+    return case, Computes(AUTO if is_open else ds.precision.name, ds.parallelism.recompute)

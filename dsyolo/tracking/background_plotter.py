@@ -23,13 +23,19 @@ class BackgroundPlotter:
     def draw(self, name: str, work: Callable[[], None]) -> None:
         """Run `work` soon, instead of what waits under that name; after `close`, run it at once."""
         with self._changed:
-            if not self._is_closed:
+            if not self._is_closed and self._is_started():
                 self._waiting[name] = work
-                if self._thread.ident is None:
-                    self._thread.start()
                 self._changed.notify_all()
                 return
         _tried(name, work)
+
+    def _is_started(self) -> bool:
+        if self._thread.ident is None:
+            try:
+                self._thread.start()
+            except RuntimeError:  # memory for its stack is not to be had
+                return False
+        return True
 
     def wait(self) -> None:
         """Wait until everything is drawn."""

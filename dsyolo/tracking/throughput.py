@@ -106,8 +106,8 @@ def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s:
 
 def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
     """Return the peak and the maximum of each term, in GiB, of the rank that needs most."""
-    most = max(measured, key=lambda one: one.peak or one.account.together.total)
-    terms: MemoryTerms = most.account.together
+    most = max(measured, key=lambda one: one.peak or one.terms.together.total)
+    terms: MemoryTerms = most.terms.together
     peak = {} if most.peak is None else {"peak_gib": most.peak / 2**30}
     return peak | {f"peak_{name}_gib": size / 2**30 for name, size in terms._asdict().items()}
 

@@ -254,7 +254,7 @@ def _step_line(
     """Return a step's line for a log without a terminal."""
     left_s = round((progress.total_steps - progress.step) / max(steps_per_s, 1e-9))
     parts = [
-        f"epoch {progress.epoch + 1}/{progress.epochs}",
+        f"epoch {progress.epoch + 1}",
         f"step {progress.step}/{progress.total_steps}",
         f"ETA {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}",
         f"{row['images_per_s']:.1f} images/s",

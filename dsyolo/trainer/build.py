@@ -155,8 +155,8 @@ def new_state(spec: RunSpec, sampler: StepSampler) -> TrainState:
         global_batch=sampler.global_batch,
         seed=spec.config.seed,
         settings={
-            "optimizer.type": spec.ds.optimizer,
-            **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer_params.items()},
+            "optimizer.type": spec.ds.optimizer.type,
+            **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer.params.items()},
             "gradient_clipping": spec.ds.gradient_clipping,
             "names": list(spec.data.names),
         },

@@ -14,7 +14,6 @@ from dsyolo.cluster.world import World, parallel_dims, set_threads
 from dsyolo.config.resolve import RunSpec
 from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.loss import DetectionLoss
-from dsyolo.engine.batchnorm import synchronise_batchnorm
 from dsyolo.engine.buffers import named_buffers
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
@@ -56,7 +55,7 @@ def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[Detect
         saved = named_buffers(network, read_buffers(checkpoint))
         network.anchors.copy_(saved[f"{network.head}.anchors"])
     elif config.weights:
-        taken = load_into(network, Path(config.weights))
+        taken = load_into(network, Path(config.weights), spec.weights)
     return network, taken
 
 
@@ -65,7 +64,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
     config, ds = spec.config, spec.ds
     threads = set_threads(world, config.threads)
     network.recompute = spec.activations.recomputed
-    network.offload_inputs = ds.offload_activations
+    network.offload_inputs = ds.parallelism.offload.activations
     num_parameters = sum(p.numel() for p in network.parameters())
     settings = {name: getattr(config.recipe, name) for name in LOSS_SETTINGS}
     loss = DetectionLoss(network.anchors, network.num_classes, config.imgsz, **settings)
@@ -81,16 +80,15 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
         world,
         image_size_px=config.imgsz,
         statistics_move=not (config.freeze_batchnorm or config.sync_batchnorm),
+        sync_batchnorm=config.sync_batchnorm,
         activations=spec.activations,
     )
     engine, partitions = parallelized.engine, parallelized.partitions
-    if config.sync_batchnorm:
-        synchronise_batchnorm(engine.network, engine.dp_group)
     ema: Ema | NoEma = NoEma(partitions, engine.buffers)
     if config.ema:
         ema = Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)
-    if any(ds.offload_folders):
-        folders = OffloadFolders(*ds.offload_folders)
+    if any(ds.parallelism.offload.folders):
+        folders = OffloadFolders(*ds.parallelism.offload.folders)
         move_to_folders(folders, engine.deepspeed, partitions, ema.tensors, world)
     checkpoints = spec.folder / "checkpoints"
     checkpointer = Checkpointer(checkpoints, engine, partitions, ema, world, keep=config.keep_checkpoints)
@@ -108,21 +106,21 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
 
 def build_schedule(spec: RunSpec, sampler: StepSampler) -> Schedule:
     """Build the schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
-    recipe, params = spec.config.recipe, spec.ds.optimizer_params
+    recipe, optimizer = spec.config.recipe, spec.ds.optimizer
     is_scaled = recipe.lr_scaling != "none"
     warmup_images = max(recipe.warmup_epochs * sampler.num_images, recipe.warmup_min_images)
     return Schedule(
         total_steps=sampler.epoch_start_step(spec.config.epochs),
         warmup_steps=max(round(warmup_images / sampler.global_batch), int(is_scaled)),
-        lr=params["lr"] * lr_factor(recipe.lr_scaling, sampler.global_batch),
+        lr=optimizer.lr * lr_factor(recipe.lr_scaling, sampler.global_batch),
         lrf=recipe.lrf,
         shape=recipe.schedule,
-        momentum=params.get("momentum", 0.0),
-        weight_decay=params.get("weight_decay", 0.0),
+        momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay,
         global_batch=sampler.global_batch,
         warmup_bias_lr=recipe.warmup_bias_lr,
         warmup_momentum=recipe.warmup_momentum,
-        is_adam=spec.ds.optimizer != "SGD",
+        is_adam=optimizer.is_adam,
     )
 
 
@@ -131,7 +129,7 @@ def _explain(spec: RunSpec, schedule: Schedule) -> list[str]:
     ds, scaling = spec.ds, spec.config.recipe.lr_scaling
     lines = [*ds.explain(), spec.activations.explain(), *schedule.explain()]
     if scaling != "none":
-        times = schedule.lr / ds.optimizer_params["lr"]
+        times = schedule.lr / ds.optimizer.lr
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
         lines.append(f"lr: {schedule.lr:g}, {what}")
     if spec.config.sync_batchnorm:

@@ -8,16 +8,16 @@ from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.manifest import all_checkpoints
 from dsyolo.cluster.preemption import PreemptionHandler
 from dsyolo.cluster.run_lock import BUSY, RunLock, set_aside
-from dsyolo.config import run_config
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.resolve import RunSpec
-from dsyolo.config.run_config import RunConfig
+from dsyolo.config.resume import ResumePoint, config_path, resume_point
+from dsyolo.config.run_config import RunConfig, differences
 
 log = logging.getLogger(__name__)
 LOCK_TIMEOUT_S = 60  # for another run in the same folder to end, as one that still saves
 
 
-def check_folder(run: RunConfig, resumes: bool) -> None:
+def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
     """Check that the run can use its folder: a new run needs one without a run, a resumed one its checkpoint and settings.
 
     Raises:
@@ -28,16 +28,16 @@ def check_folder(run: RunConfig, resumes: bool) -> None:
     for one in (folder, *inside):
         if problem := cannot_hold_files(one):
             raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
-    if not resumes:
+    if not resume:
         # What a run left that was stopped before its first checkpoint, `auto` may write over.
-        if run.resume == "never" and (folder / "config.yaml").exists():
+        if run.resume == "never" and config_path(folder).exists():
             rule = "it holds a run already. Go on with it by --resume, or name another by --name."
             raise UserError(f"{folder} cannot be used", [rule])
         return
-    if not all_checkpoints(folder / "checkpoints"):
+    if not all_checkpoints(resume.checkpoints):
         rule = "it has no checkpoint yet. Remove it, and start without --resume."
         raise UserError(f"{folder} cannot be resumed", [rule])
-    changed = run_config.differences(RunConfig.load(folder / "config.yaml"), run)
+    changed = differences(resume.config, run)
     if changed:
         rule = "Leave it out, or start another run by --name."
         raise UserError(
@@ -52,13 +52,14 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
         UserError: another run is in it, or has changed what this one is to do there.
     """
     run_lock.take(min(LOCK_TIMEOUT_S, spec.config.rendezvous_timeout_s), preemption.asked)
-    if spec.config.resumes() != spec.resumes:
+    resume = resume_point(spec.config.resume, spec.folder, spec.resume)
+    if (resume is None) != (spec.resume is None):
         rule = (
             "another run has saved there, or removed what was saved, since this one has started. Start again."
         )
         raise UserError(f"{spec.folder} cannot be used", [rule], BUSY)
-    check_folder(spec.config, spec.resumes)
-    if not spec.resumes and (kept := set_aside(spec.folder / "weights")):
+    check_folder(spec.config, resume)
+    if not resume and (kept := set_aside(spec.folder / "weights")):
         log.warning(
             "%s has weights of a run, but no checkpoint to go on from: they are in %s now", spec.folder, kept
         )

@@ -27,7 +27,7 @@ from dsyolo.checkpoint import manifest as manifests
 from dsyolo.checkpoint.manifest import Manifest, read_manifest
 from dsyolo.checkpoint.reader import read_buffers
 from dsyolo.checkpoint.train_state import TrainState
-from dsyolo.config import command_line
+from dsyolo.config import cli_args
 from dsyolo.config import run_config as config
 from dsyolo.config.deepspeed.config import check
 from dsyolo.data.formats.yolo import MOST_CLASSES, list_images, read_data_yaml
@@ -316,7 +316,7 @@ def test_yaml_is_plain_data_of_a_bounded_size(tmp_path, monkeypatch, kind):
     path.write_text(YAMLS[kind])
     refused(lambda: read_data_yaml(path))
     refused(lambda: config.RunConfig.load(path))
-    assert "strange.yaml" in refused(lambda: command_line.parse(["--data", str(path), "--hyp", str(path)]))
+    assert "strange.yaml" in refused(lambda: cli_args.parse(["--data", str(path), "--hyp", str(path)]))
     assert not (tmp_path / "proof").exists()
 
 
@@ -405,7 +405,7 @@ RUNS_CODE |= {
     "joblib.load",
 }
 RUNS_CODE |= {"urllib.request.urlretrieve", "urllib.request.urlopen", "torch.hub.load_state_dict_from_url"}
-ALLOWED = {("dsyolo/cluster/world.py", "pickle.loads")}  # what ranks of one run send each other
+ALLOWED = {("dsyolo/cluster/collectives.py", "pickle.loads")}  # what ranks of one run send each other
 
 
 def code_running(tree: ast.AST) -> Iterator[tuple[int, str]]:

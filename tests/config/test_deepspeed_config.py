@@ -12,9 +12,11 @@ import pytest
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import schema as ds_keys
-from dsyolo.config.deepspeed.config import MAX_BUCKET_ELEMENTS, DsConfig, check
-from dsyolo.config.deepspeed.rules import BATCH_KEYS
-from dsyolo.config.run_config import RECIPE_KEYS, RUN_KEYS
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS
+from dsyolo.config.deepspeed.config import MAX_BUCKET_ELEMENTS, DeepSpeedConfig, check
+from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
+from dsyolo.config.recipe import RECIPE_KEYS
+from dsyolo.config.run_config import RUN_KEYS
 from dsyolo.models.yolov5 import has_parameters
 
 LAYERS = has_parameters("yolov5n")
@@ -23,7 +25,7 @@ FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 
 
-def resolve(config: Any, world_size: int = 1, accelerator: str = "cuda", **more: Any) -> DsConfig:
+def resolve(config: Any, world_size: int = 1, accelerator: str = "cuda", **more: Any) -> DeepSpeedConfig:
     return check(config, world_size=world_size, accelerator=accelerator, **more)
 
 
@@ -81,8 +83,8 @@ def test_shipped_files(path: Path, world_size: int) -> None:
     assert config.gradient_clipping == 10.0
     digit = path.stem[4] if path.stem.startswith("zero") else None
     assert digit is None or config.zero_stage == int(digit)
-    assert ("offload" in path.stem) == (config.offload_optimizer == "cpu")
-    assert ("nvme" in path.stem) == (config.offload_optimizer == "nvme")
+    assert ("offload" in path.stem) == (config.parallelism.offload.optimizer == "cpu")
+    assert ("nvme" in path.stem) == (config.parallelism.offload.optimizer == "nvme")
     assert json.loads(path.read_text()).keys() >= {"optimizer", "zero_optimization", "gradient_clipping"}
 
 
@@ -91,19 +93,19 @@ def test_shipped_files_are_all_there() -> None:
     names += "bf16 fp16 adamw adamw_offload adamw_nvme recompute"
     assert {path.stem for path in FILES} >= set(names.split())
     by_name = {path.stem: resolve(path, 2) for path in FILES}
-    assert {name: by_name[name].precision for name in ("zero2", "fp32", "bf16", "fp16")} == {
+    assert {name: by_name[name].precision.name for name in ("zero2", "fp32", "bf16", "fp16")} == {
         "zero2": "autocast_bf16",
         "fp32": "fp32",
         "bf16": "bf16",
         "fp16": "fp16",
     }
-    assert by_name["zero1"].optimizer_params == {
+    assert by_name["zero1"].optimizer.params == {
         "lr": 0.01,
         "momentum": 0.937,
         "nesterov": True,
         "weight_decay": 0.0005,
     }
-    assert by_name["adamw"].optimizer == "AdamW"
+    assert by_name["adamw"].optimizer.type == "AdamW"
 
 
 # ---- batch arithmetic
@@ -314,7 +316,7 @@ def test_keys_of_the_run_configuration_are_refused(key: str) -> None:
 
 def test_no_knob_has_two_owners() -> None:
     usable = {key for key, kind in ds_keys.TOP_LEVEL.items() if not isinstance(kind, ds_keys.Refused)}
-    usable |= {key for _, params in ds_keys.OPTIMIZERS.values() for key in params}
+    usable |= {key for facts in OPTIMIZERS.values() for key in facts.keys}
     assert not usable & (RUN_KEYS | RECIPE_KEYS)
 
 
@@ -370,7 +372,7 @@ def test_values_that_turn_a_refused_key_off_are_let_through(block: dict[str, Any
 )
 def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int) -> None:
     source = with_batch(**precision, zero_optimization={"stage": stage})
-    assert resolve(source).precision in ("fp16", "autocast_fp16")
+    assert resolve(source).precision.name in ("fp16", "autocast_fp16")
     (line,) = problems_of(source, accelerator="cpu")
     assert line.endswith('Use bfloat16: "torch_autocast": {"enabled": true, "dtype": "bfloat16"}.')
 
@@ -466,7 +468,7 @@ def test_pipeline_divides_the_ranks_of_a_batch() -> None:
     block = {"stages": 2, "partition": [9]}
     given = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16, "pipeline": block}
     config = resolve(given, 4, layers=LAYERS)
-    assert (config.stages, config.partition, config.data_parallel_size, config.accumulation) == (
+    assert (config.stages, config.parallelism.partition, config.data_parallel_size, config.accumulation) == (
         2,
         (9,),
         2,
@@ -484,9 +486,9 @@ def test_pipeline_divides_the_ranks_of_a_batch() -> None:
 def test_recompute_of_the_json_or_of_the_command_line(given: str, recompute: str | int) -> None:
     block = {"recompute": given, "partition_activations": False, "number_checkpoints": None}
     from_json = resolve(with_batch(activation_checkpointing=block))
-    assert (from_json.recompute, from_json.offload_activations) == (recompute, False)
+    assert (from_json.parallelism.recompute, from_json.parallelism.offload.activations) == (recompute, False)
     assert "activation_checkpointing" not in from_json.deepspeed_json(10**6, cpu=True)
-    assert resolve(with_batch(), recompute=given).recompute == recompute
+    assert resolve(with_batch(), recompute=given).parallelism.recompute == recompute
     offloaded = {"activation_checkpointing": {"cpu_checkpointing": True}}
     lines = resolve(with_batch(**offloaded), recompute="blocks").explain()
     assert lines[-1] == "recompute: all blocks, their inputs in host memory"
@@ -497,11 +499,11 @@ def test_recompute_of_the_json_or_of_the_command_line(given: str, recompute: str
 
 def test_adam_is_what_deepspeed_makes_of_it() -> None:
     adam = resolve(with_batch(optimizer={"type": "Adam", "params": {"lr": 0.1}}))
-    assert (adam.optimizer, adam.optimizer_params["weight_decay"]) == ("AdamW", 0.01)
+    assert (adam.optimizer.type, adam.optimizer.params["weight_decay"]) == ("AdamW", 0.01)
     coupled = resolve(
         with_batch(optimizer={"type": "adam", "params": {"adam_w_mode": False, "torch_adam": True}})
     )
-    assert (coupled.optimizer, coupled.optimizer_params) == (
+    assert (coupled.optimizer.type, coupled.optimizer.params) == (
         "Adam",
         {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
     )

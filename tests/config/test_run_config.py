@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.command_line import parse
+from dsyolo.config.cli_args import parse
 from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.run_config import MODELS, Recipe, RunConfig, differences, preset
+from dsyolo.config.recipe import Recipe, preset
+from dsyolo.config.run_config import MODELS, RENAMED, RunConfig, differences
 
 
 @pytest.fixture
@@ -200,6 +201,16 @@ def test_dump_and_load_are_inverse(base: list[str]) -> None:
     Path("config.yaml").write_text(yaml.safe_dump(run.dump()))
     assert RunConfig.load("config.yaml") == run
     assert run.dump()["recipe"]["mosaic"] == 0.5
+
+
+def test_load_reads_the_names_that_options_had_before(base: list[str]) -> None:
+    run = parse([*base, "--rendezvous_timeout_s", "77", "--memory_profile", "off", "--time_profile", "steps"])
+    old = {new: key for key, new in RENAMED.items()}
+    assert old.keys() == {"rendezvous_timeout_s", "memory_profile", "time_profile"}
+    values = {old.get(key, key): value for key, value in run.dump().items()}
+    assert {"meet_timeout_s", "memory_account", "time_account"} <= values.keys()
+    Path("config.yaml").write_text(yaml.safe_dump(values))
+    assert RunConfig.load("config.yaml") == run
 
 
 def test_load_tells_every_fault() -> None:

@@ -17,7 +17,7 @@ import yaml
 from runs import ROOT, arguments, environment, losses, make_place
 
 from dsyolo.cluster import preemption as stop
-from dsyolo.config import command_line
+from dsyolo.config import cli_args
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -114,7 +114,7 @@ def test_the_manifests_options_are_trains(tmp_path):
     words = documents()[1]["spec"]["template"]["spec"]["containers"][0]["args"]
     data = tmp_path / "data.yaml"
     data.touch()
-    run = command_line.parse([*words[words.index("dsyolo/train.py") + 1 :], f"--data={data}"])
+    run = cli_args.parse([*words[words.index("dsyolo/train.py") + 1 :], f"--data={data}"])
     assert run.resume == "auto"
     assert (ROOT / run.deepspeed_config).is_file()
 

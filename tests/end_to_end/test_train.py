@@ -348,7 +348,7 @@ def test_anchors_of_the_weights_are_those_of_targets_loss_and_network(place, two
     world = World(0, 1, 0, 1)
     ds = check(CONFIG, world_size=1, accelerator="cpu")
     data = read_data_yaml(config.data)
-    run = RunSpec(config, ds, data, world, place / "runs/a", plan_activations(config, ds, data.num_classes))
+    run = RunSpec(config, ds, data, place / "runs/a", plan_activations(config, ds, data.num_classes))
     network, taken = build_network(run)
     assert "tensors taken" in taken
     torch.testing.assert_close(network.anchors, weights["detect.anchors"])

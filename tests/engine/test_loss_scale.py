@@ -79,8 +79,9 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     from dsyolo.checkpoint.train_state import TrainState
     from dsyolo.cluster.collectives import barrier
     from dsyolo.config.deepspeed import config as ds_config
+    from dsyolo.config.spec import Precision
 
-    ds_config.precision = lambda *_: "autocast_fp16"
+    ds_config.precision = lambda *_: Precision.named("autocast_fp16")
     json_block = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     engine, partitions, ema, checkpoints = training.build(0, Path(folder), **json_block)
     # the first scale, 2^16, is known to be fine or too large by a factor of 2; this one is surely too large

@@ -203,7 +203,7 @@ def test_biases_start_at_the_prior():
             assert ((bias[:, 5:] - math.log(0.6 / (num_classes - 0.99999))).abs() <= bound).all()
 
 
-# the table of spec.md, K = 80
+# the table of docs/yolov5.md, K = 80
 PARAMETERS = {
     "yolov5n": 1_872_157,
     "yolov5s": 7_235_389,

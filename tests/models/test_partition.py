@@ -43,7 +43,7 @@ def test_costs_are_of_every_node_and_count_each_parameter_once(network, costs):
     assert tuple(cost.num_parameters > 0 for cost in costs) == has_parameters("yolov5n")
 
 
-# Published with the weights, of one image of 640 px with 80 classes, in units of 10^9 (spec.md).
+# Published with the weights, of one image of 640 px with 80 classes, in units of 10^9 (docs/yolov5.md).
 @pytest.mark.parametrize(("variant", "gflops"), [("yolov5n", 4.5), ("yolov5s", 16.5)])
 def test_work_is_what_was_published(variant, gflops):
     total = sum(cost.flops for cost in node_costs(build_yolov5(variant, 80), (1, 3, 640, 640)))

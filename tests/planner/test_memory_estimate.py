@@ -11,7 +11,7 @@ import training
 from ranks import run_ranks
 from runs import arguments, environment, make_place
 
-from dsyolo.config.deepspeed.config import DsConfig, check
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.engine.memory_profile import MemoryProfiler
 from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.optimizer import parameter_groups
@@ -43,7 +43,7 @@ CASES = {
 }
 
 
-def resolved(zero_block: dict, json: dict, optimizer: str, world_size: int) -> DsConfig:
+def resolved(zero_block: dict, json: dict, optimizer: str, world_size: int) -> DeepSpeedConfig:
     source = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
@@ -79,7 +79,7 @@ def measure(folder: str, cases: list[str]) -> dict[str, tuple]:
                 training.train(engine, ema, step, step + 1)
         if is_first:
             assert len(found) == 2  # in the second step, and in the first one of the later epoch
-            assert found[0][0].account.together.states == found[1][0].account.together.states
+            assert found[0][0].terms.together.states == found[1][0].terms.together.states
         ds = resolved(zero_block, json, optimizer, engine.world.size)
         wanted = predict(
             load_of(engine.dp_rank, engine.dp_size), ds, engine.deepspeed_json["zero_optimization"]
@@ -233,18 +233,17 @@ def test_what_ranks_hold_is_what_was_predicted(ranks, world_size, case):
     for rank in ranks[world_size]:
         wanted, found = rank[case]
         for term in ("parameters", "gradients", "optimizer", "ema"):
-            got, expected = getattr(found.account.together, term), getattr(wanted.together, term)
+            got, expected = getattr(found.terms.together, term), getattr(wanted.together, term)
             # In which order gradients of several groups fill a list is not predicted.
             rel = 0.1 if (case, term) == ("ZeRO 2, gradients in a list", "gradients") else 0.02
             assert got == pytest.approx(expected, rel=rel), (case, term)
-        assert found.account.together.states == pytest.approx(wanted.together.states, rel=0.03)
-        assert found.peak < 1.1 * found.account.together.total
+        assert found.terms.together.states == pytest.approx(wanted.together.states, rel=0.03)
+        assert found.peak < 1.1 * found.terms.together.total
         # ZeRO 0's bucket is there between the backward pass and the step alone; weights that ZeRO 3 gathers come and go,
         # and while they come they lie there twice.
         if "ZeRO 0" not in case:
-            assert found.account.together.buckets == pytest.approx(wanted.together.buckets, rel=0.35, abs=64)
-        assert found.account.device.activations > 0
+            assert found.terms.together.buckets == pytest.approx(wanted.together.buckets, rel=0.35, abs=64)
+        assert found.terms.device.activations > 0
         assert (
-            found.peak
-            >= wanted.device.parameters + wanted.device.optimizer + found.account.device.activations
+            found.peak >= wanted.device.parameters + wanted.device.optimizer + found.terms.device.activations
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,14 +15,17 @@ from runs import environment, launch, make_place
 from dsyolo import cli, train
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
-from dsyolo.config.command_line import parse
+from dsyolo.config.cli_args import parse
 from dsyolo.config.deepspeed.config import check
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
+from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
+from dsyolo.config.spec import PRECISIONS, Precision
 from dsyolo.data.sampler import StepSampler
 from dsyolo.models.activation_memory import count_activations
 from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine
-from dsyolo.planner.auto import PlannedConfig, plan_config
+from dsyolo.planner.auto import plan_config
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.dry_run import dry_run, dry_run_case
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
@@ -33,7 +37,7 @@ from dsyolo.planner.search import search
 from dsyolo.planner.simulation import cover, simulate
 from dsyolo.planner.strategy import StrategySettings, settings
 
-PLAIN = StrategySettings(0, None, None, "none", "autocast_fp16", 16, 1, 1, 1, "SGD")
+PLAIN = StrategySettings(0, None, None, "none", Precision.named("autocast_fp16"), 16, 1, 1, 1, "SGD")
 
 
 def one_gpu(memory_gib: int = 80) -> Hardware:
@@ -53,15 +57,15 @@ def test_published_peaks_are_predicted(case):
 def test_activations_of_any_micro_batch_are_those_that_a_run_counts(precision):
     work = ModelProfile("yolov5n", 5, 128)
     for images in (2, 7):
-        direct = count_activations(work.network, (images, 3, 128, 128), precision)
-        drawn = work.activations(images, precision)
+        direct = count_activations(work.network, (images, 3, 128, 128), Precision.named(precision))
+        drawn = work.activations(images, Precision.named(precision))
         assert drawn.peak_bytes() == direct.peak_bytes()
         assert drawn.peak_bytes(drawn.blocks) == direct.peak_bytes(direct.blocks)
 
 
 def test_settings_are_all_different_and_all_accepted():
     work = ModelProfile("yolov5n", 80, 64)
-    found = list(settings(8, 64, "AdamW", ("autocast_bf16", "autocast_fp16", "bf16", "fp16", "fp32")))
+    found = list(settings(8, 64, "AdamW", tuple(PRECISIONS.values())))
     assert len(set(found)) == len(found) > 200
     for one in found:
         ds = check(one.deepspeed_json(), world_size=8, accelerator="cuda", layers=work.layers)
@@ -70,8 +74,12 @@ def test_settings_are_all_different_and_all_accepted():
             one.accumulation,
             one.zero_stage,
         )
-        assert (ds.precision, ds.stages, ds.recompute) == (one.precision, one.pipeline_stages, one.recompute)
-        assert (ds.optimizer, ds.offload_optimizer, ds.offload_param) == (
+        assert (ds.precision, ds.stages, ds.parallelism.recompute) == (
+            one.precision,
+            one.pipeline_stages,
+            one.recompute,
+        )
+        assert (ds.optimizer.type, *ds.parallelism.offload.devices) == (
             one.optimizer,
             one.offload_optimizer,
             one.offload_param,
@@ -101,7 +109,7 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
 
 def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_are():
     """Each stage's replicas are neighbours: on two nodes of two GPUs a stage each, whose activations cross."""
-    pipeline = StrategySettings(1, None, None, "none", "fp32", 4, 4, 2, 1, "SGD")
+    pipeline = StrategySettings(1, None, None, "none", Precision.named("fp32"), 4, 4, 2, 1, "SGD")
     found = Planner(ModelProfile("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
     assert found.wire / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
     work = ModelProfile("yolov5s", 80, 320)
@@ -134,7 +142,8 @@ def test_as_json_every_strategy_has_its_terms(capsys):
     status, out, _ = plan(capsys, *words.split())
     assert status == 0
     found = json.loads(out)
-    plain = [one for one in found if {**one["settings"], **PLAIN._asdict()} == one["settings"]]
+    wanted = {**PLAIN._asdict(), "precision": PLAIN.precision.name}
+    plain = [one for one in found if {**one["settings"], **wanted} == one["settings"]]
     assert len(plain) == 1
     assert plain[0]["peak_gpu_gib"] * GIB / 1e9 == pytest.approx(1.5, rel=0.05)
     for one in found:
@@ -145,11 +154,11 @@ def test_as_json_every_strategy_has_its_terms(capsys):
 
 def test_a_cpu_is_its_own_host():
     cpu = one_gpu()._replace(accelerator="cpu")
-    planner, precisions = Planner(ModelProfile("yolov5s", 80, 64), cpu), ("fp32",)
+    planner, precisions = Planner(ModelProfile("yolov5s", 80, 64), cpu), (Precision.named("fp32"),)
     found = search(planner, 8, "SGD", precisions)
     assert len(found.fitting) > 4
     assert not [one for one in found.fitting + found.others if one.settings.offload_optimizer]
-    plain = PLAIN._replace(precision="fp32", micro_batch=8, zero_stage=1)
+    plain = PLAIN._replace(precision=Precision.named("fp32"), micro_batch=8, zero_stage=1)
     own, offloaded = (planner.predict(plain._replace(offload_optimizer=device)) for device in (None, "cpu"))
     assert offloaded.peak_bytes > own.peak_bytes  # copies come on top
     assert offloaded.host_bytes == 0
@@ -171,9 +180,9 @@ def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
     assert f"--data data.yaml --val_batch_size {images}\n" in out
     assert 8 < images < 16
     work = ModelProfile("yolov5n6", 80, 1280)
-    most = inference_bytes(work.network, [(images, 3, 1280, 1280)], "autocast_bf16")[0]
-    assert work.most_inferred(most, "autocast_bf16") == images
-    assert work.most_inferred(most - 1, "autocast_bf16") == images - 1
+    most = inference_bytes(work.network, [(images, 3, 1280, 1280)], Precision.named("autocast_bf16"))[0]
+    assert work.most_inferred(most, Precision.named("autocast_bf16")) == images
+    assert work.most_inferred(most - 1, Precision.named("autocast_bf16")) == images - 1
     status, out, err = plan(capsys, *words[:4], "--gpus", "1x0.65GiB", "--write", str(tmp_path / "none.json"))
     assert (status, (tmp_path / "none.json").exists()) == (1, False)
     assert "Nothing was written to" in err
@@ -290,7 +299,7 @@ def test_the_loss_holds_what_it_is_said_to():
         if event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
-    assert most == pytest.approx(work.loss_bytes(4, "fp32"), rel=0.15)
+    assert most == pytest.approx(work.loss_bytes(4, Precision.named("fp32")), rel=0.15)
 
 
 # ---- what a JSON leaves to the machine
@@ -305,30 +314,33 @@ def run_config(tmp_path, **options) -> RunConfig:
 def filled(tmp_path, content: dict, hardware: Hardware, saved_batch: int | None = None) -> PlannedConfig:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    return plan_config(run_config(tmp_path, deepspeed_config=path), lambda: hardware, 80, saved_batch)
+    return plan_config(
+        run_config(tmp_path, deepspeed_config=path), read_source(path), hardware, 80, saved_batch
+    )
 
 
 def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
     for recompute in ("none", "blocks", "0.500GiB"):
         run = run_config(tmp_path, deepspeed_config="auto", recompute=recompute)
-        got = plan_config(run, lambda: a10, 80)
-        said = got.config.get("activation_checkpointing", {}).get("recompute", "none")
+        got = plan_config(run, None, a10, 80)
+        said = got.ds.source.get("activation_checkpointing", {}).get("recompute", "none")
         assert said == recompute
         assert ("recompute" in got.lines[0]) == (recompute != "none")
     activations = float(re.search(r"activations (\d+\.\d+)", got.lines[1])[1])
     assert 0.25 < activations <= 0.5
     with pytest.raises(UserError, match="nothing fits"):
-        plan_config(run.model_copy(update={"recompute": "0.001GiB"}), lambda: a10, 80)
+        plan_config(run.model_copy(update={"recompute": "0.001GiB"}), None, a10, 80)
     words = f"--deepspeed_config=auto --data={run.data} --imgsz=64 --recompute=blocks".split()
-    assert train.read(words, World(0, 2, 0, 2)).ds.recompute == "blocks"  # said once, and so taken
+    assert (
+        train.read(words, World(0, 2, 0, 2)).ds.parallelism.recompute == "blocks"
+    )  # said once, and so taken
     (tmp_path / "data.yaml").write_text("train: .\nval: nowhere\nnames: [a]\n")
     with pytest.raises(UserError, match=r"data\.yaml cannot be used.*\n.*nowhere") as told:
         train.read(words, World(0, 2, 0, 2))
     assert "auto cannot be used" not in str(told.value)  # it was not planned yet
-    got = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=3), 80, 64)
     with pytest.raises(UserError, match="64 when it was saved, and 3 ranks do not divide it"):
-        check(got.config, world_size=3, accelerator="cuda", saved_batch=64, name="auto")
+        plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10._replace(gpus=3), 80, 64)
 
 
 def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
@@ -337,11 +349,11 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "train_batch_size": 64}))
     whole = run_config(tmp_path, deepspeed_config=path)
     first, again = (
-        plan_config(one, lambda: a10, 80)
+        plan_config(one, read_source(path), a10, 80)
         for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
     )
-    assert (first.is_halved, again.is_halved) == (False, True)
-    sizes = [check(one.config, world_size=2, accelerator="cuda") for one in (first, again)]
+    sizes = [check(one.ds.source, world_size=2, accelerator="cuda") for one in (first, again)]
+    assert sizes == [replace(one.ds, path=None) for one in (first, again)]
     assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
 
 
@@ -367,7 +379,7 @@ def test_a_precision_that_is_auto_is_one_that_the_device_has(tmp_path, gpu, stag
     hardware = Hardware(DEVICES.get(gpu, DEVICES["T4"]), 1, 2, 16 * GIB, None, 3e9, accelerator)
     content = {"train_batch_size": 16, "zero_optimization": {"stage": stage}, **given}
     got = filled(tmp_path, content, hardware)
-    assert check(got.config, world_size=2, accelerator=accelerator).precision == expected
+    assert check(got.ds.source, world_size=2, accelerator=accelerator).precision.name == expected
 
 
 def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
@@ -375,10 +387,10 @@ def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
     for name, rate in (("auto", 0.01), ("AdamW", 0.001)):
         optimizer = {"type": name, "params": {"lr": "auto", "weight_decay": "auto"}}
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": optimizer}, a10)
-        params = check(got.config, world_size=2, accelerator="cuda").optimizer_params
+        params = check(got.ds.source, world_size=2, accelerator="cuda").optimizer.params
         assert (params["lr"], params["weight_decay"]) == (rate, 0.0005)
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": {"type": name, "params": "auto"}}, a10)
-        assert check(got.config, world_size=2, accelerator="cuda").optimizer_params == params
+        assert check(got.ds.source, world_size=2, accelerator="cuda").optimizer.params == params
 
 
 @pytest.mark.parametrize(("sizes", "ranks"), [((2, 1), 3), ((4, 4), 8), ((1,), 1)])
@@ -401,25 +413,24 @@ def test_a_key_given_twice_is_no_matter_of_auto(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
     path = tmp_path / "ds.json"
     path.write_text('{"train_batch_size": 16, "train_batch_size": 32, "gradient_clipping": "auto"}')
-    got = plan_config(run_config(tmp_path, deepspeed_config=path), lambda: a10, 80)
     with pytest.raises(UserError, match="train_batch_size: given twice"):
-        check(got.config, world_size=2, accelerator="cuda")
+        plan_config(run_config(tmp_path, deepspeed_config=path), read_source(path), a10, 80)
 
 
 def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
-    first = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80)
-    assert check(first.config, world_size=2, accelerator="cuda").global_batch == 64
+    first = plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10, 80)
+    assert check(first.ds.source, world_size=2, accelerator="cuda").global_batch == 64
     assert first.lines[0].startswith("planned for 2 x 24.0 GiB (A10): ZeRO ")
     halved = run_config(tmp_path, deepspeed_config="auto").model_copy(update={"halve_micro_batch": True})
-    again = plan_config(halved, lambda: a10, 80)
+    again = plan_config(halved, None, a10, 80)
     peaks = [float(one.lines[1].split()[1]) for one in (first, again)]
     assert peaks[1] < 0.65 * peaks[0]
     assert re.search(r"\(A10\), for \d+\.\d GiB of each, as memory ran out: ZeRO", again.lines[0])
     cpu = a10._replace(accelerator="cpu", gpus=1)  # states are most of it: less by a fifth is all there is
     states = run_config(tmp_path, deepspeed_config="auto", model="yolov5l", imgsz=64)
     wide, least = (
-        plan_config(one, lambda: cpu, 80)
+        plan_config(one, None, cpu, 80)
         for one in (states, states.model_copy(update={"halve_micro_batch": True}))
     )
     peaks = [float(one.lines[1].split()[1]) for one in (wide, least)]
@@ -427,15 +438,16 @@ def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     assert least.val_images == 1
     one = states.model_copy(update={"halve_micro_batch": True, "recompute": "blocks"})
     with pytest.raises(UserError, match="memory ran out, and no plan needs less"):
-        plan_config(one, lambda: cpu, 80, 1)
-    odd = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10._replace(gpus=6), 80)
-    assert check(odd.config, world_size=6, accelerator="cuda").global_batch == 66
-    resumes = plan_config(run_config(tmp_path, deepspeed_config="auto"), lambda: a10, 80, 48)
-    assert check(resumes.config, world_size=2, accelerator="cuda").global_batch == 48
+        plan_config(one, None, cpu, 80, 1)
+    odd = plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10._replace(gpus=6), 80)
+    assert check(odd.ds.source, world_size=6, accelerator="cuda").global_batch == 66
+    resumes = plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10, 80, 48)
+    assert check(resumes.ds.source, world_size=2, accelerator="cuda").global_batch == 48
     with pytest.raises(UserError, match=r"nothing fits 0\.60 GiB a rank, .* for 64 images a step"):
         plan_config(
             run_config(tmp_path, deepspeed_config="auto"),
-            lambda: a10._replace(memory_bytes=int(0.6 * GIB)),
+            None,
+            a10._replace(memory_bytes=int(0.6 * GIB)),
             80,
         )
 
@@ -451,21 +463,21 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01}},
     }
     got = filled(tmp_path, content, a10)
-    ds = check(got.config, world_size=2, accelerator="cuda")
-    assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision) == (64, 32, 1, "bf16")
+    ds = check(got.ds.source, world_size=2, accelerator="cuda")
+    assert (ds.global_batch, ds.micro_batch, ds.accumulation, ds.precision.name) == (64, 32, 1, "bf16")
     assert got.lines == (
         "train_batch_size: auto, so 64",
         "train_micro_batch_size_per_gpu: auto, so 32",
         "gradient_accumulation_steps: auto, so 1",
         "bf16.enabled: auto, so true",
-        f"zero_optimization.reduce_bucket_size: auto, so {got.config['zero_optimization']['reduce_bucket_size']}",
+        f"zero_optimization.reduce_bucket_size: auto, so {got.ds.source['zero_optimization']['reduce_bucket_size']}",
         "optimizer.params.lr: auto, so 0.001",
     )
-    assert got.config["optimizer"]["params"] == {"lr": 0.001, "weight_decay": 0.01}
+    assert got.ds.source["optimizer"]["params"] == {"lr": 0.001, "weight_decay": 0.01}
     small = filled(tmp_path, content, a10._replace(memory_bytes=3 * GIB))
-    assert check(small.config, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
+    assert check(small.ds.source, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
     given = {**content, "train_micro_batch_size_per_gpu": 12}
-    ds = check(filled(tmp_path, given, a10).config, world_size=2, accelerator="cuda")
+    ds = check(filled(tmp_path, given, a10).ds.source, world_size=2, accelerator="cuda")
     assert (ds.global_batch, ds.micro_batch, ds.accumulation) == (72, 12, 3)
     lower = filled(tmp_path, {**given, "gradient_clipping": "auto"}, a10)
     assert lower.lines[-1] == "gradient_clipping: auto, so 10.0"
@@ -475,18 +487,18 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
         "zero_optimization": {"stage": 1},
         "pipeline": {"stages": 2},
     }
-    ds = check(filled(tmp_path, piped, a10).config, world_size=2, accelerator="cuda")
+    ds = check(filled(tmp_path, piped, a10).ds.source, world_size=2, accelerator="cuda")
     assert (ds.micro_batch, ds.accumulation) == (16, 4)  # two for each stage, so that they do not wait
     for wrong, told in (
         ({"zero_optimization": {"stagee": "auto"}}, "Did you mean stage"),
         ({"scheduler": "auto"}, "scheduler: "),
         ({"train_micro_batch_size_per_gpuu": "auto"}, "Did you mean train_micro_batch_size_per_gpu"),
     ):
-        got = filled(tmp_path, {"train_batch_size": 16, "gradient_clipping": "auto", **wrong}, a10)
         with pytest.raises(UserError, match=told):
-            check(got.config, world_size=2, accelerator="cuda", name="ds.json")
+            filled(tmp_path, {"train_batch_size": 16, "gradient_clipping": "auto", **wrong}, a10)
     nothing = {"train_batch_size": 8, "activation_checkpointing": {"recompute": "none"}}
-    assert filled(tmp_path, nothing, a10).config == str(tmp_path / "ds.json")
+    (tmp_path / "ds.json").write_text(json.dumps(nothing))
+    assert read_source(tmp_path / "ds.json") == JsonSource(str(tmp_path / "ds.json"), nothing)
 
 
 def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):

@@ -19,7 +19,7 @@ from runs import CONFIG, ROOT, begin, environment, make_place
 from dsyolo import cli
 from dsyolo.base.errors import UserError
 from dsyolo.commands import scale as command
-from dsyolo.config.deepspeed.rules import BATCH_KEYS
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS
 from dsyolo.doctor.hosts import Host
 from dsyolo.engine.step_timer import PHASES
 from dsyolo.scaling.bottleneck import bottleneck

@@ -178,8 +178,9 @@ def build(
     if synchronised:
         synchronise_batchnorm(engine.network, engine.dp_group)
     ema = Ema(partitions, engine.buffers, EMA_DECAY, EMA_TAU)
-    if any(ds.offload_folders):
-        move_to_folders(OffloadFolders(*ds.offload_folders), engine.deepspeed, partitions, ema.tensors, world)
+    if any(ds.parallelism.offload.folders):
+        folders = OffloadFolders(*ds.parallelism.offload.folders)
+        move_to_folders(folders, engine.deepspeed, partitions, ema.tensors, world)
     return engine, partitions, ema, Checkpointer(folder, engine, partitions, ema, world)
 
 

@@ -209,7 +209,7 @@ def test_without_a_terminal_there_is_a_line_per_logged_step_and_per_epoch(
     out, err = capsys.readouterr()
     _, step, first, _, second = out.splitlines()
     assert re.match(
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rank 0: epoch 1/4  step 5/20  ETA 0:00:0\d  ", step
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rank 0: epoch 1  step 5/20  ETA 0:00:0\d  ", step
     )
     assert all(
         part in step for part in (" images/s  MFU 25 %  box 0.2000  obj 0.0600", "lr 0.002", "1.50 GiB")

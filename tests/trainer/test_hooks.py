@@ -199,6 +199,11 @@ def test_hooks_open_in_order_and_close_in_reverse_even_where_one_fails_to_open_o
         raise AssertionError("not reached")
     assert log == ["a open", "b open", "b close", "a close"]
     log.clear()
+    hooks = HookList([Noting("a", log), Noting("b", log, "close")])
+    with pytest.raises(KeyError), hooks.running(None):  # the first error is the one to tell
+        raise KeyError
+    assert log == ["a open", "b open", "b close", "a close"]
+    log.clear()
     hooks = HookList([Noting("a", log), Noting("b", log, "close"), Noting("c", log)])
     with pytest.raises(ZeroDivisionError), hooks.running(None):
         pass

@@ -1,30 +1,30 @@
-"""Reads, checks and explains the DeepSpeed JSON: how a run runs. Nothing of torch or DeepSpeed is needed for it.
+"""Checks and explains the DeepSpeed JSON, which sets how a training runs. Needs neither torch nor DeepSpeed.
 
-DeepSpeed ignores unknown keys and finds wrong arithmetic after every rank has built its model. Here all
-problems are told at once, within a second. What dsyolo owns itself is taken out before DeepSpeed sees it.
+DeepSpeed ignores unknown keys, and finds wrong arithmetic after every rank has built its model. Here one error names
+all problems within a second. The blocks that dsyolo owns are taken out before DeepSpeed sees the JSON.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.deepspeed.json_reader import read_json, sane_part
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, sane_part
 from dsyolo.config.deepspeed.rules import (
     activations,
-    batch_triple,
     data_types,
-    halve,
     monitors,
     offload,
-    optimizer_and_params,
+    optimizer,
     pipeline,
     precision,
 )
+from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision
 
 GRADIENT_CLIPPING = 10.0  # the recipe's; DeepSpeed's own default, 1.0, would be silently another training
 OWN_BLOCKS = (
@@ -41,65 +41,86 @@ MIN_BUCKET_ELEMENTS = 2**20  # 4 MB: smaller messages cost more time than their 
 # DeepSpeed's default sums a bucket that several ranks own parts of on all of them, and sends half as much again as ZeRO
 # needs. One reduction for each owner sends what is needed, in more messages: for shares of 1 MB and more.
 MIN_SHARE_ELEMENTS = 2**18
+PRINTING_KEYS = ("steps_per_print", "dump_state", "memory_breakdown", "comms_logger")
 NO_PRINT = 10**9  # steps between DeepSpeed's own lines; dsyolo's tracker prints
 
 
 @dataclass(frozen=True)
-class DsConfig:
-    """A checked DeepSpeed JSON on a given number of ranks, with everything resolved that DeepSpeed derives."""
+class DeepSpeedConfig:
+    """A checked DeepSpeed JSON on a given number of ranks, with everything resolved that DeepSpeed derives.
+
+    Attributes:
+        path: of the file, for messages.
+        gradient_clipping: largest norm of the gradient; 0: none.
+        source: the JSON as given.
+    """
 
     path: str | None
     world_size: int
-    global_batch: int  # images per optimizer step: micro_batch * accumulation * data_parallel_size
-    micro_batch: int  # images per rank and forward pass
-    accumulation: int  # micro-batches per optimizer step
-    zero_stage: int
-    precision: str  # fp32, autocast_bf16, autocast_fp16, bf16 or fp16
-    optimizer: str  # SGD, Adam or AdamW: what runs, not always what the JSON calls it
-    optimizer_params: Mapping[str, Any]  # as torch.optim takes them; lr is the peak of the schedule
-    gradient_clipping: float  # 0: none
-    offload_optimizer: str | None  # device
-    offload_param: str | None  # device
-    stages: int  # of the pipeline, 1: none
-    partition: str | tuple[int, ...]  # "balanced", or the layer index at which each further stage begins
-    recompute: str | int  # "none", "blocks", or bytes: the fewest blocks that fit these per micro-batch
-    offload_activations: bool  # the inputs of recomputed blocks wait in host memory
-    source: Mapping[str, Any]  # the JSON as given
+    batch: BatchPlan
+    precision: Precision
+    optimizer: OptimizerSpec
+    parallelism: Parallelism
+    gradient_clipping: float
+    source: Mapping[str, Any]
+
+    @property
+    def global_batch(self) -> int:
+        """Images in an optimizer step."""
+        return self.batch.global_batch
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of a rank in a forward pass."""
+        return self.batch.micro
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in an optimizer step."""
+        return self.batch.accumulation
 
     @property
     def data_parallel_size(self) -> int:
-        return self.world_size // self.stages
+        """Ranks that hold the same parameters."""
+        return self.batch.replicas
 
     @property
-    def offload_folders(self) -> tuple[str | None, str | None]:
-        """Folders that optimizer states and parameters are offloaded to, None where they are not."""
-        zero = self.source.get("zero_optimization", {})
-        return (
-            zero["offload_optimizer"]["nvme_path"] if self.offload_optimizer == "nvme" else None,
-            zero["offload_param"]["nvme_path"] if self.offload_param == "nvme" else None,
+    def zero_stage(self) -> int:
+        return self.parallelism.zero_stage
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline; 1: none."""
+        return self.parallelism.stages
+
+    @property
+    def num_gradient_types(self) -> int:
+        """Types of gradients that are sent: ZeRO has a bucket for each."""
+        return 2 if self._sends_low_precision else 1
+
+    @property
+    def _sends_low_precision(self) -> bool:
+        return self.precision.is_autocast and bool(
+            self.source["torch_autocast"].get("lower_precision_safe_modules")
         )
 
     def deepspeed_json(self, num_parameters: int, *, cpu: bool) -> dict[str, Any]:
-        """What `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
+        """Return what `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
 
-        What the JSON gives stays. Where it is silent: the batch triple, clipping, gradients of autocast in fp32 as
-        everywhere in torch, DeepSpeed's lines off, no device synchronisation for its throughput timer, and ZeRO's buffers sized to a model of
-        `num_parameters` elements (DeepSpeed's defaults are for 10^9 and more).
+        The JSON's own values stay. Added are the batch triple, clipping, fp32 gradients under autocast as in torch, and
+        buffers of ZeRO sized to a model of `num_parameters` elements (DeepSpeed's defaults are for 10^9 and more).
+        DeepSpeed's own lines are off, and so is the device synchronisation of its throughput timer.
         """
         out = {key: copy.deepcopy(value) for key, value in self.source.items() if key not in OWN_BLOCKS}
-        out["train_batch_size"] = self.global_batch
-        out["train_micro_batch_size_per_gpu"] = self.micro_batch
-        out["gradient_accumulation_steps"] = self.accumulation
+        out |= batch_json(self.batch)
         out["gradient_clipping"] = self.gradient_clipping
-        out["zero_allow_untested_optimizer"] = True  # SGD is untested, says DeepSpeed
+        out["zero_allow_untested_optimizer"] = True  # SGD is untested for DeepSpeed
         out["zero_force_ds_cpu_optimizer"] = False  # its CPU Adam is a compiled op
-        speaks = [
-            out.get(key) for key in ("steps_per_print", "dump_state", "memory_breakdown", "comms_logger")
-        ]
-        out.setdefault("log_level", "info" if any(speaks) else "warning")  # of DeepSpeed's own lines
+        prints = any(out.get(key) for key in PRINTING_KEYS)
+        out.setdefault("log_level", "info" if prints else "warning")  # of DeepSpeed's own lines
         out.setdefault("steps_per_print", NO_PRINT)
         out.setdefault("timers", {"throughput": {"enabled": False}})
-        if self.precision.startswith("autocast"):
+        if self.precision.is_autocast:
             # DeepSpeed's default sums the gradients of convolutions in bf16, over micro-batches and ranks.
             out["torch_autocast"].setdefault("lower_precision_safe_modules", [])
         out["zero_optimization"] = self._zero_block(num_parameters, cpu)
@@ -137,78 +158,78 @@ class DsConfig:
             )
         return zero
 
-    def _precision_in_words(self) -> str:
-        words = self._computed_in()
-        sums = self.source.get("data_types", {}).get("grad_accum_dtype", "fp32")
-        if sums != "fp32" and self.precision not in ("bf16", "fp16"):
-            words += f", but gradients summed in {sums}"
+    def _explain_precision(self) -> str:
+        kinds = self.precision
+        always = "BatchNorm, loss, optimizer and EMA in fp32"
+        if kinds.params != "fp32":
+            text = f"convolutions and weights in {kinds.params}, gradients summed in {kinds.grads}; master weights, {always}"
+        elif not kinds.is_autocast:
+            text = "everything in fp32"
+        elif self._sends_low_precision:
+            always += f"; gradients of lower_precision_safe_modules in {kinds.compute}"
+            text = f"convolutions in {kinds.compute} (autocast); weights, {always}, others in fp32"
+        else:
+            text = f"convolutions in {kinds.compute} (autocast); weights, gradients, {always}"
+        if kinds.params == "fp32" != kinds.grads:
+            text += f", but gradients summed in {kinds.grads}"
         sent = self.source.get("communication_data_type")
-        return words + (f"; gradients sent in {sent}" if sent else "")
+        return text + (f"; gradients sent in {sent}" if sent else "")
 
-    def _computed_in(self) -> str:
-        if self.precision == "fp32":
-            return "everything in fp32"
-        kind, always = self.precision.removeprefix("autocast_"), "BatchNorm, loss, optimizer and EMA in fp32"
-        if kind == self.precision:
-            sums = self.source.get("data_types", {}).get("grad_accum_dtype", kind)
-            return f"convolutions and weights in {kind}, gradients summed in {sums}; master weights, {always}"
-        if self.source["torch_autocast"].get("lower_precision_safe_modules", []):
-            always = f"{always}; gradients of lower_precision_safe_modules in {kind}"
-            return f"convolutions in {kind} (autocast); weights, {always}, others in fp32"
-        return f"convolutions in {kind} (autocast); weights, gradients, {always}"
-
-    def explain(self) -> list[str]:
-        """A few lines for the start of a run: what runs."""
-        ranks = f"{self.data_parallel_size} rank{'s' if self.data_parallel_size > 1 else ''}"
-        batch = f"batch: {self.global_batch} images per step = {self.micro_batch} per GPU"
-        sharded = ("nothing sharded", "optimizer states", "optimizer states and gradients", "all states")
-        offload = ", ".join(
+    def _explain_offload(self) -> str:
+        offload = self.parallelism.offload
+        parts = [
             f"{what} {f'in files in {folder}' if folder else f'on {device}'}"
-            for what, device, folder in (
-                ("optimizer", self.offload_optimizer, self.offload_folders[0]),
-                ("parameters", self.offload_param, self.offload_folders[1]),
+            for what, device, folder in zip(
+                ("optimizer", "parameters"), offload.devices, offload.folders, strict=True
             )
             if device
-        )
-        params = ", ".join(f"{key} {value}" for key, value in self.optimizer_params.items())
-        lines = [
-            f"{batch} x {self.accumulation} accumulation x {ranks}",
-            f"precision: {self._precision_in_words()}",
-            f"ZeRO {self.zero_stage}: {sharded[self.zero_stage]}"
-            + f"{' sharded' if self.zero_stage else ''}; offload: {offload or 'none'}",
-            f"optimizer: {self.optimizer}, {params}",
-            f"gradient norm: {f'clipped at {self.gradient_clipping:g}' if self.gradient_clipping else 'not clipped'}",
         ]
-        if self.recompute != "none":
-            what = "all blocks" if self.recompute == "blocks" else "the fewest blocks that fit the budget"
+        return ", ".join(parts) or "none"
+
+    def explain(self) -> list[str]:
+        """Return a few lines for the start of a run: how it runs."""
+        batch, spread = self.batch, self.parallelism
+        ranks = f"{batch.replicas} rank{'s' if batch.replicas > 1 else ''}"
+        sharded = ("nothing", "optimizer states", "optimizer states and gradients", "all states")
+        params = ", ".join(f"{key} {value}" for key, value in self.optimizer.params.items())
+        clipped = f"clipped at {self.gradient_clipping:g}" if self.gradient_clipping else "not clipped"
+        lines = [
+            f"batch: {batch.global_batch} images per step = {batch.micro} per GPU x {batch.accumulation} accumulation x {ranks}",
+            f"precision: {self._explain_precision()}",
+            f"ZeRO {spread.zero_stage}: {sharded[spread.zero_stage]} sharded; offload: {self._explain_offload()}",
+            f"optimizer: {self.optimizer.type}, {params}",
+            f"gradient norm: {clipped}",
+        ]
+        if spread.recompute != "none":
+            what = "all blocks" if spread.recompute == "blocks" else "the fewest blocks that fit the budget"
             lines.append(
-                f"recompute: {what}{', their inputs in host memory' if self.offload_activations else ''}"
+                f"recompute: {what}{', their inputs in host memory' if spread.offload.activations else ''}"
             )
-        if self.stages > 1:
-            lines.append(f"pipeline: {self.stages} stages, partition {self.partition}")
+        if spread.stages > 1:
+            lines.append(f"pipeline: {spread.stages} stages, partition {spread.partition}")
         return lines
 
 
 def check(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | JsonSource,
     *,
     world_size: int,
     accelerator: str,
     layers: Sequence[bool] | None = None,
     recompute: str = "auto",
-    halved: bool = False,
+    halve: bool = False,
     saved_batch: int | None = None,
     name: str | None = None,
-) -> DsConfig:
-    """The DeepSpeed configuration of a file or dict, for so many ranks.
+) -> DeepSpeedConfig:
+    """Check a DeepSpeed JSON by all rules, for so many ranks, and resolve it.
 
     Args:
-        config: path of the JSON, or its content.
+        config: path of the JSON, its content, or the JSON as read: where that leaves its batch open, the recipe's is taken.
         world_size: ranks of the run, all hosts together.
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
-        recompute: what the command line says of it; `auto` leaves it to the JSON.
-        halved: half of the JSON's micro-batch, twice the accumulation.
+        recompute: the option; `auto` leaves it to the JSON.
+        halve: take half of the JSON's micro-batch, and twice the accumulation.
         saved_batch: global batch of the run that goes on. It stays on any ranks that divide it: micro-batch and
             accumulation are fitted, where a run that begins must have them right.
         name: of the file that a content comes from.
@@ -217,17 +238,32 @@ def check(
         UserError: every problem of the file, each with what was given, the rule and the remedy.
     """
     assert world_size >= 1, world_size
-    path = name if isinstance(config, Mapping) else str(config)
+    path = name
     problems: list[str] = []
-    source = dict(config) if isinstance(config, Mapping) else read_json(str(path), problems)
+    if isinstance(config, JsonSource):
+        path, problems = config.name, list(config.problems)
+        source = None if config.content is None else dict(config.content)
+        if source is not None and config.left_open and (batch := open_batch(source, world_size)):
+            source[BATCH_KEYS[0]] = batch
+    elif isinstance(config, Mapping):
+        source = dict(config)
+    else:
+        path = str(config)
+        source = read_json(path, problems)
     result = None
     if source is not None:
-        more = (accelerator, layers, recompute, halved, saved_batch)
-        result = _resolve(path, source, world_size, *more, problems)
+        result = _resolve(
+            path, source, world_size, accelerator, layers, recompute, halve, saved_batch, problems
+        )
     if problems or result is None:
-        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-        raise UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
+        raise cannot_be_used(path, world_size, problems)
     return result
+
+
+def cannot_be_used(path: str | None, world_size: int, problems: Sequence[str]) -> UserError:
+    """Return the error of a JSON with these problems."""
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
 
 
 def _resolve(
@@ -237,44 +273,35 @@ def _resolve(
     accelerator: str,
     layers: Sequence[bool] | None,
     recompute: str,
-    halved: bool,
+    halve: bool,
     saved_batch: int | None,
     problems: list[str],
-) -> DsConfig | None:
-    """The whole, or None; problems are added in the order in which a reader wants them."""
+) -> DeepSpeedConfig | None:
+    """Return the resolved JSON, or None; add problems in the order in which a reader wants them."""
     faults: list[str] = []
     sane = sane_part(source, faults)
     zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
     stages, partition = pipeline(sane, zero_stage, world_size, layers, faults)
-    batch = batch_triple(source, sane, world_size, stages, problems, saved_batch)
+    batch = batch_plan(source, sane, world_size, stages, problems, saved_batch)
     problems += faults
-    optimizer, params = optimizer_and_params(sane, problems)
-    kind = precision(sane, accelerator, zero_stage, problems)
-    data_types(sane, kind, zero_stage, problems)
-    offload_optimizer, offload_param = offload(sane, zero_stage, problems)
+    runs = optimizer(sane, problems)
+    kinds = data_types(sane, precision(sane, accelerator, zero_stage, problems), zero_stage, problems)
+    offloaded = offload(sane, zero_stage, problems)
     recomputed, offload_activations = activations(sane, stages, recompute, problems)
     monitors(sane, stages, problems)
-    if batch and halved:
-        batch = halve(batch, problems)
+    if batch and halve:
+        batch = halved(batch, problems)
     if batch is None:
         return None
-    return DsConfig(
+    offloaded = replace(offloaded, activations=offload_activations)
+    return DeepSpeedConfig(
         path=path,
         world_size=world_size,
-        global_batch=batch[0],
-        micro_batch=batch[1],
-        accumulation=batch[2],
-        zero_stage=zero_stage,
-        precision=kind,
-        optimizer=optimizer,
-        optimizer_params=params,
+        batch=batch,
+        precision=kinds,
+        optimizer=runs,
+        parallelism=Parallelism(zero_stage, stages, partition, offloaded, recomputed),
         gradient_clipping=float(sane.get("gradient_clipping", GRADIENT_CLIPPING)),
-        offload_optimizer=offload_optimizer,
-        offload_param=offload_param,
-        stages=stages,
-        partition=partition,
-        recompute=recomputed,
-        offload_activations=offload_activations,
         source=source,
     )
 

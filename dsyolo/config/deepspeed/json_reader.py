@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, OPTIMIZERS, TOP_LEVEL, JsonKey, JsonSection, Refused
+from dsyolo.config.deepspeed.json_keys import JsonKey, JsonSection, Refused
+from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
+from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
 from dsyolo.config.messages import did_you_mean
-from dsyolo.config.run_config import AUTO, RECIPE_KEYS, RUN_KEYS
+from dsyolo.config.recipe import RECIPE_KEYS
+from dsyolo.config.run_config import AUTO, RUN_KEYS
 
 # ---- the file
 
@@ -25,7 +30,7 @@ class _Object(dict[str, Any]):
 
 
 def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
-    """The object of a strict JSON file (no comments, no NaN, no key twice), or None."""
+    """Return the object of a strict JSON file (no comments, no NaN, no key twice), or None with a problem."""
     try:
         text = read_text(path)
         source = json.loads(
@@ -50,6 +55,31 @@ def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
             return source
         problems.append('must be an object, as in {"train_batch_size": 64}.')
     return None
+
+
+@dataclass(frozen=True)
+class JsonSource:
+    """A DeepSpeed JSON as its file was read.
+
+    Attributes:
+        name: of the file.
+        content: without the values that are "auto"; None: it could not be read.
+        left_open: the paths of these values.
+        problems: of its syntax.
+    """
+
+    name: str
+    content: Mapping[str, Any] | None
+    left_open: tuple[tuple[str, ...], ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def read_source(path: str | Path) -> JsonSource:
+    """Read a JSON, some of whose values may be "auto". Its problems are left for `check` to raise."""
+    problems: list[str] = []
+    source = read_json(str(path), problems)
+    content, left_open = without_auto(source) if source is not None else (None, [])
+    return JsonSource(str(path), content, tuple(left_open), tuple(problems))
 
 
 class _BadNumberError(Exception):
@@ -104,13 +134,13 @@ def _syntax_remedy(text: str, position: int) -> str:
 
 
 def sane_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The part of the JSON with legal keys and types; a line for each of the others."""
+    """Return the part of the JSON with legal keys and types; add a problem for each of the others."""
     keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
     return _sane_block(source, keys, "", problems)
 
 
 def without_auto(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """(a copy without the values that are "auto", their paths). Under a key that may not be there "auto" stays, to be refused."""
+    """Return (a copy without the values that are "auto", their paths). Under an unknown key "auto" stays, to be refused."""
     keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
     return _without_auto(source, keys, ())
 
@@ -133,11 +163,11 @@ def _without_auto(
 
 
 def _optimizer_section(block: Any) -> JsonSection:
-    """The keys of `optimizer`: those of its `params` follow from its `type`, the recipe's SGD where silent."""
+    """Return the keys of `optimizer`: those of its `params` follow from its `type`, SGD where it gives none."""
     given = block.get("type", AUTO) if isinstance(block, dict) else None
     name = optimizer_name("SGD" if given == AUTO else given)
     names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
-    params = {**OPTIMIZERS[name][1], "max_grad_norm": MAX_GRAD_NORM} if name else None
+    params = {**OPTIMIZERS[name].keys, "max_grad_norm": MAX_GRAD_NORM} if name else None
     return JsonSection(
         {
             "type": JsonKey(names, lambda value: optimizer_name(value) is not None),
@@ -146,13 +176,6 @@ def _optimizer_section(block: Any) -> JsonSection:
             else JsonKey("a block of values", lambda v: isinstance(v, dict)),
             "legacy_fusion": Refused("it is for Lamb. Leave it out."),
         }
-    )
-
-
-def optimizer_name(given: Any) -> str | None:
-    """DeepSpeed takes `adamw` as `AdamW`, and so do we."""
-    return next(
-        (name for name in OPTIMIZERS if isinstance(given, str) and name.lower() == given.lower()), None
     )
 
 
@@ -190,9 +213,9 @@ def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
     homes = [
         f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, JsonSection) and name in part.keys
     ]
-    homes += ["optimizer.params."] if any(name in params for _, params in OPTIMIZERS.values()) else []
+    homes += ["optimizer.params."] if any(name in facts.keys for facts in OPTIMIZERS.values()) else []
     homes += [""] if name in TOP_LEVEL and prefix else []
-    owners = [name_of for name_of, (_, params) in OPTIMIZERS.items() if name in params]
+    owners = [owner for owner, facts in OPTIMIZERS.items() if name in facts.keys]
     if owners and prefix == "optimizer.params.":
         return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
     if homes:
@@ -211,6 +234,6 @@ def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """Return a value as JSON, cut where it is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:36] + " ..."

@@ -1,6 +1,7 @@
 """The rules of the DeepSpeed JSON, one function each. A broken rule adds a line to `problems`.
 
-They get the part of the JSON that `ds_read.sane_part` let through, and so meet only legal keys and types.
+They get the part of the JSON that `json_reader.sane_part` let through, and so meet only legal keys and types. The
+rules of the batch are in batch_sizes.py.
 """
 
 from __future__ import annotations
@@ -9,129 +10,21 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dsyolo.config.deepspeed.json_reader import optimizer_name, shown
-from dsyolo.config.deepspeed.schema import FLOAT16_NAMES, OPTIMIZERS
+from dsyolo.config.deepspeed.json_reader import shown
+from dsyolo.config.deepspeed.optimizers import optimizer_name, optimizer_spec
+from dsyolo.config.deepspeed.schema import FLOAT16_NAMES
 from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.run_config import NOMINAL_BATCH, read_recompute
+from dsyolo.config.run_config import read_recompute
+from dsyolo.config.spec import OffloadSpec, OptimizerSpec, Precision
 
+# What may be offloaded, and the ZeRO stages that can: as numbers and as text.
+OFFLOADED = {"offload_optimizer": ((1, 2, 3), "1, 2 or 3"), "offload_param": ((3,), "3")}
 AUTOCAST_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
-MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-
-def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
-    """Images a step of a JSON that leaves them open: the recipe's, or the next number that what it gives divides; else None."""
-    train, micro, steps = (content.get(key) for key in BATCH_KEYS)
-    if train is not None or (micro is not None and steps is not None):
-        return None
-    pipeline = content.get("pipeline", {})
-    stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
-    has_stages = isinstance(stages, int) and stages > 0
-    dp_size = max(1, ranks // stages) if has_stages else ranks
-    unit = dp_size * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
-    return -(-NOMINAL_BATCH // unit) * unit
-
-
-def batch_triple(
-    source: Mapping[str, Any],
-    sane: Mapping[str, Any],
-    world_size: int,
-    stages: int,
-    problems: list[str],
-    saved_batch: int | None = None,
-) -> tuple[int, int, int] | None:
-    """(global batch, micro-batch, accumulation), derived as DeepSpeed does: rounded down, then compared.
-
-    Args:
-        saved_batch: global batch of the run that goes on: it stays, and the others are fitted to the ranks.
-    """
-    if any(key in source and key not in sane for key in BATCH_KEYS):
-        return None  # refused itself
-    train, micro, steps = (int(sane[key]) if key in sane else None for key in BATCH_KEYS)
-    num = world_size // stages
-    ranks = f"{num} {'data-parallel ' if stages > 1 else ''}rank{'s' if num > 1 else ''}"
-    if saved_batch and train in (None, saved_batch) and (micro or train):
-        if saved_batch % num:
-            rule = f"{saved_batch} when it was saved, and {ranks} do not divide it"
-            problems.append(f"train_batch_size: {rule}. Use {_dividing(saved_batch, num, stages)}.")
-            return None
-        return _fitted(saved_batch, micro, steps, num)
-    if train is None and micro is None:
-        rule = "missing, and so is train_micro_batch_size_per_gpu"
-        problems.append(
-            f"train_batch_size: {rule}. Give one of them; the recipe is made for {NOMINAL_BATCH}."
-        )
-        return None
-    if (micro or 0) > MOST_IMAGES:
-        problems.append(f"{BATCH_KEYS[1]}: {micro} given, but it may be {MOST_IMAGES} at most. Set it lower.")
-        return None
-    if train is None:
-        assert micro is not None
-        return micro * (steps or 1) * num, micro, steps or 1
-    given_micro = micro is not None
-    if micro is None:
-        micro = train // num // (steps or 1)
-    if steps is None:
-        steps = train // micro // num if given_micro else 1
-    total = micro * steps * num
-    if total == train and micro > MOST_IMAGES:
-        rule = f"{micro} a rank at once may be {MOST_IMAGES} at most. Give {BATCH_KEYS[1]}, or set it lower"
-        problems.append(f"train_batch_size: {train} given, but {rule}.")
-        return None
-    if total == train:
-        return train, micro, steps
-    if steps == 0:
-        least = micro * num
-        lower = f"{BATCH_KEYS[1]} to {train // num}"
-        if train % num:
-            lower = f"use {_dividing(train, num, stages)} with a {BATCH_KEYS[1]} that fits"
-        rule = f"{micro} per GPU x {ranks} = {least} already"
-        problems.append(f"train_batch_size: {train} given, but {rule}. Set it to {least}, or {lower}.")
-        return None
-    if given_micro:
-        remedy = f"Set it to {total}, or leave it out."
-    else:
-        remedy = f"Set it to {f'{total} or ' if total else ''}{total + steps * num}."
-        if train % num:
-            remedy += f" Or use {_dividing(train, num, stages)}."
-    sum_ = f"{micro} per GPU x {steps} accumulation x {ranks} = {total}"
-    problems.append(f"train_batch_size: {train} given, but {sum_}. {remedy}")
-    return None
-
-
-def halve(batch: tuple[int, int, int], problems: list[str]) -> tuple[int, int, int] | None:
-    """The same global batch from half the micro-batch."""
-    train, micro, steps = batch
-    if micro % 2 == 0:
-        return train, micro // 2, 2 * steps
-    problems.append(
-        f"{BATCH_KEYS[1]}: {micro} given with --halve_micro_batch, but it is odd. Leave that out: --no-halve_micro_batch."
-    )
-    return None
-
-
-def _fitted(total: int, micro: int | None, steps: int | None, num: int) -> tuple[int, int, int]:
-    """The triple on another number of ranks: what was given, or else the largest micro-batch below it that fits."""
-    share = total // num
-    if micro is None:
-        micro = share // steps if steps and share % steps == 0 else share
-    micro = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
-    return total, micro, share // micro
-
-
-def _dividing(batch: int, num: int, stages: int) -> str:
-    """Numbers of ranks near `num` x `stages` that divide a batch, in words."""
-    below, above = (
-        [n for n in range(1, batch + 1) if batch % n == 0 and (n > num) == up] for up in (False, True)
-    )
-    told = [str(n * stages) for n in (*below[-4:], *above[:1])]
-    return (
-        f"{' or '.join(filter(None, (', '.join(told[:-1]), told[-1])))} rank{'s' if told[-1] != '1' else ''}"
-    )
 
 
 def pipeline(
@@ -141,7 +34,7 @@ def pipeline(
     layers: Sequence[bool] | None,
     problems: list[str],
 ) -> tuple[int, str | tuple[int, ...]]:
-    """(stages, partition). A number of stages that cannot be is refused and counted as 1."""
+    """Return (stages, partition). An impossible number of stages is refused and counted as 1."""
     block = sane.get("pipeline", {})
     stages = int(block.get("stages", 1))
     given = block.get("partition", "balanced")
@@ -169,7 +62,7 @@ def pipeline(
 
 
 def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str]) -> None:
-    """Every stage must have something to train."""
+    """Check that every stage has something to train."""
     bounds = [0, *partition, len(layers)]
     if partition and partition[-1] >= len(layers):
         rule = f"the network has {len(layers)} layers, 0 to {len(layers) - 1}"
@@ -184,7 +77,7 @@ def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str
 def activations(
     sane: Mapping[str, Any], stages: int, command_line: str, problems: list[str]
 ) -> tuple[str | int, bool]:
-    """(none, blocks or the bytes of a budget, whether what is kept for it waits in host memory)."""
+    """Return (none, blocks or the bytes of a budget, whether the inputs of the blocks wait in host memory)."""
     block = sane.get("activation_checkpointing", {})
     given = block.get("recompute", command_line)
     path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
@@ -204,30 +97,29 @@ def activations(
     return choice, offloads
 
 
-def optimizer_and_params(sane: Mapping[str, Any], problems: list[str]) -> tuple[str, dict[str, Any]]:
-    """(name, parameters for torch.optim) of the optimizer that runs; the recipe's SGD where none is given.
+def optimizer(sane: Mapping[str, Any], problems: list[str]) -> OptimizerSpec:
+    """Return the optimizer that runs; the recipe's SGD where none is given.
 
     As in DeepSpeed, `Adam` decouples the weight decay, and so is AdamW, unless `adam_w_mode` is false.
     """
     block = sane.get("optimizer", {})
     given = optimizer_name(block.get("type", "SGD"))
     if given is None:
-        return "SGD", dict(OPTIMIZERS["SGD"][0])
+        return optimizer_spec("SGD", {})
     params = {key: value for key, value in block.get("params", {}).items() if key != "torch_adam"}
     decoupled = params.pop("adam_w_mode", True)
     if given == "AdamW" and not decoupled:
         rule = "AdamW is the decoupled one"
         problems.append(f'optimizer.params.adam_w_mode: false given, but {rule}. Set type to "Adam".')
-    name = "AdamW" if given == "Adam" and decoupled else given
-    resolved = {**OPTIMIZERS[name][0], **params}
-    if name == "SGD" and resolved["nesterov"] and not resolved["momentum"]:
+    spec = optimizer_spec("AdamW" if given == "Adam" and decoupled else given, params)
+    if spec.params.get("nesterov") and not spec.momentum:
         rule = "Nesterov needs momentum"
         problems.append(f"optimizer.params.momentum: 0 given, but {rule}. Set nesterov to false.")
-    return name, resolved
+    return spec
 
 
-def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, problems: list[str]) -> str:
-    """fp32, bf16, fp16, autocast_bf16 or autocast_fp16."""
+def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, problems: list[str]) -> Precision:
+    """Return the types that the JSON asks for, without `data_types`."""
     on = [key for key in ("torch_autocast", "bf16", "fp16") if sane.get(key, {}).get("enabled")]
     if len(on) > 1:
         rule = f"and so is {' and '.join(f'{key}.enabled' for key in on[1:])}"
@@ -253,14 +145,16 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
             rule = f"with zero_optimization.stage {zero_stage} DeepSpeed never lowers its loss scale"
             remedy = 'Use "bfloat16", or fp16.enabled, or stage 0'
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but {rule}. {remedy}.")
-        return "autocast_fp16" if dtype in FLOAT16_NAMES else "autocast_bf16"
-    return on[0] if on else "fp32"
+        return Precision("fp16" if dtype in FLOAT16_NAMES else "bf16")
+    return Precision.named(on[0] if on else "fp32")
 
 
-def data_types(sane: Mapping[str, Any], kind: str, zero_stage: int, problems: list[str]) -> None:
-    """`data_types` may not contradict the precision, nor take BatchNorm's buffers out of fp32."""
-    block = sane.get("data_types", {})
-    model = kind if kind in ("bf16", "fp16") else "fp32"
+def data_types(sane: Mapping[str, Any], given: Precision, zero_stage: int, problems: list[str]) -> Precision:
+    """Return the precision with the gradients' type of `data_types`.
+
+    `data_types` may not contradict the precision, nor take BatchNorm's buffers out of fp32.
+    """
+    block, model = sane.get("data_types", {}), given.params
     parameters = block.get("param_dtype", model)
     if parameters != model:
         rule = f"weights are {model} here"
@@ -272,7 +166,7 @@ def data_types(sane: Mapping[str, Any], kind: str, zero_stage: int, problems: li
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     if (
         zero_stage == 1
-        and kind == "bf16"
+        and model == "bf16"
         and gradients == "fp32"
         and not sane.get("zero_optimization", {}).get("offload_optimizer")
     ):
@@ -283,33 +177,37 @@ def data_types(sane: Mapping[str, Any], kind: str, zero_stage: int, problems: li
     if buffers != "fp32":
         rule = "the statistics of BatchNorm stay fp32"
         problems.append(f"data_types.buffer_dtype: {shown(buffers)} given, but {rule}. Leave it out.")
+    return replace(given, grads=gradients)
 
 
-def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> tuple[str | None, str | None]:
-    """Devices of the optimizer's states and of the parameters, None where they stay."""
+def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> OffloadSpec:
+    """Return where the optimizer's states and the parameters lie."""
     zero = sane.get("zero_optimization", {})
     devices: list[str | None] = []
-    for key, stages, words in (
-        ("offload_optimizer", (1, 2, 3), "1, 2 or 3"),
-        ("offload_param", (3,), "3"),
-    ):
+    for key, (stages, listed) in OFFLOADED.items():
         path = f"zero_optimization.{key}"
         device = zero.get(key, {}).get("device", "none")
         if zero.get(key) and "device" not in zero[key]:
             problems.append(f'{path}.device: missing. Write "cpu" or "nvme", or leave the block out.')
         if device != "none" and zero_stage not in stages:
-            rule = f"it needs stage {words}, and stage {zero_stage} is given"
+            rule = f"it needs stage {listed}, and stage {zero_stage} is given"
             problems.append(
                 f"{path}: device {shown(device)} given, but {rule}. Set the stage, or leave it out."
             )
-        if not any(line.startswith(f"{path}.nvme_path:") for line in problems):  # of another type, say
+        if not any(
+            line.startswith(f"{path}.nvme_path:") for line in problems
+        ):  # of another type, for example
             problems += [f"{path}.{line}" for line in _folder(zero.get(key, {}), device)]
         devices.append(None if device == "none" else device)
-    return devices[0], devices[1]
+    folders = [
+        zero[key].get("nvme_path") if device == "nvme" else None
+        for key, device in zip(OFFLOADED, devices, strict=True)
+    ]
+    return OffloadSpec(devices[0], devices[1], folders[0], folders[1])
 
 
 def _folder(block: Mapping[str, Any], device: str) -> list[str]:
-    """What is wrong with the folder of an offload."""
+    """Return what is wrong with the folder of an offload."""
     path = block.get("nvme_path")
     if device != "nvme":
         rule = 'it belongs to the device "nvme"'
@@ -329,7 +227,7 @@ def _folder(block: Mapping[str, Any], device: str) -> list[str]:
 
 
 def monitors(sane: Mapping[str, Any], stages: int, problems: list[str]) -> None:
-    """DeepSpeed's TensorBoard monitor needs a package, files a folder, and two of its timers no pipeline."""
+    """Check what DeepSpeed's own monitors need: TensorBoard a package, files a folder, its timers no pipeline."""
     timed = {
         "wall_clock_breakdown": bool(sane.get("wall_clock_breakdown")),
         "flops_profiler.enabled": bool(sane.get("flops_profiler", {}).get("enabled")),

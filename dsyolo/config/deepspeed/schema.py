@@ -1,96 +1,31 @@
 """Every key that DeepSpeed 0.19 knows in its JSON, and how dsyolo treats it.
 
-Three kinds: a `Key` is checked and handed on; a `Section` is a block of keys; a `Refused` key is DeepSpeed's,
-but has no use here, or an owner elsewhere: its reason is told, unless its value is the one that turns it off.
+Three kinds: a `JsonKey` is checked and handed on; a `JsonSection` is a block of keys; a `Refused` key is DeepSpeed's,
+but has no use here, or another owner: it is refused with its reason, unless its value is the one that turns it off.
 Source: DeepSpeed 0.19.8, runtime/config.py, runtime/zero/config.py, runtime/precision_config.py and the
 modules that they read. `tests/config/test_deepspeed_config.py` compares these tables with the installed package.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from dsyolo.config.run_config import RECOMPUTE_RULE, read_recompute
-
-NEVER = object()  # no value turns the key off: DeepSpeed refuses its presence, or a value would do nothing
-
-
-@dataclass(frozen=True)
-class JsonKey:
-    """A value: the rule in words, as in "must be ...", and whether a value of JSON keeps it."""
-
-    rule: str
-    keeps: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class JsonSection:
-    """A block of keys."""
-
-    keys: Mapping[str, JsonKey | JsonSection | Refused]
-    may_be_null: bool = False
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Not usable: why, and what to do. `off` is the value that turns it off, which is let through."""
-
-    reason: str
-    off: Any = False
-
-    def lets_through(self, value: Any) -> bool:
-        if self.off is NEVER:
-            return False
-        disabled = isinstance(value, dict) and value.get("enabled") is False
-        same_kind = isinstance(value, bool) == isinstance(self.off, bool)  # 0 is not false
-        return (same_kind and value == self.off) or (self.off is False and disabled)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def whole(least: int = 0, *, even: bool = False) -> JsonKey:
-    """A whole number; 5e8 is one."""
-    rule = f"{'an even' if even else 'a'} whole number of at least {least}"
-    return JsonKey(rule, lambda v: _is_number(v) and v == int(v) and v >= least and not (even and v % 2))
-
-
-def number(least: float = 0.0, *, above: bool = False, below: float = math.inf) -> JsonKey:
-    """A finite number: of at least `least`, or `above` it, and `below` a bound."""
-    rule = f"a number {'above' if above else 'of at least'} {least:g}"
-    rule += f" and below {below:g}" if below < math.inf else ""
-    return JsonKey(rule, lambda v: _is_number(v) and (v > least if above else v >= least) and v < below)
-
-
-def one_of(*values: str) -> JsonKey:
-    """One of these texts."""
-    names = [json.dumps(value) for value in values]
-    return JsonKey(" or ".join(names), lambda v: isinstance(v, str) and v in values)
-
-
-FLAG = JsonKey("true or false", lambda v: isinstance(v, bool))
-TEXT = JsonKey("text in quotes", lambda v: isinstance(v, str))
-TEXTS = JsonKey(
-    "a list of texts in quotes", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)
+from dsyolo.config.deepspeed.json_keys import (
+    DTYPE,
+    FLAG,
+    NEVER,
+    PARTITION,
+    PATTERNS,
+    RECOMPUTE,
+    TEXT,
+    TEXTS,
+    JsonKey,
+    JsonSection,
+    Keys,
+    Refused,
+    number,
+    one_of,
+    whole,
 )
-BETAS = JsonKey(
-    "two numbers of at least 0 and below 1",
-    lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(x) and 0 <= x < 1 for x in v),
-)
-PATTERNS = JsonKey('"auto" or a list of names', lambda v: v == "auto" or TEXTS.keeps(v))
-PARTITION = JsonKey(
-    '"balanced" or a list of layer indices, growing',
-    lambda v: (
-        v == "balanced" or (isinstance(v, list) and all(whole(1).keeps(x) for x in v) and v == sorted(set(v)))
-    ),
-)
-RECOMPUTE = JsonKey(RECOMPUTE_RULE, lambda v: isinstance(v, str) and read_recompute(v) is not None)
-DTYPE = one_of("fp32", "fp16", "bf16")
+
 BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
 
@@ -102,42 +37,27 @@ _OWN_FOLDER = "dsyolo maps files to memory, and needs no compiled op for it. Lea
 _DETECTOR = "it is made for language models and has no use in a detector. Leave it out."
 _FP32_MASTER = "checkpoints hold fp32 master weights and states. Leave it out."
 _QUANTIZED = "quantised collectives need a compiled op and are not supported. Leave it out."
+_REMOVED_KEYS = (
+    *("compression_training", "curriculum_learning", "eigenvalue", "graph_harvesting", "sparse_gradients"),
+    *("progressive_layer_drop", "quantize_training", "sparse_attention"),
+)
+_REMOVED_ZERO_KEYS = ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")
+_ZERO_QUANTIZED = ("weights", "nontrainable_weights", "gradients")
 
 
 def _renamed(name: str) -> Refused:
     return Refused(f"an old name. Write {name}.", NEVER)
 
 
-OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, JsonKey | JsonSection | Refused]]] = {
-    # Defaults of SGD are the recipe's (spec.md), those of Adam and AdamW are torch's own.
-    "SGD": (
-        {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": 0.0005},
-        {"lr": number(above=True), "momentum": number(below=1), "nesterov": FLAG, "weight_decay": number()},
-    ),
-    **{
-        name: (
-            {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": decay},
-            {
-                "lr": number(above=True),
-                "betas": BETAS,
-                "eps": number(above=True),
-                "weight_decay": number(),
-                "adam_w_mode": FLAG,
-                "torch_adam": Refused("torch's own optimizer is what runs here. Leave it out.", True),
-            },
-        )
-        for name, decay in (("Adam", 0.0), ("AdamW", 0.01))
-    },
-}
 MAX_GRAD_NORM = Refused("an optimizer does not clip. Set gradient_clipping, at the top level.", NEVER)
 
-_OFFLOAD = {
+_OFFLOAD: Keys = {
     "device": one_of("none", "cpu", "nvme"),
     "pin_memory": FLAG,
     "buffer_count": whole(),
     "nvme_path": JsonKey("the path of a folder, in quotes", lambda v: isinstance(v, str) and v != ""),
 }
-OFFLOAD_OPTIMIZER = {
+OFFLOAD_OPTIMIZER: Keys = {
     **_OFFLOAD,
     "pipeline_read": Refused(_OWN_FOLDER),
     "pipeline_write": Refused(_OWN_FOLDER),
@@ -146,9 +66,9 @@ OFFLOAD_OPTIMIZER = {
     "super_offload": Refused("SuperOffload is made for Grace Hopper and Adam only. Leave it out."),
     "cpuadam_cores_perc": Refused("it belongs to SuperOffload. Leave it out.", NEVER),
 }
-OFFLOAD_PARAM = {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()}
+OFFLOAD_PARAM: Keys = {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()}
 
-_STAGE3 = {
+_STAGE3: Keys = {
     "prefetch_bucket_size": whole(),
     "param_persistence_threshold": whole(),
     "model_persistence_threshold": whole(),
@@ -160,7 +80,7 @@ _STAGE3 = {
     "gather_16bit_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
 }
 
-ZERO: dict[str, JsonKey | JsonSection | Refused] = {
+ZERO: Keys = {
     "stage": JsonKey("0, 1, 2 or 3", lambda v: whole().keeps(v) and v <= 3),
     "contiguous_gradients": FLAG,
     "reduce_scatter": FLAG,
@@ -193,18 +113,14 @@ ZERO: dict[str, JsonKey | JsonSection | Refused] = {
     "cpu_offload_param": _renamed('offload_param: {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": _renamed("pin_memory in offload_optimizer or offload_param"),
     "legacy_stage1": Refused(_REMOVED),
+    **{name: Refused(_REMOVED, NEVER) for name in _REMOVED_ZERO_KEYS},
     "zero_hpz_partition_size": Refused("secondary partitions (ZeRO++) are not supported. Leave it out.", 1),
-    "zero_quantized_weights": Refused(_QUANTIZED),
-    "zero_quantized_nontrainable_weights": Refused(_QUANTIZED),
-    "zero_quantized_gradients": Refused(_QUANTIZED),
+    **{f"zero_quantized_{name}": Refused(_QUANTIZED) for name in _ZERO_QUANTIZED},
     "save_muon_momentum_buffer_in_memory": Refused("the optimizer Muon is not supported. Leave it out."),
     "leaf_module": Refused("it is made for mixtures of experts. Leave it out.", NEVER),
-    "mics_shard_size": Refused(_REMOVED, NEVER),
-    "mics_hierarchical_params_gather": Refused(_REMOVED, NEVER),
-    "zeropp_loco_param": Refused(_REMOVED, NEVER),
 }
 
-FP16: dict[str, JsonKey | JsonSection | Refused] = {
+FP16: Keys = {
     "enabled": FLAG,
     "auto_cast": Refused("images enter as uint8 and the stem casts them. Leave it out."),
     "loss_scale": number(),
@@ -215,14 +131,14 @@ FP16: dict[str, JsonKey | JsonSection | Refused] = {
     "min_loss_scale": whole(1),
     "fp16_master_weights_and_grads": Refused(_FP32_MASTER),
 }
-BF16: dict[str, JsonKey | JsonSection | Refused] = {
+BF16: Keys = {
     "enabled": FLAG,
     "immediate_grad_update": FLAG,
     "check_grad_overflow": FLAG,
     "bf16_master_weights_and_grads": Refused(_FP32_MASTER),
     "bf16_optimizer_states": Refused(_FP32_MASTER),
 }
-TORCH_AUTOCAST: dict[str, JsonKey | JsonSection | Refused] = {
+TORCH_AUTOCAST: Keys = {
     "enabled": FLAG,
     "dtype": JsonKey(
         '"bfloat16" or "float16"', lambda v: isinstance(v, str) and v in BFLOAT16_NAMES + FLOAT16_NAMES
@@ -233,7 +149,7 @@ TORCH_AUTOCAST: dict[str, JsonKey | JsonSection | Refused] = {
     ),
 }
 _OWN_CUTS = "dsyolo cuts the network itself, by time and by bytes. Leave it out."
-PIPELINE: dict[str, JsonKey | JsonSection | Refused] = {
+PIPELINE: Keys = {
     "stages": whole(1),
     "partition": PARTITION,
     "seed_layers": Refused(_OWN_CUTS),
@@ -241,7 +157,7 @@ PIPELINE: dict[str, JsonKey | JsonSection | Refused] = {
     "pipe_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
     "grad_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
 }
-ACTIVATION_CHECKPOINTING: dict[str, JsonKey | JsonSection | Refused] = {
+ACTIVATION_CHECKPOINTING: Keys = {
     "recompute": RECOMPUTE,  # ours
     "cpu_checkpointing": FLAG,
     "partition_activations": Refused("it splits them over tensor-parallel ranks. Leave it out."),
@@ -252,12 +168,12 @@ ACTIVATION_CHECKPOINTING: dict[str, JsonKey | JsonSection | Refused] = {
 }
 _MONITOR = JsonSection({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
 
-TOP_LEVEL: dict[str, JsonKey | JsonSection | Refused] = {
+TOP_LEVEL: Keys = {
     "train_batch_size": whole(1),
     "train_micro_batch_size_per_gpu": whole(1),
     "gradient_accumulation_steps": whole(1),
     "gradient_clipping": number(),
-    "optimizer": JsonSection({}),  # its keys follow from its type: OPTIMIZERS
+    "optimizer": JsonSection({}),  # its keys follow from its type: optimizers.py
     "zero_optimization": JsonSection(ZERO),
     "fp16": JsonSection(FP16),
     "bf16": JsonSection(BF16),
@@ -314,28 +230,21 @@ TOP_LEVEL: dict[str, JsonKey | JsonSection | Refused] = {
     "prescale_gradients": Refused(_PLAIN_MEAN),
     "gradient_predivide_factor": Refused(_PLAIN_MEAN, 1.0),
     "gradient_allreduce_op": Refused(_PLAIN_MEAN, "mean"),
-    "sparse_gradients": Refused(_REMOVED, NEVER),
     # No use here.
+    **{name: Refused(_REMOVED, NEVER) for name in _REMOVED_KEYS},
     "bfloat16": _renamed("bf16"),
     "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast.", NEVER),
     "aio": Refused(_OWN_FOLDER, NEVER),
     "autotuning": Refused("the autotuner restarts the program with other batch sizes. Leave it out."),
     "compile": Refused("DeepCompile is not supported. Leave it out.", {"deepcompile": False}),
-    "compression_training": Refused(_REMOVED, NEVER),
-    "curriculum_learning": Refused(_REMOVED, NEVER),
     "data_efficiency": Refused("curricula and random-LTD work on sequences of tokens. Leave it out."),
     "disable_allgather": Refused("DeepSpeed reads it and uses it nowhere. Leave it out."),
-    "eigenvalue": Refused(_REMOVED, NEVER),
     "elasticity": Refused(
         "DeepSpeed removed it. Leave it out: --resume takes any ranks that divide the batch.", NEVER
     ),
     "expert_parallel": Refused("a detector has no experts. Leave it out.", NEVER),
     "use_data_before_expert_parallelism": Refused("a detector has no experts. Leave it out."),
-    "graph_harvesting": Refused(_REMOVED, NEVER),
     "hybrid_engine": Refused(_DETECTOR),
-    "progressive_layer_drop": Refused(_REMOVED, NEVER),
-    "quantize_training": Refused(_REMOVED, NEVER),
-    "sparse_attention": Refused(_REMOVED, NEVER),
     "weight_quantization": Refused(_DETECTOR),
     "tensor_parallel": Refused("convolutions are not split over ranks. Use ZeRO or pipeline.", NEVER),
     "sequence_parallel_size": Refused("a detector has no sequence to split. Leave it out.", 1),

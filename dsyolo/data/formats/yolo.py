@@ -9,13 +9,13 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
+from dsyolo.config.spec import DataSpec
 from dsyolo.data.labels import Labels, Problem, read_labels
 
 __all__ = [
@@ -38,21 +38,6 @@ SPLITS = ("train", "val", "test")
 MOST_CLASSES = 100_000
 MOST_PATH = 4096  # characters: no system opens longer ones
 MOST_LIST_BYTES = 1 << 30  # ten million images
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """A `data.yaml`, resolved: where the images of each split are and what the classes are called."""
-
-    path: Path
-    names: tuple[str, ...]
-    train: tuple[Path, ...] | None  # folders and list files
-    val: tuple[Path, ...] | None
-    test: tuple[Path, ...] | None
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.names)
 
 
 # ---- data.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -16,6 +17,7 @@ from dsyolo.engine.engine import Engine
 from dsyolo.trainer.data_parts import DataParts
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 Part = Literal["step", "validation", "checkpoint"]
 
 
@@ -146,13 +148,20 @@ class HookList:
 
     @contextmanager
     def running(self, trainer: RunningTrainer) -> Iterator[None]:
-        """Open all hooks; close them at the end."""
-        with ExitStack() as stack:
+        """Open all hooks; close them at the end. What fails to close is logged where something else was raised before."""
+        opened: list[Hook] = []
+        try:
             for hook in self._hooks:
                 hook.trainer = trainer
-                stack.callback(hook.close)
+                opened.append(hook)
                 hook.open()
             yield
+        except BaseException:
+            for error in _close(opened):
+                log.warning("A hook could not be closed: %s: %s", type(error).__name__, error)
+            raise
+        for error in _close(opened):
+            raise error
 
     def call(self, event: str, *args: Any) -> list[Any]:
         """Call the method `event` of every hook, and return what they return."""
@@ -175,3 +184,14 @@ class HookList:
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all hooks in one mapping."""
         return {key: value for hook in self._hooks for key, value in hook.state_dict().items()}
+
+
+def _close(hooks: list[Hook]) -> list[Exception]:
+    """Close hooks in reverse order; return what was raised."""
+    errors = []
+    for hook in reversed(hooks):
+        try:
+            hook.close()
+        except Exception as error:  # a hook may be a user's own
+            errors.append(error)
+    return errors

@@ -81,7 +81,7 @@ class MemoryProfileHook(Hook):
     def _shortage(self) -> str:
         trainer = self.trainer
         estimates = self._predicted[: trainer.world.local_size]
-        if "nvme" in (trainer.spec.ds.offload_optimizer, trainer.spec.ds.offload_param):
+        if "nvme" in trainer.spec.ds.parallelism.offload.devices:
             # the page cache keeps what fits of the host's part
             estimates = [MemoryEstimate(one.device) for one in estimates]
         on_cpu = trainer.engine.device.type == "cpu"
@@ -97,7 +97,7 @@ class MemoryProfileHook(Hook):
         rows = []
         for rank, title in self._titles.items():
             rows.append((f"{title}, predicted", self._predicted[rank].together))
-            rows.append((f"{title}, measured", measured[rank].account.together))
+            rows.append((f"{title}, measured", measured[rank].terms.together))
         peaks = [one.peak for one in measured if one.peak is not None]
         most = (
             f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
@@ -108,7 +108,7 @@ class MemoryProfileHook(Hook):
                 {
                     "rank": rank,
                     "predicted": wanted.to_json(),
-                    "measured": found.account.to_json(),
+                    "measured": found.terms.to_json(),
                     "peak": found.peak,
                 }
                 for rank, (wanted, found) in enumerate(zip(self._predicted, measured, strict=True))

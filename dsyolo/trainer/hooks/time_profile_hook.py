@@ -13,12 +13,13 @@ import psutil
 import torch
 
 from dsyolo.cluster import collectives
+from dsyolo.config.spec import Precision
 from dsyolo.engine import device
 from dsyolo.engine.comm_timer import CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import PHASES, StepTimer, clock_of_device
 from dsyolo.models.flops import BACKWARD, node_costs
-from dsyolo.models.registry import build_model
+from dsyolo.models.registry import meta_network
 from dsyolo.planner.peak_flops import Peak, peak_of_cpu, peak_of_gpu
 from dsyolo.tracking.nvml import Gpu, load_nvml
 from dsyolo.tracking.resource_usage import ResourceUsage
@@ -49,10 +50,9 @@ class TimeProfileHook(Hook):
         steps_of_epoch = trainer.data.sampler.epoch_start_step(1)
         every = 1 if on_cpu or self._in_detail else measured_every(spec.config.log_every, steps_of_epoch)
         self._timer = StepTimer(clock_of_device(), every)
-        engine.tell(self._timer)
+        engine.set_timer(self._timer)
         self._comm = CommTimer(self._timer)
-        with torch.device("meta"):
-            network = build_model(spec.config.model, spec.data.num_classes)
+        network = meta_network(spec.config.model, spec.data.num_classes)
         size_px = spec.config.imgsz
         self._flops_per_image = PASSES * sum(
             cost.flops for cost in node_costs(network, (1, 3, size_px, size_px))
@@ -135,7 +135,9 @@ class TimeProfileHook(Hook):
         return StepDetails(path if world.is_main_process else None, about, usage)
 
 
-def _peak_of_rank(precision: str, own_device: torch.device, all_gather: Callable[[Any], list[Any]]) -> Peak:
+def _peak_of_rank(
+    precision: Precision, own_device: torch.device, all_gather: Callable[[Any], list[Any]]
+) -> Peak:
     found: Peak | None = None
     if own_device.type == "cpu":
         # All ranks at once, as they train; what disturbs one of them does not make it a slower machine.

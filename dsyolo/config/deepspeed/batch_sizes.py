@@ -1,0 +1,156 @@
+"""The arithmetic of batches: global batch = micro-batch x accumulation x replicas. All of it is here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsyolo.config.recipe import NOMINAL_BATCH
+from dsyolo.config.spec import BatchPlan
+
+MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def batch_sizes(block: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """Return (global batch, micro-batch, accumulation) of a checked JSON, None where it gives none."""
+    train, micro, steps = (int(block[key]) if key in block else None for key in BATCH_KEYS)
+    return train, micro, steps
+
+
+def batch_json(batch: BatchPlan) -> dict[str, int]:
+    """Return the keys of a DeepSpeed JSON that ask for this batch."""
+    return dict(zip(BATCH_KEYS, (batch.global_batch, batch.micro, batch.accumulation), strict=True))
+
+
+def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
+    """Return the images in a step for a JSON that leaves them open, None where it does not.
+
+    They are the recipe's, rounded up to a multiple of what the JSON gives.
+    """
+    train, micro, steps = (content.get(key) for key in BATCH_KEYS)
+    if train is not None or (micro is not None and steps is not None):
+        return None
+    pipeline = content.get("pipeline", {})
+    stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
+    has_stages = isinstance(stages, int) and stages > 0
+    replicas = max(1, ranks // stages) if has_stages else ranks
+    unit = replicas * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
+    return -(-NOMINAL_BATCH // unit) * unit
+
+
+def divisors(number: int, most: int | None = None) -> list[int]:
+    """Return the divisors of `number`, at most `most`, the smallest first: the micro-batches of a share."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return [n for n in sorted({*small, *(number // n for n in small)}) if most is None or n <= most]
+
+
+def fitted(global_batch: int, micro: int | None, steps: int | None, replicas: int) -> BatchPlan:
+    """Return a plan of a global batch that `replicas` divide, from the largest micro-batch that fits.
+
+    Args:
+        micro: the most images of a micro-batch; None: as `steps` has it, or else the whole share.
+        steps: the accumulation that is wanted, where the share can be divided so.
+    """
+    share = global_batch // replicas
+    if micro is None:
+        micro = share // steps if steps and share % steps == 0 else share
+    micro = divisors(share, micro)[-1]
+    return BatchPlan(micro, share // micro, replicas)
+
+
+def halved(batch: BatchPlan, problems: list[str]) -> BatchPlan | None:
+    """Return the same global batch from half the micro-batch; None with a problem where it is odd."""
+    if batch.micro % 2 == 0:
+        return batch.with_micro(batch.micro // 2)
+    problems.append(
+        f"{BATCH_KEYS[1]}: {batch.micro} given with --halve_micro_batch, but it is odd. "
+        "Leave that out: --no-halve_micro_batch."
+    )
+    return None
+
+
+def batch_plan(
+    source: Mapping[str, Any],
+    sane: Mapping[str, Any],
+    world_size: int,
+    stages: int,
+    problems: list[str],
+    saved_batch: int | None = None,
+) -> BatchPlan | None:
+    """Return the batch as DeepSpeed derives it: rounded down, then compared. None with a problem where it is wrong.
+
+    Args:
+        source: the JSON as given.
+        sane: the part of it with legal keys and types.
+        saved_batch: global batch of the run that goes on: it stays, and the others are fitted to the ranks.
+    """
+    if any(key in source and key not in sane for key in BATCH_KEYS):
+        return None  # refused itself
+    train, micro, steps = batch_sizes(sane)
+    replicas = world_size // stages
+    ranks = f"{replicas} {'data-parallel ' if stages > 1 else ''}rank{'s' if replicas > 1 else ''}"
+    if saved_batch and train in (None, saved_batch) and (micro or train):
+        if saved_batch % replicas == 0:
+            return fitted(saved_batch, micro, steps, replicas)
+        rule = f"{saved_batch} when it was saved, and {ranks} do not divide it"
+        problems.append(f"train_batch_size: {rule}. Use {_dividing(saved_batch, replicas, stages)}.")
+    elif train is None and micro is None:
+        rule = "missing, and so is train_micro_batch_size_per_gpu"
+        problems.append(
+            f"train_batch_size: {rule}. Give one of them; the recipe is made for {NOMINAL_BATCH}."
+        )
+    elif (micro or 0) > MOST_IMAGES:
+        problems.append(f"{BATCH_KEYS[1]}: {micro} given, but it may be {MOST_IMAGES} at most. Set it lower.")
+    elif train is None:
+        assert micro is not None
+        return BatchPlan(micro, steps or 1, replicas)
+    else:
+        batch = _derived(train, micro, steps, replicas)
+        fault = _fault(train, batch, ranks, stages, given_micro=micro is not None)
+        if not fault:
+            return batch
+        problems.append(f"train_batch_size: {train} given, but {fault}")
+    return None
+
+
+def _derived(train: int, micro: int | None, steps: int | None, replicas: int) -> BatchPlan:
+    if micro is None:
+        return BatchPlan(train // replicas // (steps or 1), steps or 1, replicas)
+    return BatchPlan(micro, train // micro // replicas if steps is None else steps, replicas)
+
+
+def _fault(train: int, batch: BatchPlan, ranks: str, stages: int, *, given_micro: bool) -> str:
+    """Return the rule that a derived batch breaks, and the remedy; empty where it breaks none."""
+    micro, steps, replicas, total = batch.micro, batch.accumulation, batch.replicas, batch.global_batch
+    if total == train:
+        if micro <= MOST_IMAGES:
+            return ""
+        return f"{micro} a rank at once may be {MOST_IMAGES} at most. Give {BATCH_KEYS[1]}, or set it lower."
+    if steps == 0:
+        least = micro * replicas
+        lower = f"{BATCH_KEYS[1]} to {train // replicas}"
+        if train % replicas:
+            lower = f"use {_dividing(train, replicas, stages)} with a {BATCH_KEYS[1]} that fits"
+        return f"{micro} per GPU x {ranks} = {least} already. Set it to {least}, or {lower}."
+    if given_micro:
+        remedy = f"Set it to {total}, or leave it out."
+    else:
+        remedy = f"Set it to {f'{total} or ' if total else ''}{total + steps * replicas}."
+        if train % replicas:
+            remedy += f" Or use {_dividing(train, replicas, stages)}."
+    return f"{micro} per GPU x {steps} accumulation x {ranks} = {total}. {remedy}"
+
+
+def _dividing(batch: int, replicas: int, stages: int) -> str:
+    """Return numbers of ranks near `replicas` x `stages` that divide a batch, as text."""
+    fitting = divisors(batch)
+    below, above = ([n for n in fitting if (n > replicas) == up] for up in (False, True))
+    return _listed([str(n * stages) for n in (*below[-4:], *above[:1])])
+
+
+def _listed(numbers: Sequence[str]) -> str:
+    *first, last = numbers
+    listed = ", ".join(first)
+    return f"{listed}{' or ' if first else ''}{last} rank{'s' if last != '1' else ''}"

@@ -1,0 +1,59 @@
+"""Decides whether a run begins at a checkpoint. Nobody else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsyolo.config.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The run that goes on, as its folder was when it was read.
+
+    Attributes:
+        folder: of the run.
+        config: its settings so far.
+        version: of config.yaml: inode, size and time of change.
+        global_batch: images in a step so far; None: no checkpoint could be read yet.
+    """
+
+    folder: Path
+    config: RunConfig
+    version: tuple[int, int, int]
+    global_batch: int | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / "checkpoints"
+
+
+def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) -> ResumePoint | None:
+    """Return where a run in `folder` goes on; None where it begins anew.
+
+    Args:
+        resume: the option: never, always, or auto: where there is a checkpoint.
+        known: found before: config.yaml is read again only if it has changed since.
+
+    Raises:
+        UserError: config.yaml is missing or cannot be used.
+    """
+    path = config_path(folder)
+    if not (resume == "always" or (resume == "auto" and _has_checkpoint(folder))):
+        return None
+    status = path.stat() if path.is_file() else None
+    version = (status.st_ino, status.st_size, status.st_mtime_ns) if status else (0, 0, 0)
+    if known and status and known.version == version:
+        return known
+    return ResumePoint(folder, RunConfig.load(path), version)
+
+
+def config_path(folder: Path) -> Path:
+    """Return where a run in `folder` keeps its settings."""
+    return folder / "config.yaml"
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/step_*")) and config_path(folder).is_file()

@@ -1,0 +1,201 @@
+"""The parts of a resolved run. Each carries its own arithmetic, so that nobody parses a name or a dict again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number, by DeepSpeed's name of its type
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How many images an optimizer step takes.
+
+    Attributes:
+        micro: images of a rank in a forward pass.
+        accumulation: micro-batches in an optimizer step.
+        replicas: ranks that hold the same parameters and take different images.
+    """
+
+    micro: int
+    accumulation: int
+    replicas: int
+
+    @property
+    def global_batch(self) -> int:
+        """Images in an optimizer step."""
+        return self.micro * self.accumulation * self.replicas
+
+    @property
+    def share(self) -> int:
+        """Images of a replica in an optimizer step."""
+        return self.micro * self.accumulation
+
+    def with_micro(self, micro: int) -> BatchPlan:
+        """Return the plan with the same global batch and another micro-batch, a divisor of the share."""
+        assert self.share % micro == 0, (self, micro)
+        return BatchPlan(micro, self.share // micro, self.replicas)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The types of numbers in a training: fp32, bf16 or fp16.
+
+    Attributes:
+        compute: of convolutions and their activations.
+        params: of the weights that the network holds.
+        grads: of the sums of gradients over micro-batches.
+        master: of the weights that the optimizer updates.
+    """
+
+    compute: str = "fp32"
+    params: str = "fp32"
+    grads: str = "fp32"
+    master: str = "fp32"
+
+    @classmethod
+    def named(cls, name: str) -> Precision:
+        """Return one of `PRECISIONS` by its name."""
+        return PRECISIONS[name]
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether torch casts fp32 weights for each operation."""
+        return self.compute != self.params
+
+    @property
+    def name(self) -> str:
+        """fp32, autocast_bf16, autocast_fp16, bf16 or fp16."""
+        return f"autocast_{self.compute}" if self.is_autocast else self.compute
+
+    @property
+    def compute_bytes(self) -> int:
+        return BYTES[self.compute]
+
+    @property
+    def params_bytes(self) -> int:
+        return BYTES[self.params]
+
+    @property
+    def grads_bytes(self) -> int:
+        return BYTES[self.grads]
+
+    @property
+    def master_bytes(self) -> int:
+        return BYTES[self.master]
+
+    def with_bf16(self) -> Precision:
+        """Return the precision with bf16 in the place of fp16: its tensors have the same sizes."""
+        kinds = (self.compute, self.params, self.grads, self.master)
+        return Precision(*("bf16" if kind == "fp16" else kind for kind in kinds))
+
+    def deepspeed_json(self) -> dict[str, Any]:
+        """Return the block of a DeepSpeed JSON that asks for it."""
+        if self.is_autocast:
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}[self.compute]
+            return {"torch_autocast": {"enabled": True, "dtype": dtype}}
+        return {} if self.compute == "fp32" else {self.compute: {"enabled": True}}
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "autocast_bf16": Precision("bf16"),
+    "autocast_fp16": Precision("fp16"),
+    "bf16": Precision("bf16", "bf16", "bf16"),
+    "fp16": Precision("fp16", "fp16", "fp16"),
+    "fp32": Precision(),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """The optimizer that runs.
+
+    Attributes:
+        type: SGD, Adam or AdamW, as torch.optim has it; not always what the JSON calls it.
+        params: as torch.optim takes them; `lr` is the peak of the schedule.
+        states_per_param: tensors that it keeps for each weight.
+    """
+
+    type: str
+    params: Mapping[str, Any]
+    states_per_param: int
+
+    @property
+    def is_adam(self) -> bool:
+        return self.type != "SGD"
+
+    @property
+    def lr(self) -> float:
+        return float(self.params["lr"])
+
+    @property
+    def momentum(self) -> float:
+        """SGD's momentum; 0 where there is none."""
+        return float(self.params.get("momentum", 0.0))
+
+    @property
+    def weight_decay(self) -> float:
+        return float(self.params.get("weight_decay", 0.0))
+
+
+@dataclass(frozen=True)
+class OffloadSpec:
+    """What lies in host memory or in files.
+
+    Attributes:
+        optimizer, params: the device, `cpu` or `nvme`; None where they stay.
+        optimizer_folder, params_folder: of the files, under `nvme`.
+        activations: the inputs of recomputed blocks wait in host memory.
+    """
+
+    optimizer: str | None = None
+    params: str | None = None
+    optimizer_folder: str | None = None
+    params_folder: str | None = None
+    activations: bool = False
+
+    @property
+    def devices(self) -> tuple[str | None, str | None]:
+        """The devices of optimizer states and of parameters."""
+        return self.optimizer, self.params
+
+    @property
+    def folders(self) -> tuple[str | None, str | None]:
+        """The folders of optimizer states and of parameters."""
+        return self.optimizer_folder, self.params_folder
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How a training is spread, and what it saves of memory.
+
+    Attributes:
+        zero_stage: 0 to 3.
+        stages: of the pipeline; 1: none.
+        partition: "balanced", or the layer index at which each further stage begins.
+        recompute: "none", "blocks", or bytes: the fewest blocks that fit these in a micro-batch.
+    """
+
+    zero_stage: int = 0
+    stages: int = 1
+    partition: str | tuple[int, ...] = "balanced"
+    offload: OffloadSpec = field(default_factory=OffloadSpec)
+    recompute: str | int = "none"
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A `data.yaml`, resolved: where the images of each split are and what the classes are called."""
+
+    path: Path
+    names: tuple[str, ...]
+    train: tuple[Path, ...] | None  # folders and list files
+    val: tuple[Path, ...] | None
+    test: tuple[Path, ...] | None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
