@@ -21,7 +21,7 @@ class ClusterCommunicator:
         timeout: of a meeting; None: gloo's own. Ranks that read meet every second or two, whatever they wait for.
     """
 
-    meets_every_s = 2.0
+    exchange_every_s = 2.0
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ClusterCommunicator:
             raise Preempted
         return [item for _, item in all_of_them]
 
-    def given_by(self, rank: int, item: Any) -> Any:
+    def broadcast(self, rank: int, item: Any) -> Any:
         """That rank's item, on all ranks."""
         items = [item]
         if self._group:

@@ -66,7 +66,9 @@ class RunConfig(BaseModel):
         "run",
     )
     data: str = knob(..., "data set's YAML file", "run", learned=True)
-    model: str = knob("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", "run", learned=True)
+    model: str = knob(
+        "yolov5n", "yolov5{n,s,m,l,x}, the same with 6, or your own FILE.py:FUNCTION", "run", learned=True
+    )
     weights: str | None = knob(None, "weights to start from", "run", learned=True)
     imgsz: int = knob(640, "side of the training images in pixels", "run", learned=True)
     epochs: int = knob(300, "epochs", "run", learned=True, ge=1)

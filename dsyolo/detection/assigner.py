@@ -1,6 +1,6 @@
-"""Which anchors of which cells answer for which labels. The predictions play no part (docs/yolov5.md, Assignment).
+"""Assigns labels to anchors and cells, independently of the predictions (docs/yolov5.md, Assignment).
 
-So it runs on the host, in the loader's workers, and the device gets tensors of fixed size.
+So it runs on the host, in the loader's workers, and the device gets tensors of fixed shapes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 from dsyolo.base.batch import Targets
 
-MIN_CAPACITY = 256  # rows per level; beyond, the next power of two, so that few shapes occur
+MIN_CAPACITY = 256  # rows per level; above it the next power of two, so that few shapes occur
 
 
 class Matches(NamedTuple):
-    """Of one level, before padding. Rows in the order: own cell, left, upper, right, lower."""
+    """The matches of one level, before padding. Rows in the order: own cell, left, upper, right, lower."""
 
     cells: np.ndarray  # (M,) int64
     boxes: np.ndarray  # (M, 4) float32
@@ -30,7 +30,7 @@ class Assigner:
     Args:
         anchors_px: (L, A, 2) widths and heights in pixels.
         strides: pixels per cell of each level.
-        anchor_t: a label goes with an anchor when no side of one is this many times that of the other.
+        anchor_t: a label matches an anchor if their widths and heights differ by less than this factor.
     """
 
     def __init__(self, anchors_px: np.ndarray, strides: Sequence[int], anchor_t: float) -> None:
@@ -46,7 +46,7 @@ class Assigner:
         num_images: int,
         size_hw: tuple[int, int],
     ) -> Targets:
-        """The padded targets of a batch.
+        """Return the padded targets of a batch.
 
         Args:
             images: (T,) int64, the image in the batch that each label belongs to.
@@ -88,7 +88,7 @@ class Assigner:
     def _level(
         self, level: int, images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, grid_hw: tuple[int, int]
     ) -> Matches:
-        """The matches of one level; `boxes` (T, 4) centre and size in its cells."""
+        """Return the matches of one level; `boxes` (T, 4) are centre and size in its cells."""
         anchors = self.anchors_px[level] / self.strides[level]
         num_anchors = len(anchors)
         ratio = boxes[:, None, 2:] / anchors[None]  # (T, A, 2)
@@ -99,11 +99,11 @@ class Assigner:
         # A centre on the border of two cells has its far neighbour out of reach of 2 s - 0.5: hence "> 0".
         far = (limit - centre) % 1
         near_high = (far < 0.5) & (far > 0) & (limit - centre > 1)
-        claims = ((None, (0, 0)), (near_low[:, 0], (-1, 0)), (near_low[:, 1], (0, -1)))
-        claims += ((near_high[:, 0], (1, 0)), (near_high[:, 1], (0, 1)))
+        candidates = ((None, (0, 0)), (near_low[:, 0], (-1, 0)), (near_low[:, 1], (0, -1)))
+        candidates += ((near_high[:, 0], (1, 0)), (near_high[:, 1], (0, 1)))
         own = np.floor(centre).astype(np.int64)
-        picks = [np.arange(len(label)) if mask is None else np.flatnonzero(mask) for mask, _ in claims]
-        cell = np.concatenate([own[pick] + shift for pick, (_, shift) in zip(picks, claims, strict=True)])
+        picks = [np.arange(len(label)) if mask is None else np.flatnonzero(mask) for mask, _ in candidates]
+        cell = np.concatenate([own[pick] + shift for pick, (_, shift) in zip(picks, candidates, strict=True)])
         pick = np.concatenate(picks)
         cell = np.clip(cell, 0, limit.astype(np.int64) - 1)
         label, anchor, centre = label[pick], anchor[pick], centre[pick]

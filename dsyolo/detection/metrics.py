@@ -1,6 +1,6 @@
-"""How good detections are: COCO's average precision through faster-coco-eval, and precision and recall at best F1.
+"""Detection metrics: COCO's average precision by faster-coco-eval, and precision and recall at the best F1.
 
-All in pixels of the original images. The result does not depend on the order in which images come, so that
+All boxes are in pixels of the original images. The result does not depend on the order of the images, so that
 validation on many ranks equals that on one to the last digit.
 """
 
@@ -18,12 +18,12 @@ from dsyolo.base.batch import Detections, GroundTruth
 MAX_DETECTIONS = (
     300  # per image: YOLO's convention. COCO's own is 100, worth about 0.2 points of mAP on COCO.
 )
-TIED_F1 = 1e-9  # sums over classes round differently; closer than this is equal
+TIED_F1 = 1e-9  # differences below this are rounding, from sums over classes
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassMetrics:
-    """One class. Without labels the four figures are None, and the class counts in no mean."""
+    """One class. Without labels its four figures are None, and it is left out of the means."""
 
     name: str
     num_images: int  # that have a label of this class
@@ -50,17 +50,17 @@ class Metrics:
 
     @property
     def fitness(self) -> float:
-        """What `best` means when weights are kept and training stops early: 0.1 mAP50 + 0.9 mAP50-95."""
+        """The measure for the best weights and for early stopping: 0.1 mAP50 + 0.9 mAP50-95."""
         return 0.1 * self.map50 + 0.9 * self.map50_95
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and None under the names of the fields, plus `fitness`."""
+        """Return the fields and `fitness` as plain JSON values."""
         fields = dataclasses.asdict(self)
         per_class = list(fields.pop("per_class"))
         return {**fields, "fitness": self.fitness, "per_class": per_class}
 
     def table(self) -> str:
-        """Text as YOLO users know it: the row of all classes, then one per class ('-': no labels)."""
+        """Return the table that YOLO users know: a row for all classes, then one per class ('-': no labels)."""
         width = max([len("Class"), len("all"), *(len(row.name) for row in self.per_class)])
         head = f"{'Class':>{width}}" + "".join(
             f"{title:>10}" for title in ("Images", "Labels", *_FIGURES.values())
@@ -82,16 +82,16 @@ _FIGURES = {"precision": "P", "recall": "R", "map50": "mAP50", "map50_95": "mAP5
 def evaluate(
     ground_truths: Sequence[GroundTruth], detections: Sequence[Detections], class_names: Sequence[str]
 ) -> Metrics:
-    """Compare what was found with the labels.
+    """Compare detections with the labels.
 
     Args:
-        truths: one per image, in any order; no `image_id` twice.
-        detections: of the same images in the same order. The best 300 of an image count, in all classes together.
+        ground_truths: one per image, in any order; no `image_id` twice.
+        detections: of the same images in the same order. The best 300 of an image count, over all classes.
         class_names: of all K classes.
     """
     num_classes = len(class_names)
     assert len(ground_truths) == len(detections), (
-        f"{len(ground_truths)} truths but {len(detections)} detections"
+        f"{len(ground_truths)} ground truths but {len(detections)} detections"
     )
     order = sorted(range(len(ground_truths)), key=lambda i: ground_truths[i].image_id)
     assert len({ground_truth.image_id for ground_truth in ground_truths}) == len(ground_truths), (
@@ -161,7 +161,7 @@ class _Boxes:
         return _Boxes(self.images[mask], self.boxes_xyxy[mask], self.scores[mask], self.classes[mask])
 
     def annotations(self) -> list[dict[str, Any]]:
-        """As COCO has them. Ids start at 1, since its matching takes 0 for "no match"."""
+        """Return COCO annotations. Ids start at 1: its matching uses 0 for "no match"."""
         size_wh = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
         columns = (
             self.images.tolist(),
@@ -192,7 +192,7 @@ def _best(detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _run_coco(
     ground_truths: Sequence[GroundTruth], labels: _Boxes, found: _Boxes, class_names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (10 IoUs, 101 recalls, K), 0 for a class without labels; whether each found box is right at IoU 0.5."""
+    """Return the precision (10 IoUs, 101 recalls, K), 0 without labels, and whether each detection is right at IoU 0.5."""
     num_classes = len(class_names)
     if not len(labels.classes) or not len(found.classes):
         return np.zeros((10, 101, num_classes)), np.zeros(len(found.classes), bool)
@@ -206,7 +206,7 @@ def _run_coco(
         for boxes in (labels, found)
     ]
     run = COCOeval_faster(*sides, iouType="bbox", print_function=_quiet)
-    run.params.maxDets = [MAX_DETECTIONS]  # per image and class: never cuts, as `_best` already did
+    run.params.maxDets = [MAX_DETECTIONS]  # per image and class: never cuts, since `_best` did
     run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]  # a quarter of COCO's default work
     run.evaluate()
     run.accumulate()
@@ -215,10 +215,10 @@ def _run_coco(
 
 
 def _true_positives(ious: dict[tuple[int, int], Any], found: _Boxes) -> np.ndarray:
-    """COCO's greedy matching at IoU 0.5: the best box first, each takes the free label it overlaps most.
+    """Match as COCO does at IoU 0.5: greedily, the best box first, each takes the free label it overlaps most.
 
-    faster-coco-eval tells matches too (`eval["matched"]`), but those of all thresholds in one: a box that
-    loses its label at 0.5 and wins it at 0.8, where the winner no longer qualifies, would count as right.
+    faster-coco-eval's own matches (`eval["matched"]`) mix all thresholds: a box that loses its label at 0.5 and wins
+    it at 0.8, where the winner no longer qualifies, would count as right.
 
     Args:
         ious: by (image, class) the (D, G) IoUs, detections best first; empty where there is nothing to compare.
@@ -244,13 +244,13 @@ def _true_positives(ious: dict[tuple[int, int], Any], found: _Boxes) -> np.ndarr
 def _at_best_f1(
     scores: np.ndarray, classes: np.ndarray, is_true_positive: np.ndarray, num_labels: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """The score at which F1 = 2 TP / (found + labels), averaged over classes with labels, is best.
+    """Find the score at which F1 = 2 TP / (found + labels), averaged over classes with labels, is best.
 
-    Of equally good scores the lowest. Found boxes are of classes with labels only.
+    Of equally good scores it takes the lowest. Detections are of classes with labels only.
 
     Returns:
-        that score, and precision and recall per class (K,) of the boxes with at least it; a class of
-        which none is found there has precision 0.
+        The score, and precision and recall per class (K,) of the boxes of at least that score; precision is 0 for a
+        class without such boxes.
     """
     order = np.argsort(-scores, kind="stable")
     scores, classes, right = scores[order], classes[order], is_true_positive[order]
@@ -270,4 +270,4 @@ def _at_best_f1(
 
 
 def _quiet(*_: object) -> None:
-    """Instead of the prints of pycocotools."""
+    """Replace the prints of pycocotools."""

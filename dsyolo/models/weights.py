@@ -1,6 +1,6 @@
-"""Weights in and out: names as YOLOv5's own files have them, and safetensors files with what a network needs.
+"""Weights files: safetensors with the metadata to rebuild the network, and the parameter names of YOLOv5's own files.
 
-Only safetensors are read: nothing in such a file can run.
+Only safetensors are read: such a file cannot run code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 class WeightsInfo(BaseModel):
-    """What a weights file says beside the tensors: all that is needed to rebuild the network."""
+    """The metadata of a weights file: what is needed, besides the tensors, to rebuild the network."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +40,7 @@ class WeightsInfo(BaseModel):
 
 
 def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames `model.<index>.<rest>` to `<node>.<rest>`. The family is told by the highest index.
+    """Rename `model.<index>.<rest>` to `<node>.<rest>`. The highest index decides on the family.
 
     Raises:
         ValueError: a name is not of YOLOv5's form.
@@ -58,7 +58,7 @@ def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def to_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames `<node>.<rest>` to `model.<index>.<rest>`, the inverse of `from_yolov5`.
+    """Rename `<node>.<rest>` to `model.<index>.<rest>`, the inverse of `from_yolov5`.
 
     Raises:
         ValueError: a name belongs to no node of the family.
@@ -77,39 +77,40 @@ def to_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: WeightsInfo) -> None:
-    """Writes the tensors as they are under the network's own names, by a rename, so that a reader sees all or nothing."""
+    """Write the tensors as they are, under the network's own names. A rename puts the file in place: complete or not at all."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, part, metadata={METADATA_KEY: info.model_dump_json()})
-        part.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
+        part.chmod(
+            path.parent.stat().st_mode & 0o666
+        )  # safetensors creates files that only the owner may read
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # there only where something failed, as on a full disk
+        part.unlink(missing_ok=True)  # left only by a failure, such as a full disk
 
 
 GivenWeights: TypeAlias = tuple[dict[str, torch.Tensor], WeightsInfo | None]
 
 
 def read_weights(path: Path) -> GivenWeights:
-    """The tensors of a safetensors file under the network's own names, and its info where there is one.
+    """Read a safetensors file, of dsyolo or with YOLOv5's names; return tensors under our names, and the metadata if any.
 
-    Reads files of dsyolo and files with YOLOv5's names alike.
 
     Raises:
-        UserError: no such file, not safetensors, a pickled file, names of another network, or NaN in it.
+        UserError: the file is missing, damaged, pickled, of another network, or contains NaN or infinity.
     """
     headline = f"{path} cannot be used as weights"
     if path.is_dir():
         raise UserError(
-            headline, ["it is a folder. Give a .safetensors file, as a run leaves it in weights/."]
+            headline, ["it is a folder. Give a .safetensors file, such as RUN/weights/best.safetensors."]
         )
     if not path.is_file():
-        raise UserError(headline, ["there is no such file. Nothing is downloaded: put the file there."])
+        raise UserError(headline, ["there is no such file, and nothing is downloaded. Check the path."])
     _refuse_pickled(path, headline)
     if path.stat().st_size > MOST_BYTES:
-        rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and the largest network has 0.6"
-        raise UserError(headline, [f"{rule}. It is no file of a detector's weights alone."])
+        rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and a detector's weights at most {MOST_BYTES / 2**30:.0f}"
+        raise UserError(headline, [f"{rule}. Give a file that holds the weights alone."])
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -143,7 +144,7 @@ def read_weights(path: Path) -> GivenWeights:
 def _refuse_pickled(path: Path, headline: str) -> None:
     what = f"{path.suffix} files are pickled" if path.suffix in PICKLED_SUFFIXES else ""
     if not what and (found := pickled(path)):
-        what = f"it is {found}, whatever its name says"
+        what = f"it is {found}, despite its name"
     if what:
         remedy = (
             "Where you trust it, convert it once in the environment that wrote it: "
@@ -154,22 +155,22 @@ def _refuse_pickled(path: Path, headline: str) -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor on the host holds neither NaN nor infinity."""
-    # Ten times as fast as isfinite().all(): 0.4 s for the largest variant. NaN is the least and the most of all.
+    """Whether a tensor on the host has neither NaN nor infinity."""
+    # Ten times as fast as isfinite().all(): 0.4 s for the largest variant. aminmax passes NaN on.
     return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
 
 
 def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None = None) -> str:
-    """Start `network` from the tensors of `path` whose names and shapes fit; return a line that says how many did.
+    """Load into `network` the tensors of `path` whose names and shapes fit; return a line for the log.
 
     A detector of other classes fits in all but its last layer, which is what fine-tuning wants. A network of the
     user's own takes what it shares with any other.
 
     Args:
-        read: what `read_weights` gave, where the file was read already.
+        read: what `read_weights` returned, if the file was read already.
 
     Raises:
-        UserError: as `read_weights`; or it is of another variant, or too few of the tensors fit.
+        UserError: as `read_weights`; or the file is of another variant, or too few tensors fit.
     """
     tensors, info = read or read_weights(path)
     headline = f"{path} cannot be used as weights"
@@ -191,7 +192,7 @@ def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None =
     line = f"{path}: {len(fits)} of {len(own)} tensors taken"
     fresh = dict.fromkeys(name.partition(".")[0] for name in own if name not in fits)
     if fresh:
-        line += f"; from random values start {', '.join(fresh)}"
+        line += f"; random values for {', '.join(fresh)}"
     if fresh.keys() - {network.head} and not is_own:
         line += f". These are not the weights of a {network.variant}"
     return line
@@ -210,11 +211,11 @@ def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, Wei
     tensors, info = read_weights(path)
     headline = f"{path} cannot be used as weights"
     if info is None:
-        remedy = "Give a file that dsyolo wrote: a training that starts from these weights writes one"
-        raise UserError(headline, [f"it says nothing of variant and classes. {remedy}."])
+        remedy = "Give a file that dsyolo wrote, such as that of a run started with --weights"
+        raise UserError(headline, [f"it has no metadata on variant and classes. {remedy}."])
     model = _model_of(info.variant, model, headline)
     try:
-        with torch.device("meta"):  # before memory is taken for as many classes as the file says
+        with torch.device("meta"):  # before allocating memory for as many classes as the file claims
             expected = build_model(model, len(info.names)).state_dict()
         if wrong := [
             n for n, tensor in tensors.items() if n in expected and tensor.shape != expected[n].shape
@@ -234,19 +235,17 @@ def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, Wei
 
 
 def _model_of(variant: str, model: str | None, headline: str) -> str:
-    """The model to build for weights of `variant`: a variant that is known, or else what the user gave.
+    """Return the model to build for weights of `variant`: a known variant, or else what the user gave.
 
     Raises:
-        UserError: the user gave none for weights of his own network, or another one.
+        UserError: `model` is missing for a user's own network, or names another one.
     """
     if not is_known(variant) and not is_reference(variant):
         known = ", ".join(VARIANTS)
         raise UserError(headline, [f"its metadata says {shortened(variant)}, but the variants are {known}."])
     if model is None and not is_known(variant):
-        rule = f"it is of {shortened(variant)}, a network of somebody's own, and its code is not in the file"
-        raise UserError(
-            headline, [f"{rule}. Name the file that builds it, as in --model {shortened(variant)}."]
-        )
+        rule = f"it is of {shortened(variant)}, a user's own network, and a weights file holds no code"
+        raise UserError(headline, [f"{rule}. Name the file that builds it: --model {shortened(variant)}."])
     if model is not None and saved_name(model) != variant:
         raise UserError(
             headline, [f"it is of {shortened(variant)}, but --model {model} was given. Correct one."]
@@ -255,7 +254,7 @@ def _model_of(variant: str, model: str | None, headline: str) -> str:
 
 
 def describe(network: DetectionNetwork, names: Sequence[str], image_size_px: int) -> WeightsInfo:
-    """The info to save beside the tensors of `network`."""
+    """Return the metadata to save with the tensors of `network`."""
     strides = torch.tensor(network.strides, dtype=torch.float32).view(-1, 1, 1)
     anchors = (network.anchors.detach().float().cpu() * strides).tolist()
     return WeightsInfo(

@@ -14,7 +14,7 @@ from dsyolo.models.network import Node
 
 
 class LayerRow(NamedTuple):
-    """A line of a family's table. Without `reads` a node reads the one before it."""
+    """One row of a family's table. Without `reads`, a node reads the one before it."""
 
     name: str
     kind: type[nn.Module]
@@ -114,7 +114,7 @@ VARIANTS = tuple(f"yolov5{size}{family}" for family in ("", "6") for size in DEP
 
 
 def family(variant: str) -> tuple[LayerRow, ...]:
-    """The table that `variant` is built from."""
+    """Return the table that `variant` is built from."""
     return P6 if variant.endswith("6") else P5
 
 
@@ -124,20 +124,20 @@ def has_parameters(variant: str) -> tuple[bool, ...]:
 
 
 def level_strides(variant: str) -> tuple[int, ...]:
-    """Pixels per cell of the variant's levels, finest first."""
+    """Return the pixels per cell of the variant's levels, finest first."""
     return (8, 16, 32, 64) if variant.endswith("6") else (8, 16, 32)
 
 
 def anchors_px(variant: str) -> torch.Tensor:
-    """(L, A, 2) float32, the anchors that the variant starts with, in pixels."""
+    """Return the anchors that the variant starts with, (L, A, 2) float32 in pixels."""
     return torch.tensor(ANCHORS_P6_PX if variant.endswith("6") else ANCHORS_P5_PX, dtype=torch.float32)
 
 
 def build_yolov5(variant: str, num_classes: int) -> DetectionNetwork:
-    """Builds a network with torch's default initialisation of convolutions, in train mode.
+    """Build a network in train mode, with torch's default initialisation of convolutions.
 
     Args:
-        variant: `yolov5n` ... `yolov5x6`; the bare `n` ... `x6` will do.
+        variant: `yolov5n` ... `yolov5x6`, or just `n` ... `x6`.
         num_classes: K, at least 1.
 
     Raises:

@@ -134,7 +134,7 @@ class Planner:
         """The fewest blocks whose recomputation leaves the activations within `free_bytes`; None: not even all do."""
         found = settings._replace(recompute=free_bytes)
         plan = self._plan(found)
-        return found if plan.recomputed and plan.peak_bytes <= free_bytes else None
+        return found if plan.checkpointed and plan.peak_bytes <= free_bytes else None
 
     def stages(self, num: int) -> list[StageProfile]:
         """The network in so many stages, cut as a run cuts it."""
@@ -285,7 +285,7 @@ class Planner:
 
     def _share_recomputed(self, plan: ActivationPlan) -> float:
         """Of the forward pass's work."""
-        if not plan.recomputed:
+        if not plan.checkpointed:
             return 0.0
         costs = self.work.costs
-        return sum(c.flops for c in costs if c.name in plan.recomputed) / self.work.flops
+        return sum(c.flops for c in costs if c.name in plan.checkpointed) / self.work.flops

@@ -30,7 +30,7 @@ def test_counted_bytes_are_those_that_the_allocator_gave_out(variant, size_px, b
     counted = count_activations(network, tuple(images.shape), Precision.named(precision))
     step(network, images, precision)
     for names in (frozenset(), SOME, network.blocks()):
-        network.recompute = names
+        network.checkpointed = names
         measured, _ = allocations(lambda: forward(network, images, precision))
         assert kept(counted, names) == pytest.approx(measured, rel=0.02)
         _, peak = allocations(lambda: step(network, images, precision))
@@ -71,13 +71,13 @@ def test_real_weights_are_neither_needed_nor_touched():
     with torch.device("meta"):
         empty = build_yolov5("yolov5n", 3)
     network = build_yolov5("yolov5n", 3)
-    network.recompute = SOME
+    network.checkpointed = SOME
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shape = (1, 3, 64, 64)
     counted = count_activations(network, shape, Precision.named("fp32"))
     assert counted.own_bytes() == count_activations(empty, shape, Precision.named("fp32")).own_bytes()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert network.recompute == SOME
+    assert network.checkpointed == SOME
 
 
 def test_a_conv_by_hand():
@@ -163,14 +163,14 @@ def test_plans():
     plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
     assert choose(counted, "none", offload=False) == (counted, frozenset(), False)
     assert choose(counted, "none", offload=False).peak_bytes == plain
-    assert choose(counted, "blocks", offload=False).recomputed == counted.blocks
+    assert choose(counted, "blocks", offload=False).checkpointed == counted.blocks
     assert choose(counted, "blocks", offload=False).peak_bytes == least
-    assert choose(counted, plain, offload=False).recomputed == frozenset()
+    assert choose(counted, plain, offload=False).checkpointed == frozenset()
     plan = choose(counted, least, offload=False)
     assert plan.peak_bytes == least
     assert plan.explain().endswith("of 6 blocks; 0.00 GiB without")
     with pytest.raises(UserError) as caught:
         choose(counted, 1000, offload=False)
     (line,) = caught.value.problems
-    assert choose(counted, int(0.001 * 2**30), offload=False).recomputed  # the remedy works
+    assert choose(counted, int(0.001 * 2**30), offload=False).checkpointed  # the remedy works
     assert line.startswith("recompute: 9.313e-07GiB given, but a micro-batch keeps 0.001GiB with all blocks")

@@ -32,7 +32,7 @@ def convert_coco(src: str | Path, dst: str | Path) -> Conversion:
     joined by a bridge without width; objects given as a mask become boxes; crowds are left out.
 
     Raises:
-        UserError: no COCO layout, categories that differ between the splits, or a `dst` that holds other things.
+        UserError: no COCO layout, categories that differ between the splits, or a `dst` that is not empty.
     """
     src, dst = Path(src), Path(dst)
     refuse_occupied(dst)
@@ -157,7 +157,7 @@ def _parts(segmentation: Any) -> list[Any]:
 
 
 def join_polygons(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One closed polygon (P, 2) of several, joined where they are nearest by a way there and back without width."""
+    """Join polygons into one (P, 2), by bridges without width where they are nearest."""
     joined = parts[0]
     for part in parts[1:]:
         gaps = ((joined[:, None] - part[None]) ** 2).sum(-1)

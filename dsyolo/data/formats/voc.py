@@ -41,7 +41,7 @@ def convert_voc(src: str | Path, dst: str | Path) -> Conversion:
     are sorted by name. Objects marked difficult are left out, as VOC's own evaluation does.
 
     Raises:
-        UserError: no VOC layout, missing lists, or a `dst` that holds other things.
+        UserError: no VOC layout, missing lists, or a `dst` that is not empty.
     """
     src, dst = Path(src), Path(dst)
     refuse_occupied(dst)
@@ -73,7 +73,7 @@ def _voc_roots(src: Path) -> list[Path]:
 
 
 def _voc_lists(src: Path, roots: Sequence[Path]) -> dict[str, dict[Path, Path]]:
-    """The list file of every root for train and for val."""
+    """Return the list file of every root for train and for val."""
     has = {root: {p.stem: p for p in (root / "ImageSets" / "Main").glob("*.txt")} for root in roots}
     # Without any test list, trainval would hold the val images as well.
     train_on, validate_on = (
@@ -113,7 +113,7 @@ def _voc_read(roots: Sequence[Path], lists: dict[Path, Path], problems: list[Pro
 
 
 def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
-    """The names in a list, each once. One that leads out of the folder is reported."""
+    """Return the names in a list, each once. One that leads out of the folder is reported."""
     try:
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -150,7 +150,7 @@ def _voc_image(folder: Path, stem: str) -> Path | None:
 
 
 def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
-    """The content of one XML file; a missing file is an error of the data set and reported."""
+    """Return the content of one XML file; a missing or bad file is reported."""
     try:
         root = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding

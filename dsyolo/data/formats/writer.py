@@ -1,4 +1,4 @@
-"""Writes a YOLO data set: a folder that is there complete or not at all. What the converters have in common."""
+"""Writes a YOLO data set for the converters: the folder appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class Object(NamedTuple):
 
 
 class Image(NamedTuple):
-    """One image of the source and where it goes."""
+    """One image of the source, and its name in the result."""
 
     file: Path
     name: str  # path under images/<split>
-    size_hw: tuple[int, int] | None  # as the annotation has it; None: read the file
+    size_hw: tuple[int, int] | None  # from the annotation; None: read the file
     objects: list[Object]
-    is_spoiled: bool = False  # it has more objects, which cannot be read
+    is_spoiled: bool = False  # whether it has other objects, which cannot be read
 
 
 @dataclass
 class Conversion:
-    """What was converted, and what was wrong with the source."""
+    """The result of a conversion, and the problems of the source."""
 
     data_yaml: Path
     names: tuple[str, ...]
@@ -68,7 +68,7 @@ class Conversion:
 def write_dataset(
     dst: Path, splits: dict[str, list[Image]], names: Sequence[str], problems: list[Problem]
 ) -> Conversion:
-    """Build the whole data set beside `dst`, then rename it: `dst` is there complete, or not at all."""
+    """Build the data set beside `dst`, then rename it: `dst` appears complete, or not at all."""
     result = Conversion(dst / "data.yaml", tuple(names), problems=problems)
     number_of = {name: number for number, name in enumerate(names)}
     with new_folder(dst) as building:
@@ -88,7 +88,7 @@ def write_dataset(
                     continue
                 rows = _rows(image.objects, number_of, image.size_hw or size_hw, problems)
                 if not rows and (image.objects or image.is_spoiled):
-                    # As a background it would teach that the objects in it are none, as `scan_file` says too.
+                    # As a background it would teach that it has no objects (as in `read_image_record`).
                     problems.append(Problem(str(image.file), 0, NO_OBJECT_LEFT, ""))
                     continue
                 written.add(label)
@@ -108,7 +108,7 @@ def write_dataset(
 def _rows(
     objects: Sequence[Object], number_of: dict[str, int], size_hw: tuple[int, int], problems: list[Problem]
 ) -> list[str]:
-    """Label rows, clipped to the image: shares with six digits, 0.001 px of 1,000."""
+    """Return label rows, clipped to the image: shares with six digits, 0.001 px of 1,000."""
     rows: dict[str, None] = {}
     wh = np.array([size_hw[1], size_hw[0]], np.float64)
     for one in objects:
@@ -142,7 +142,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def write_data_yaml(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
-    """Without `path:`, so that the folder may be moved: the splits are then relative to the file."""
+    """Write data.yaml without `path:`, so that the splits are relative to it and the folder can be moved."""
     content = {**{split: f"images/{split}" for split in splits}, "names": dict(enumerate(names))}
     (folder / "data.yaml").write_text(
         yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
@@ -150,30 +150,28 @@ def write_data_yaml(folder: Path, names: Sequence[str], splits: Sequence[str]) -
 
 
 def refuse_occupied(dst: Path) -> None:
-    """Raises UserError where `dst` is there and anything but an empty folder."""
+    """Raise UserError if `dst` exists and is anything but an empty folder."""
     if not dst.exists():
         return
     if not dst.is_dir():
         raise UserError(f"{dst} was not written", ["it is a file. Name a new folder."])
     if any(dst.iterdir()):
-        raise UserError(
-            f"{dst} was not written", ["it holds other things already. Name a new folder, or remove it."]
-        )
+        raise UserError(f"{dst} was not written", ["it is not empty. Name a new folder, or remove it."])
 
 
 @contextlib.contextmanager
 def new_folder(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` to build in, renamed to `dst` at the end, removed if anything fails on the way.
+    """Yield a folder beside `dst` to build in: renamed to `dst` at the end, or removed after a failure.
 
     Raises:
-        UserError: `dst` holds something already, or cannot be made.
+        UserError: `dst` is not empty, or cannot be created.
     """
     refuse_occupied(dst)
     building = dst.with_name(f"{dst.name}.tmp-{os.getpid()}")
     try:
         building.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{dst} was not written", [f"{building} cannot be made: {error}"]) from error
+        raise UserError(f"{dst} was not written", [f"{building} cannot be created: {error}"]) from error
     try:
         yield building
         try:

@@ -200,12 +200,12 @@ def test_a_voc_size_of_0_is_read_from_the_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lists", "said"),
+    ("lists", "message"),
     [({}, "lists in ImageSets/Main: none"), ({"trainval": "a\n"}, "lists in ImageSets/Main: trainval")],
 )
-def test_a_voc_set_without_its_lists(tmp_path, lists, said):
+def test_a_voc_set_without_its_lists(tmp_path, lists, message):
     src = voc_folder(tmp_path / "src", lists, {"a": annotation(BOX)})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         convert_voc(src, tmp_path / "dst")
     with pytest.raises(UserError, match="no folder Annotations"):
         convert_voc(src / "ImageSets", tmp_path / "dst")
@@ -322,7 +322,7 @@ def test_a_coco_image_whose_objects_are_all_bad_is_no_background(tmp_path, bad):
     assert left_out == {"2.jpg"}
 
 
-def test_why_no_image_of_a_split_can_be_used_is_told(tmp_path):
+def test_why_no_image_of_a_split_can_be_used_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"train: no image can be used[\s\S]*box without width or height"):
         convert_coco(coco_folder(tmp_path / "src", [one(bbox=[10, 10, 0, 20])]), tmp_path / "dst")
 
@@ -370,7 +370,7 @@ def test_other_content_is_refused_and_kept(tmp_path):
     src = coco_folder(tmp_path / "src", [one()])
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds other things already"):
+    with pytest.raises(UserError, match="it is not empty"):
         convert_coco(src, tmp_path / "dst")
     assert [p.name for p in (tmp_path / "dst").iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match="it is a file"):
