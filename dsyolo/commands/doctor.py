@@ -1,4 +1,4 @@
-"""The command `dsyolo doctor`: its options, and what it prints."""
+"""The command `dsyolo doctor`: its options, its table and its JSON."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.option_checks import model_option
 from dsyolo.config.run_config import AUTO
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import check_options, examine
 from dsyolo.doctor.findings import can_start, table, to_json
-from dsyolo.models.registry import model_option
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What a run would be started with, as far as it matters before it."""
+    """Add the options: what the run would be started with, as far as it can be checked before."""
     add = parser.add_argument
-    add("--hostfile", type=Path, metavar="FILE", help="look at its hosts (default: at this machine)")
-    add("--deepspeed_config", type=Path, metavar="FILE", help="DeepSpeed JSON, judged for the hosts' ranks")
+    add("--hostfile", type=Path, metavar="FILE", help="check its hosts (default: this machine)")
+    add("--deepspeed_config", type=Path, metavar="FILE", help="DeepSpeed JSON, checked for the hosts' ranks")
     add("--data", type=Path, metavar="FILE", help="data set's YAML file, compared on all hosts")
     add(
         "--model",
         type=model_option,
         metavar="NAME",
-        help="variant or FILE.py:FUNCTION, for the size of checkpoints",
+        help="variant or FILE.py:FUNCTION, for the size of its checkpoints",
     )
     add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
     add("--project", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
-    add("--workers", type=int, metavar="N", help="loader processes per rank (default: as a run)")
-    add("--num_gpus", type=int, metavar="N", help="ranks, without a hostfile (default: GPUs, or 1)")
-    add("--master_addr", metavar="ADDRESS", help="as the launcher will get it")
-    add("--master_port", type=int, default=29500, metavar="N", help="as the launcher will get it")
+    add("--workers", type=int, metavar="N", help="loader workers per rank (default: as in a run)")
+    add("--num_gpus", type=int, metavar="N", help="ranks without a hostfile (default: the GPUs, or 1)")
+    add("--master_addr", metavar="ADDRESS", help="the same as for the launcher")
+    add("--master_port", type=int, default=29500, metavar="N", help="the same as for the launcher")
     add("--timeout", type=float, default=10, metavar="S", help="seconds for a host to answer (default: 10)")
     add("--fix", action="store_true", help="remove stale build locks")
-    add("--json", type=Path, metavar="FILE", help="write the findings there")
+    add("--json", type=Path, metavar="FILE", help="write the findings to this file")
 
 
-def run_doctor(args: argparse.Namespace) -> int:
-    """Prints the table; returns 0 where the run can start, 1 where it cannot.
+def run(args: argparse.Namespace) -> int:
+    """Print the table; return 0 if the run can start, else 1.
 
     Raises:
-        UserError: a mistake in the command line.
+        UserError: for a mistake in the command line.
     """
     options = DoctorOptions(
         hostfile=args.hostfile,

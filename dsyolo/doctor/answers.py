@@ -1,4 +1,4 @@
-"""What a host may answer, section by section. Everything that comes from another host passes through here."""
+"""Models of what a host answers, section by section. All that comes from another host is validated here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Answer(BaseModel):
-    """A section; where `error` is set, nothing else of it was found."""
+    """A section; where `error` is set, nothing else in it is."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -14,7 +14,7 @@ class Answer(BaseModel):
 
 
 class Hello(Answer):
-    """The beginning. `machine` and `network` together are a host."""
+    """The first section. `machine` and `network` together identify a host."""
 
     time: float = 0.0  # s since 1970
     hostname: str = ""
@@ -23,7 +23,7 @@ class Hello(Answer):
 
 
 class Python(Answer):
-    """The interpreter, and the variables that matter."""
+    """The interpreter, and the environment variables that matter to a run."""
 
     executable: str = ""
     version: str = ""
@@ -32,7 +32,7 @@ class Python(Answer):
 
 
 class Package(BaseModel):
-    """None for what is not known; the path of those only that were imported."""
+    """An installed package; its path only if it was imported."""
 
     version: str | None = None
     path: str | None = None
@@ -40,20 +40,20 @@ class Package(BaseModel):
 
 
 class Packages(Answer):
-    """By name."""
+    """Packages by name."""
 
     packages: dict[str, Package] = {}
 
 
 class Sources(Answer):
-    """Hashes of dsyolo's files."""
+    """Hashes of dsyolo's files, by path in its folder."""
 
     folder: str = ""
     files: dict[str, str] = {}
 
 
 class Devices(Answer):
-    """What ranks compute on."""
+    """What ranks can compute on."""
 
     cores: int = 0
     gpus: list[str] = []
@@ -61,21 +61,21 @@ class Devices(Answer):
 
 
 class Compilers(Answer):
-    """Paths, None where there is none."""
+    """Paths of build tools."""
 
     compiler: str | None = None
     ninja: str | None = None
 
 
 class DeepSpeedJson(Answer):
-    """The SHA-256 of the file, None where it is missing, and what is wrong with its content."""
+    """The SHA-256 of the file (None: missing), and what is wrong with its content."""
 
     digest: str | None = None
     problems: list[str] = []
 
 
 class Split(BaseModel):
-    """See data/fingerprint.py."""
+    """The fingerprint of a split: data/fingerprint.py."""
 
     num_images: int
     one_in: dict[str, int]
@@ -83,7 +83,7 @@ class Split(BaseModel):
 
 
 class DataAnswer(Answer):
-    """The data set: fingerprints, or at a second look the images of some buckets."""
+    """Fingerprints of the data set; if asked for, the files of some buckets."""
 
     digest: str = ""
     problems: list[str] = []
@@ -91,8 +91,8 @@ class DataAnswer(Answer):
     listed: dict[str, dict[str, str]] = {}
 
 
-class Room(BaseModel):
-    """Bytes on the disk of a folder, and why it cannot be written to."""
+class DiskSpace(BaseModel):
+    """Free bytes on the disk of a folder, and why it cannot be written to."""
 
     path: str
     free: int
@@ -100,13 +100,13 @@ class Room(BaseModel):
 
 
 class Disk(Answer):
-    """By what the folder is for."""
+    """Disk space by what the folder is for: runs, cache, shm."""
 
-    folders: dict[str, Room] = {}
+    folders: dict[str, DiskSpace] = {}
 
 
 class Lock(BaseModel):
-    """Of a compiled op's build. `state`: stale, removed, or why it stays."""
+    """The lock of an op's build. `state`: stale, removed, or why it stays."""
 
     path: str
     age_s: float
@@ -115,14 +115,14 @@ class Lock(BaseModel):
 
 
 class Locks(Answer):
-    """Under the folder of torch's extensions."""
+    """Build locks under the folder of torch's extensions."""
 
     root: str = ""
     locks: list[Lock] = []
 
 
 class Interface(BaseModel):
-    """Of the network."""
+    """A network interface."""
 
     address: str | None
     is_up: bool
@@ -130,7 +130,7 @@ class Interface(BaseModel):
 
 
 class NetworkAnswer(Answer):
-    """Interfaces, addresses that asked names have here, and the one that the host's own name gives gloo."""
+    """Interfaces, addresses of the names asked for, and the address that gloo takes from the host's own name."""
 
     interfaces: dict[str, Interface] = {}
     names: dict[str, list[str]] = {}
@@ -138,14 +138,14 @@ class NetworkAnswer(Answer):
 
 
 class Port(Answer):
-    """Why nobody can listen at the master port, and who does."""
+    """Why nobody can listen at the master port, and which process does."""
 
     fault: str | None = None
     holder: str | None = None
 
 
 class LinkAnswer(BaseModel):
-    """From a rank to the one after it."""
+    """The speed of the link from a rank to the next one."""
 
     to: int
     latency_s: float
@@ -153,7 +153,7 @@ class LinkAnswer(BaseModel):
 
 
 class Result(Answer):
-    """What a rank of the network's probe found. `fault`: which step failed; `unreached`: ranks that it cannot reach."""
+    """What a rank of the network test found. `fault`: the step that failed; `unreached`: ranks out of reach."""
 
     fault: str = ""
     text: str = ""

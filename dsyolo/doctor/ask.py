@@ -1,4 +1,4 @@
-"""Asks all hosts at once, each for so long and not longer. An answer is JSON, of a bounded size, and nothing else."""
+"""Query all hosts at once, each within a time limit. Only JSON lines of bounded size are read from an answer."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import Any, NamedTuple, TypeVar
 
 from dsyolo.doctor import probe
 from dsyolo.doctor.answers import ANSWERS, Answer, Hello
-from dsyolo.doctor.hosts import NO_FOLDER, NO_PYTHON, Crossing, remote_command, ssh_command
+from dsyolo.doctor.hosts import NO_FOLDER, NO_PYTHON, ForwardedEnvironment, remote_command, ssh_command
 
 A = TypeVar("A", bound=Answer)
-MAX_LINE = 4 << 20  # bytes of a section; the largest, a listing of the data set, has some hundred thousand
-SECTION_S = 30  # for a section; importing torch from a network's disk takes most of it
-LIMITS_S = {"data": 120}
+MAX_LINE = 4 << 20  # bytes of a section; the largest, a listing of the data set, has some 100,000
+SECTION_S = 30  # per section; importing torch from a network file system takes most of it
+SECTION_LIMITS_S = {"data": 120}
 
 
 @dataclass
 class Reply:
-    """What came from a host.
+    """The reply of a host.
 
     Attributes:
         sections: by name.
-        fault, remedy: why there is not all of it; empty where there is.
-        status: of the command; None where it had to be stopped.
-        skew_s: so much its clock is ahead (negative: behind) at the least.
+        fault, remedy: why it is incomplete; empty if it is complete.
+        status: exit status of the command; None if it had to be stopped.
+        skew_s: least that its clock is ahead (negative: behind).
     """
 
     host: str
@@ -43,47 +43,49 @@ class Reply:
     skew_s: float = 0.0
 
     def get(self, kind: type[A]) -> A | None:
-        """The section of a kind, where the host found it."""
-        found = next((one for one in self.sections.values() if type(one) is kind), None)
-        return None if found is None or found.error else found
+        """Return the section of a kind; None if it is missing or an error."""
+        section = next((one for one in self.sections.values() if type(one) is kind), None)
+        return None if section is None or section.error else section
 
 
-class Asked(NamedTuple):
-    """What Python runs on a host, and what it is to print.
+class Query(NamedTuple):
+    """What Python runs on a host, and the sections that it must print.
 
     Attributes:
         host: its name for ssh; None: this machine.
-        words: Python's arguments.
-        source: its standard input.
-        sections: in their order.
+        arguments: of Python.
+        sections: in the order of printing.
+        source: Python's standard input.
     """
 
     host: str | None
-    words: Sequence[str]
+    arguments: Sequence[str]
     sections: Sequence[str]
     source: bytes = b""
 
 
-def probing(host: str | None, request: Mapping[str, Any]) -> Asked:
-    """The probe's sections of a request."""
-    words = ["-", json.dumps(request)]
-    return Asked(host, words, ["hello", *request["sections"]], Path(probe.__file__).read_bytes())
+def probe_query(host: str | None, request: Mapping[str, Any]) -> Query:
+    """Return the query that runs the probe with a request."""
+    arguments = ["-", json.dumps(request)]
+    return Query(host, arguments, ["hello", *request["sections"]], Path(probe.__file__).read_bytes())
 
 
-def ask(asked: Mapping[str, Asked], crossing: Crossing, timeout_s: float) -> dict[str, Reply]:
-    """A reply of each, by the same keys, in the time of the slowest."""
+def ask(queries: Mapping[str, Query], forwarded: ForwardedEnvironment, timeout_s: float) -> dict[str, Reply]:
+    """Run all queries at once; return the replies by the same keys."""
 
     async def gather() -> list[Reply]:
-        return await asyncio.gather(*(_ask(key, one, crossing, timeout_s) for key, one in asked.items()))
+        return await asyncio.gather(
+            *(_ask(key, query, forwarded, timeout_s) for key, query in queries.items())
+        )
 
     return {reply.host: reply for reply in asyncio.run(gather())}
 
 
-async def _ask(key: str, asked: Asked, crossing: Crossing, timeout_s: float) -> Reply:
-    command = [sys.executable, "-u", *asked.words]
-    if asked.host is not None:
-        line = remote_command(sys.executable, crossing, ["-u", *asked.words])
-        command = [*ssh_command(asked.host, timeout_s), line]
+async def _ask(key: str, query: Query, forwarded: ForwardedEnvironment, timeout_s: float) -> Reply:
+    command = [sys.executable, "-u", *query.arguments]
+    if query.host is not None:
+        line = remote_command(sys.executable, forwarded, ["-u", *query.arguments])
+        command = [*ssh_command(query.host, timeout_s), line]
     reply, begin = Reply(key), time.time()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -92,26 +94,26 @@ async def _ask(key: str, asked: Asked, crossing: Crossing, timeout_s: float) -> 
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE,
-            start_new_session=True,  # without a terminal to ask for a password on
+            start_new_session=True,  # no terminal to ask for a password on
         )
     except OSError as error:
         reply.fault, reply.remedy = f"{command[0]}: {error.strerror}", f"Install {command[0]}."
         return reply
     errors = asyncio.create_task(_tail(process.stderr))
     try:
-        await asyncio.wait_for(_send(process, asked.source), timeout_s)
-        await _read(reply, process, asked.sections, begin, timeout_s)
+        await asyncio.wait_for(_send(process, query.source), timeout_s)
+        await _read(reply, process, query.sections, begin, timeout_s)
         reply.status = await asyncio.wait_for(process.wait(), 5)
     except asyncio.TimeoutError:
-        _tell_silence(reply, asked.sections, timeout_s)
+        _set_timeout_fault(reply, query.sections, timeout_s)
     except (ValueError, RecursionError, AttributeError, TypeError):
-        reply.fault = "its answer cannot be understood"
-        reply.remedy = "See what Python and the shell print there."
+        reply.fault = "its answer is not valid"
+        reply.remedy = "Check what Python and the login shell print there."
     finally:
         await _end(process, errors)
     if reply.status and not reply.fault:
-        said = errors.result() if errors.done() else ""
-        reply.fault, reply.remedy = _reason(reply, said, asked, timeout_s)
+        stderr = errors.result() if errors.done() else ""
+        reply.fault, reply.remedy = _reason(reply, stderr, query, timeout_s)
     errors.cancel()
     return reply
 
@@ -119,15 +121,15 @@ async def _ask(key: str, asked: Asked, crossing: Crossing, timeout_s: float) -> 
 async def _end(process: asyncio.subprocess.Process, errors: asyncio.Task[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
-    rest = asyncio.gather(process.wait(), _tail(process.stdout))
-    await asyncio.wait(
-        [rest, errors], timeout=1
-    )  # a master connection that ssh leaves behind keeps pipes open
+    ended: asyncio.Future[Any] = asyncio.gather(process.wait(), _tail(process.stdout))
+    rest: list[asyncio.Future[Any]] = [ended, errors]
+    # With a limit: a master connection that ssh leaves behind keeps the pipes open.
+    await asyncio.wait(rest, timeout=1)
 
 
 async def _send(process: asyncio.subprocess.Process, source: bytes) -> None:
     assert process.stdin is not None
-    with contextlib.suppress(ConnectionError):  # it ended already; its status says why
+    with contextlib.suppress(ConnectionError):  # it has ended; its exit status has the reason
         process.stdin.write(source)
         await process.stdin.drain()
     process.stdin.close()
@@ -140,7 +142,7 @@ async def _read(
     begin: float,
     timeout_s: float,
 ) -> None:
-    """Adds sections as they come. What a login shell prints before them is passed over, but costs time."""
+    """Add sections as they arrive. Other output, as of a login shell, is skipped."""
     assert process.stdout is not None
     end = time.monotonic() + timeout_s
     while line := await asyncio.wait_for(process.stdout.readline(), max(0, end - time.monotonic())):
@@ -155,47 +157,45 @@ async def _read(
             reply.skew_s = _skew(section, begin)
         if len(reply.sections) == len(expected):
             return
-        end = time.monotonic() + LIMITS_S.get(expected[len(reply.sections)], SECTION_S)
+        end = time.monotonic() + SECTION_LIMITS_S.get(expected[len(reply.sections)], SECTION_S)
 
 
 def _skew(hello: Hello, begin: float) -> float:
-    """Whatever the way took, the host read its clock after `begin` and before now."""
+    """Return a lower bound, whatever the delay: the host read its clock after `begin` and before now."""
     return max(0.0, hello.time - time.time()) + min(0.0, hello.time - begin)
 
 
-def _tell_silence(reply: Reply, expected: Sequence[str], timeout_s: float) -> None:
+def _set_timeout_fault(reply: Reply, expected: Sequence[str], timeout_s: float) -> None:
     if not reply.sections:
         reply.fault = f"no answer within {timeout_s:g} s"
-        reply.remedy = "See whether it is up and a firewall lets ssh through, or give it longer by --timeout."
+        reply.remedy = "Check that it is up and that ssh passes the firewall, or raise --timeout."
         return
     late = expected[min(len(reply.sections), len(expected) - 1)]
-    reply.fault = f"it went silent in the section {late!r}"
-    reply.remedy = "A disk or a name server that hangs does this: look at it there."
+    reply.fault = f"no answer from the section {late!r}"
+    reply.remedy = "Check its disks and its name server: one of them may hang."
 
 
-def _reason(reply: Reply, said: str, asked: Asked, timeout_s: float) -> tuple[str, str]:
-    """(fault, remedy) of a command that failed."""
+def _reason(reply: Reply, stderr: str, query: Query, timeout_s: float) -> tuple[str, str]:
+    """Return (fault, remedy) of a command that failed."""
     if reply.status == NO_FOLDER:
-        remedy = "The launcher starts in the same folder on all hosts: put it there."
-        return f"the folder {os.path.abspath('.')} is not there", remedy
+        remedy = "Create it: the launcher starts in the same folder on all hosts."
+        return f"the folder {os.path.abspath('.')} is missing", remedy
     if reply.status == NO_PYTHON:
-        remedy = (
-            "The launcher starts the same interpreter on all hosts: install the environment at that path."
-        )
-        return f"{sys.executable} is not there", remedy
-    last = (said.strip().splitlines() or [f"status {reply.status}"])[-1]
-    if reply.status != 255 or asked.host is None:
-        return f"Python ended with status {reply.status}: {last}", "See to Python there."
-    way = shlex.join([*ssh_command(asked.host, timeout_s), "true"])
-    if "verification failed" in said:
-        return last, f"Its key is not known here: connect once by hand, or use ssh-keyscan {asked.host}."
-    if "ermission denied" in said:
-        return last, f"ssh must work without a password: ssh-copy-id {asked.host}. Then this is silent: {way}"
-    return last, f"Make this work without a question: {way}"
+        remedy = "Install the environment at that path: the launcher uses the same interpreter on all hosts."
+        return f"{sys.executable} is missing", remedy
+    last = (stderr.strip().splitlines() or [f"status {reply.status}"])[-1]
+    if reply.status != 255 or query.host is None:
+        return f"Python ended with status {reply.status}: {last}", "Repair the Python environment there."
+    command = shlex.join([*ssh_command(query.host, timeout_s), "true"])
+    if "verification failed" in stderr:
+        return last, f"Its key is not known here: connect once by hand, or use ssh-keyscan {query.host}."
+    if "ermission denied" in stderr:
+        return last, f"ssh must work without a password: ssh-copy-id {query.host}. Test it with: {command}"
+    return last, f"This must work without a prompt: {command}"
 
 
 async def _tail(stream: asyncio.StreamReader | None, most: int = 4096) -> str:
-    """The last bytes of what was said."""
+    """Return the last bytes of a stream as text."""
     kept = b""
     while stream is not None and (chunk := await stream.read(4096)):
         kept = (kept + chunk)[-most:]

@@ -1,4 +1,4 @@
-"""What the judges see: the hosts, what was asked for, and what came back."""
+"""What checks are given: the options, the hosts and their replies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.doctor.answers import Answer
 from dsyolo.doctor.ask import Reply
-from dsyolo.doctor.hosts import Crossing, Host
+from dsyolo.doctor.hosts import ForwardedEnvironment, Host
 
 A = TypeVar("A", bound=Answer)
 V = TypeVar("V", bound=Hashable)
@@ -34,16 +34,16 @@ class DoctorOptions(NamedTuple):
 
 
 class DoctorContext(NamedTuple):
-    """All that is known.
+    """All that is known of the run.
 
     Attributes:
-        ds: None where there is no JSON, or one that is refused.
-        num_parameters: of the model, None where it is not given.
+        ds: None without a JSON, or with one that is refused.
+        num_parameters: of the model; None without --model.
     """
 
     options: DoctorOptions
     hosts: Sequence[Host]
-    crossing: Crossing
+    forwarded: ForwardedEnvironment
     replies: Mapping[str, Reply]
     ds: DeepSpeedConfig | None
     num_parameters: int | None
@@ -57,17 +57,17 @@ class DoctorContext(NamedTuple):
         return sum(host.slots for host in self.hosts)
 
     def slots(self, name: str) -> int:
-        """Ranks of a host."""
+        """Return the number of ranks of a host."""
         return next(host.slots for host in self.hosts if host.name == name)
 
     def each(self, kind: type[A]) -> Iterator[tuple[str, A]]:
-        """The names of the hosts that have a section, with it."""
+        """Yield (host name, section) of each host that answered the section."""
         for name, reply in self.replies.items():
-            if (found := reply.get(kind)) is not None:
-                yield name, found
+            if (section := reply.get(kind)) is not None:
+                yield name, section
 
 
 def common(values: Mapping[str, V]) -> tuple[V, str]:
-    """What most hosts have, the first ones where as many have another, and one of those hosts."""
-    most = Counter(values.values()).most_common(1)[0][0]
-    return most, next(name for name, value in values.items() if value == most)
+    """Return the value that most hosts have, of equally frequent ones the first, and a host that has it."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, next(name for name, value in values.items() if value == usual)

@@ -1,4 +1,4 @@
-"""Judges the data set: usable on every host, and the same."""
+"""Check that the data set is usable on every host, and the same on all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dsyolo.doctor.answers import DataAnswer, Split
 from dsyolo.doctor.ask import Reply
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, Finding
-from dsyolo.doctor.software import parted
+from dsyolo.doctor.software import split_problem
 
-MAX_BUCKETS = 8  # that a second look lists
-MAX_NAMED = 3
+MAX_BUCKETS = 8  # that hosts are asked to list
+MAX_NAMED = 3  # files in a finding
 
 
 class Difference(NamedTuple):
-    """Of a host to another one, in a split."""
+    """A split that differs on a host from the usual one, that of most hosts."""
 
     host: str
     usual: str
@@ -24,28 +24,28 @@ class Difference(NamedTuple):
     buckets: tuple[int, ...]  # all that differ
 
 
-def data_set(case: DoctorContext) -> Iterator[Finding]:
-    """Problems of data.yaml on each host, and what the fingerprints cover where they are the same."""
-    found = dict(case.each(DataAnswer))
-    for host in case.names:
-        section = case.replies[host].sections.get("data")
+def data_set(context: DoctorContext) -> Iterator[Finding]:
+    """Yield problems of data.yaml on each host, and what was compared where all is the same."""
+    found = dict(context.each(DataAnswer))
+    for host in context.names:
+        section = context.replies[host].sections.get("data")
         if section is not None and section.error:
-            yield Finding("data", host, FAIL, section.error, "See that dsyolo and the data are there.")
+            yield Finding("data", host, FAIL, section.error, "Check that dsyolo and the data are there.")
     usable = {host: one for host, one in found.items() if not one.problems}
     for host, one in found.items():
         for problem in one.problems:
-            fault, remedy = parted(problem, "Correct it.")
-            fault = fault if str(case.options.data) in fault else f"{case.options.data}: {fault}"
-            remedy = f"Have it as on {next(iter(usable))}." if usable else remedy
+            fault, remedy = split_problem(problem, "Correct it.")
+            fault = fault if str(context.options.data) in fault else f"{context.options.data}: {fault}"
+            remedy = f"Make it the same as on {next(iter(usable))}." if usable else remedy
             yield Finding("data", host, FAIL, fault, remedy)
     if not usable:
         return
-    digest, there = common({host: one.digest for host, one in usable.items()})
-    differ = {difference.host for difference in differences(case)}
+    digest, usual_host = common({host: one.digest for host, one in usable.items()})
+    differ = {difference.host for difference in differences(context)}
     for host, one in usable.items():
         if one.digest != digest:
-            text = f"{case.options.data} not as on {there}"
-            yield Finding("data", host, FAIL, text, f"Copy it from {there}.")
+            text = f"{context.options.data} differs from that on {usual_host}"
+            yield Finding("data", host, FAIL, text, f"Copy it from {usual_host}.")
         elif host not in differ:
             same = "the same " if len(usable) > 1 else ""
             listed = "; ".join(f"{name}: {_covers(split)}" for name, split in one.splits.items())
@@ -53,16 +53,17 @@ def data_set(case: DoctorContext) -> Iterator[Finding]:
 
 
 def _covers(split: Split) -> str:
-    """The number of images, and what of them was compared."""
-    sizes, labels = split.one_in.get("sizes", 1), split.one_in.get("labels", 1)
-    part = "" if sizes == 1 else f" of one in {sizes}"
-    text = "" if labels == 1 else f" of one in {labels}"
-    return f"{split.num_images:,} images (names, sizes{part}, labels' content{text})"
+    """Return the number of images, and what was compared of them."""
+    sizes, labels = (
+        "" if (one_in := split.one_in.get(what, 1)) == 1 else f" of one in {one_in}"
+        for what in ("sizes", "labels")
+    )
+    return f"{split.num_images:,} images (names, sizes{sizes}, labels' content{labels})"
 
 
-def differences(case: DoctorContext) -> list[Difference]:
-    """Hosts whose images or labels are not those of most hosts."""
-    found = {host: section.splits for host, section in case.each(DataAnswer) if section.splits}
+def differences(context: DoctorContext) -> list[Difference]:
+    """Return where images or labels differ from those of most hosts."""
+    found = {host: section.splits for host, section in context.each(DataAnswer) if section.splits}
     splits = sorted({name for one in found.values() for name in one}, reverse=True)
     result = []
     for split in splits:
@@ -76,7 +77,7 @@ def differences(case: DoctorContext) -> list[Difference]:
 
 
 def wanted_buckets(differences: list[Difference]) -> dict[str, dict[str, list[int]]]:
-    """By host and split, what a second look lists there: the buckets that differ, and the same on the usual host."""
+    """Return by host and split the buckets to list: those that differ, also on the usual host."""
     wanted: dict[str, dict[str, list[int]]] = {}
     for one in differences:
         for host in (one.host, one.usual):
@@ -85,8 +86,8 @@ def wanted_buckets(differences: list[Difference]) -> dict[str, dict[str, list[in
     return wanted
 
 
-def named(differences: list[Difference], replies: Mapping[str, Reply]) -> Iterator[Finding]:
-    """The files that differ, from the second look."""
+def differing_files(differences: list[Difference], replies: Mapping[str, Reply]) -> Iterator[Finding]:
+    """Yield the files that differ, from the hosts' listings."""
     for one in differences:
         own, usual = (_listed(replies, host, one.split) for host in (one.host, one.usual))
         faults = []

@@ -1,4 +1,4 @@
-"""Looks at all hosts and judges what came back: the order of things."""
+"""Run `dsyolo doctor`: query all hosts, check the replies, then test the network between them."""
 
 from __future__ import annotations
 
@@ -19,53 +19,54 @@ from dsyolo.doctor import interconnect as network
 from dsyolo.doctor import probe, software
 from dsyolo.doctor import resources as machine
 from dsyolo.doctor.answers import Devices, Hello
-from dsyolo.doctor.ask import Asked, Reply, ask, probing
+from dsyolo.doctor.ask import Query, Reply, ask, probe_query
 from dsyolo.doctor.context import DoctorContext, DoctorOptions
-from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, joined
+from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, merged
 from dsyolo.doctor.gradients import gradients
-from dsyolo.doctor.hosts import Crossing, Host, read_crossing, read_hostfile
-from dsyolo.doctor.launcher import try_launcher
+from dsyolo.doctor.hosts import ForwardedEnvironment, Host, read_forwarded, read_hostfile
+from dsyolo.doctor.launcher import check_launcher
 from dsyolo.models.registry import build_model, has_parameters, max_stride
 
 LOCAL = "this machine"
-NUM_CLASSES = 80  # of the model whose checkpoints are counted: a few hundred kilobytes more or less
+NUM_CLASSES = 80  # for the size of checkpoints; another number changes it by some 100 KB
+NETWORK_TEST_S = 55  # more than the lifetime of a rank of the test
 
 
 def examine(options: DoctorOptions) -> tuple[list[Finding], list[str]]:
-    """All findings in the order of the table, and the hosts."""
+    """Return all findings in the order of the table, and the hosts."""
     remote = options.hostfile is not None
     hosts, findings = read_hostfile(options.hostfile) if options.hostfile else (_this_machine(options), [])
     if not hosts:
         return findings, []
-    crossing = read_crossing() if remote else Crossing({}, ())
-    findings += crossing.findings
+    forwarded = read_forwarded() if remote else ForwardedEnvironment({}, ())
+    findings += forwarded.findings
     layers, num_parameters = _model(options.model)
     world_size = sum(host.slots for host in hosts)
     requests = _requests(options, hosts, world_size, layers)
-    asked = {host.name: probing(host.name if remote else None, requests[host.name]) for host in hosts}
+    queries = {host.name: probe_query(host.name if remote else None, requests[host.name]) for host in hosts}
     with ThreadPoolExecutor(1) as pool:
-        launcher = pool.submit(try_launcher, options, hosts) if remote else None
-        replies = ask(asked, crossing, options.timeout_s)
-        told, master = launcher.result() if launcher else ([], "127.0.0.1")
+        launcher = pool.submit(check_launcher, options, hosts) if remote else None
+        replies = ask(queries, forwarded, options.timeout_s)
+        launcher_findings, master = launcher.result() if launcher else ([], "127.0.0.1")
     source, ds = _json(options, world_size, replies)
-    case = DoctorContext(options, hosts, crossing, replies, ds, num_parameters)
-    findings += told
-    findings += _judged(case, source, master)
-    if differences := data_set.differences(case):
-        findings += _second_look(case, requests, differences)
+    context = DoctorContext(options, hosts, forwarded, replies, ds, num_parameters)
+    findings += launcher_findings
+    findings += _check_replies(context, source, master)
+    if differences := data_set.differences(context):
+        findings += _list_differences(context, requests, differences)
     if world_size > 1:
-        findings += _network(case, findings, master)
-    return joined(in_order(findings), case.names), case.names
+        findings += _test_network(context, findings, master)
+    return merged(in_order(findings), context.names), context.names
 
 
 def _this_machine(options: DoctorOptions) -> list[Host]:
-    """As the launcher takes it: a rank for each GPU; on a CPU one, or as many as --num_gpus says."""
+    """Return this machine with the launcher's slots: one per GPU, on a CPU one, unless --num_gpus is given."""
     is_cpu = all_variables().get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     return [Host(LOCAL, options.num_gpus or (1 if is_cpu else torch.cuda.device_count()))]
 
 
 def _model(name: str | None) -> tuple[list[bool] | None, int | None]:
-    """Of its layers whether they have parameters, and the number of these."""
+    """Return for each layer whether it has parameters, and the number of parameters."""
     if name is None:
         return None, None
     with torch.device("meta"):
@@ -76,7 +77,7 @@ def _model(name: str | None) -> tuple[list[bool] | None, int | None]:
 def _requests(
     options: DoctorOptions, hosts: Sequence[Host], world_size: int, layers: list[bool] | None
 ) -> dict[str, dict[str, Any]]:
-    """What each host is asked."""
+    """Return the probe's request to each host."""
     sections = ["python", "devices", "packages", "sources", "compilers", "disk", "locks", "network"]
     sections += ["deepspeed_json"] if options.deepspeed_config else []
     first = hosts[0].name.rpartition("@")[2]
@@ -101,12 +102,12 @@ def _requests(
 def _json(
     options: DoctorOptions, world_size: int, replies: Mapping[str, Reply]
 ) -> tuple[dict[str, Any], DeepSpeedConfig | None]:
-    """The JSON, and what it comes to. What is wrong with it the hosts themselves tell."""
+    """Return the JSON's content and its configuration, None if it is refused: the hosts report its faults."""
     if options.deepspeed_config is None:
         return {}, None
     source = read_source(options.deepspeed_config)
-    found = next((one for reply in replies.values() if (one := reply.get(Devices))), None)
-    accelerator = found.accelerator if found else "cuda"
+    devices = next((one for reply in replies.values() if (one := reply.get(Devices))), None)
+    accelerator = devices.accelerator if devices else "cuda"
     try:
         ds = check(source, world_size=world_size, accelerator=accelerator)
     except UserError:
@@ -114,87 +115,91 @@ def _json(
     return dict(source.content or {}), ds
 
 
-def _judged(case: DoctorContext, source: Mapping[str, Any], master: str | None) -> Iterator[Finding]:
-    yield from _one_host_elsewhere(case)
-    yield from network.reached(case)
-    yield from software.python(case)
-    yield from software.packages(case)
-    yield from software.sources(case)
-    yield from machine.slots(case)
-    yield from software.deepspeed_json(case)
-    yield from software.ops(case, source)
-    yield from software.locks(case)
-    yield from gradients(case)
-    yield from data_set.data_set(case)
-    yield from machine.disk(case)
-    yield from machine.shared_memory(case)
-    yield from machine.clock(case)
-    yield from network.names(case, case.options.master_addr)
-    yield from network.interfaces(case)
-    yield from network.meeting_place(case, master)
-    yield from network.port(case)
+def _check_replies(
+    context: DoctorContext, source: Mapping[str, Any], master: str | None
+) -> Iterator[Finding]:
+    yield from _single_remote_host(context)
+    yield from network.reached(context)
+    yield from software.python(context)
+    yield from software.packages(context)
+    yield from software.sources(context)
+    yield from machine.slots(context)
+    yield from software.deepspeed_json(context)
+    yield from software.ops(context, source)
+    yield from software.locks(context)
+    yield from gradients(context)
+    yield from data_set.data_set(context)
+    yield from machine.disk(context)
+    yield from machine.shared_memory(context)
+    yield from machine.clock(context)
+    yield from network.names(context, context.options.master_addr)
+    yield from network.interfaces(context)
+    yield from network.rendezvous_address(context, master)
+    yield from network.port(context)
 
 
-def _one_host_elsewhere(case: DoctorContext) -> Iterator[Finding]:
-    """With a hostfile of one host the launcher goes nowhere: it starts that host's ranks on this machine."""
-    if case.options.hostfile is None or len(case.hosts) > 1:
+def _single_remote_host(context: DoctorContext) -> Iterator[Finding]:
+    """Check a hostfile of one host: the launcher would start its ranks on this machine."""
+    if context.options.hostfile is None or len(context.hosts) > 1:
         return
     here = probe.identity()
-    for host, hello in case.each(Hello):
+    for host, hello in context.each(Hello):
         if (hello.machine, hello.network) != (here["machine"], here["network"]):
             text = f"{host} is the only host, and the launcher would start its ranks on this machine"
-            remedy = f"Start it on {host}, or give the launcher --force_multi."
+            remedy = f"Start the launcher on {host}, or give it --force_multi."
             yield Finding("hostfile", host, FAIL, text, remedy)
 
 
-def _second_look(
-    case: DoctorContext, requests: Mapping[str, Mapping[str, Any]], differences: list[data_set.Difference]
+def _list_differences(
+    context: DoctorContext, requests: Mapping[str, Mapping[str, Any]], differences: list[data_set.Difference]
 ) -> Iterator[Finding]:
-    """Asks the hosts whose data sets differ for the names of files."""
-    remote = case.options.hostfile is not None
-    asked = {
-        host: probing(host if remote else None, {**requests[host], "sections": ["data"], "buckets": buckets})
+    """Ask the hosts whose data sets differ for the names of files."""
+    remote = context.options.hostfile is not None
+    queries = {
+        host: probe_query(
+            host if remote else None, {**requests[host], "sections": ["data"], "buckets": buckets}
+        )
         for host, buckets in data_set.wanted_buckets(differences).items()
     }
-    yield from data_set.named(differences, ask(asked, case.crossing, case.options.timeout_s))
+    replies = ask(queries, context.forwarded, context.options.timeout_s)
+    yield from data_set.differing_files(differences, replies)
 
 
-def _network(case: DoctorContext, findings: Sequence[Finding], master: str | None) -> Iterator[Finding]:
-    """Lets ranks of all hosts talk, where nothing stands in the way that is known already."""
+def _test_network(
+    context: DoctorContext, findings: Sequence[Finding], master: str | None
+) -> Iterator[Finding]:
+    """Measure links with ranks on all hosts, unless a known fault prevents it."""
     needed = ("hostfile", "launcher", "ssh", "torch", "dsyolo", "interface", "master", "port", "names")
     failed = dict.fromkeys(f.check for f in findings if f.verdict == FAIL and f.check in needed)
-    addresses = network.own_addresses(case)
-    if failed or master is None or addresses.keys() != set(case.names):
+    addresses = network.own_addresses(context)
+    if failed or master is None or addresses.keys() != set(context.names):
         why = ", ".join(failed) or "some hosts' addresses"
-        yield Finding("link", "", WARNING, f"not measured, because of {why}", network.MEND_FIRST)
+        yield Finding("link", "", WARNING, f"not measured, because of {why}", network.FIX_FIRST)
         return
-    # One rank on each host, and a second one on the first, where that will have several.
-    places = [case.names[0]] * (2 if case.hosts[0].slots > 1 else 1) + case.names[1:]
-    ranks = [network.Rank(host, f"{number} {host}") for number, host in enumerate(places)]
+    # One rank on each host, and a second on the first if that has several slots.
+    places = [context.names[0]] * (2 if context.hosts[0].slots > 1 else 1) + context.names[1:]
+    ranks = [network.TestRank(host, f"{number} {host}") for number, host in enumerate(places)]
     token = f".dsyolo-{secrets.token_hex(8)}"
-    asked = {}
+    queries = {}
     for number, rank in enumerate(ranks):
         request = {
             "rank": number,
             "size": len(ranks),
-            "master": [master, case.options.master_port],
+            "master": [master, context.options.master_port],
             "own": addresses[rank.host],
-            "project": str(case.options.project),
+            "project": str(context.options.project),
             "token": token,
         }
-        words = ["-m", "dsyolo.cluster.bandwidth", json.dumps(request)]
-        asked[rank.key] = Asked(None if rank.host == LOCAL else rank.host, words, ["result"])
-    yield from network.links(case, ranks, ask(asked, case.crossing, NETWORK_S))
-
-
-NETWORK_S = 55  # more than the life of a rank of the network's probe
+        arguments = ["-m", "dsyolo.cluster.bandwidth", json.dumps(request)]
+        queries[rank.key] = Query(None if rank.host == LOCAL else rank.host, arguments, ["result"])
+    yield from network.links(context, ranks, ask(queries, context.forwarded, NETWORK_TEST_S))
 
 
 def check_options(options: DoctorOptions) -> None:
-    """Mistakes of the command line. What it names and is not there is a finding instead.
+    """Check the command line. Files that are missing are findings instead.
 
     Raises:
-        UserError: all of them.
+        UserError: with all mistakes.
     """
     problems = []
     if not 0 < options.master_port < 65536:

@@ -1,4 +1,4 @@
-"""Findings: what was looked at, where, the verdict, what was found and what to do. As a table and as JSON."""
+"""Findings of `dsyolo doctor`, as a table and as JSON: the check, the host, the verdict, what was found, the remedy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 OK, WARNING, FAIL = "OK", "WARNING", "FAIL"
 WIDTH = 110
-# Of the table: first what the others rest on.
+# The order of the table: first what the others rest on.
 ORDER = (
-    "hostfile environment launcher ssh probe python torch deepspeed dsyolo packages slots deepspeed_config ops locks gradients "
-    "data disk shm clock names interface master port project link"
+    "hostfile environment launcher ssh probe python torch deepspeed dsyolo packages slots deepspeed_config ops locks "
+    "gradients data disk shm clock names interface master port project link"
 )
 
 
 class Finding(NamedTuple):
-    """One line of the table. A host of "" is all of them, or none in particular."""
+    """One line of the table. An empty host means all of them, or none in particular."""
 
     check: str
     host: str
@@ -26,13 +26,13 @@ class Finding(NamedTuple):
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """As the table has them."""
+    """Return the findings in the order of the table."""
     places = {check: place for place, check in enumerate(ORDER.split())}
     return sorted(findings, key=lambda finding: places[finding.check])
 
 
-def joined(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:
-    """One finding for all hosts that have the same; without a host's name where that is each of them."""
+def merged(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:
+    """Merge equal findings of several hosts into one; without a host's name if all hosts share it."""
     of: dict[Finding, list[str]] = {}
     for finding in findings:
         of.setdefault(finding._replace(host=""), []).append(finding.host)
@@ -50,27 +50,27 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def can_start(findings: Iterable[Finding]) -> bool:
-    """Whether nothing failed."""
+    """Return whether nothing failed."""
     return all(finding.verdict != FAIL for finding in findings)
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """The lines in aligned columns, the remedy of each that is not OK below it, and the verdict on the run."""
+    """Return aligned lines, each remedy below its finding, and at the end whether the run can start."""
     findings = [Finding(*map(_printable, finding)) for finding in findings]
     widths = [max(len(str(finding[i])) for finding in findings) for i in range(3)]
     if not widths[1]:
         widths[1] = -2  # no column of hosts
     lines = []
     for finding in findings:
-        words = [f"{finding[i]:{widths[i]}}" for i in range(3) if widths[i] > 0]
-        start = "  ".join(words) + "  "
+        columns = [f"{finding[i]:{widths[i]}}" for i in range(3) if widths[i] > 0]
+        start = "  ".join(columns) + "  "
         lines += _wrapped(finding.found, start)
         if finding.remedy:
             lines += _wrapped(finding.remedy, " " * (len(start) - 3) + "-> ")
     counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in (FAIL, WARNING)}
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    told = f": {told}" if told else ""
-    return "\n".join([*lines, "", f"The run can{'' if can_start(findings) else 'not'} start{told}."])
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    summary = f": {summary}" if summary else ""
+    return "\n".join([*lines, "", f"The run can{'' if can_start(findings) else 'not'} start{summary}."])
 
 
 def _wrapped(text: str, start: str) -> list[str]:
@@ -86,12 +86,12 @@ def _wrapped(text: str, start: str) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Another host's words may not steer this terminal."""
+    """Replace control characters: text of another host must not control this terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text.replace("\n", " "))
 
 
 def to_json(findings: Sequence[Finding], hosts: Sequence[str]) -> dict[str, Any]:
-    """The same in plain JSON types."""
+    """Return the findings in plain JSON types."""
     return {
         "can_start": can_start(findings),
         "hosts": list(hosts),

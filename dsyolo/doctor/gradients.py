@@ -17,9 +17,9 @@ DEFAULT_STAGE = 2  # where users report wrong gradients, and what most JSONs ask
 TIME_LIMIT_S = 120.0  # importing torch and DeepSpeed from a slow disk takes most of it
 
 
-def gradients(case: DoctorContext) -> Iterator[Finding]:
+def gradients(context: DoctorContext) -> Iterator[Finding]:
     """Yield whether DeepSpeed's gradients are those of autograd."""
-    stage = case.ds.zero_stage if case.ds else DEFAULT_STAGE
+    stage = context.ds.zero_stage if context.ds else DEFAULT_STAGE
     try:
         done = subprocess.run(
             [sys.executable, "-m", "dsyolo.engine.self_test", "--stage", str(stage)],

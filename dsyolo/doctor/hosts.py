@@ -1,7 +1,7 @@
-"""What the deepspeed launcher reads before it goes to other hosts: the hostfile, and the environment that crosses.
+"""Read what the deepspeed launcher reads: the hostfile, and the environment that it forwards to other hosts.
 
-Source: DeepSpeed 0.19.8, launcher/runner.py and launcher/multinode_runner.py. The launcher dies of a bad line with a
-traceback, or takes something else than was meant; here each is a finding. `tests/doctor/test_doctor.py` compares both.
+Source: DeepSpeed 0.19.8, launcher/runner.py and launcher/multinode_runner.py. A bad line ends
+the launcher with a traceback or is misread; here it is a finding. `tests/doctor/test_doctor.py` compares both.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dsyolo.base.environment import all_variables
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\S*)")
-# ssh takes a word that starts with a dash for an option, and pdsh brackets and commas for several hosts.
+# ssh takes a leading dash for an option, and pdsh takes brackets and commas for several hosts.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
-# A variable of these prefixes goes to all hosts; the last one where there are NVIDIA GPUs.
-CARRIED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+# Variables with these prefixes are forwarded; NCCL only where there are NVIDIA GPUs.
+FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 class Host(NamedTuple):
@@ -31,19 +31,16 @@ class Host(NamedTuple):
 
 
 def read_hostfile(path: Path) -> tuple[list[Host], list[Finding]]:
-    """The hosts that can be used, and what is wrong with the others."""
+    """Return the usable hosts, and findings about the file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        rule = "the launcher would train on this machine alone, with a warning. Check --hostfile."
-        return [], [Finding("hostfile", "", FAIL, f"{path} does not exist", rule)]
+        remedy = "Check --hostfile: without it the launcher trains on this machine alone."
+        return [], [Finding("hostfile", "", FAIL, f"{path} does not exist", remedy)]
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "it is not a text file"
-        return [], [
-            Finding(
-                "hostfile", "", FAIL, f"{path} cannot be read: {what}", "Check --hostfile and its rights."
-            )
-        ]
+        remedy = "Check --hostfile and its permissions."
+        return [], [Finding("hostfile", "", FAIL, f"{path} cannot be read: {what}", remedy)]
     hosts: dict[str, Host] = {}
     findings: list[Finding] = []
     for number, line in enumerate(map(str.strip, lines), 1):
@@ -55,9 +52,8 @@ def read_hostfile(path: Path) -> tuple[list[Host], list[Finding]]:
         elif host:
             hosts[host.name] = host
     if not hosts and not findings:
-        findings.append(
-            Finding("hostfile", "", FAIL, f"{path} names no host", "Add lines like: node1 slots=8")
-        )
+        remedy = "Add lines like: node1 slots=8"
+        findings.append(Finding("hostfile", "", FAIL, f"{path} names no host", remedy))
     if not findings:
         ranks = sum(host.slots for host in hosts.values())
         listed = ", ".join(f"{host.name} {host.slots}" for host in hosts.values())
@@ -66,34 +62,34 @@ def read_hostfile(path: Path) -> tuple[list[Host], list[Finding]]:
 
 
 def _read_line(line: str, known: Mapping[str, Host]) -> tuple[Host | None, str, str]:
-    """(host, fault, remedy)."""
+    """Return (host, fault, remedy)."""
     match = _LINE.match(line)
     if not match:
-        return None, f"{line!r}, but a host and its ranks belong there", "Write it like: node1 slots=8"
+        return None, f"{line!r} is not a host and its slots", "Write it like: node1 slots=8"
     name, slots, rest = match.groups()
     if rest:
-        return None, f"slots={slots}{rest}, which the launcher takes for {slots}", "Write a whole number."
+        return None, f"slots={slots}{rest}, which the launcher reads as {slots}", "Write a whole number."
     if not _HOST.fullmatch(name):
-        remedy = "Give each host a line of its own, by its name or address."
+        remedy = "Give each host its own line, with its name or address."
         return None, f"{name!r} is not the name of one host", remedy
     if name in known:
-        return None, f"{name} is there twice", "Leave one out, and give the other all slots."
+        return None, f"{name} is listed twice", "Remove one, and give the other all slots."
     if int(slots) == 0:
-        return None, f"{name} has slots=0, and would run no rank", "Leave the line out, or give it slots."
+        return None, f"{name} has slots=0 and would run no rank", "Remove the line, or give it slots."
     return Host(name, int(slots)), "", ""
 
 
-class Crossing(NamedTuple):
-    """The environment that ranks get on other hosts, beside what a login there has."""
+class ForwardedEnvironment(NamedTuple):
+    """The variables that ranks on other hosts get in addition to a login's there."""
 
     variables: Mapping[str, str]
     findings: Sequence[Finding]
 
 
-def read_crossing() -> Crossing:
-    """As the launcher collects it: PYTHONPATH with this folder first, variables by prefix, .deepspeed_env."""
+def read_forwarded() -> ForwardedEnvironment:
+    """Return what the launcher forwards: PYTHONPATH with this folder first, variables by prefix, .deepspeed_env."""
     own = all_variables()
-    variables = {key: value for key, value in own.items() if key.startswith(CARRIED)}
+    variables = {key: value for key, value in own.items() if key.startswith(FORWARDED_PREFIXES)}
     paths = [os.path.abspath("."), *filter(None, [own.get("PYTHONPATH")])]
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     name = own.get("DS_ENV_FILE", ".deepspeed_env")
@@ -105,60 +101,65 @@ def read_crossing() -> Crossing:
         variables |= given
         findings += [Finding("environment", "", FAIL, f"{file}, {fault}", remedy) for fault, remedy in faults]
         if not faults:
-            findings.append(Finding("environment", "", OK, f"{file} carries {', '.join(given) or 'nothing'}"))
+            findings.append(
+                Finding("environment", "", OK, f"{file} forwards {', '.join(given) or 'nothing'}")
+            )
     if not findings:
-        rule = f"no {name} here or at home: only variables that start with {', '.join(CARRIED)} cross"
+        prefixes = ", ".join(FORWARDED_PREFIXES)
+        text = (
+            f"no {name} here or in the home folder: only variables that start with {prefixes} are forwarded"
+        )
         is_wanted = "DS_ENV_FILE" in own
-        remedy = "DS_ENV_FILE names it: correct that, or make the file." if is_wanted else ""
-        findings.append(Finding("environment", "", WARNING if is_wanted else OK, rule, remedy))
-    return Crossing(variables, findings)
+        remedy = "Correct DS_ENV_FILE, or create the file." if is_wanted else ""
+        findings.append(Finding("environment", "", WARNING if is_wanted else OK, text, remedy))
+    return ForwardedEnvironment(variables, findings)
 
 
 def _read_env_file(file: Path, variables: dict[str, str]) -> list[tuple[str, str]]:
-    """(fault, remedy) of each line that the launcher cannot take."""
+    """Add a file's variables; return (fault, remedy) of each line that the launcher cannot read."""
     faults = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return [("which cannot be read", "Make it a text file that you may read.")]
+        return [("which cannot be read", "Make it a text file that you can read.")]
     for number, line in enumerate(lines, 1):
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
-            what = f"line {number}: {line!r} without a =, and the launcher dies of it"
-            faults.append((what, "Leave out blank lines and comments: write NAME=value."))
+            what = f"line {number}: {line!r} has no =, which ends the launcher"
+            faults.append((what, "Remove blank lines and comments: write NAME=value."))
         elif not re.fullmatch(r"[A-Za-z_]\w*", key):
-            what = f"line {number}: {key!r} is no name of a variable, and spoils the command on the hosts"
+            what = f"line {number}: {key!r} is not a variable's name, which breaks the command on the hosts"
             faults.append((what, "Write NAME=value."))
         else:
             variables[key] = value
     return faults
 
 
-def remote_command(executable: str, crossing: Crossing, words: Sequence[str]) -> str:
-    """The line that a host's shell gets: the launcher's, with `words` for Python in the place of its own module."""
-    exports = "".join(f"export {key}={_quoted(value)}; " for key, value in crossing.variables.items())
+def remote_command(executable: str, forwarded: ForwardedEnvironment, arguments: Sequence[str]) -> str:
+    """Return the line for a host's shell: the launcher's own, but with other arguments for Python."""
+    exports = "".join(f"export {key}={_quoted(value)}; " for key, value in forwarded.variables.items())
     folder, python = shlex.quote(os.path.abspath(".")), shlex.quote(executable)
     checks = f"cd {folder} 2>/dev/null || exit {NO_FOLDER}; [ -x {python} ] || exit {NO_PYTHON}; "
-    return f"{exports}{checks}exec {python} {shlex.join(words)}"
+    return f"{exports}{checks}exec {python} {shlex.join(arguments)}"
 
 
 def _quoted(value: str) -> str:
-    """As the launcher does it: what stands after a $ is the host's own."""
+    """Quote as the launcher does, so that the host expands $NAME."""
     return f'"{value}"' if re.search(r"[^\w@%+=:,./-]", value) else value
 
 
-NO_FOLDER, NO_PYTHON = 97, 96  # statuses that neither ssh nor Python ends with
+NO_FOLDER, NO_PYTHON = 97, 96  # exit statuses that neither ssh nor Python uses
 
 
 def ssh_command(host: str, timeout_s: float) -> list[str]:
-    """ssh as pdsh calls it, without a question to anybody."""
+    """Return ssh as pdsh calls it, without prompts."""
     own = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_s))}", "-a", "-x"]
     return ["ssh", *shlex.split(all_variables().get("PDSH_SSH_ARGS_APPEND", "")), *own, "--", host]
 
 
-def shown_env(crossing: Crossing, name: str) -> str:
-    """A hint for a variable that is set here and does not reach the other hosts; empty where it does."""
+def forwarding_hint(forwarded: ForwardedEnvironment, name: str) -> str:
+    """Return a hint if a variable is set here but not forwarded; empty if it is."""
     here = all_variables().get(name)
-    if here is None or name in crossing.variables:
+    if here is None or name in forwarded.variables:
         return ""
-    return f"It is {here} here, but does not cross: write {name}={here} into .deepspeed_env."
+    return f"It is {here} here, but not forwarded: write {name}={here} into .deepspeed_env."

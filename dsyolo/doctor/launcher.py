@@ -1,4 +1,4 @@
-"""Tries the two ways that the deepspeed launcher has to its hosts: pdsh, and a plain ssh to the first one."""
+"""Check the two ways in which the deepspeed launcher reaches hosts: pdsh, and plain ssh to the first one."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from dsyolo.doctor.hosts import Host
 from dsyolo.doctor.interconnect import is_address
 
 
-def try_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
-    """The two ways of the launcher to its hosts, tried; and the address that ranks will meet at."""
+def check_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
+    """Return findings on both ways, and the address of the ranks' rendezvous."""
     first = hosts[0].name
     with ThreadPoolExecutor(2) as pool:
         pdsh = pool.submit(_pdsh, options, hosts) if len(hosts) > 1 else None
-        told = _plain_ssh(first, options.timeout_s)
+        address = _address_by_plain_ssh(first, options.timeout_s)
         findings = [pdsh.result()] if pdsh else []
-    master = options.master_addr or told
-    if told:
-        finding = Finding("launcher", "", OK, f"{first} tells its address by plain ssh: {told}")
+    master = options.master_addr or address
+    if address:
+        finding = Finding("launcher", "", OK, f"{first} gives its address over plain ssh: {address}")
     else:
-        text = f"asks {first} its address by plain ssh, without PDSH_SSH_ARGS_APPEND, which fails"
-        rest = "--no_ssh_check" if master else "--no_ssh_check --master_addr ADDRESS, and --master_addr here"
-        remedy = f"Write what ssh needs into ~/.ssh/config, or give the launcher {rest}."
+        text = f"cannot get the address of {first} by plain ssh, without PDSH_SSH_ARGS_APPEND"
+        flags = "--no_ssh_check" if master else "--no_ssh_check --master_addr ADDRESS, and --master_addr here"
+        remedy = f"Put the ssh options into ~/.ssh/config, or give the launcher {flags}."
         finding = Finding("launcher", "", WARNING if master else FAIL, text, remedy)
     return [*findings, finding], master
 
 
-def _plain_ssh(host: str, limit_s: float) -> str | None:
+def _address_by_plain_ssh(host: str, limit_s: float) -> str | None:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(limit_s))}"]
-    said = _said(["ssh", *options, "--", host, "hostname -I"], limit_s)
-    words = (said or "").split()
-    return words[0] if words and is_address(words[0]) else None
+    addresses = _stdout(["ssh", *options, "--", host, "hostname -I"], limit_s).split()
+    return addresses[0] if addresses and is_address(addresses[0]) else None
 
 
 def _pdsh(options: DoctorOptions, hosts: Sequence[Host]) -> Finding:
@@ -45,17 +44,27 @@ def _pdsh(options: DoctorOptions, hosts: Sequence[Host]) -> Finding:
     names = ",".join(host.name for host in hosts)
     seconds = str(max(1, round(options.timeout_s)))
     limits = ["-t", seconds, "-u", seconds]
-    command = ["pdsh", "-N", "-S", *limits, "-w", names, "echo", "here", "%h"]  # %h: pdsh puts the host there
-    said = _said(command, options.timeout_s + 5, {"PDSH_RCMD_TYPE": "ssh"}) or ""
-    reached = {line.removeprefix("here ").strip() for line in said.splitlines() if line.startswith("here ")}
+    command = [
+        "pdsh",
+        "-N",
+        "-S",
+        *limits,
+        "-w",
+        names,
+        "echo",
+        "here",
+        "%h",
+    ]  # %h: the host, filled in by pdsh
+    lines = _stdout(command, options.timeout_s + 5, {"PDSH_RCMD_TYPE": "ssh"}).splitlines()
+    reached = {line.removeprefix("here ").strip() for line in lines if line.startswith("here ")}
     lost = [host.name for host in hosts if host.name.rpartition("@")[2] not in reached]
     if lost:
-        text = f"pdsh does not get to {', '.join(lost)}"
+        text = f"pdsh does not reach {', '.join(lost)}"
         return Finding("launcher", "", FAIL, text, f"See: PDSH_RCMD_TYPE=ssh pdsh -S -w {names} true")
-    return Finding("launcher", "", OK, "pdsh gets to all hosts")
+    return Finding("launcher", "", OK, "pdsh reaches all hosts")
 
 
-def _said(command: Sequence[str], limit_s: float, variables: Mapping[str, str] | None = None) -> str | None:
+def _stdout(command: Sequence[str], limit_s: float, variables: Mapping[str, str] | None = None) -> str:
     try:
         return subprocess.run(
             command,
@@ -68,4 +77,4 @@ def _said(command: Sequence[str], limit_s: float, variables: Mapping[str, str] |
             start_new_session=True,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return ""

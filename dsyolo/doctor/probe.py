@@ -1,7 +1,7 @@
-"""Looks at one host, and prints what it found: a JSON object per line, a line per section.
+"""Examine one host and print a JSON object per section, one per line.
 
-`doctor` sends this file to the host's Python through ssh, so it needs nothing but the standard library there, and is
-the same on every host whatever is installed. What a section cannot find is an error of that section alone.
+`dsyolo doctor` sends this file over ssh to the host's Python, so it needs nothing but the standard library there. An
+error ends only the section in which it occurs.
 """
 
 from __future__ import annotations
@@ -24,43 +24,51 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-LIFE_S = 300  # after so long the probe ends by itself, for nobody may be left who could end it
-QUIET_S = 1800  # without a write a build that cannot be seen is taken for dead; one file takes minutes
+LIFETIME_S = 300  # then the probe ends by itself, as the connection may be lost
+QUIET_S = 1800  # an invisible build that wrote nothing for so long is taken for dead; one file takes minutes
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's constant
-# of processes that other hosts can run: file systems that these share
-REMOTE = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "9p", "virtiofs")
+# File systems that other hosts can share.
+SHARED_FILE_SYSTEMS = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "glusterfs",
+    "9p",
+    "virtiofs",
+)
 VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "DS_ACCELERATOR",
-    "GLOO_SOCKET_IFNAME",
-    "NCCL_SOCKET_IFNAME",
-    "TORCH_EXTENSIONS_DIR",
-    "XDG_CACHE_HOME",
+    *("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+    *("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"),
 )
 Section = dict[str, Any]
 
 
 def main(request: Section) -> None:
-    """Prints a line for the beginning, and one for each section of the request."""
-    signal.alarm(LIFE_S)
+    """Print a line for "hello" and one for each section of the request."""
+    signal.alarm(LIFETIME_S)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what imported packages print is no answer
-    _say(out, {"section": "hello", "time": time.time(), "hostname": socket.gethostname(), **identity()})
-    for name in request["sections"]:
+    os.dup2(2, 1)  # what imported packages print goes to stderr
+    sections = {"hello": _hello, **{name: SECTIONS[name] for name in request["sections"]}}
+    for name, section in sections.items():
         try:
-            found = SECTIONS[name](request)
-        except Exception as error:  # of whatever kind: it is told, and the next section has its turn
-            found = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        _say(out, {"section": name, **found})
+            content = section(request)
+        except Exception as error:  # whatever it is, the next section may still work
+            content = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        out.write(json.dumps({"section": name, **content}) + "\n")
+        out.flush()
 
 
-def _say(out: Any, line: Section) -> None:
-    out.write(json.dumps(line) + "\n")
-    out.flush()
+def _hello(request: Section) -> Section:
+    return {"time": time.time(), "hostname": socket.gethostname(), **identity()}
 
 
 def identity() -> Section:
-    """The machine, and its network: two names with the same of both are one host."""
+    """Return the machine and its network namespace: two names with the same of both are one host."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     boot_id = boot.read_text().strip() if boot.exists() else socket.gethostname()
     return {"machine": boot_id, "network": _link("/proc/self/ns/net")}
@@ -87,7 +95,7 @@ def _python(request: Section) -> Section:
 
 
 def _packages(request: Section) -> Section:
-    """Versions and places of packages; those that runs need first are imported, since one that is there may fail."""
+    """Return versions and paths of packages; import those with a module's name, as an installed one may fail."""
     found = {}
     for name, module in request["packages"].items():
         one: Section = {"version": None, "path": None, "error": None}
@@ -108,7 +116,7 @@ def _packages(request: Section) -> Section:
 
 
 def _sources(request: Section) -> Section:
-    """A hash of each file of dsyolo that a run reads."""
+    """Return a hash of each file of dsyolo that a run reads."""
     module = importlib.import_module("dsyolo")
     top = Path(module.__file__ or "").parent
     files = sorted(path for path in top.rglob("*") if path.suffix in (".py", ".yaml") and path.is_file())
@@ -125,7 +133,7 @@ def _devices(request: Section) -> Section:
         cuda = importlib.import_module("torch").cuda
         gpus = [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
     except ImportError:
-        pass  # the section `packages` tells of it
+        pass  # the section `packages` reports it
     return {"cores": cores, "gpus": gpus, "accelerator": accelerator or ("cuda" if gpus else "cpu")}
 
 
@@ -134,27 +142,22 @@ def _compilers(request: Section) -> Section:
 
 
 def _deepspeed_json(request: Section) -> Section:
-    """Judged by the dsyolo of this host, where the folders that it names must be."""
+    """Check the JSON with this host's dsyolo, since folders that it names must exist here."""
     path = request["deepspeed_config"]
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
     checker = importlib.import_module("dsyolo.config.deepspeed.config")
     reader = importlib.import_module("dsyolo.config.deepspeed.json_reader")
     errors = importlib.import_module("dsyolo.base.errors")
-    accelerator = _devices(request)["accelerator"]
+    options = {"world_size": request["world_size"], "layers": request["layers"]}
     try:
-        checker.check(
-            reader.read_source(path),
-            world_size=request["world_size"],
-            accelerator=accelerator,
-            layers=request["layers"],
-        )
+        checker.check(reader.read_source(path), accelerator=_devices(request)["accelerator"], **options)
     except errors.UserError as error:
         return {"digest": digest, "problems": list(error.problems) or [error.headline]}
     return {"digest": digest, "problems": []}
 
 
 def _data(request: Section) -> Section:
-    """The data set as this host's dsyolo sees it: data/fingerprint.py."""
+    """Return the data set's fingerprint by this host's dsyolo: data/fingerprint.py."""
     fingerprint = importlib.import_module("dsyolo.data.fingerprint")
     errors = importlib.import_module("dsyolo.base.errors")
     try:
@@ -167,40 +170,40 @@ def _data(request: Section) -> Section:
 
 
 def _disk(request: Section) -> Section:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folders = {"runs": request["project"], "cache": os.path.join(cache, "dsyolo"), "shm": "/dev/shm"}
-    return {"folders": {name: _room(os.path.abspath(path)) for name, path in folders.items()}}
+    folders = {"runs": request["project"], "cache": os.path.join(_cache_home(), "dsyolo"), "shm": "/dev/shm"}
+    return {"folders": {name: _disk_space(os.path.abspath(path)) for name, path in folders.items()}}
 
 
-def _room(path: str) -> Section:
-    there = path
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
+def _cache_home() -> str:
+    return os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+
+
+def _disk_space(path: str) -> Section:
+    existing = path
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
     try:
-        with tempfile.TemporaryFile(dir=there):  # permissions alone do not tell
+        with tempfile.TemporaryFile(dir=existing):  # permissions alone do not show it
             fault = None
     except OSError as error:
-        fault = f"{there}: {error.strerror}"
-    status = os.statvfs(there) if os.path.exists(there) else os.statvfs(os.path.dirname(there))
+        fault = f"{existing}: {error.strerror}"
+    status = os.statvfs(existing if os.path.exists(existing) else os.path.dirname(existing))
     return {"path": path, "free": status.f_bavail * status.f_frsize, "fault": fault}
 
 
 def _locks(request: Section) -> Section:
-    """Locks of compiled ops: whoever finds one waits, without a word and for ever, until it is gone."""
-    default = os.path.join(os.path.expanduser("~"), ".cache")
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or default, "torch_extensions"
-    )
+    """Return build locks of compiled ops: whoever finds one waits silently until it is gone."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(_cache_home(), "torch_extensions")
     found = []
     for top, folders, files in os.walk(root):
         if os.path.relpath(top, root).count(os.sep) >= 3:
             folders.clear()
         if "lock" in files:
-            found.append(_judge_lock(Path(top, "lock"), request["fix"]))
+            found.append(_lock(Path(top, "lock"), request["fix"]))
     return {"root": root, "locks": found[:100]}
 
 
-def _judge_lock(lock: Path, fix: bool) -> Section:
+def _lock(lock: Path, fix: bool) -> Section:
     status = lock.stat()
     holder = _holder(status)
     state = f"held by {holder}" if holder else _may_be_held(lock, status) or "stale"
@@ -211,30 +214,36 @@ def _judge_lock(lock: Path, fix: bool) -> Section:
 
 
 def _holder(status: os.stat_result) -> str | None:
-    """The process that has the lock open, as torch's builds have theirs until they are done."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
+    """Return the process that has the lock open, as torch's builds have until they are done."""
+
+    def is_lock(descriptor: str) -> bool:
+        other = os.stat(descriptor)
+        return (other.st_dev, other.st_ino) == (status.st_dev, status.st_ino)
+
+    return _process_with(is_lock)
+
+
+def _process_with(matches: Callable[[str], bool]) -> str | None:
+    """Return the process that has a matching descriptor open, a path as /proc/1/fd/0."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            for number in os.listdir(f"/proc/{name}/fd"):
-                other = os.stat(f"/proc/{name}/fd/{number}")
-                if (other.st_dev, other.st_ino) == (status.st_dev, status.st_ino):
-                    return f"process {name} ({Path('/proc', name, 'comm').read_text().strip()})"
+            if any(matches(f"/proc/{name}/fd/{number}") for number in os.listdir(f"/proc/{name}/fd")):
+                return f"process {name} ({Path('/proc', name, 'comm').read_text().strip()})"
         except OSError:
-            continue  # it ended, or is not ours to look at
+            continue  # it has ended, or belongs to another user
     return None
 
 
 def _may_be_held(lock: Path, status: os.stat_result) -> str | None:
-    """Why a process that cannot be seen from here may be building; None where that can be ruled out."""
+    """Return why an invisible process may be building; None if that is ruled out."""
     if os.geteuid() not in (0, status.st_uid):
-        return "perhaps held: only its owner sees by whom"
+        return "perhaps held: only its owner can see by whom"
     kind, sees_all = _file_system(lock), _sees_all_processes()
     is_private = kind == "overlay" and status.st_dev == os.stat("/").st_dev  # a container's own root
-    apart = kind in REMOTE or kind.startswith("fuse") or not (sees_all or is_private)
+    apart = kind in SHARED_FILE_SYSTEMS or kind.startswith("fuse") or not (sees_all or is_private)
     written = max((path.lstat().st_mtime for path in lock.parent.iterdir()), default=status.st_mtime)
     if apart and time.time() - written < QUIET_S:
-        return f"perhaps held: another host or container may build in it, as {QUIET_S // 60} min without a write would rule out"
+        return f"perhaps held: another host or container wrote here in the last {QUIET_S // 60} min"
     return None
 
 
@@ -243,7 +252,7 @@ def _sees_all_processes() -> bool:
 
 
 def _remove(lock: Path, status: os.stat_result) -> str:
-    """Removes a lock that nobody holds. Another may do so at this moment and a build take a new one: it is put back."""
+    """Remove a lock that nobody holds; put it back if another build has taken it meanwhile."""
     aside = lock.with_name(f".lock.{os.getpid()}.stale")
     try:
         os.rename(lock, aside)
@@ -260,13 +269,13 @@ def _remove(lock: Path, status: os.stat_result) -> str:
 
 
 def _file_system(path: Path) -> str:
-    """The kind of file system that `path` lies on."""
+    """Return the type of the file system of a path."""
     best, kind = "", ""
     for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, place, this, *_ = line.split(" ")
-        place = place.replace("\\040", " ")
-        if len(place) >= len(best) and Path(os.path.realpath(path)).is_relative_to(place):
-            best, kind = place, this
+        _, mount, this, *_ = line.split(" ")
+        mount = mount.replace("\\040", " ")
+        if len(mount) >= len(best) and Path(os.path.realpath(path)).is_relative_to(mount):
+            best, kind = mount, this
     return kind
 
 
@@ -281,12 +290,9 @@ def _user(uid: int) -> str:
 
 
 def _network(request: Section) -> Section:
+    interfaces = {name: _interface(name) for _, name in socket.if_nameindex()}
     names = {name: _resolved(name) for name in request["names"]}
-    return {
-        "interfaces": {name: _interface(name) for _, name in socket.if_nameindex()},
-        "names": names,
-        "own": _first_usable(socket.gethostname()),
-    }
+    return {"interfaces": interfaces, "names": names, "own": _first_usable(socket.gethostname())}
 
 
 def _interface(name: str) -> Section:
@@ -302,13 +308,13 @@ def _interface(name: str) -> Section:
 
 def _resolved(name: str) -> list[str]:
     try:
-        return list(dict.fromkeys(info[4][0] for info in socket.getaddrinfo(name, None)))
+        return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(name, None)))
     except OSError:
         return []
 
 
 def _first_usable(name: str) -> str | None:
-    """What gloo takes where GLOO_SOCKET_IFNAME is not set: the first address of the host name that is here."""
+    """Return what gloo takes without GLOO_SOCKET_IFNAME: the first local address of the host name."""
     for address in _resolved(name):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -321,7 +327,7 @@ def _first_usable(name: str) -> str | None:
 
 
 def _port(request: Section) -> Section:
-    """Whether torch's store could listen there, and otherwise who does."""
+    """Check that torch's store could listen at the master port, or else who does."""
     port = request["master_port"]
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -334,22 +340,18 @@ def _port(request: Section) -> Section:
 
 
 def _listener(port: int) -> str | None:
-    inodes = {inode for local, state, inode in _sockets() if local.endswith(f":{port:04X}") and state == "0A"}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            links = {_link(f"/proc/{name}/fd/{number}") for number in os.listdir(f"/proc/{name}/fd")}
-        except OSError:
-            continue
-        if links & {f"socket:[{inode}]" for inode in inodes}:
-            return f"process {name} ({Path('/proc', name, 'comm').read_text().strip()})"
-    return None
+    listening = {
+        inode for local, state, inode in _sockets() if local.endswith(f":{port:04X}") and state == "0A"
+    }
+    sockets = {f"socket:[{inode}]" for inode in listening}
+    return _process_with(lambda descriptor: _link(descriptor) in sockets)
 
 
 def _sockets() -> Iterator[tuple[str, str, str]]:
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:] if os.path.exists(table) else ():
-            words = line.split()
-            yield words[1], words[3], words[9]
+            columns = line.split()
+            yield columns[1], columns[3], columns[9]
 
 
 SECTIONS: dict[str, Callable[[Section], Section]] = {

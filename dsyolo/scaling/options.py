@@ -15,10 +15,11 @@ import torch
 from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files, did_you_mean
+from dsyolo.config.option_checks import model_option, out_of_range
 from dsyolo.config.run_config import AUTO
 from dsyolo.doctor.findings import FAIL
 from dsyolo.doctor.hosts import Host, read_hostfile
-from dsyolo.models.registry import max_stride, model_option
+from dsyolo.models.registry import max_stride
 from dsyolo.scaling.cases import STRONG, WEAK, ScalingStrategy, read_strategy
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
@@ -133,10 +134,7 @@ def check(args: argparse.Namespace) -> Sizes:
         "workers": (0, 1024),
     }
     bounds |= {"cores": (1, 1024), "timeout": (5, 10**6), "master_port": (1024, 65000), "imgsz": (64, 8192)}
-    for option, (least, most) in bounds.items():
-        value = getattr(args, option)
-        if value is not None and not least <= value <= most:
-            problems.append(f"--{option}: {value} given, but it must be {least} to {most}. Correct it.")
+    problems += out_of_range(args, bounds)
     if args.imgsz % max_stride(args.model):
         problems.append(
             f"--imgsz: {args.imgsz} given, but {args.model} needs multiples of {max_stride(args.model)}."

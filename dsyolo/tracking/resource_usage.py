@@ -1,7 +1,8 @@
-"""What a rank and its machine use: processors, memory, network, GPU. Counters are read at steps' ends; there is no thread."""
+"""CPU, memory, network and GPU use of a rank and its machine, read at the ends of steps: there is no thread."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -11,24 +12,25 @@ import psutil
 
 from dsyolo.tracking.nvml import GpuUse
 
-LOOK_S = 0.5  # at least between two looks at what is not a counter
+GAUGE_INTERVAL_S = 0.5  # at least, between two readings of what is not a counter
 
 
 class ResourceUsage:
-    """Of one rank; the first of a machine also looks at the machine.
+    """The use of one rank; the first rank of a machine also reads the machine's.
 
     Args:
-        of_machine: whether to.
-        gpu: tells what the rank's GPU does; None where it has none or nobody tells.
+        of_machine: whether to read it.
+        gpu: returns the use of the rank's GPU, or None.
     """
 
     def __init__(self, *, of_machine: bool, gpu: Callable[[], GpuUse | None] = lambda: None) -> None:
         self._of_machine, self._gpu = of_machine, gpu
-        self._processes = {psutil.Process().pid: psutil.Process()}
-        self._next_look = 0.0
+        self._own = psutil.Process()
+        self._processes: dict[int, psutil.Process] = {}
+        self._next_gauges = 0.0
 
     def look(self) -> dict[str, Any]:
-        """Counters since the machine or the process started, and what is used now."""
+        """Return counters since the machine or the process started, and what is in use now."""
         seen: dict[str, Any] = {"cpu_s": self._own_cpu_s()}
         if self._of_machine:
             times = psutil.cpu_times()
@@ -40,8 +42,8 @@ class ResourceUsage:
                 "received": sum(nic.bytes_recv for nic in net.values()),
                 "inside": inside.bytes_sent if inside else 0,
             }
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + LOOK_S
+        if time.monotonic() >= self._next_gauges:
+            self._next_gauges = time.monotonic() + GAUGE_INTERVAL_S
             if self._of_machine:
                 seen["memory_bytes"] = psutil.virtual_memory().used
             if use := self._gpu():
@@ -49,23 +51,17 @@ class ResourceUsage:
         return seen
 
     def _own_cpu_s(self) -> float:
-        """Of this process and the workers of its loaders."""
-        pids = [child.pid for child in multiprocessing.active_children()]
+        """Return the CPU seconds of this process and its loader workers."""
         total = 0.0
-        for pid in [*pids, *self._processes]:
-            try:
-                process = (
-                    self._processes.setdefault(pid, psutil.Process(pid))
-                    if pid in pids
-                    else self._processes[pid]
-                )
+        workers = [child.pid for child in multiprocessing.active_children() if child.pid]
+        for pid in (self._own.pid, *workers):
+            with contextlib.suppress(psutil.Error):  # a worker may have ended meanwhile
+                process = self._processes.setdefault(pid, psutil.Process(pid))
                 times = process.cpu_times()
                 total += times.user + times.system
-            except psutil.Error:
-                continue  # a worker that has ended meanwhile
         return total
 
 
 def _guest_s(times: Any) -> float:
-    """Linux counts it in user and nice as well."""
+    """Return guests' time, which Linux counts in user and nice as well."""
     return getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)

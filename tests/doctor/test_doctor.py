@@ -1,7 +1,7 @@
 """`dsyolo doctor`: a healthy machine and a healthy pair pass, and each planted problem is found with its remedy.
 
 Differences between hosts are real: in the second host's own mounts, network and processes lie another torch, another
-data set, a full disk. The hosts are network namespaces: cluster.py.
+data set, a full disk. The hosts are network namespaces: tests/support/hosts.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.file_baton import FileBaton
 import dsyolo
 from dsyolo.data import fingerprint
 from dsyolo.doctor import ask, hosts, probe
-from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding, joined, table
+from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding, merged, table
 
 ROOT = Path(dsyolo.__file__).parents[1]
 needs_cluster = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -39,15 +39,15 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("doctor"))
 
 
-def words(place: Path, *more: object, **options: object) -> list[str]:
+def doctor(place: Path, *more: object, **options: object) -> list[str]:
     given = {"deepspeed_config": place / "ds.json", "data": place / "sample/data.yaml", "model": "yolov5n"}
     given |= {"project": place / "runs", "imgsz": 64, "timeout": 40, **options}  # other tests run beside it
-    told = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
-    return [sys.executable, "-m", "dsyolo.cli", "doctor", *told, *map(str, more)]
+    arguments = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+    return [sys.executable, "-m", "dsyolo.cli", "doctor", *arguments, *map(str, more)]
 
 
-class Told:
-    """What the command said, and its findings."""
+class Diagnosis:
+    """The exit status, the output and the findings of the command."""
 
     def __init__(self, status: int, text: str, path: Path) -> None:
         self.status, self.text = status, text
@@ -58,37 +58,39 @@ class Told:
         return [f for f in self.findings if (f.check, f.verdict, f.host) == (check, verdict, host)]
 
     def has(self, check: str, verdict: str, host: str, found: str, remedy: str) -> None:
-        """A finding with these words (patterns), in the table too."""
+        """Assert a finding whose text and remedy match these patterns, in the table too."""
         fits = [f for f in self.of(check, verdict, host) if re.search(found, f.found)]
         assert fits, f"{check} {verdict} {host} {found!r} is not in\n{self.text}"
         assert any(re.search(remedy, f.remedy) for f in fits), f"{remedy!r} is not in {fits}"
         assert re.search(rf"^{check} .*{verdict}", self.text, re.MULTILINE)
 
 
-def alone(place: Path, tmp_path: Path, *more: object, env: dict[str, str] | None = None, **options) -> Told:
-    """The command on this machine."""
+def alone(
+    place: Path, tmp_path: Path, *more: object, env: dict[str, str] | None = None, **options
+) -> Diagnosis:
+    """Run the command on this machine."""
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **(env or {})}
     variables |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = words(place, *more, json=tmp_path / "told.json", **options)
+    command = doctor(place, *more, json=tmp_path / "doctor.json", **options)
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, cwd=place)
-    assert (tmp_path / "told.json").exists(), done.stderr
-    return Told(done.returncode, done.stdout, tmp_path / "told.json")
+    assert (tmp_path / "doctor.json").exists(), done.stderr
+    return Diagnosis(done.returncode, done.stdout, tmp_path / "doctor.json")
 
 
 # ---- one machine
 
 
 def test_a_healthy_machine_passes(place, tmp_path):
-    told = alone(place, tmp_path, num_gpus=2, master_port=free_port())
-    assert told.status == 0, told.text
-    assert told.json["can_start"]
-    assert {f.verdict for f in told.findings if f.check != "slots"} == {OK}, told.text
-    assert "The run can start" in told.text
-    (link,) = told.of("link", OK)
+    diagnosis = alone(place, tmp_path, num_gpus=2, master_port=free_port())
+    assert diagnosis.status == 0, diagnosis.text
+    assert diagnosis.json["can_start"]
+    assert {f.verdict for f in diagnosis.findings if f.check != "slots"} == {OK}, diagnosis.text
+    assert "The run can start" in diagnosis.text
+    (link,) = diagnosis.of("link", OK)
     assert re.match(r"two ranks on this machine: [1-9]\d* MB/s, \d+ us, over gloo", link.found)
-    told.has("torch", OK, "", re.escape(torch.__version__), "")
-    told.has("deepspeed_config", OK, "", "can be used on 2 ranks: 8 images a step", "")
-    told.has("data", OK, "", "train: 24 images .*; val: 6 images", "")
+    diagnosis.has("torch", OK, "", re.escape(torch.__version__), "")
+    diagnosis.has("deepspeed_config", OK, "", "valid for 2 ranks: 8 images a step", "")
+    diagnosis.has("data", OK, "", "train: 24 images .*; val: 6 images", "")
 
 
 def test_values_that_are_left_to_the_run_are_no_fault(place, tmp_path):
@@ -98,15 +100,17 @@ def test_values_that_are_left_to_the_run_are_no_fault(place, tmp_path):
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
     }
     (tmp_path / "auto.json").write_text(json.dumps(content))
-    told = alone(
+    diagnosis = alone(
         place, tmp_path, num_gpus=2, master_port=free_port(), deepspeed_config=tmp_path / "auto.json"
     )
-    assert told.status == 0, told.text
+    assert diagnosis.status == 0, diagnosis.text
     (tmp_path / "auto.json").write_text(json.dumps({**content, "gradient_clippping": "auto"}))
-    told = alone(
+    diagnosis = alone(
         place, tmp_path, num_gpus=2, master_port=free_port(), deepspeed_config=tmp_path / "auto.json"
     )
-    told.has("deepspeed_config", FAIL, "", "auto.json: gradient_clippping: unknown key", "gradient_clipping")
+    diagnosis.has(
+        "deepspeed_config", FAIL, "", "auto.json: gradient_clippping: unknown key", "gradient_clipping"
+    )
 
 
 def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
@@ -135,7 +139,7 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
         env = {"CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
         env["GLOO_SOCKET_IFNAME"] = "enp9"
         options = {"deepspeed_config": tmp_path / "ds.json", "data": tmp_path / "data.yaml"}
-        told = alone(
+        diagnosis = alone(
             place,
             tmp_path,
             "--fix",
@@ -146,34 +150,34 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
             **options,
         )
     baton.release()
-    assert told.status == 1
-    assert not told.json["can_start"]
-    told.has("deepspeed_config", FAIL, "", "train_batch_size: 9 given, but", "Set it|Give")
-    told.has("deepspeed_config", FAIL, "", "ds.json: .*ratio: 0.5 given", "Leave it out")
-    told.has(
+    assert diagnosis.status == 1
+    assert not diagnosis.json["can_start"]
+    diagnosis.has("deepspeed_config", FAIL, "", "train_batch_size: 9 given, but", "Set it|Give")
+    diagnosis.has("deepspeed_config", FAIL, "", "ds.json: .*ratio: 0.5 given", "Leave it out")
+    diagnosis.has(
         "ops",
         FAIL,
         "",
         "offload_optimizer.ratio needs cpu_adam, but there is no C\\+\\+ compiler",
         "Or install g",
     )
-    told.has("data", FAIL, "", "data.yaml: .*images/nothing does not exist", "")
-    told.has("disk", FAIL, "", "file/runs: cannot be written to", "--project")
-    told.has(
+    diagnosis.has("data", FAIL, "", "data.yaml: .*images/nothing does not exist", "")
+    diagnosis.has("disk", FAIL, "", "file/runs: cannot be written to", "--project")
+    diagnosis.has(
         "interface", FAIL, "", "GLOO_SOCKET_IFNAME=enp9: enp9 is not among .*lo", "Set GLOO_SOCKET_IFNAME="
     )
-    told.has(
+    diagnosis.has(
         "port", FAIL, "", rf"{port}: Address already in use, taken by process {os.getpid()}", "--master_port"
     )
-    told.has("locks", OK, "", re.escape(f"{locked}: removed"), "")
-    told.has("locks", OK, "", rf"{building}/lock: held by process {os.getpid()}", "")
-    told.has("link", WARNING, "", "not measured, because of interface, port", "Mend")
+    diagnosis.has("locks", OK, "", re.escape(f"{locked}: removed"), "")
+    diagnosis.has("locks", OK, "", rf"{building}/lock: held by process {os.getpid()}", "")
+    diagnosis.has("link", WARNING, "", "not measured, because of interface, port", "Fix")
     assert not locked.exists()
     assert (building.exists(), list(building.iterdir())) == (True, [])  # our own release, not the doctor
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         (["--master_port", "70000"], "--master_port: 70000 given"),
         (["--timeout", "0"], "--timeout: 0 given"),
@@ -181,19 +185,19 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
         (["--num_gpus", "2", "--hostfile", "x"], "--num_gpus: 2 given"),
         (["--workers", "-1"], "--workers: -1 given"),
         (["--json", "{file}/x.json"], "is a file, and a folder is needed there"),
-        (["--model", "yolov9"], "invalid choice: 'yolov9'"),
+        (["--model", "yolov9"], "--model: yolov9 given, but it must be one of yolov5n"),
     ],
 )
-def test_a_mistake_in_the_command_line_is_no_finding(tmp_path, capsys, option, told):
+def test_a_mistake_in_the_command_line_is_no_finding(tmp_path, capsys, option, message):
     from dsyolo.cli import main
 
     (tmp_path / "file").write_text("")
     try:
-        status = main(["doctor", *(word.format(file=tmp_path / "file") for word in option)])
+        status = main(["doctor", *(part.format(file=tmp_path / "file") for part in option)])
     except SystemExit as caught:  # argparse's own
         status = caught.code
     assert status == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # ---- locks, by the probe itself
@@ -207,8 +211,8 @@ def stale_lock(folder: Path, age_s: float = 7200) -> Path:
     return folder / "lock"
 
 
-def looked_at(section: str, env: dict[str, str], **request: Any) -> dict[str, Any]:
-    """A section of the probe, as a host answers it."""
+def probed(section: str, env: dict[str, str], **request: Any) -> dict[str, Any]:
+    """Return a section of the probe, as a host answers it."""
     given = json.dumps({"sections": [section], **request})
     done = subprocess.run(
         [sys.executable, "-", given],
@@ -242,10 +246,10 @@ baton.wait() if {by == "waiting"} else time.sleep(60)
         process.wait()
     try:
         env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-        (seen,) = looked_at("locks", env, fix=False)["locks"]
+        (seen,) = probed("locks", env, fix=False)["locks"]
         assert (folder / "lock").exists()
         assert seen["state"] == (f"held by process {process.pid} (python)" if by == "building" else "stale")
-        (seen,) = looked_at("locks", env, fix=True)["locks"]
+        (seen,) = probed("locks", env, fix=True)["locks"]
         assert seen["state"] == (f"held by process {process.pid} (python)" if by == "building" else "removed")
         assert list(folder.iterdir()) == ([folder / "lock"] if by == "building" else [])
         if by == "waiting":
@@ -295,12 +299,12 @@ def test_a_lock_that_changes_hands_is_put_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "found", "remedy"),
     [
-        ("node1 slots=2\nnode1 slots=4\n", "line 2: node1 is there twice", "Leave one out"),
-        ("node1 slots=0\n", "line 1: node1 has slots=0", "Leave the line out"),
-        ("# mine\nnode1 2\n", "line 2: 'node1 2', but a host and its ranks belong there", "node1 slots=8"),
-        ("node1 slots=2x\n", "line 1: slots=2x, which the launcher takes for 2", "whole number"),
-        ("node[1-4] slots=2\n", "line 1: 'node[1-4]' is not the name of one host", "a line of its own"),
-        ("-oProxyCommand=reboot slots=2\n", "is not the name of one host", "a line of its own"),
+        ("node1 slots=2\nnode1 slots=4\n", "line 2: node1 is listed twice", "Remove one"),
+        ("node1 slots=0\n", "line 1: node1 has slots=0", "Remove the line"),
+        ("# mine\nnode1 2\n", "line 2: 'node1 2' is not a host and its slots", "node1 slots=8"),
+        ("node1 slots=2x\n", "line 1: slots=2x, which the launcher reads as 2", "whole number"),
+        ("node[1-4] slots=2\n", "line 1: 'node[1-4]' is not the name of one host", "its own line"),
+        ("-oProxyCommand=reboot slots=2\n", "is not the name of one host", "its own line"),
         ("\n# nothing\n", "names no host", "Add lines"),
         (None, "does not exist", "Check --hostfile"),
         (b"\xff\xfe", "cannot be read", "Check --hostfile"),
@@ -319,15 +323,14 @@ def test_what_is_wrong_with_a_hostfile_is_named(tmp_path, capsys, text, found, r
     assert remedy in findings[0].remedy
     if not hosts.read_hostfile(file)[0]:
         assert main(["doctor", "--hostfile", str(file)]) == 1
-        told = capsys.readouterr().out
-        assert "The run cannot start: 1 FAIL." in told
+        assert "The run cannot start: 1 FAIL." in capsys.readouterr().out
 
 
 def test_hostfile_and_environment_are_read_as_the_launcher_does(tmp_path, monkeypatch):
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
     from deepspeed.launcher import runner
 
-    assert set(hosts.CARRIED) == {*runner.EXPORT_ENVS, *CUDA_Accelerator.export_envs(None)}
+    assert set(hosts.FORWARDED_PREFIXES) == {*runner.EXPORT_ENVS, *CUDA_Accelerator.export_envs(None)}
     text = "# a cluster\nnode1 slots=2\n\n  user@node2.local   slots=16 max_slots=16\n"
     (tmp_path / "hostfile").write_text(text)
     found, (finding,) = hosts.read_hostfile(tmp_path / "hostfile")
@@ -345,14 +348,16 @@ def test_hostfile_and_environment_are_read_as_the_launcher_does(tmp_path, monkey
     monkeypatch.setenv("UNRELATED", "1")
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\n\n# why\n#X=1\n")
-    crossing = hosts.read_crossing()
-    assert crossing.variables["GLOO_SOCKET_IFNAME"] == "eth0"
-    assert crossing.variables["NCCL_DEBUG"] == "WARN"
-    assert crossing.variables["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
-    assert "UNRELATED" not in crossing.variables
-    assert [f.found.rpartition("line ")[2][0] for f in crossing.findings] == ["2", "3", "4"]
-    assert {f.verdict for f in crossing.findings} == {FAIL}
-    line = hosts.remote_command("/bin/python", hosts.Crossing({"A": "x y", "B": "1"}, ()), ["-", '{"a": 1}'])
+    forwarded = hosts.read_forwarded()
+    assert forwarded.variables["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert forwarded.variables["NCCL_DEBUG"] == "WARN"
+    assert forwarded.variables["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+    assert "UNRELATED" not in forwarded.variables
+    assert [f.found.rpartition("line ")[2][0] for f in forwarded.findings] == ["2", "3", "4"]
+    assert {f.verdict for f in forwarded.findings} == {FAIL}
+    line = hosts.remote_command(
+        "/bin/python", hosts.ForwardedEnvironment({"A": "x y", "B": "1"}, ()), ["-", '{"a": 1}']
+    )
     assert line.startswith('export A="x y"; export B=1; cd ')
     assert line.endswith("exec /bin/python - '{\"a\": 1}'")
 
@@ -422,16 +427,16 @@ def test_hosts_with_the_same_share_a_line_and_nobody_steers_the_terminal():
     same = [Finding("torch", f"n{i}", OK, "2.13") for i in range(6)]
     odd = Finding("torch", "n6", FAIL, "2.12\x1b[2J\nOK", "Install it.")
     names = [f"n{i}" for i in range(7)]
-    lines = joined([*same, odd], names)
+    lines = merged([*same, odd], names)
     assert [line.host for line in lines] == ["n0, n1, n2 and 3 more", "n6"]
     assert [
-        line.host for line in joined([*same, odd._replace(verdict=OK, found="2.13", remedy="")], names)
+        line.host for line in merged([*same, odd._replace(verdict=OK, found="2.13", remedy="")], names)
     ] == [""]
-    told = table(lines)
-    assert "\x1b" not in told
-    assert "2.12?[2J OK" in told
-    assert "-> Install it." in told
-    assert told.endswith("The run cannot start: 1 FAIL.")
+    text = table(lines)
+    assert "\x1b" not in text
+    assert "2.12?[2J OK" in text
+    assert "-> Install it." in text
+    assert text.endswith("The run cannot start: 1 FAIL.")
 
 
 # ---- what comes back from a host
@@ -440,68 +445,68 @@ def test_hosts_with_the_same_share_a_line_and_nobody_steers_the_terminal():
 def replied(
     tmp_path: Path, monkeypatch, program: str, sections: tuple[str, ...] = ("hello", "python")
 ) -> ask.Reply:
-    """To a Python program in the place of the probe, on this machine."""
+    """Return the reply of a Python program in place of the probe, on this machine."""
     monkeypatch.setattr(ask, "SECTION_S", 1)
-    asked = ask.Asked(None, ["-"], sections, program.encode())
-    return ask.ask({"n": asked}, hosts.Crossing({}, ()), 5)["n"]
+    query = ask.Query(None, ["-"], sections, program.encode())
+    return ask.ask({"n": query}, hosts.ForwardedEnvironment({}, ()), 5)["n"]
 
 
 HELLO = """print('{"section": "hello", "time": 0, "hostname": "h", "machine": "m", "network": "n"}', flush=True)\n"""
 
 
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "fault"),
     [
-        ('print(\'{"section": "hello", "time": "soon"}\')', "cannot be understood"),
-        ("print('{\"section\": [1]}')", "cannot be understood"),
-        ('print(\'{"section": "python"}\')', "cannot be understood"),  # out of turn
-        ("print('{\"section\": ' + '[' * 200_000)", "cannot be understood"),
-        ("print('{\"section\": \"' + 'x' * 9_000_000)", "cannot be understood"),
+        ('print(\'{"section": "hello", "time": "soon"}\')', "is not valid"),
+        ("print('{\"section\": [1]}')", "is not valid"),
+        ('print(\'{"section": "python"}\')', "is not valid"),  # out of turn
+        ("print('{\"section\": ' + '[' * 200_000)", "is not valid"),
+        ("print('{\"section\": \"' + 'x' * 9_000_000)", "is not valid"),
         ("import itertools\nfor _ in itertools.count(): print('welcome')", "no answer within 5 s"),
         ("import time; time.sleep(60)", "no answer within 5 s"),
-        (HELLO + "import time; time.sleep(60)", "silent in the section 'python'"),
+        (HELLO + "import time; time.sleep(60)", "no answer from the section 'python'"),
         (HELLO + "print('x'); raise SystemExit('no such thing')", "status 1: no such thing"),
     ],
 )
-def test_an_answer_that_is_none_is_told_in_words_and_soon(tmp_path, monkeypatch, program, told):
+def test_an_invalid_answer_is_a_fault_with_a_remedy_within_seconds(tmp_path, monkeypatch, program, fault):
     begin = time.monotonic()
     reply = replied(tmp_path, monkeypatch, program)
-    assert told in reply.fault
+    assert fault in reply.fault
     assert reply.remedy
     assert time.monotonic() - begin < 12
     assert ("hello" in reply.sections) == program.startswith(HELLO)
 
 
 @pytest.mark.parametrize(
-    ("says", "status", "found", "remedy"),
+    ("stderr", "status", "found", "remedy"),
     [
         ("Host key verification failed.", 255, "Host key verification failed.", "ssh-keyscan far"),
         ("far: Permission denied (publickey).", 255, "Permission denied", "ssh-copy-id far"),
         ("Could not resolve hostname far", 255, "Could not resolve", "ssh -p 7 -o BatchMode=yes .* far true"),
-        ("bash: no such folder", 97, f"the folder {re.escape(os.getcwd())} is not there", "same folder"),
-        ("bash: no python", 96, f"{sys.executable} is not there", "same interpreter"),
+        ("bash: no such folder", 97, f"the folder {re.escape(os.getcwd())} is missing", "same folder"),
+        ("bash: no python", 96, f"{sys.executable} is missing", "same interpreter"),
     ],
 )
-def test_what_ssh_says_becomes_a_remedy(tmp_path, monkeypatch, says, status, found, remedy):
-    (tmp_path / "ssh").write_text(f"#!/bin/sh\necho '{says}' >&2\nexit {status}\n")
+def test_errors_of_ssh_become_remedies(tmp_path, monkeypatch, stderr, status, found, remedy):
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\necho '{stderr}' >&2\nexit {status}\n")
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 7")
-    asked = ask.probing("far", {"sections": []})
-    reply = ask.ask({"far": asked}, hosts.Crossing({}, ()), 10)["far"]
+    query = ask.probe_query("far", {"sections": []})
+    reply = ask.ask({"far": query}, hosts.ForwardedEnvironment({}, ()), 10)["far"]
     assert re.search(found, reply.fault)
     assert re.search(remedy, reply.remedy)
 
 
-def test_the_line_for_a_host_tells_what_is_missing(tmp_path, monkeypatch):
+def test_the_exit_status_of_the_remote_command_shows_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    crossing = hosts.Crossing({"HOW": "a b"}, ())
+    forwarded = hosts.ForwardedEnvironment({"HOW": "a b"}, ())
     lines = {
         0: hosts.remote_command(
-            sys.executable, crossing, ["-c", "import os; assert os.environ['HOW'] == 'a b'"]
+            sys.executable, forwarded, ["-c", "import os; assert os.environ['HOW'] == 'a b'"]
         ),
-        96: hosts.remote_command("/nowhere/python", crossing, ["-c", "1"]),
-        97: hosts.remote_command(sys.executable, crossing, ["-c", "1"]).replace(str(tmp_path), "/nowhere"),
+        96: hosts.remote_command("/nowhere/python", forwarded, ["-c", "1"]),
+        97: hosts.remote_command(sys.executable, forwarded, ["-c", "1"]).replace(str(tmp_path), "/nowhere"),
     }
     for status, line in lines.items():
         assert subprocess.run(["sh", "-c", line]).returncode == status
@@ -518,31 +523,31 @@ def pair():
 
 def over(
     cluster: Cluster, place: Path, tmp_path: Path, *more: object, hostfile: Path | None = None, **options
-) -> Told:
-    """The command on the first host, for all of them."""
+) -> Diagnosis:
+    """Run the command on the first host, for all of them."""
     env = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     given = {"hostfile": hostfile or cluster.hostfile(1), "master_addr": cluster.addresses[0], **options}
-    command = words(place, *more, json=tmp_path / "told.json", **given)
+    command = doctor(place, *more, json=tmp_path / "doctor.json", **given)
     pipe = subprocess.PIPE
     process = cluster.popen(command, env=env, cwd=place, stdout=pipe, stderr=pipe, text=True)
     text, errors = process.communicate(timeout=100)
-    assert (tmp_path / "told.json").exists(), errors
-    return Told(process.returncode, text, tmp_path / "told.json")
+    assert (tmp_path / "doctor.json").exists(), errors
+    return Diagnosis(process.returncode, text, tmp_path / "doctor.json")
 
 
 @needs_cluster
 def test_a_healthy_pair_passes(pair, place, tmp_path):
-    told = over(pair, place, tmp_path)
-    assert told.status == 0, told.text
-    assert told.json["hosts"] == ["node0", "node1"]
-    assert [f.check for f in told.findings if f.verdict != OK] == ["launcher"], told.text
-    told.has("launcher", WARNING, "", "by plain ssh, without PDSH_SSH_ARGS_APPEND", "--no_ssh_check")
-    told.has("launcher", OK, "", "pdsh gets to all hosts", "")
-    told.has("master", OK, "", "ranks meet at 10.77.0.1, port 29500", "")
-    told.has("interface", OK, "node1", "eth0, 10.77.0.2, as GLOO_SOCKET_IFNAME says", "")
-    told.has("link", OK, "", r"node0 to node1: [1-9]\d* MB/s", "")
-    told.has("project", OK, "", "one folder for all hosts", "")
-    told.has("data", OK, "", "the same train: 24 images", "")
+    diagnosis = over(pair, place, tmp_path)
+    assert diagnosis.status == 0, diagnosis.text
+    assert diagnosis.json["hosts"] == ["node0", "node1"]
+    assert [f.check for f in diagnosis.findings if f.verdict != OK] == ["launcher"], diagnosis.text
+    diagnosis.has("launcher", WARNING, "", "by plain ssh, without PDSH_SSH_ARGS_APPEND", "--no_ssh_check")
+    diagnosis.has("launcher", OK, "", "pdsh reaches all hosts", "")
+    diagnosis.has("master", OK, "", "rendezvous at 10.77.0.1, port 29500", "")
+    diagnosis.has("interface", OK, "node1", "eth0, 10.77.0.2, from GLOO_SOCKET_IFNAME", "")
+    diagnosis.has("link", OK, "", r"node0 to node1: [1-9]\d* MB/s", "")
+    diagnosis.has("project", OK, "", "all hosts share ", "")
+    diagnosis.has("data", OK, "", "the same train: 24 images", "")
     assert not list((place / "runs").glob("*")), "nothing is left behind"
 
 
@@ -575,26 +580,30 @@ def test_a_second_host_that_differs_is_named_in_all_ways(place, tmp_path):
         )
         cluster.run(1, f"set -e; {planted}")
         cluster.environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{tmp_path}/ahead"
-        told = over(cluster, place, tmp_path)
-        assert told.status == 1
-        told.has("torch", FAIL, "node1", "2.99.0.*, but 2.* on node0", "Install torch==2")
-        told.has("dsyolo", FAIL, "node1", "loss.py in .*dsyolo not as on node0", "git status")
-        told.has("data", FAIL, "node1", f"val: {place}/sample/images/val/{lost.name} is missing", "rsync")
-        told.has(
+        diagnosis = over(cluster, place, tmp_path)
+        assert diagnosis.status == 1
+        diagnosis.has("torch", FAIL, "node1", "2.99.0.*, but 2.* on node0", "Install torch==2")
+        diagnosis.has("dsyolo", FAIL, "node1", "loss.py in .*dsyolo differs from node0", "git status")
+        diagnosis.has(
+            "data", FAIL, "node1", f"val: {place}/sample/images/val/{lost.name} is missing", "rsync"
+        )
+        diagnosis.has(
             "disk",
             FAIL,
             "node1",
             r"runs: 1.0 MiB free, but \d+\.\d MiB needed for 3 checkpoints",
-            "Make room",
+            "Free space",
         )
-        told.has("shm", FAIL, "node1", "/dev/shm: 64 KiB free, up to", "--shm-size")
-        told.has("clock", WARNING, "node1", r"(89|90)\.\d s ahead", "chrony")
-        told.has("locks", WARNING, "node1", f"{tmp_path}/other/op/lock: stale, of root, 2 h old", "--fix")
-        told.has("interface", FAIL, "node1", "eth0 is not among lo, ens3", "GLOO_SOCKET_IFNAME=ens3")
-        told.has("link", WARNING, "", "not measured, because of torch, dsyolo, interface", "Mend")
-        assert {f.host for f in told.findings if f.verdict != OK} == {"node1", ""}
+        diagnosis.has("shm", FAIL, "node1", "/dev/shm: 64 KiB free, up to", "--shm-size")
+        diagnosis.has("clock", WARNING, "node1", r"(89|90)\.\d s ahead", "chrony")
+        diagnosis.has(
+            "locks", WARNING, "node1", f"{tmp_path}/other/op/lock: stale, owned by root, 2 h old", "--fix"
+        )
+        diagnosis.has("interface", FAIL, "node1", "eth0 is not among lo, ens3", "GLOO_SOCKET_IFNAME=ens3")
+        diagnosis.has("link", WARNING, "", "not measured, because of torch, dsyolo, interface", "Fix")
+        assert {f.host for f in diagnosis.findings if f.verdict != OK} == {"node1", ""}
         assert lock.exists()
-        assert told.of("slots", OK), "what is well is told too"
+        assert diagnosis.of("slots", OK), "what is well is reported too"
 
 
 @needs_cluster
@@ -610,19 +619,21 @@ def test_hosts_that_cannot_be_had_cost_seconds(pair, place, tmp_path):
     pair.run(1, "pkill -STOP sshd")
     try:
         options = {"timeout": 8, "deepspeed_config": tmp_path / "ds.json", "master_port": 22}
-        told = over(pair, place, tmp_path, hostfile=hostfile, **options)
+        diagnosis = over(pair, place, tmp_path, hostfile=hostfile, **options)
     finally:
         pair.run(1, "pkill -CONT sshd")
     assert time.monotonic() - begin < 40
-    assert told.status == 1
-    told.has("hostfile", FAIL, "", "line 5: node1 is there twice", "Leave one out")
-    told.has("hostfile", FAIL, "", "line 6: node2 has slots=0", "Leave the line out")
-    told.has("hostfile", FAIL, "10.77.0.1", "the same machine as node0", "Leave one out")
-    told.has("ssh", FAIL, "10.77.0.99", "No route to host|timed out", "ssh .*10.77.0.99 true")
-    told.has("ssh", FAIL, "node1", "no answer within 8 s|timed out", "--timeout|true")
-    told.has("launcher", FAIL, "", "pdsh does not get to .*10.77.0.99", "PDSH_RCMD_TYPE=ssh pdsh")
-    told.has("deepspeed_config", FAIL, "node0, 10.77.0.1", "train_batch_size: 10 given", "")
-    told.has("port", FAIL, "node0", "22: Address already in use, taken by process .*sshd", "--master_port")
+    assert diagnosis.status == 1
+    diagnosis.has("hostfile", FAIL, "", "line 5: node1 is listed twice", "Remove one")
+    diagnosis.has("hostfile", FAIL, "", "line 6: node2 has slots=0", "Remove the line")
+    diagnosis.has("hostfile", FAIL, "10.77.0.1", "the same machine as node0", "Remove one")
+    diagnosis.has("ssh", FAIL, "10.77.0.99", "No route to host|timed out", "ssh .*10.77.0.99 true")
+    diagnosis.has("ssh", FAIL, "node1", "no answer within 8 s|timed out", "--timeout|true")
+    diagnosis.has("launcher", FAIL, "", "pdsh does not reach .*10.77.0.99", "PDSH_RCMD_TYPE=ssh pdsh")
+    diagnosis.has("deepspeed_config", FAIL, "node0, 10.77.0.1", "train_batch_size: 10 given", "")
+    diagnosis.has(
+        "port", FAIL, "node0", "22: Address already in use, taken by process .*sshd", "--master_port"
+    )
 
 
 @needs_cluster
@@ -634,42 +645,42 @@ def test_a_slow_link_and_folders_apart_are_seen(pair, place, tmp_path):
     except RuntimeError as error:
         pytest.skip(f"no traffic shaping here: {error}")
     try:
-        told = over(pair, place, tmp_path, project=tmp_path / "runs", hostfile=pair.hostfile(2))
+        diagnosis = over(pair, place, tmp_path, project=tmp_path / "runs", hostfile=pair.hostfile(2))
     finally:
         pair.run(1, f"tc qdisc del dev eth0 root; umount {tmp_path}/runs")
-    assert told.status == 1
-    told.has("project", FAIL, "node1", "another folder than on node0", "--project")
-    told.has("link", OK, "", "two ranks on node0: ", "")
-    told.has("link", WARNING, "", r"node1 to node0: \d\.?\d? MB/s, .*: less than 100 MB/s", "switch")
-    assert [f.check for f in told.findings if f.verdict == FAIL] == ["project"]
+    assert diagnosis.status == 1
+    diagnosis.has("project", FAIL, "node1", "not the same folder as on node0", "--project")
+    diagnosis.has("link", OK, "", "two ranks on node0: ", "")
+    diagnosis.has("link", WARNING, "", r"node1 to node0: \d\.?\d? MB/s, .*: less than 100 MB/s", "switch")
+    assert [f.check for f in diagnosis.findings if f.verdict == FAIL] == ["project"]
 
 
 @needs_cluster
-def test_a_host_name_that_is_loopback_is_told_before_ranks_die_of_it(place, tmp_path):
+def test_a_host_name_that_is_loopback_is_found_before_ranks_fail_of_it(place, tmp_path):
     with Cluster(2) as cluster:
         file = Path(cluster.environment["DS_ENV_FILE"])
         file.write_text(file.read_text().replace("GLOO_SOCKET_IFNAME=eth0\n", "WITH_A_SPACE=a b\n"))
         (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1 node1 node0\n")  # as Debian writes it
         cluster.run(1, f"mount --bind {tmp_path}/hosts /etc/hosts")
-        told = over(cluster, place, tmp_path, master_addr=cluster.addresses[1])
-    assert told.status == 1
-    told.has(
+        diagnosis = over(cluster, place, tmp_path, master_addr=cluster.addresses[1])
+    assert diagnosis.status == 1
+    diagnosis.has(
         "master",
         FAIL,
         "",
-        "at 10.77.0.2, port 29500, which is an address of node1",
-        "another of its addresses: 10.77.0.1",
+        "rendezvous at 10.77.0.2, port 29500, which is an address of node1",
+        "another address of node0: 10.77.0.1",
     )
-    told.has(
+    diagnosis.has(
         "interface",
         FAIL,
         "node1",
-        "127.0.1.1, since the host's name gives it",
-        "Write GLOO_SOCKET_IFNAME=eth0 into",
+        "127.0.1.1, from the host's name",
+        "Put GLOO_SOCKET_IFNAME=eth0 into",
     )
-    told.has("interface", FAIL, "node1", "", "It is eth0 here, but does not cross")
-    told.has("interface", OK, "node0", "10.77.0.1, since the host's name gives it", "")
-    told.has("names", WARNING, "node1", "node0 is 127.0.1.1, which is that host itself", "/etc/hosts")
+    diagnosis.has("interface", FAIL, "node1", "", "It is eth0 here, but not forwarded")
+    diagnosis.has("interface", OK, "node0", "10.77.0.1, from the host's name", "")
+    diagnosis.has("names", WARNING, "node1", "node0 is 127.0.1.1, which is this host itself", "/etc/hosts")
 
 
 @needs_cluster
@@ -680,8 +691,8 @@ def test_an_interface_that_does_not_lead_to_the_others_is_found_by_trying(place,
                 host,
                 "ip link add docker0 type veth peer name container; ip link set container up; ip address add 172.17.0.1/16 dev docker0; ip link set docker0 up",
             )
-        told = over(cluster, place, tmp_path)
-    assert told.status == 1
-    told.has("interface", OK, "", "docker0, 172.17.0.1, as GLOO_SOCKET_IFNAME says", "")
-    told.has("link", FAIL, "node0", "cannot connect to the ranks of node1", "GLOO_SOCKET_IFNAME")
-    told.has("link", FAIL, "node1", "cannot connect to the ranks of node0", "GLOO_SOCKET_IFNAME")
+        diagnosis = over(cluster, place, tmp_path)
+    assert diagnosis.status == 1
+    diagnosis.has("interface", OK, "", "docker0, 172.17.0.1, from GLOO_SOCKET_IFNAME", "")
+    diagnosis.has("link", FAIL, "node0", "cannot connect to the ranks of node1", "GLOO_SOCKET_IFNAME")
+    diagnosis.has("link", FAIL, "node1", "cannot connect to the ranks of node0", "GLOO_SOCKET_IFNAME")

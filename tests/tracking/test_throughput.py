@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from dsyolo.engine.step_timer import (
     StepTimer,
 )
 from dsyolo.planner.peak_flops import peak_of_cpu, peak_of_gpu
-from dsyolo.tracking.nvml import Gpu, GpuUse
+from dsyolo.tracking.nvml import Gpu, GpuUse, load_nvml
 from dsyolo.tracking.resource_usage import ResourceUsage
 from dsyolo.tracking.throughput import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
 from dsyolo.trainer.hooks.time_profile_hook import device_name
@@ -241,6 +242,28 @@ def test_usage_counts_processor_time_of_its_own():
     assert set(ResourceUsage(of_machine=False).look()) == {"cpu_s"}
 
 
+def spin(done) -> None:
+    end = time.process_time() + 0.5
+    while time.process_time() < end:
+        pass
+    done.set()
+    time.sleep(60)
+
+
+def test_usage_counts_a_worker_once_however_often_it_looks():
+    usage, context = ResourceUsage(of_machine=False), multiprocessing.get_context("spawn")
+    done = context.Event()
+    worker = context.Process(target=spin, args=(done,), daemon=True)
+    worker.start()
+    try:
+        assert done.wait(60)
+        first, second = (usage.look()["cpu_s"] for _ in range(2))
+    finally:
+        worker.kill()
+        worker.join()
+    assert second - first < 0.3
+
+
 def test_usage_asks_a_gpu_not_more_often_than_it_samples():
     asked = []
 
@@ -254,33 +277,52 @@ def test_usage_asks_a_gpu_not_more_often_than_it_samples():
     assert len(asked) == 1
 
 
-def nvml(status: int = 0) -> SimpleNamespace:
-    """As the driver's library, with one GPU."""
+class NvmlError(Exception):
+    """As pynvml's."""
 
-    def set_rates(_, answer):
-        answer._obj.gpu, answer._obj.memory = 75, 40
-        return status
 
-    def set_memory(_, answer):
-        answer._obj.total, answer._obj.free, answer._obj.used = 100, 70, 30
-        return 0
+def nvml(*, reports_power: bool = True) -> SimpleNamespace:
+    """As the module pynvml, on a machine with one GPU."""
 
-    def set_power(_, answer):
-        answer._obj.value = 250_500
-        return 0
+    def handle(uuid):
+        if uuid != "GPU-1":
+            raise NvmlError("Not Found")
+        return "handle"
+
+    def power(_):
+        if not reports_power:
+            raise NvmlError("Not Supported")
+        return 250_500
 
     return SimpleNamespace(
-        nvmlDeviceGetHandleByUUID=lambda uuid, _: 0 if uuid == b"GPU-1" else 6,
-        nvmlDeviceGetUtilizationRates=set_rates,
-        nvmlDeviceGetMemoryInfo=set_memory,
-        nvmlDeviceGetPowerUsage=set_power,
+        NVMLError=NvmlError,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetUtilizationRates=lambda _: SimpleNamespace(gpu=75, memory=40),
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(total=100, free=70, used=30),
+        nvmlDeviceGetPowerUsage=power,
     )
 
 
-def test_nvml_tells_of_the_gpu_that_was_named():
+def test_nvml_reports_the_gpu_that_was_named():
     assert Gpu(nvml(), "GPU-1").use() == GpuUse(0.75, 0.4, 30, 250.5)
     assert Gpu(nvml(), "GPU-2").use() is None  # unknown to the driver
-    assert Gpu(nvml(status=3), "GPU-1").use() is None  # not supported, as on some virtual GPUs
+    assert Gpu(nvml(reports_power=False), "GPU-1").use() is None  # as on some virtual GPUs
+
+
+def test_nvml_is_optional(monkeypatch):
+    class NoDriver(SimpleNamespace):
+        NVMLError = NvmlError
+
+        def nvmlInit(self):
+            raise NvmlError("Shared Library Not Found")
+
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as where the package is not installed
+    assert load_nvml() is None
+    monkeypatch.setitem(sys.modules, "pynvml", NoDriver())
+    assert load_nvml() is None
+    module = SimpleNamespace(NVMLError=NvmlError, nvmlInit=lambda: None)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert load_nvml() is module
 
 
 # ---- the account of an epoch
