@@ -76,7 +76,7 @@ def build_index(
             num_threads=workers,
             bar=progress,
         )
-        index = merge_indexes(parts, [Problem(image, 0, LISTED_TWICE, "") for image in repeats])
+        index = merge_indexes(parts, [Problem(image, 0, LISTED_TWICE) for image in repeats])
     if not len(index):
         raise UserError(
             f"None of the {len(images)} images in {', '.join(map(str, sources))} can be used",
@@ -121,7 +121,7 @@ def read_image_record(image: str | Path, num_classes: int) -> ImageRecord:
     labels, problems = read_labels(label_path(image), num_classes)
     if problems and not len(labels.classes):
         # It has objects, though none is usable: as a background it would teach that there are none.
-        problems.append(Problem(image, 0, NO_ROW_LEFT, ""))
+        problems.append(Problem(image, 0, NO_ROW_LEFT))
         size_hw = None
     return ImageRecord(image, size_hw, labels, tuple(problems))
 

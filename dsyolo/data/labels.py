@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     file: str
     line: int  # 1-based; 0: the file as a whole
     reason: str  # one of the constants of these modules, to group by
-    detail: str  # the value given, and the rule
+    detail: str = ""  # the value given, and the rule
 
     @property
     def place(self) -> str:
