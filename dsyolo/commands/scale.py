@@ -22,14 +22,7 @@ from dsyolo.scaling.html_report import page
 from dsyolo.scaling.options import SCALINGS, Sizes, add_options, check
 from dsyolo.scaling.report import Report, build, to_json
 from dsyolo.scaling.results import CaseResult, put_together
-from dsyolo.scaling.runs import (
-    EndRequest,
-    Outcome,
-    ScalingPlan,
-    arguments,
-    epochs_and_images,
-    write_data,
-)
+from dsyolo.scaling.runs import EndRequest, Outcome, ScalingPlan, arguments, epochs_and_images, write_data
 from dsyolo.scaling.runs import run as run_case
 from dsyolo.scaling.tables import rate_table, title, to_markdown
 

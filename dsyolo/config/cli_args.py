@@ -18,14 +18,7 @@ from dsyolo.base.user_code import is_reference
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
-from dsyolo.config.run_config import (
-    AUTO,
-    RUN_KEYS,
-    RunConfig,
-    read_yaml,
-    unknown_in_recipe,
-    unknown_option,
-)
+from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unknown_in_recipe, unknown_option
 
 FOLDER_KEYS = ("project", "name")
 
@@ -135,9 +128,7 @@ def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
 
 
 def read_options(
-    fields: Mapping[str, FieldInfo],
-    argv: Sequence[str] | None,
-    problems: list[str],
+    fields: Mapping[str, FieldInfo], argv: Sequence[str] | None, problems: list[str]
 ) -> dict[str, Any]:
     """Return the options given, by field; `none` and `auto` are None where a field may be None.
 
@@ -205,12 +196,7 @@ def _option(field: FieldInfo) -> dict[str, Any]:
     choices = choices_of(field)
     text = f"{field.description}{': ' + ', '.join(choices) if choices else ''} (default: {default})"
     if alone := extra_of(field, "alone"):
-        return {
-            "nargs": "?",
-            "const": alone,
-            "metavar": "TEXT",
-            "help": f"{text}; {alone} without a value",
-        }
+        return {"nargs": "?", "const": alone, "metavar": "TEXT", "help": f"{text}; {alone} without a value"}
     return {"metavar": {int: "N", float: "X"}.get(plain_type(field), "TEXT"), "help": text}
 
 

@@ -75,10 +75,7 @@ class RunConfig(BaseModel):
     seed: int = knob(0, "random seed", "run", learned=True, ge=0, lt=2**63)
     hyp: str = knob("low", "recipe: low, med, high or a YAML file", "run")
     resume: Literal["never", "always", "auto"] = knob(
-        "never",
-        "resume PROJECT/NAME where it stopped; auto: if it has a checkpoint",
-        "run",
-        alone="always",
+        "never", "resume PROJECT/NAME where it stopped; auto: if it has a checkpoint", "run", alone="always"
     )
     project: str = knob("runs", "folder of runs", "run", min_length=1)
     name: str = knob("train", "folder of this run inside the project", "run", min_length=1)

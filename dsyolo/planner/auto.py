@@ -239,6 +239,6 @@ def _settings_of(ds: DeepSpeedConfig) -> StrategySettings:
         ds.micro_batch,
         ds.accumulation,
         ds.stages,
-        ds.data_parallel_size,
+        ds.dp_size,
         ds.optimizer.type,
     )

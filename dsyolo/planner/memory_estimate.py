@@ -27,7 +27,7 @@ class RankLoad(NamedTuple):
         groups: number of elements of each parameter, in the optimizer's groups.
         activations: bytes that autograd keeps at once; without recompute, and with all blocks recomputed.
         activations_host: bytes of inputs of recomputed blocks that wait in host memory.
-        replica, replicas: among how many ranks that hold the same parameters, and which of them.
+        dp_rank, dp_size: among how many ranks that hold the same parameters, and which of them.
     """
 
     groups: tuple[tuple[int, ...], ...]

@@ -174,7 +174,7 @@ class Planner:
         """Of some ranks of a stage: shares differ by little, and most at the ends and in the middle."""
         in_flight = min(ds.stages - index, ds.accumulation)
         kept = plan.stage_bytes(stage.nodes, in_flight)
-        ranks = ds.data_parallel_size
+        ranks = ds.dp_size
         some = (
             sorted({0, ranks // 3, ranks // 2, ranks - 1})
             if ds.zero_stage == 2 and ds.parallelism.offload.optimizer

@@ -133,7 +133,7 @@ def _explain(spec: RunSpec, schedule: Schedule) -> list[str]:
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
         lines.append(f"lr: {schedule.lr:g}, {what}")
     if spec.config.sync_batchnorm:
-        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
+        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.dp_size} images")
     return lines
 
 

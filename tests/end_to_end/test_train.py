@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(place):
     """A whole run through the launcher on two ranks."""
-    command = launch(place, "whole", 29711)
+    command = launch(place, "whole")
     done = subprocess.run(
         command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
     )
@@ -132,7 +132,7 @@ def test_recomputed_activations_change_nothing_but_memory(place, one_rank):
 
 def test_killed_in_an_epoch_and_resumed_it_ends_bit_for_bit_the_same(place, two_ranks):
     log = (place / "killed.log").open("w")
-    command = launch(place, "killed", 29712)
+    command = launch(place, "killed")
     process = subprocess.Popen(
         command, env=environment(place), stdout=log, stderr=log, cwd=place, start_new_session=True
     )
@@ -147,7 +147,7 @@ def test_killed_in_an_epoch_and_resumed_it_ends_bit_for_bit_the_same(place, two_
         with contextlib.suppress(ProcessLookupError):  # the launcher's ranks have sessions of their own
             os.kill(pid, signal.SIGKILL)
     assert len(losses(place, "killed")) < 9
-    command = launch(place, "killed", 29713, "--resume")
+    command = launch(place, "killed", "--resume")
     done = subprocess.run(
         command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
     )
@@ -231,7 +231,7 @@ def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
 
 def test_through_the_launcher_a_mistake_is_told_once_with_status_2(place):
     options = {"deepspeed_config": _broken_json(place, grandient_clipping=1)}
-    command = launch(place, "mistake", 29714, **options)
+    command = launch(place, "mistake", **options)
     done = subprocess.run(
         command, env=environment(place), capture_output=True, text=True, timeout=120, cwd=place
     )

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import free_port, long_but
+from ranks import long_but
 from runs import environment, launch, make_place
 
 from dsyolo import cli, train
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
 from dsyolo.config.cli_args import parse
-from dsyolo.config.deepspeed.config import check
+from dsyolo.config.deepspeed.config import UNNAMED, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
@@ -353,7 +353,7 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
         for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
     )
     sizes = [check(one.ds.source, world_size=2, accelerator="cuda") for one in (first, again)]
-    assert sizes == [replace(one.ds, path=None) for one in (first, again)]
+    assert sizes == [replace(one.ds, path=UNNAMED) for one in (first, again)]
     assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
 
 
@@ -503,7 +503,7 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
 
 def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
     place = make_place(tmp_path)
-    words = launch(place, "auto", free_port(), deepspeed_config="auto", epochs=1)
+    words = launch(place, "auto", deepspeed_config="auto", epochs=1)
     done = subprocess.run(
         words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=120
     )

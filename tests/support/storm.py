@@ -87,7 +87,7 @@ class Site:
                 command = [*self.cluster.deepspeed(), "--master_port", str(self.port), str(TRAIN), *words]
                 self.process = self.cluster.popen(command, **streams)
             else:
-                command = launch(self.place, self.name, self.port, "--resume", "auto", **options)
+                command = launch(self.place, self.name, "--resume", "auto", **options)
                 self.process = subprocess.Popen(
                     command, env=environment(self.place), start_new_session=True, **streams
                 )

@@ -48,7 +48,7 @@ class MemoryProfileHook(Hook):
         zero = trainer.engine.deepspeed_json["zero_optimization"]
         loads: list[RankLoad] = trainer.engine.all_gather(self._load)
         self._predicted = [predict(load, ds, zero) for load in loads]
-        shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
+        shown = range(0, len(loads), ds.dp_size)  # a rank of each stage
         self._titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
         if trainer.world.is_main_process:
             largest = max(shown, key=lambda rank: self._predicted[rank].together.total)
@@ -75,7 +75,7 @@ class MemoryProfileHook(Hook):
         spec = self.trainer.spec
         counted = spec.activations.counted
         plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
-        groups = tuple(sizes for load in loads[:: spec.ds.data_parallel_size] for sizes in load.groups)
+        groups = tuple(sizes for load in loads[:: spec.ds.dp_size] for sizes in load.groups)
         return RankLoad(groups, plain, plain, least, 0, self.trainer.world.size, spec.config.ema)
 
     def _shortage(self) -> str:
