@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -13,18 +14,24 @@ import torch
 
 PAD_GREY = 114
 
+Boxes = TypeVar("Boxes", np.ndarray, torch.Tensor)
 
-def cxcywh_to_xyxy(boxes):
-    """(..., 4) centre and size to corners; a numpy array or a tensor, as given."""
+
+def cxcywh_to_xyxy(boxes: Boxes) -> Boxes:
+    """Return (..., 4) centre and size as corners."""
     half = boxes[..., 2:4] / 2
-    cat = torch.cat if isinstance(boxes, torch.Tensor) else np.concatenate
-    return cat((boxes[..., :2] - half, boxes[..., :2] + half), -1)
+    return _join(boxes[..., :2] - half, boxes[..., :2] + half)
 
 
-def xyxy_to_cxcywh(boxes):
-    """(..., 4) corners to centre and size; a numpy array or a tensor, as given."""
-    cat = torch.cat if isinstance(boxes, torch.Tensor) else np.concatenate
-    return cat(((boxes[..., :2] + boxes[..., 2:4]) / 2, boxes[..., 2:4] - boxes[..., :2]), -1)
+def xyxy_to_cxcywh(boxes: Boxes) -> Boxes:
+    """Return (..., 4) corners as centre and size."""
+    return _join((boxes[..., :2] + boxes[..., 2:4]) / 2, boxes[..., 2:4] - boxes[..., :2])
+
+
+def _join(first: Boxes, second: Boxes) -> Boxes:
+    if isinstance(first, torch.Tensor):
+        return torch.cat((first, second), -1)
+    return np.concatenate((first, second), -1)
 
 
 def pairwise_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
@@ -74,7 +81,7 @@ def nms(
     span = float(boxes_xyxy.max(initial=0) - boxes_xyxy.min(initial=0)) + 1.0
     boxes = (boxes_xyxy + classes[:, None] * span)[order].astype(np.float64)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    keep = []
+    keep: list[int] = []
     while order.size and len(keep) < max_detections:
         keep.append(order[0])
         width = np.minimum(boxes[0, 2], boxes[1:, 2]) - np.maximum(boxes[0, 0], boxes[1:, 0])

@@ -37,6 +37,10 @@ class DetectionLoss(nn.Module):
         label_smoothing: e; class targets become 1 - e / 2 and e / 2.
     """
 
+    anchors: torch.Tensor
+    cls_pw: torch.Tensor
+    obj_pw: torch.Tensor
+
     def __init__(
         self,
         anchors: torch.Tensor,
@@ -114,7 +118,7 @@ class DetectionLoss(nn.Module):
     def _cross_entropy(
         self, logits: torch.Tensor, wanted: torch.Tensor, pos_weight: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss of each element; with the focal factor alpha_t (1 - p_t)^gamma (Lin et al. 2017, arXiv:1708.02002)."""
+        """Return the loss of each element, times alpha_t (1 - p_t)^gamma if focal (arXiv:1708.02002)."""
         loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=pos_weight, reduction="none")
         if self.fl_gamma > 0:
             p = logits.sigmoid()

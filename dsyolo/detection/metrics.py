@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from dsyolo.base.batch import Detections, GroundTruth
 
-MAX_DETECTIONS = (
-    300  # per image: YOLO's convention. COCO's own is 100, worth about 0.2 points of mAP on COCO.
-)
+MAX_DETECTIONS = 300  # per image, as YOLO does. COCO takes 100, worth about 0.2 points of mAP on COCO.
 TIED_F1 = 1e-9  # differences below this are rounding, from sums over classes
 
 
@@ -56,20 +54,15 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         """Return the fields and `fitness` as plain JSON values."""
         fields = dataclasses.asdict(self)
-        per_class = list(fields.pop("per_class"))
-        return {**fields, "fitness": self.fitness, "per_class": per_class}
+        return {**fields, "fitness": self.fitness, "per_class": list(fields["per_class"])}
 
     def table(self) -> str:
         """Return the table that YOLO users know: a row for all classes, then one per class ('-': no labels)."""
-        width = max([len("Class"), len("all"), *(len(row.name) for row in self.per_class)])
-        head = f"{'Class':>{width}}" + "".join(
-            f"{title:>10}" for title in ("Images", "Labels", *_FIGURES.values())
-        )
-        everything = ClassMetrics(
-            "all", self.num_images, self.num_labels, self.precision, self.recall, self.map50, self.map50_95
-        )
-        lines = [head]
-        for row in (everything, *self.per_class):
+        width = max(len(name) for name in ("Class", *(row.name for row in self.per_class)))
+        titles = ("Images", "Labels", *_FIGURES.values())
+        lines = [f"{'Class':>{width}}" + "".join(f"{title:>10}" for title in titles)]
+        means = (getattr(self, field) for field in _FIGURES)
+        for row in (ClassMetrics("all", self.num_images, self.num_labels, *means), *self.per_class):
             figures = (getattr(row, field) for field in _FIGURES)
             cells = "".join(f"{'-':>10}" if figure is None else f"{figure:>10.3f}" for figure in figures)
             lines.append(f"{row.name:>{width}}{row.num_images:>10}{row.num_labels:>10}{cells}")
@@ -90,28 +83,21 @@ def evaluate(
         class_names: of all K classes.
     """
     num_classes = len(class_names)
-    assert len(ground_truths) == len(detections), (
-        f"{len(ground_truths)} ground truths but {len(detections)} detections"
-    )
-    order = sorted(range(len(ground_truths)), key=lambda i: ground_truths[i].image_id)
-    assert len({ground_truth.image_id for ground_truth in ground_truths}) == len(ground_truths), (
-        "an image was evaluated twice"
-    )
-    ground_truths = [ground_truths[i] for i in order]
-    found = _Boxes.concatenate([_best(detections[i]) for i in order])
+    pairs = sorted(zip(ground_truths, detections, strict=True), key=lambda pair: pair[0].image_id)
+    ground_truths = [ground_truth for ground_truth, _ in pairs]
+    assert len({one.image_id for one in ground_truths}) == len(pairs), "an image was evaluated twice"
+    found = _Boxes.concatenate([_best(one) for _, one in pairs])
     labels = _Boxes.concatenate([(t.boxes_xyxy, np.ones(len(t.classes)), t.classes) for t in ground_truths])
     for boxes in (found, labels):
         assert boxes.classes.size == 0 or 0 <= boxes.classes.min() <= boxes.classes.max() < num_classes
 
     num_labels = np.bincount(labels.classes, minlength=num_classes)
-    num_images = np.bincount(
-        np.unique(np.stack([labels.images, labels.classes]), axis=1)[1], minlength=num_classes
-    )
+    images_and_classes = np.unique(np.stack([labels.images, labels.classes]), axis=1)
+    num_images = np.bincount(images_and_classes[1], minlength=num_classes)
     has_labels = num_labels > 0
     found = found.where(has_labels[found.classes])  # others count neither for COCO nor in the mean F1
-    precision_curves, is_true_positive = _run_coco(
-        ground_truths, labels, found, class_names
-    )  # (T, R, K), (D,)
+    # (T, R, K), (D,)
+    precision_curves, is_true_positive = _run_coco(ground_truths, labels, found, class_names)
     ap = precision_curves.mean(axis=1)  # (T, K)
     confidence, precision, recall = _at_best_f1(found.scores, found.classes, is_true_positive, num_labels)
 
@@ -136,8 +122,7 @@ def evaluate(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Boxes:
+class _Boxes(NamedTuple):
     """The boxes of all images: image by image, within an image best first."""
 
     images: np.ndarray  # (N,) int64, position of the image
@@ -147,15 +132,10 @@ class _Boxes:
 
     @classmethod
     def concatenate(cls, parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Boxes:
-        counts = [len(classes) for _, _, classes in parts]
-        return cls(
-            np.repeat(np.arange(len(parts)), np.asarray(counts, np.int64)),
-            np.concatenate(
-                [np.zeros((0, 4)), *(np.reshape(boxes, (-1, 4)) for boxes, _, _ in parts)], dtype=np.float64
-            ),
-            np.concatenate([np.zeros(0), *(scores for _, scores, _ in parts)], dtype=np.float64),
-            np.concatenate([np.zeros(0, np.int64), *(classes for _, _, classes in parts)], dtype=np.int64),
-        )
+        counts = np.array([len(classes) for _, _, classes in parts], np.int64)
+        nothing = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        boxes, scores, classes = (np.concatenate(column) for column in zip(nothing, *parts, strict=True))
+        return cls(np.repeat(np.arange(len(parts)), counts), boxes, scores, classes)
 
     def where(self, mask: np.ndarray) -> _Boxes:
         return _Boxes(self.images[mask], self.boxes_xyxy[mask], self.scores[mask], self.classes[mask])
@@ -163,24 +143,16 @@ class _Boxes:
     def annotations(self) -> list[dict[str, Any]]:
         """Return COCO annotations. Ids start at 1: its matching uses 0 for "no match"."""
         size_wh = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
-        columns = (
-            self.images.tolist(),
-            self.classes.tolist(),
-            np.concatenate([self.boxes_xyxy[:, :2], size_wh], axis=1).tolist(),
-            size_wh.prod(axis=1).tolist(),
-            self.scores.tolist(),
-        )
+        columns = {
+            "id": range(1, 1 + len(self.classes)),
+            "image_id": self.images.tolist(),
+            "category_id": self.classes.tolist(),
+            "bbox": np.concatenate([self.boxes_xyxy[:, :2], size_wh], axis=1).tolist(),
+            "area": size_wh.prod(axis=1).tolist(),
+            "score": self.scores.tolist(),
+        }
         return [
-            {
-                "id": i,
-                "image_id": image,
-                "category_id": klass,
-                "bbox": box,
-                "area": area,
-                "iscrowd": 0,
-                "score": score,
-            }
-            for i, (image, klass, box, area, score) in enumerate(zip(*columns, strict=True), start=1)
+            dict(zip(columns, row, strict=True), iscrowd=0) for row in zip(*columns.values(), strict=True)
         ]
 
 
@@ -198,13 +170,10 @@ def _run_coco(
         return np.zeros((10, 101, num_classes)), np.zeros(len(found.classes), bool)
     images = [{"id": i, "height": t.size_hw[0], "width": t.size_hw[1]} for i, t in enumerate(ground_truths)]
     categories = [{"id": k, "name": name} for k, name in enumerate(class_names)]
-    sides = [
-        COCO(
-            {"images": images, "categories": categories, "annotations": boxes.annotations()},
-            print_function=_quiet,
-        )
-        for boxes in (labels, found)
-    ]
+    sides = []
+    for boxes in (labels, found):
+        content = {"images": images, "categories": categories, "annotations": boxes.annotations()}
+        sides.append(COCO(content, print_function=_quiet))
     run = COCOeval_faster(*sides, iouType="bbox", print_function=_quiet)
     run.params.maxDets = [MAX_DETECTIONS]  # per image and class: never cuts, since `_best` did
     run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]  # a quarter of COCO's default work

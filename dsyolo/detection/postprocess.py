@@ -56,10 +56,10 @@ class PostProcessor:
         if len(score) > MAX_CANDIDATES:
             score, best = score.topk(MAX_CANDIDATES)
             box, kind = box[best], kind[best]
-        boxes = cxcywh_to_xyxy(decoded[box, :4]).cpu().numpy()
-        score, kind = score.cpu().numpy(), kind.cpu().numpy()
-        keep = nms(boxes, score, kind, self.iou_threshold, self.max_detections)
-        return Detections(boxes[keep], score[keep], kind[keep])
+        columns = (cxcywh_to_xyxy(decoded[box, :4]), score, kind)
+        boxes, scores_np, classes = (column.cpu().numpy() for column in columns)
+        keep = nms(boxes, scores_np, classes, self.iou_threshold, self.max_detections)
+        return Detections(boxes[keep], scores_np[keep], classes[keep])
 
 
 class OomSafePredictor:
