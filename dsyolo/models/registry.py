@@ -107,7 +107,7 @@ def refuse_image_size(name: str, image_size_px: int) -> None:
 def _builder(reference: str, _folder: Path) -> Callable[[int], Any]:
     """Load the function once in a process, so that its classes stay the same."""
     with torch.device("cpu"):  # tensors that the file makes must not become those of a meta build
-        build = load_object(reference, "model")
+        build = load_object(reference, "--model")
     if not callable(build):
         raise _error(reference, f"{build!r} is no function", "Name a function build(num_classes)")
     return build
