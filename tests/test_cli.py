@@ -1,175 +1,84 @@
-"""`dsyolo val` and `dsyolo detect`: what they refuse, and that they lose nothing of the user's."""
+"""`dsyolo <command>`: each command is found, and only its own module is imported."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
+from dsyolo import cli, train
+from dsyolo.base.errors import UserError
+from dsyolo.commands import convert
+
+LIGHT = ("val", "detect", "convert", "sample", "plan", "simulate")
+HELP = """
+import contextlib, sys
 from dsyolo import cli
-from dsyolo.cli import main
-from dsyolo.data.synthetic import draw_sample
-from dsyolo.models.weights import describe, save_weights
-from dsyolo.models.yolov5 import build_yolov5
+for name in sys.argv[1:]:
+    with contextlib.suppress(SystemExit):
+        cli.main([name, "--help"] if name else ["--help"])
+    assert "torch" not in sys.modules, name
+"""
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a data set of 6 + 2 images and weights that know nothing."""
-    folder = tmp_path_factory.mktemp("cli")
-    data = yaml.safe_load(draw_sample(folder / "sample", num_images=8, image_size=(96, 96)).read_text())
-    torch.manual_seed(0)
-    network = build_yolov5("yolov5n", len(data["names"]))
-    info = describe(network, list(data["names"].values()), 64)
-    save_weights(folder / "w.safetensors", network.state_dict(), info)
-    return folder
+def test_help_does_not_wait_for_torch():
+    command = [sys.executable, "-c", HELP, "", *LIGHT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: dsyolo {name} " in done.stdout for name in LIGHT)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "outlive_readers", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    assert "usage: " in capsys.readouterr().out
 
 
-def run(place: Path, command: str, *words: object) -> int:
-    return main([command, "--weights", str(place / "w.safetensors"), *map(str, words)])
+def test_train_is_the_entry_of_train_py(monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "outlive_readers", lambda: given.append("streams"))
+    monkeypatch.setattr(train, "main", lambda argv: given.append(argv) or 7)
+    assert cli.main(["train", "--data", "x", "--", "--help"]) == 7
+    assert given == ["streams", ["--data", "x", "--", "--help"]]
 
 
-def val_images(place: Path) -> list[Path]:
-    return sorted((place / "sample/images/val").iterdir())
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("No", ["a: b."]), 2, "a: b."),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (None, 0, ""),
+    ],
+)
+def test_how_a_command_ends_is_its_status(error, status, message, monkeypatch, capsys):
+    def run(args) -> int:
+        if error:
+            raise error
+        return 0
+
+    monkeypatch.setattr(convert, "run", run)
+    assert cli.main(["convert", "coco", "src", "dst"]) == status
+    assert message in capsys.readouterr().err
 
 
-# ---- detect
+def test_a_command_that_does_not_exist_is_refused(capsys):
+    for words in (["nosuch"], []):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert end.value.code == 2
+    assert "usage: dsyolo" in capsys.readouterr().err
 
 
-def test_images_and_folders_are_taken_as_the_readme_says(place, tmp_path, capsys):
-    one = sorted((place / "sample/images/train").iterdir())[0]
-    assert run(place, "detect", "--out", tmp_path / "out", one, place / "sample/images/val") == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == sorted([one.name, *(path.name for path in val_images(place))])
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
-def test_many_images_are_told_in_one_line(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "MANY_IMAGES", 2)
-    args = ("--score_threshold", 0, "--out", tmp_path, place / "sample/images/val")
-    assert run(place, "detect", *args) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("2 images: ")
-    assert "circle" in line
-
-
-@pytest.mark.parametrize("link", [False, True])
-def test_pictures_never_take_the_place_of_the_images(place, tmp_path, capsys, link):
-    source = tmp_path / "own"
-    shutil.copytree(place / "sample/images/val", source)
-    before = {path: path.read_bytes() for path in source.iterdir()}
-    out = source
-    if link:
-        out = tmp_path / "linked"
-        out.symlink_to(source)
-    assert run(place, "detect", "--out", out, source) == 2
-    assert "it is one of the images given" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in source.iterdir()} == before
-    for number in range(8):
-        shutil.copy(val_images(place)[0], source / f"more{number}.jpg")
-    assert run(place, "detect", "--out", out, source) == 2
-    assert "and 5 more." in capsys.readouterr().err
-
-
-def test_two_images_of_one_name_do_not_share_a_picture(place, tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        shutil.copy(val_images(place)[0], tmp_path / name / "i.jpg")
-    sources = (tmp_path / "a", tmp_path / "b")
-    assert run(place, "detect", "--out", tmp_path / "out", *sources) == 2
-    told = capsys.readouterr().err
-    assert f"both {tmp_path}/a/i.jpg and {tmp_path}/b/i.jpg would go there" in told
-    assert not (tmp_path / "out").exists()
-    # one image named twice is one image
-    assert run(place, "detect", "--out", tmp_path / "out", tmp_path / "a", tmp_path / "a/i.jpg") == 0
-
-
-def test_a_reader_that_stops_reading_ends_it_quietly(place, tmp_path):
-    words = ["detect", "--weights", place / "w.safetensors", "--out", tmp_path, place / "sample/images/train"]
+def test_a_reader_that_stops_reading_ends_it_quietly(tmp_path):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "dsyolo.cli", *map(str, words)]
+    command = [sys.executable, "-m", "dsyolo.cli", "sample", "--images", "4", str(tmp_path / "drawn")]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert done.returncode == 141
     assert "BrokenPipe" not in done.stderr
-
-
-# ---- what is refused before anything is computed
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["detect", "--out", "{file}", "{image}"], "is a file, and a folder is needed there"),
-        (["val", "--json", "{folder}", "--data", "{data}"], "it is a folder. Name a file."),
-        (["val", "--json", "{file}/x.json", "--data", "{data}"], "is a file, and a folder is needed there"),
-    ],
-)
-def test_places_that_cannot_be_written(place, tmp_path, capsys, monkeypatch, words, told):
-    monkeypatch.setattr(cli, "rebuild", lambda _: pytest.fail("the weights were read first"))
-    (tmp_path / "file").write_text("mine")
-    places = {"file": tmp_path / "file", "folder": tmp_path, "image": val_images(place)[0]}
-    command, *words = (word.format(data=place / "sample/data.yaml", **places) for word in words)
-    assert run(place, command, *words) == 2
-    assert told in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "rule"),
-    [
-        ("--iou_threshold", "7", "a number, above 0 and at most 1"),
-        ("--iou_threshold", "nan", "a number, above 0 and at most 1"),
-        ("--score_threshold", "-1", "a number, at least 0 and below 1"),
-        ("--score_threshold", "2", "a number, at least 0 and below 1"),
-        ("--max_detections", "0", "a whole number, at least 1"),
-        ("--batch_size", "x", "a whole number, at least 1"),
-        ("--workers", "-1", "a whole number, at least 0"),
-    ],
-)
-def test_numbers_are_judged_as_in_training(place, capsys, option, value, rule):
-    for command in ("val",) if option in ("--batch_size", "--workers") else ("val", "detect"):
-        words = ["--data", place / "sample/data.yaml"] if command == "val" else [val_images(place)[0]]
-        with pytest.raises(SystemExit) as caught:
-            run(place, command, *words, option, value)
-        assert caught.value.code == 2
-        assert f"argument {option}: {value} given, but it must be {rule}" in capsys.readouterr().err
-
-
-# ---- val
-
-
-def test_val_takes_the_settings_of_a_training(place, monkeypatch):
-    seen = []
-    loader, finder = cli.EvalLoader, cli.PostProcessor
-    monkeypatch.setattr(cli, "EvalLoader", lambda *a, **k: seen.append(k["rectangular"]) or loader(*a, **k))
-    monkeypatch.setattr(cli, "PostProcessor", lambda *a, **k: seen.append(a) or finder(*a, **k))
-    words = ("--data", place / "sample/data.yaml", "--workers", 0)
-    assert run(place, "val", *words) == 0
-    assert run(place, "val", *words, "--no-rect_val", "--max_detections", 7, "--iou_threshold", 0.5) == 0
-    assert seen == [True, (0.001, 0.6, 300), False, (0.001, 0.5, 7)]
-
-
-def test_val_refuses_classes_that_data_yaml_does_not_name_as_training_does(place, tmp_path, capsys):
-    shutil.copytree(place / "sample", tmp_path / "more")
-    label = sorted((tmp_path / "more/labels/val").iterdir())[0]
-    with label.open("a") as file:
-        file.write("9 0.5 0.5 0.2 0.2\n-1 0.5 0.5 0.2 0.2\n")
-    row = len(label.read_text().splitlines()) - 1
-    assert run(place, "val", "--data", tmp_path / "more/data.yaml", "--workers", 0) == 2
-    told = capsys.readouterr().err
-    assert f"val: class 9, but data.yaml names 5 (0 to 4): 1 rows ({label}:{row})." in told
-    assert "names: add these classes to circle, square, triangle, star, ring, or remove the rows." in told
-    assert "class -1" not in told  # which no data.yaml could name: left out, as every row that means nothing

@@ -131,8 +131,11 @@ def test_models_data_and_loss_do_not_know_each_other():
 
 
 def test_nobody_imports_the_entries():
+    """But for `dsyolo train`, which is the other entry."""
+
     def check(path: Path) -> Iterator[str]:
-        yield from sorted(own_imports(path) & {"train", "cli"})
+        allowed = {"train"} if path == PACKAGE / "cli.py" else set()
+        yield from sorted(own_imports(path) & {"train", "cli"} - allowed)
 
     each(check)
 
@@ -236,7 +239,8 @@ def called(node: ast.AST) -> Iterator[str]:
         root = node.func
         while isinstance(root, (ast.Attribute, ast.Call, ast.Subscript)):
             root = root.func if isinstance(root, ast.Call) else root.value
-        yield root.id if isinstance(root, ast.Name) else ast.unparse(root)
+        if not isinstance(root, ast.Constant):  # the methods of a literal do nothing
+            yield root.id if isinstance(root, ast.Name) else ast.unparse(root)
     for child in ast.iter_child_nodes(node):
         yield from called(child)
 

@@ -1,4 +1,4 @@
-"""What crosses the borders between layers, with shapes.
+"""The types that cross the borders between layers, with their shapes.
 
 Letters in shapes: B images, L levels, A anchors per cell and level, H W cells (or pixels of an image),
 K classes, N boxes of one image, M matches per level (padded to a capacity).
@@ -13,7 +13,7 @@ import torch
 
 
 class Sample(NamedTuple):
-    """One image with its labels, as the loader's workers handle it."""
+    """One image with its labels, in the loader's workers."""
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
     boxes_xyxy: np.ndarray  # (N, 4) float32, pixels of `image`
@@ -24,8 +24,8 @@ class Sample(NamedTuple):
 class Targets(NamedTuple):
     """The matches of a batch, assigned from labels and anchors alone. A flat tuple, as DeepSpeed's labels must be.
 
-    Rows beyond a level's matches have weight 0, so shapes stay fixed. `num_matches` and `num_images` are
-    what the loss divides by: collate writes this batch's own, the engine those of the global batch.
+    Rows beyond a level's matches have weight 0, so shapes stay fixed. The loss divides by `num_matches` and `num_images`:
+    collate writes this batch's own, the engine those of the global batch.
     """
 
     cells: torch.Tensor  # (L, M) int64, index into the flattened (B, A, H, W) of the level
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class GroundTruth(NamedTuple):
-    """The labels of one image in the image's own pixels, and how the network's input was made from it."""
+    """The labels of one image in its own pixels, and the transform from it to the network's input."""
 
     image_id: int  # index in the data set
     size_hw: tuple[int, int]  # of the original image
@@ -55,14 +55,14 @@ class GroundTruth(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """A batch for validation: letterboxed images and the truth of each."""
+    """A batch for validation: letterboxed images and their ground truths."""
 
     images: torch.Tensor  # (B, 3, H, W) uint8, RGB
     ground_truths: tuple[GroundTruth, ...]
 
 
 class Detections(NamedTuple):
-    """What was found in one image, best first."""
+    """The detections in one image, best first."""
 
     boxes_xyxy: np.ndarray  # (N, 4) float32, pixels of the original image
     scores: np.ndarray  # (N,) float32
@@ -70,9 +70,9 @@ class Detections(NamedTuple):
 
 
 class StepStats(NamedTuple):
-    """Of one optimizer step, over the global batch. Tensors stay on the device until somebody reads them."""
+    """Statistics of one optimizer step over the global batch. Tensors stay on the device until they are read."""
 
     losses: torch.Tensor  # (3,) float32: box, objectness, class; each times its gain, per image
-    grad_norm: torch.Tensor | float | None  # before clipping, where the engine knows it
+    grad_norm: torch.Tensor | float | None  # before clipping; None if the engine does not know it
     num_images: int  # of the global batch
-    was_applied: bool = True  # False: gradients were not finite, and the weights are those of before
+    was_applied: bool = True  # False: gradients were not finite, and the weights are unchanged

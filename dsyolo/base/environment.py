@@ -1,7 +1,7 @@
-"""The environment: everything that dsyolo reads there, and what it leaves there for torch and DeepSpeed.
+"""The environment variables that dsyolo reads, and those that it sets for torch and DeepSpeed.
 
-A launcher tells each rank its place by variables: deepspeed's and torchrun's own, or Slurm's, where srun itself started
-the ranks. Nothing else in dsyolo knows of os.environ, but doctor/probe.py, which runs on other hosts and by itself.
+A launcher passes each rank its position by variables: deepspeed's and torchrun's own, or Slurm's, if srun started the
+ranks. Nothing else uses os.environ, except doctor/probe.py, which runs on other hosts without dsyolo.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dsyolo.base.errors import UserError
 
 
 class Environment(NamedTuple):
-    """What the environment says."""
+    """The settings that the environment gives."""
 
     rank: int
     size: int  # ranks, of all machines
@@ -24,18 +24,18 @@ class Environment(NamedTuple):
     local_size: int  # ranks on this machine
     master_addr: str | None  # where rank 0 listens
     master_port: int | None
-    accelerator: str | None  # DS_ACCELERATOR; None: DeepSpeed's choice
-    cache: Path  # for what can be made again: $XDG_CACHE_HOME, else ~/.cache
+    accelerator: str | None  # DS_ACCELERATOR; None: DeepSpeed chooses
+    cache: Path  # for files that can be made again: $XDG_CACHE_HOME, else ~/.cache
     under_torchrun: bool = (
-        False  # whose agents keep the store in which ranks join, and end all where one fails
+        False  # its agents keep the store of the rendezvous, and end all ranks if one fails
     )
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """What `variables`, by default this process's, say: a world of one rank where no launcher is heard.
+    """Read `variables` (default: this process's). Without a launcher the world has one rank.
 
     Raises:
-        UserError: a launcher's variables are not whole.
+        UserError: a launcher's variables are incomplete.
     """
     given = os.environ if variables is None else variables
     problems: list[str] = []
@@ -48,7 +48,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         problems.append("MASTER_ADDR: missing. Set it to the name or address of the machine of rank 0.")
     port = _number(given, "MASTER_PORT", 29500, problems) if size > 1 or "MASTER_PORT" in given else None
     if problems:
-        raise UserError("The environment does not tell this rank its place", problems)
+        raise UserError("The environment does not give this rank its position", problems)
     cache = given.get("XDG_CACHE_HOME")
     return Environment(
         *place,
@@ -61,12 +61,12 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 
 def export_to_torch(place: Environment, *, instead: bool = False) -> None:
-    """Sets what torch and DeepSpeed read themselves, for the processes of this one too, where no launcher has.
+    """Set the variables that torch and DeepSpeed read, unless a launcher has set them. Child processes inherit them.
 
     Args:
-        instead: also where one has.
+        instead: overwrite a launcher's values.
     """
-    told = {
+    variables = {
         "RANK": place.rank,
         "WORLD_SIZE": place.size,
         "LOCAL_RANK": place.local_rank,
@@ -74,26 +74,26 @@ def export_to_torch(place: Environment, *, instead: bool = False) -> None:
         "MASTER_PORT": place.master_port,
     }
     if place.accelerator:
-        told["DS_ACCELERATOR"] = place.accelerator
-    for name, value in told.items():
+        variables["DS_ACCELERATOR"] = place.accelerator
+    for name, value in variables.items():
         if instead or name not in os.environ:
             os.environ[name] = str(value)
 
 
 def all_variables() -> dict[str, str]:
-    """A copy of this process's: from them the deepspeed launcher chooses what it hands on."""
+    """Return a copy of this process's variables, for child processes."""
     return dict(os.environ)
 
 
 def count_restart() -> None:
-    """Before all ranks start again: torchrun's store keeps the keys of each start apart by this number."""
+    """Count a restart of all ranks: torchrun's store keeps the keys of each start apart by this number."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count + 1)
 
 
 def _from_launcher(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
     if "RANK" in given and "WORLD_SIZE" not in given:
-        problems.append("WORLD_SIZE: missing beside RANK. Start ranks by a launcher: see launch/.")
+        problems.append("WORLD_SIZE: missing beside RANK. Start ranks with a launcher: see launch/.")
     size = _number(given, "WORLD_SIZE", 1, problems)
     # torchrun's name, and deepspeed's
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in given else "LOCAL_SIZE"

@@ -1,4 +1,4 @@
-"""The one error a user sees for a mistake of his own: what was given, the rule, the remedy."""
+"""The error for a user's mistakes. It names what was given, the rule, and the fix."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (a config, a file, an option), never a fault of the program.
+    """A mistake in a config, file or option of the user, never a bug of the program.
 
-    The entries print it without a traceback and exit with its status. All problems of one input are
-    collected before it is raised, so that one run tells them all.
+    Commands print it without a traceback and exit with its status. All problems of one input are collected before it
+    is raised, so that one run shows them all.
 
     Args:
         headline: the file or input that cannot be used, as one sentence without a final colon.
         problems: one line per problem: key or place, value given, rule, remedy.
-        status: 2, or that of what may go another time (EX_TEMPFAIL, 75): launch scripts try it again.
+        status: exit status: 2, or 75 (EX_TEMPFAIL) for what launch scripts should try again.
     """
 
     def __init__(self, headline: str, problems: Sequence[str] = (), status: int = 2) -> None:

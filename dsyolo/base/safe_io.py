@@ -1,7 +1,7 @@
-"""Files that a stranger may have written: read with bounds, as plain data, and nothing in them runs.
+"""Reads files that a stranger may have written: bounded, as plain data, without running anything in them.
 
-YAML here has no aliases, with which a few hundred bytes name more values than any memory holds, and no tags of Python.
-Pickles are told by what they begin with, whatever their name.
+YAML aliases are refused, since a few hundred bytes of them expand beyond any memory, and so are Python tags. Pickles are
+recognised by their first bytes, whatever their name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 import yaml
 
-MOST_TEXT_BYTES = 4 << 20  # of a settings file: 20,000 class names take a tenth
+MOST_TEXT_BYTES = 4 << 20  # of a settings file; 20,000 class names take a tenth
 CUT = 200  # characters of a value in a message
 
 _ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
 
 
 def read_bytes(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
-    """A regular file of at most so many bytes.
+    """Read a regular file of at most `most_bytes` bytes.
 
     Raises:
         OSError: as `open`; or it is larger, or a device or pipe, which may never end.
@@ -38,16 +38,16 @@ def read_bytes(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
-    """The same as UTF-8, with or without a byte order mark. Raises UnicodeDecodeError too."""
+    """Read a UTF-8 file, as `read_bytes`, with or without a byte order mark. Raise UnicodeDecodeError too."""
     return read_bytes(path, most_bytes).decode("utf-8-sig")
 
 
 class BadYamlError(ValueError):
-    """Not YAML, or not YAML that is read here: a place and a reason in words."""
+    """The text is not YAML, or YAML that is refused here. The message has the place and the reason."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, and a key given twice, where YAML readers take the last in silence."""
+    """Refuses aliases, and keys given twice, of which YAML readers silently take the last."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -68,7 +68,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values: mappings, lists, texts, numbers, dates.
+    """Return plain values: mappings, lists, strings, numbers, dates.
 
     Raises:
         BadYamlError: it cannot be read.
@@ -83,10 +83,10 @@ def parse_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
         reason = shortened(getattr(error, "problem", None) or "not YAML")
-        if isinstance(error, yaml.constructor.ConstructorError):  # YAML, but not to be understood
+        if isinstance(error, yaml.constructor.ConstructorError):  # valid YAML that is refused
             raise BadYamlError(f"{place}{reason}.") from None
         raise BadYamlError(f"{place}not YAML: {reason}. Give `key: value` lines.") from None
-    except ValueError as error:  # a date that is none, a number of thousands of digits
+    except ValueError as error:  # an impossible date, a number of thousands of digits
         raise BadYamlError(f"a value cannot be read ({shortened(str(error))}).") from None
     finally:
         if loader:
@@ -94,7 +94,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def pickled(path: Path) -> str | None:
-    """What a file is, where it is pickled or may hold pickles whatever its name says; None otherwise."""
+    """Return what kind of pickle (or container of pickles) a file is, whatever its name; None if it is none."""
     with open(path, "rb") as file:
         start = file.read(4)
         if start.startswith(_ZIP):
@@ -108,14 +108,14 @@ def pickled(path: Path) -> str | None:
 
 
 def _is_old_pickle(data: bytes) -> bool:
-    """Whether its operations can be read to their end: the protocols 0 and 1 have no sign of their own."""
+    """Whether data are a pickle of protocol 0 or 1, which have no signature: all operations must parse."""
     try:
-        return sum(1 for _ in pickletools.genops(data)) > 1  # which runs none of them
+        return sum(1 for _ in pickletools.genops(data)) > 1  # parses, and runs nothing
     except (ValueError, OverflowError, UnicodeDecodeError, IndexError):
         return False
 
 
 def shortened(text: str) -> str:
-    """At most `CUT` characters of a text from a file, on one line."""
+    """Return at most `CUT` characters of a text from a file, on one line."""
     text = " ".join(text[: 4 * CUT].split())
     return text if len(text) <= CUT else f"{text[:CUT]} ..."

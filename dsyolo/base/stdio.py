@@ -1,4 +1,4 @@
-"""Standard output and error that a run outlives: where nobody takes what is said any more, it is lost, and no more."""
+"""stdout/stderr wrappers that survive a closed pipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import io
 import sys
 
 
-class _Unheard(io.FileIO):
-    """Writes what it can. The reader may be gone (a terminal, ssh), or the disk of a log full."""
+class _Lossy(io.FileIO):
+    """Drops what cannot be written: the reader (a terminal, ssh) may be gone, or a log's disk full."""
 
     def write(self, data) -> int | None:
         try:
@@ -17,16 +17,15 @@ class _Unheard(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Replaces this process's streams by such ones. Call it before anything else takes hold of them, as loggers do.
+    """Wrap stdout and stderr. Call it before anything keeps a reference to them, as loggers do.
 
-    Python ends a program by BrokenPipeError when it prints to a pipe that nobody reads: so a run over ssh would end,
-    and lose its last steps, by the first line that it prints after the connection is gone.
+    Otherwise a run over ssh would end by BrokenPipeError at the first line that it prints after the connection is lost.
     """
     for name, handle in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if stream is None:  # closed from the beginning
+        if stream is None:  # closed from the start
             continue
         stream.flush()
-        raw = io.BufferedWriter(_Unheard(handle, "wb", closefd=False))
+        raw = io.BufferedWriter(_Lossy(handle, "wb", closefd=False))
         text = io.TextIOWrapper(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
         setattr(sys, name, text)

@@ -1,1 +1,1 @@
-"""Checkpointer of named tensors: writing, reading, choosing the latest."""
+"""Checkpoints of named tensors: writing, reading, choosing the latest."""

@@ -1,9 +1,8 @@
-"""Checkpointer of named tensors: nothing in them knows of ranks, ZeRO stage or precision.
+"""Saves and loads checkpoints: named tensors, independent of ranks, ZeRO stage and precision.
 
-A checkpoint is a folder `step_<n>`: safetensors files, one written by each rank, and `progress.json` with the
-progress of the run, which file holds which tensor, and each file's checksum. It is written under another name
-and becomes whole by a rename; one that is whole is never written to again. A second one of the same step, as after
-a validation that was interrupted, is `step_<n>.1`.
+A checkpoint is a folder `step_<n>`: one safetensors file of each rank, and `progress.json` with the run's progress, the
+file of each tensor, and each file's checksum. It is written under another name and renamed when it is complete; then it
+is never written to again. A second one of the same step, as after an interrupted validation, is `step_<n>.1`.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ from dsyolo.engine.partitions import Partitions
 
 
 class Checkpointer:
-    """Saves and loads the whole state of a run in `folder`.
+    """Saves and loads the whole state of a run.
 
     Args:
         folder: gets one sub-folder per checkpoint.
-        keep: so many of the newest stay, and the best one.
+        keep: number of newest checkpoints to keep, beside the best one.
     """
 
     def __init__(
@@ -59,32 +58,32 @@ class Checkpointer:
         keep: int = 2,
     ) -> None:
         self.folder, self.keep = folder, keep
-        self._engine, self._shards, self._ema, self._world = engine, partitions, ema, world
+        self._engine, self._partitions, self._ema, self._world = engine, partitions, ema, world
 
     def save(self, progress: TrainState, *, is_best: bool = False) -> str | None:
-        """Writes a checkpoint, all ranks together. The previous ones stay whole whatever happens.
+        """Write a checkpoint, all ranks together. The previous ones stay intact whatever happens.
 
         Returns:
-            why it could not be written, the same on all ranks; None where it was.
+            why it could not be written, the same on all ranks; None on success.
         """
         part = self.folder / f".step_{progress.step:08d}.part"
-        problem = self._agreed(self._begin, part, on_first=True)
+        problem = self._agreed(self._begin, part, on_main=True)
         own = {} if problem else dict(self._own_tensors())
         problem = problem or self._agreed(self._write, part, own)
-        problem = problem or self._agreed(self._complete, part, progress, is_best, on_first=True)
+        problem = problem or self._agreed(self._complete, part, progress, is_best, on_main=True)
         if problem is None:
             return None
         if self._world.is_main_process:
             shutil.rmtree(part, ignore_errors=True)  # on a full disk, room for the rest of the run
         newest = all_checkpoints(self.folder)[-1:]
-        kept = f"{newest[0].name} is kept" if newest else "there is none yet"
-        return f"The checkpoint of step {progress.step} could not be written: {problem}. Of those before, {kept}."
+        kept = f"The one before, {newest[0].name}, is kept" if newest else "There is none before it"
+        return f"The checkpoint of step {progress.step} could not be written: {problem}. {kept}."
 
-    def _agreed(self, work: Callable[..., None], *args: Any, on_first: bool = False) -> str | None:
-        """Does a part of the writing, and tells all ranks where one of them failed."""
+    def _agreed(self, work: Callable[..., None], *args: Any, on_main: bool = False) -> str | None:
+        """Do a part of the writing. Return the problem of the first rank that failed, on all ranks."""
         problem = None
         try:
-            if self._world.is_main_process or not on_first:
+            if self._world.is_main_process or not on_main:
                 work(*args)
         except (OSError, SafetensorError) as error:
             problem = f"rank {self._world.rank}: {getattr(error, 'strerror', None) or error} ({self.folder})"
@@ -98,29 +97,29 @@ class Checkpointer:
     def _write(self, part: Path, own: dict[str, torch.Tensor]) -> None:
         file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
         save_file(own, file)
-        file.chmod(part.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
-        _to_disk(file)
-        # Beside its tensors each rank leaves what the manifest says of them; the first one puts it together.
+        file.chmod(part.stat().st_mode & 0o666)  # safetensors creates files that only their owner may read
+        _sync_to_disk(file)
+        # Each rank leaves its part of the manifest beside its tensors; rank 0 joins them.
         (part / f"{file.stem}.json").write_text(json.dumps({"sha256": sha256_of(file), "names": sorted(own)}))
 
     def load(self, path: Path, *, verified: bool = False) -> TrainState:
-        """Brings engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
+        """Set engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
 
         Args:
             verified: `newest_whole` has compared its checksums.
 
         Raises:
-            UserError: a file is missing, damaged, or of another network. Nothing is changed then.
+            UserError: a file is missing, damaged, or of another network; then nothing is changed.
         """
         manifest = read_manifest(path, verify=False) if verified else verify(path, self._world)
         reader = Reader(path, manifest)
         self._check_tensors(reader, manifest)
-        partitions = self._shards
+        partitions = self._partitions
         partitions.scatter(partitions.masters(), lambda name: reader.tensor(f"param/{name}"))
         partitions.copy_to_model(partitions.masters())
         state_names = sorted(manifest.optimizer_states)
         for key, tensors in partitions.make_state(state_names, manifest.optimizer_scalars).items():
-            if key in state_names:  # else none was needed yet, and zeros lie in a file
+            if key in state_names:  # else there was none yet, and the zeros stay
                 partitions.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
         self._engine.loss_scale.load(manifest.loss_scale)
         buffers = self._engine.buffers
@@ -133,20 +132,22 @@ class Checkpointer:
         return manifest.progress
 
     def _check_tensors(self, reader: Reader, manifest: Manifest) -> None:
-        """All that `load` will take, before it changes anything: names, shapes, types and finite values."""
+        """Check all that `load` reads, before it changes anything: names, shapes, types and finite values."""
         averaged = bool(self._ema.tensors)
         states = manifest.optimizer_states
-        optimizer = type(self._shards.optimizer).__name__
-        if strange := states - set(FIRST_STATE[optimizer][0]):
+        optimizer = type(self._partitions.optimizer).__name__
+        if unknown := states - set(FIRST_STATE[optimizer][0]):
             rule = f"{optimizer} has no such state"
-            raise UserError(headline_of(reader.path), [f"optimizer/{shortened(min(strange))}: {rule}."])
+            raise UserError(headline_of(reader.path), [f"optimizer/{shortened(min(unknown))}: {rule}."])
         kinds = ["param", *(f"optimizer/{state}" for state in sorted(states)), *(["ema"] if averaged else [])]
-        shapes = {f"{kind}/{name}": tuple(one) for kind in kinds for name, one in self._shards.shapes.items()}
+        shapes = {
+            f"{kind}/{name}": tuple(one) for kind in kinds for name, one in self._partitions.shapes.items()
+        }
         buffers = self._engine.buffers
         flat = tuple(buffers.gathered(buffers.flat).shape)
         shapes |= dict.fromkeys(["buffers/network", *(["buffers/ema"] if averaged else [])], flat)
         problems = [
-            f"{name}: {found or 'nothing'} in it, but {shape} needed. It is of another network or setting."
+            f"{name}: {found or 'nothing'} in it, but {shape} needed. It belongs to another network or setting."
             for name, shape in shapes.items()
             if (found := reader.shape(name)) != shape
         ]
@@ -163,8 +164,8 @@ class Checkpointer:
             raise UserError(headline_of(reader.path), problems[:1] + more)
 
     def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What this rank writes. All ranks run through the same gathers in the same order."""
-        partitions, ema = self._shards, self._ema
+        """Yield what this rank writes. All ranks run the same gathers in the same order."""
+        partitions, ema = self._partitions, self._ema
         sources: dict[str, tuple[Partitions, Sequence[torch.Tensor]]] = {
             "param": (partitions, partitions.masters())
         }
@@ -173,10 +174,10 @@ class Checkpointer:
         }
         if ema.tensors:
             sources["ema"] = (ema.partitions, ema.tensors)
-        sizes = [(name, torch.Size(shape).numel()) for name, shape in self._shards.shapes.items()]
+        sizes = [(name, torch.Size(shape).numel()) for name, shape in self._partitions.shapes.items()]
         owner = balanced_owners(sizes, self._world.size)
-        for kind, (holders, tensors) in sources.items():
-            for name, tensor in holders.gather(tensors):
+        for kind, (own, tensors) in sources.items():
+            for name, tensor in own.gather(tensors):
                 if owner[name] == self._world.rank:
                     yield f"{kind}/{name}", _host_copy(tensor)
         buffers = self._engine.buffers
@@ -188,15 +189,15 @@ class Checkpointer:
     def _complete(self, part: Path, progress: TrainState, is_best: bool) -> None:
         files, tensors = {}, {}
         for note in sorted(part.glob("tensors-*.json")):
-            said = json.loads(note.read_text())
+            part_of_rank = json.loads(note.read_text())
             file = note.with_suffix(".safetensors").name
-            files[file] = said["sha256"]
-            tensors |= dict.fromkeys(said["names"], file)
+            files[file] = part_of_rank["sha256"]
+            tensors |= dict.fromkeys(part_of_rank["names"], file)
             note.unlink()
         manifest = Manifest(
             format=FORMAT,
             progress=progress,
-            optimizer_scalars=self._shards.scalars(),
+            optimizer_scalars=self._partitions.scalars(),
             ema_updates=self._ema.updates,
             loss_scale=self._engine.loss_scale.state(),
             is_best=is_best,
@@ -205,9 +206,9 @@ class Checkpointer:
         )
         (part / "progress.json").write_text(manifest.model_dump_json(indent=1))
         for path in (part / "progress.json", part):
-            _to_disk(path)
+            _sync_to_disk(path)
         os.replace(part, self._free_name(progress.step))
-        _to_disk(self.folder)
+        _sync_to_disk(self.folder)
         self._prune()
 
     def _free_name(self, step: int) -> Path:
@@ -216,7 +217,7 @@ class Checkpointer:
         return next(path for path in map(self.folder.joinpath, names) if not path.exists())
 
     def _prune(self) -> None:
-        """Removes all but the newest, and the best one: under another name first, so that no half of one is found."""
+        """Remove all but the newest and the best one; renamed first, so that no half of one is found."""
         old = all_checkpoints(self.folder)
         newest, old = old[-self.keep :], old[: -self.keep]
         best = next((path for path in reversed(old + newest) if _is_best(path)), None)
@@ -234,8 +235,8 @@ def _is_best(path: Path) -> bool:
         return False
 
 
-def _to_disk(path: Path) -> None:
-    """Waits until what was written to a file or folder would survive a loss of power."""
+def _sync_to_disk(path: Path) -> None:
+    """Wait until a file or folder would survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

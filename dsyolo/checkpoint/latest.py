@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: the newest whole one, all ranks together, each with its share of the files."""
+"""Finds the checkpoint to resume from: the newest intact one. Each rank verifies its share of the files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dsyolo.cluster.world import World, balanced_owners
 
 
 def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
-    """The newest checkpoint in `folder`, with its checksums compared. All ranks call it, and get the same.
+    """Return the newest checkpoint in `folder` after comparing its checksums. All ranks call it, and get the same.
 
     Args:
-        set_aside: a damaged one is renamed, for a human to look at, and the one before it is taken, if there is one.
+        set_aside: rename a damaged one, for a person to look at, and take the one before it.
 
     Raises:
-        UserError: on all ranks; it is damaged, or with `set_aside` all of them are.
+        UserError: on all ranks; it is damaged, or with `set_aside` all are.
     """
     paths = run_on_rank0_and_broadcast(world, lambda: all_checkpoints(folder))
     for path in reversed(paths):
@@ -37,17 +37,19 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
             if not set_aside:
                 raise
             if path == paths[0]:
-                rule = "No other checkpoint of this run is whole. Put a copy of one here, or begin anew under another --name."
+                rule = "No other checkpoint of this run is whole. Put a copy of one here, or start anew under another --name."
                 faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
                 raise UserError(error.headline, [*faults, rule]) from None
-            said = run_on_rank0_and_broadcast(world, lambda path=path, error=error: _set_aside(path, error))
+            message = run_on_rank0_and_broadcast(
+                world, lambda path=path, error=error: _set_aside(path, error)
+            )
             if world.is_main_process:
-                print(said)
+                print(message)
     raise UserError(headline_of(folder), ["it has no checkpoint. Start without --resume."])
 
 
 def verify(path: Path, world: World) -> Manifest:
-    """Compares the checksums of a checkpoint's files, each rank those of its share. All ranks call it.
+    """Compare the checksums of a checkpoint's files, each rank for its share. All ranks call it.
 
     Raises:
         UserError: on all ranks; something is missing or damaged.
@@ -55,21 +57,21 @@ def verify(path: Path, world: World) -> Manifest:
     manifest, sizes = run_on_rank0_and_broadcast(world, lambda: _manifest_and_sizes(path))
     owner = balanced_owners(sizes, world.size)
     own = [name for name in manifest.files if owner[name] == world.rank]
-    told = all_gather_objects(damaged_files(path, manifest, own))
-    if damaged := sorted(line for lines in told for line in lines):
+    of_all_ranks = all_gather_objects(damaged_files(path, manifest, own))
+    if damaged := sorted(line for lines in of_all_ranks for line in lines):
         raise UserError(headline_of(path), damaged)
     return manifest
 
 
 def _manifest_and_sizes(path: Path) -> tuple[Manifest, list[tuple[str, int]]]:
-    """The sizes are one rank's, so that all share out the same; a file that is missing takes no time."""
+    """Return the manifest and the files' sizes as rank 0 sees them; a missing file has size 0."""
     manifest = read_manifest(path, verify=False)
     files = {name: path / name for name in manifest.files}
     return manifest, [(name, file.stat().st_size if file.is_file() else 0) for name, file in files.items()]
 
 
 def _set_aside(path: Path, error: UserError) -> str:
-    """Renames a damaged checkpoint; what there is to say."""
+    """Rename a damaged checkpoint. Return the message."""
     aside = path.with_name(f"damaged_{path.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)

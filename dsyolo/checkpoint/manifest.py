@@ -1,4 +1,4 @@
-"""What lies in a folder of checkpoints, and what each says of itself: its manifest, `progress.json`."""
+"""The manifest of a checkpoint, `progress.json`, and the list of checkpoints in a folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dsyolo.checkpoint.train_state import TrainState
 
 FORMAT = 1
 REMEDY = "Remove this folder to use the checkpoint before it."
-MOST_COUNT = 2**53  # of images and steps: a float still tells such numbers apart
+MOST_COUNT = 2**53  # of images and steps; a float still represents each such number
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
-MOST_MANIFEST_BYTES = 16 << 20  # the largest network's, saved by a thousand ranks, has half a MiB
+MOST_MANIFEST_BYTES = 16 << 20  # half a MiB is the largest network's, saved by a thousand ranks
 _FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
 
 
@@ -38,12 +38,12 @@ class Manifest(BaseModel):
 
     @property
     def optimizer_states(self) -> set[str]:
-        """Names of what the optimizer keeps of each weight."""
+        """Return the names of the optimizer's states."""
         return {name.split("/")[1] for name in self.tensors if name.startswith("optimizer/")}
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
+    """Return the complete checkpoints in `folder`, oldest first."""
     found = [
         (int(m[1]), int(m[2] or 0), path)
         for path in folder.glob("step_*")
@@ -53,17 +53,17 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def saved_progress(folder: Path) -> TrainState | None:
-    """That of the newest checkpoint in `folder` whose progress can be read; nothing else of it is looked at."""
+    """Return the progress of the newest checkpoint in `folder` whose manifest can be read. Read nothing else."""
     for path in reversed(all_checkpoints(folder)):
         try:
             return read_manifest(path, verify=False).progress
         except UserError:
-            continue  # told when the checkpoint is chosen
+            continue  # reported when the checkpoint is chosen
     return None
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
-    """Reads progress.json and, to `verify`, every file's checksum.
+    """Read progress.json, and with `verify` compare every file's checksum.
 
     Raises:
         UserError: something is missing or damaged.
@@ -71,11 +71,11 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     headline = headline_of(path)
     try:
         manifest = Manifest.model_validate_json(read_bytes(path / "progress.json", MOST_MANIFEST_BYTES))
-    except (OSError, ValueError) as error:  # pydantic's is a ValueError, too long to print
+    except (OSError, ValueError) as error:  # pydantic's message is too long to print
         what = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise UserError(headline, [f"progress.json cannot be read ({what}). {REMEDY}"]) from None
     if manifest.format != FORMAT:
-        raise UserError(headline, [f"it is of format {manifest.format}, this dsyolo reads {FORMAT}."])
+        raise UserError(headline, [f"it has format {manifest.format}, but this dsyolo reads {FORMAT}."])
     if not _is_possible(manifest):
         raise UserError(headline, ["progress.json has numbers that no run has. Take another copy."])
     for name in {*manifest.files, *manifest.tensors.values()}:
@@ -90,7 +90,7 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
 
 
 def _is_possible(manifest: Manifest) -> bool:
-    """Whether a run can have come to these numbers."""
+    """Whether a run can have reached these numbers."""
     now, scale, tracking = manifest.progress, manifest.loss_scale, manifest.progress.tracking
     totals = (now.total_steps, now.epochs, now.num_images, now.global_batch)
     if not all(0 < total < MOST_COUNT for total in totals):
@@ -112,14 +112,14 @@ def _is_possible(manifest: Manifest) -> bool:
     ]
     numbers = [*scale.values(), *losses] if isinstance(losses, list) else [math.nan]
     return (
-        all(least <= value <= most for least, value, most in counts)  # of NaN neither is true
+        all(least <= value <= most for least, value, most in counts)  # false for NaN
         and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
         and (not scale or (scale.keys() >= {"scale", "good_steps"} and scale["scale"] > 0))
     )
 
 
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """A line for each file of `names` that is not as it was saved. Reads all of them."""
+    """Return a line for each file of `names` whose checksum differs. Reads all of them."""
     rule = "its checksum is not the one that was saved"
     return [
         f"{name}: {rule}. {REMEDY}" for name in names if not _is_as_saved(path / name, manifest.files[name])
@@ -129,17 +129,17 @@ def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[
 def _is_as_saved(file: Path, checksum: str) -> bool:
     try:
         return file.is_file() and sha256_of(file) == checksum
-    except OSError:  # of a disk that fails
+    except OSError:  # a failing disk
         return False
 
 
 def headline_of(path: Path) -> str:
-    """Of all errors about a checkpoint."""
+    """Return the headline of all errors about a checkpoint."""
     return f"{path} cannot be resumed from"
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file's content."""
+    """Return the checksum of a file's content."""
     with open(path, "rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, out of the files in which they lie."""
+"""Reads tensors of a checkpoint from its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsyolo.models.weights import is_finite
 
 
 class Reader:
-    """Tensors of a checkpoint by name, from files that stay open."""
+    """Reads tensors of a checkpoint by name, from files that stay open."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class Reader:
             raise UserError(headline_of(path), [f"{rule}. Take another copy."])
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """None where there is no such tensor."""
+        """Return a tensor's shape; None if there is no such tensor."""
         if name not in self._where:
             return None
         return tuple(self._files[self._where[name]].get_slice(name).get_shape())
@@ -37,7 +37,7 @@ class Reader:
         return self._files[self._where[name]].get_tensor(name)
 
     def fault(self, name: str) -> str | None:
-        """Why a tensor's values cannot be used. Reads them."""
+        """Return why a tensor's values cannot be used; None if they can. Reads them."""
         kind = self._files[self._where[name]].get_slice(name).get_dtype()
         if kind != "F32":
             return f"it is of type {kind}, and a checkpoint's tensors are F32"
@@ -45,7 +45,7 @@ class Reader:
 
 
 def read_buffers(path: Path) -> torch.Tensor:
-    """The network's float buffers, flat, in the order of `named_buffers`. Checksums are left to `Checkpointer.load`.
+    """Return the network's float buffers, flat, in the order of `named_buffers`. `Checkpointer.load` compares checksums.
 
     Raises:
         UserError: a file is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""How far a run is: what a checkpoint's JSON says of it, and trackers read."""
+"""The progress of a run: part of a checkpoint's manifest, and read by trackers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dsyolo.base.batch import StepStats
 
 
 class TrainState(BaseModel):
-    """How far a run is. Its attributes change; the trackers read them."""
+    """The progress of a run, which changes with every step."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -20,24 +20,24 @@ class TrainState(BaseModel):
     global_batch: int
     seed: int
     step: int = 0  # optimizer steps done
-    epoch: int = 0  # 0-based, the one that is being trained
-    images_seen: int = 0  # position in the stream of samples
+    epoch: int = 0  # 0-based, under way
+    images_seen: int = 0  # position in the sampler's sequence
     best_fitness: float = -1.0
     best_epoch: int = -1
     stopped_early: bool = False
     skipped_in_a_row: int = 0  # steps, up to now
-    tracking: dict[str, Any] = {}  # what the tracker wants back
-    settings: dict[str, Any] = {}  # what must be the same when the run goes on, by the name that users know
+    tracking: dict[str, Any] = {}  # the tracker's own state
+    settings: dict[str, Any] = {}  # that a resumed run must repeat, by the names that users know
 
     def advance(self, stats: StepStats) -> TrainState:
-        """One more optimizer step."""
+        """Count one more optimizer step."""
         self.step += 1
         self.images_seen += stats.num_images
         self.skipped_in_a_row = 0 if stats.was_applied else self.skipped_in_a_row + 1
         return self
 
     def judge(self, fitness: float, patience: int) -> bool:
-        """Notes an epoch's fitness and tells whether it is the best; sets `stopped_early` after `patience` epochs without."""
+        """Record an epoch's fitness. Return whether it is the best; set `stopped_early` after `patience` epochs without one."""
         is_best = fitness > self.best_fitness
         if is_best:
             self.best_fitness, self.best_epoch = fitness, self.epoch

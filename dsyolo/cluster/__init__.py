@@ -1,1 +1,1 @@
-"""All that knows of ranks: the only importers of deepspeed and torch.distributed."""
+"""Ranks and hosts: rendezvous, watchdog, preemption, run lock, collectives. Imports torch.distributed, not DeepSpeed."""

@@ -1,7 +1,7 @@
-"""A rank of the network's probe: rendezvous, who reaches whom, latency and bandwidth, all as gloo would in a run.
+"""One rank of the network probe: rendezvous, reachability, latency and bandwidth, by gloo as in a run.
 
-`dsyolo doctor` starts `python -m dsyolo.cluster.bandwidth REQUEST` on all hosts and reads the one line that it prints.
-Neighbours are measured, pair by pair, since rings are what gloo and NCCL send gradients around.
+`dsyolo doctor` starts `python -m dsyolo.cluster.bandwidth REQUEST` on all hosts and reads the JSON line that it prints.
+Neighbours are measured pair by pair, since gloo and NCCL send gradients around rings.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch.distributed as torch_dist
 
 from dsyolo.cluster.shared_fs import appears
 
-LIFE_S = 50  # then it ends by itself, for nobody may be left who could end it
-WAIT_S = 20  # for the other ranks; some import torch from a slow disk
+LIFE_S = 50  # then it ends itself, since nobody may be left to do it
+WAIT_S = 20  # for the other ranks, which may import torch from a slow disk
 CONNECT_S = 3
 PINGS = 30
 LEAST_BYTES, MOST_BYTES = 1 << 18, 1 << 25  # doubled until a message takes MESSAGE_S
@@ -35,14 +35,14 @@ LAST = -1  # as a size: no more messages
 
 
 def main(request: dict[str, Any]) -> None:
-    """Prints the line. A step that fails is told, and ends it."""
+    """Print the result. A step that fails is named in it, and is the last."""
     signal.alarm(LIFE_S)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(1)
     found: dict[str, Any] = {"section": "result", "fault": ""}
     try:
-        for step in (_meet, _look_for_token, _reach, _measure):
+        for step in (_meet, _find_token, _reach, _measure):
             found["fault"] = step.__name__.strip("_")
             if not step(request, found):
                 break
@@ -52,11 +52,11 @@ def main(request: dict[str, Any]) -> None:
         found["text"] = str(error).splitlines()[0][:500]
     out.write(json.dumps({key: value for key, value in found.items() if key != "store"}) + "\n")
     out.flush()
-    os._exit(0)  # without the wait for ranks that are lost
+    os._exit(0)  # without waiting for lost ranks
 
 
 def _meet(request: dict[str, Any], found: dict[str, Any]) -> bool:
-    """At the address and the port of the first rank, as every run does."""
+    """Meet at the address and port of rank 0, as every run does."""
     host, port = request["master"]
     first, wait = request["rank"] == 0, timedelta(seconds=WAIT_S)
     found["store"] = torch_dist.TCPStore(host, port, None, first, wait, wait_for_workers=False)
@@ -70,8 +70,8 @@ def _barrier(request: dict[str, Any], store: torch_dist.Store, name: str) -> Non
     store.wait([f"{name} by all"], timedelta(seconds=WAIT_S))
 
 
-def _look_for_token(request: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether the folder of runs is one for all hosts: a file that the first rank makes shows on the others."""
+def _find_token(request: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Check whether the folder of runs is shared: a file that rank 0 creates appears on the others."""
     folder = Path(os.path.abspath(request["project"]))
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -87,7 +87,7 @@ def _look_for_token(request: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def _reach(request: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether each rank can open a connection to each other, which gloo needs. True where all can."""
+    """Return whether each rank can connect to each other, which gloo needs."""
     store, rank = found["store"], request["rank"]
     others = [other for other in range(request["size"]) if other != rank]
     with _listener(request["own"]) as port:
@@ -117,14 +117,14 @@ def _connects(place: list[Any]) -> bool:
 
 
 def _measure(request: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Latency and bandwidth from each rank to the next one, no rank in two pairs at once."""
+    """Measure latency and bandwidth from each rank to the next one, with no rank in two pairs at once."""
     size, rank = request["size"], request["rank"]
     store = torch_dist.PrefixStore("gloo", found["store"])
     wait = timedelta(seconds=WAIT_S)
     torch_dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     found["links"] = []
     pairs = [(0, 1)] if size == 2 else [(i, (i + 1) % size) for i in range(size)]
-    for turn in range(3):  # the last pair of an odd ring meets the first one
+    for turn in range(3):  # the last pair of an odd ring shares a rank with the first
         for number, (source, target) in enumerate(pairs):
             is_last = size % 2 == 1 and number == size - 1
             if turn == (2 if is_last else number % 2):
@@ -137,7 +137,7 @@ def _measure(request: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def _send(target: int) -> dict[str, float]:
-    """Seconds one way for a message of eight bytes, and bytes per second of large ones."""
+    """Return the seconds one way of an 8-byte message, and the bytes per second of large ones."""
     latency_s = statistics.median(_message(target, 0) for _ in range(PINGS)) / 2
     num_bytes = LEAST_BYTES
     while (taken_s := _message(target, num_bytes)) < MESSAGE_S and num_bytes < MOST_BYTES:
@@ -147,7 +147,7 @@ def _send(target: int) -> dict[str, float]:
 
 
 def _message(target: int, num_bytes: int) -> float:
-    """Seconds to send the size and then so many bytes, and to get a receipt."""
+    """Return the seconds to send a size and that many bytes, and to get a receipt."""
     content = torch.zeros(num_bytes, dtype=torch.uint8)
     begin = time.perf_counter()
     torch_dist.send(torch.tensor([num_bytes]), target)
@@ -158,7 +158,7 @@ def _message(target: int, num_bytes: int) -> float:
 
 
 def _answer(source: int) -> None:
-    """The other side of `_send`."""
+    """Answer `_send`."""
     size = torch.zeros(1, dtype=torch.int64)
     while torch_dist.recv(size, source) == source and int(size) != LAST:
         if int(size):

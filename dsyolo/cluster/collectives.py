@@ -1,4 +1,4 @@
-"""The few collectives that are used, and agreement between ranks."""
+"""The few collectives that dsyolo uses itself, and agreement between ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def device_of_collectives() -> torch.device:
-    """The device whose tensors the default process group takes: the CPU under gloo."""
+    """Return the device of the default process group's tensors: the CPU under gloo."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or torch_dist.get_backend() == "gloo":
         return torch.device("cpu")
@@ -24,25 +24,25 @@ def device_of_collectives() -> torch.device:
 
 
 def barrier() -> None:
-    """Waits for all ranks."""
+    """Wait for all ranks."""
     torch_dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Sums `tensor` over the ranks of `group` (default: all), in place, and returns it. No wait on an accelerator."""
+    """Sum `tensor` in place over the ranks of `group` (default: all) and return it. No wait on an accelerator."""
     if torch_dist.get_world_size(group) > 1:
         torch_dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def broadcast(tensor: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> None:
-    """Makes `tensor` that of the first rank of `group` (default: all) on all of them, in place."""
+    """Overwrite `tensor` by that of the first rank of `group` (default: all)."""
     if torch_dist.get_world_size(group) > 1:
         torch_dist.broadcast(tensor, group=group, group_src=0)
 
 
 def all_gather_objects(item: Any) -> list[Any]:
-    """Every rank's item, on every rank, in the order of ranks. Items are our own, never a file's."""
+    """Return every rank's item on every rank, in the order of ranks. Items are our own, never a file's."""
     if torch_dist.get_world_size() == 1:
         return [item]
     device = device_of_collectives()
@@ -61,46 +61,46 @@ def all_gather_objects(item: Any) -> list[Any]:
 
 
 def run_on_rank0_and_broadcast(world: World, work: Callable[[], T]) -> T:
-    """Runs `work` on the first rank alone; gives its small result, or raises its UserError, on all of them."""
-    result, error = _attempted(work) if world.is_main_process else (None, None)
-    _agreed(error)
+    """Run `work` on rank 0 only. Return its small result, or raise its UserError, on all ranks."""
+    result, error = _attempt(work) if world.is_main_process else (None, None)
+    _raise_on_all(error)
     return all_gather_objects(result)[0]
 
 
 def check_same(item: Any, what: str, remedy: str) -> None:
-    """All ranks must have the same; it is plain data.
+    """Check that all ranks have the same plain data `item`; `what` names it.
 
     Raises:
-        UserError: on all ranks, where one has another.
+        UserError: on all ranks, if one has another.
     """
-    told = all_gather_objects(item)
-    others = [rank for rank, one in enumerate(told) if one != told[0]]
+    items = all_gather_objects(item)
+    others = [rank for rank, one in enumerate(items) if one != items[0]]
     if others:
         rule = f"rank {others[0]} has another than rank 0. Their machines differ: {remedy}"
         raise UserError("The ranks do not agree", [f"{what}: {rule}."])
 
 
 def first_problem_of_any_rank(problem: str | None) -> str | None:
-    """The first rank's own where it has one, else the next's: the same on all ranks."""
+    """Return the problem of the first rank that has one; the same on all ranks."""
     return next(filter(None, all_gather_objects(problem)), None)
 
 
 def all_ranks_or_raise(work: Callable[[], T]) -> T:
-    """Runs `work` on every rank; where it raises a UserError on one, it is raised on all."""
-    result, error = _attempted(work)
-    _agreed(error)
+    """Run `work` on every rank. If it raises a UserError on one, raise that on all."""
+    result, error = _attempt(work)
+    _raise_on_all(error)
     return result  # type: ignore[return-value]
 
 
-def _attempted(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
     try:
         return work(), None
     except UserError as caught:
         return None, caught
 
 
-def _agreed(error: UserError | None) -> None:
-    """Raises on every rank where one of them has an error."""
-    for told in all_gather_objects(error and (error.headline, error.problems, error.status)):
-        if told:
-            raise UserError(*told)
+def _raise_on_all(error: UserError | None) -> None:
+    """Raise on every rank if one of them has an error."""
+    for found in all_gather_objects(error and (error.headline, error.problems, error.status)):
+        if found:
+            raise UserError(*found)

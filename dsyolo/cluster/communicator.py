@@ -1,4 +1,4 @@
-"""All ranks as they read a data set together (data/parallel_map.py), over the host's network, not the accelerator's."""
+"""The communicator by which all ranks read a data set together (data/parallel_map.py): over gloo, on the host."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dsyolo.cluster.world import World
 
 
 class ClusterCommunicator:
-    """One rank of them.
+    """One rank's end of it.
 
     Args:
-        at: told where this rank is whenever it makes progress.
-        asked: whether this rank was asked to stop: `exchange` raises Preempted on all ranks then.
-        timeout: of a meeting; None: gloo's own. Ranks that read meet every second or two, whatever they wait for.
+        at: called with where this rank is whenever it makes progress.
+        asked: whether this rank was asked to stop; then `exchange` raises Preempted on all ranks.
+        timeout: of an exchange; None: gloo's own. Ranks that read exchange every second or two.
     """
 
     meets_every_s = 2.0
@@ -36,7 +36,7 @@ class ClusterCommunicator:
         self._group = torch_dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
 
     def exchange(self, item: Any) -> list[Any]:
-        """Every rank's item, in their order. Items are our own, never a file's."""
+        """Return every rank's item, in the order of ranks. Items are our own, never a file's."""
         own = self._asked(), item
         all_of_them = [own] * self.size
         if self._group:
@@ -46,13 +46,13 @@ class ClusterCommunicator:
         return [item for _, item in all_of_them]
 
     def given_by(self, rank: int, item: Any) -> Any:
-        """That rank's item, on all ranks."""
+        """Return that rank's item on all ranks."""
         items = [item]
         if self._group:
             torch_dist.broadcast_object_list(items, rank, group=self._group)
         return items[0]
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Close the connections."""
         if self._group:
             torch_dist.destroy_process_group(self._group)

@@ -1,4 +1,4 @@
-"""Stops a run when it is asked to, by SIGTERM, by SIGHUP or by the end of its deepspeed launcher: all ranks at the same place."""
+"""Stops all ranks at the same step on SIGTERM, on SIGHUP, or when their deepspeed launcher has gone."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ import torch.distributed as torch_dist
 
 from dsyolo.cluster.world import World
 
-STATUS = 75  # of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
-LOOK_S = 1.0
-STOPS = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler; of a terminal or an ssh session that ends
-OVER = 0  # no signal has this number
-# What started the program that starts the ranks, on one machine: a script, or a module behind python's -m.
+STATUS = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of sysexits.h
+POLL_S = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler; of a terminal or an ssh session that ends
+END = 0  # ends the listening thread; no signal has this number
+# The program that starts `deepspeed.launcher.launch` on one machine: a script, or a module after python -m.
 _RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
 
 
 class Preempted(Exception):
-    """The run ends here, since a rank was asked to stop. Raised on all ranks at the same place."""
+    """A rank was asked to stop. Raised on all ranks at the same step."""
 
 
 class PreemptionHandler:
-    """Hears SIGTERM, as schedulers send it before they take a machine away, and SIGHUP, as a terminal that ends does.
+    """Handles SIGTERM, which schedulers send before they take a machine away, and SIGHUP of a terminal that ends.
 
-    Ranks hear it at different moments, or only one of them does. So they exchange whether they did, on the host: after
-    every step without waiting, as a step reads the answer of the one before it.
+    The signal reaches ranks at different moments, or only one of them. So after every step they exchange, on the host,
+    whether they got it. Nobody waits for that: a step reads the answer of the step before.
     """
 
     def __init__(self, world: World) -> None:
-        self._heard, self._launcher = False, _Launcher()
+        self._signalled, self._launcher = False, _Launcher()
         self._group = torch_dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
-        for number in _heeded():
-            signal.signal(number, self._hear)
+        for number in _handled_signals():
+            signal.signal(number, self._handle)
 
-    def _hear(self, *_: Any) -> None:
-        self._heard = True
+    def _handle(self, *_: Any) -> None:
+        self._signalled = True
 
     def asked(self) -> bool:
-        """Whether this rank was asked; the others may not know of it."""
-        return self._heard or self._launcher.has_gone()
+        """Whether this rank was asked to stop; the others may not know yet."""
+        return self._signalled or self._launcher.has_gone()
 
     def agreed(self, *, wait: bool = False) -> bool:
         """Whether to stop here. All ranks must call it after every step, and get the same answer.
 
         Args:
-            wait: for what the others answer now.
+            wait: wait for the answer of this step too.
         """
         if self._group is None:
             return self.asked()
@@ -66,12 +66,12 @@ class PreemptionHandler:
         return (self._take() or before) if wait else before
 
     def raise_if_requested(self, *, wait: bool = False) -> None:
-        """As `agreed`, but stops by raising Preempted."""
+        """Raise Preempted if `agreed`."""
         if self.agreed(wait=wait):
             raise Preempted
 
     def close(self) -> None:
-        """Waits for what is on its way."""
+        """Wait for the exchange under way."""
         self._take()
 
     def _take(self) -> bool:
@@ -85,44 +85,44 @@ class PreemptionHandler:
 
 @contextlib.contextmanager
 def ends_at_once(world: World) -> Iterator[None]:
-    """Inside, a rank that is asked to stop ends: there is nothing to save yet. Make the `PreemptionHandler` inside too.
+    """Inside, a rank that is asked to stop ends at once: there is nothing to save yet. Create the `PreemptionHandler` inside.
 
-    A thread hears, since the main one may wait for other ranks in C++, where Python takes no signals.
+    A thread listens, since the main thread may wait for other ranks in C++, where Python handles no signals.
     """
     launcher = _Launcher()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def listen() -> None:
-        said = b""
-        while OVER not in said:
-            is_said, *_ = select.select([reader], [], [], LOOK_S)
-            said = os.read(reader, 64) if is_said else b""
-            if any(number in said for number in STOPS) or launcher.has_gone():
+        received = b""
+        while END not in received:
+            ready, *_ = select.select([reader], [], [], POLL_S)
+            received = os.read(reader, 64) if ready else b""
+            if any(number in received for number in SIGNALS) or launcher.has_gone():
                 leave_at_once(world)
 
     thread = threading.Thread(target=listen, daemon=True)
-    for number in _heeded():
-        signal.signal(number, lambda *_: None)  # else the kernel ends this process, with a status of its own
+    for number in _handled_signals():
+        signal.signal(number, lambda *_: None)  # else the kernel ends this process with another exit status
     before = signal.set_wakeup_fd(writer)
     thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.write(writer, bytes([OVER]))
+        os.write(writer, bytes([END]))
         thread.join()
         os.close(reader)
         os.close(writer)
 
 
-def _heeded() -> list[signal.Signals]:
-    """The signals that ask to stop, but for one that nohup has this process ignore."""
-    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+def _handled_signals() -> list[signal.Signals]:
+    """Return the signals to handle: not one that nohup makes this process ignore."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def leave_at_once(world: World) -> NoReturn:
-    """Ends this process: without the wait for threads that read, since a slow disk may hold them for minutes."""
+    """End this process without waiting for reading threads, which a slow disk may hold for minutes."""
     if world.is_main_process:
         print("\nStopped as asked before the first step. --resume auto goes on.", file=sys.stderr)
     sys.stdout.flush()
@@ -131,27 +131,27 @@ def leave_at_once(world: World) -> NoReturn:
 
 
 class _Launcher:
-    """The deepspeed launcher on this machine, where it started this rank.
+    """The deepspeed launcher on this machine, if it started this rank.
 
-    `deepspeed` starts `deepspeed.launcher.launch`, and this one the ranks. SIGTERM ends the first without a word to the
-    others, and SIGKILL each of them: then nobody is left who waits for the ranks, or could stop them.
+    `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks. SIGTERM ends the first without passing it on, and
+    SIGKILL ends either: then nobody waits for the ranks or could stop them.
     """
 
     def __init__(self) -> None:
-        self._parents: dict[int, int] = {}  # by the id of a process
+        self._parents: dict[int, int] = {}  # by process id
         launch = os.getppid()
-        if "deepspeed.launcher.launch" in _words(launch):
+        if "deepspeed.launcher.launch" in _command_line(launch):
             self._parents[os.getpid()] = launch
             runner = _parent(launch)
-            if any(_RUNNER.fullmatch(Path(word).name) for word in _words(runner)[:3]):
+            if any(_RUNNER.fullmatch(Path(word).name) for word in _command_line(runner)[:3]):
                 self._parents[launch] = runner
 
     def has_gone(self) -> bool:
         return any(_parent(child) != parent for child, parent in self._parents.items())
 
 
-def _words(pid: int) -> list[str]:
-    """Its command line; nothing of a process that has gone, and where there is no /proc."""
+def _command_line(pid: int) -> list[str]:
+    """Return a process's arguments; none if it has gone, or without /proc."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -159,7 +159,7 @@ def _words(pid: int) -> list[str]:
 
 
 def _parent(pid: int) -> int:
-    """0 of a process that has gone."""
+    """Return the id of a process's parent; 0 if it has gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()[1])
     except OSError:

@@ -1,6 +1,6 @@
-"""A run's folder belongs to one run at a time: to whose first rank holds the lock in it.
+"""Locks a run's folder, so that one run at a time writes to it.
 
-The kernel gives the lock back when that process ends, however it ends, on a disk of this machine or of a network.
+The kernel releases the lock when rank 0's process ends, however it ends, on local and on network disks.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from itertools import count
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster import preemption as stop
+from dsyolo.cluster import preemption
 
 FILE = ".lock"
-LOGS = "logs"  # log files of the ranks, in the run\'s folder
-LOOK_S = 0.2
-BUSY = (
-    stop.STATUS
-)  # as of a run that can go on later: a lock that a machine left that went down is given back after a while
+LOGS = "logs"  # log files of the ranks, in the run's folder
+POLL_S = 0.2
+BUSY = preemption.STATUS  # try again later: the lock of a machine that went down is released after a while
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class RunLock:
-    """Of the first rank of a run on `folder`; it lasts as long as the process, and is not handed on by fork or exec."""
+    """The lock of rank 0 on `folder`. It lasts as long as the process, and is not inherited by fork or exec."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
@@ -37,15 +35,15 @@ class RunLock:
         self._has_made_folder = False
 
     def take(self, wait_s: float, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Waits so long for the run that has it, which may be saving its last checkpoint.
+        """Take the lock. Wait `wait_s` for a run that has it, which may be saving its last checkpoint.
 
         Args:
-            is_over: whether to wait no longer.
+            is_over: whether to stop waiting.
 
         Raises:
-            UserError: another run has it still, or the folder cannot be written to.
+            UserError: another run still has it, or the folder cannot be written to.
         """
-        folder, end, told = self._path.parent, time.monotonic() + wait_s, False
+        folder, end, has_logged = self._path.parent, time.monotonic() + wait_s, False
         try:
             self._has_made_folder = not folder.exists()
             while not self._is_taken():
@@ -53,12 +51,12 @@ class RunLock:
                 if time.monotonic() > end or is_over():
                     rule = f"a run is in it: {holder}. Wait for its end, or stop it; or name another folder by --name."
                     raise UserError(f"{folder} cannot be used", [rule], BUSY)
-                if not told:
+                if not has_logged:
                     print(
                         f"{folder} is in use by {holder}: waiting for it, {wait_s:.0f} s at most", flush=True
                     )
-                told = True
-                time.sleep(LOOK_S)
+                has_logged = True
+                time.sleep(POLL_S)
         except OSError as error:
             raise UserError(f"{folder} cannot be used", [f"{self._path}: {error.strerror}."]) from None
 
@@ -75,7 +73,7 @@ class RunLock:
         self._file = None
 
     def _is_taken(self) -> bool:
-        # The lock goes with the first descriptor of the file that this process closes: it opens none where it has it.
+        # Closing any descriptor of the file releases the lock, so a process that has it opens no other.
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -84,9 +82,9 @@ class RunLock:
             if error.errno not in NO_LOCKS:
                 os.close(file)
                 return False
-            what = f"{self._path.parent} is on a disk without locks: start no second run in it"
+            what = f"{self._path.parent} is on a disk without locks. Start no second run in it"
             print(f"WARNING: {what}.", file=sys.stderr)
-        if not os.fstat(file).st_nlink:  # whoever had it has removed it with the folder
+        if not os.fstat(file).st_nlink:  # its last holder has removed it with the folder
             os.close(file)
             return False
         self._file = file
@@ -97,7 +95,7 @@ class RunLock:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Renames a folder that has files in it, so that nothing writes over them: where they are then; None: there are none.
+    """Rename a folder with files in it, so that nothing overwrites them. Return its new path; None if it is empty.
 
     Raises:
         UserError: it cannot be renamed.

@@ -1,4 +1,4 @@
-"""Whether all hosts see one and the same folder: a sign that the first rank leaves there shows on the others."""
+"""Checks that all hosts see the same folder: a file that rank 0 creates must appear on the others."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from dsyolo.base.errors import UserError
 from dsyolo.cluster.collectives import all_ranks_or_raise, run_on_rank0_and_broadcast
 from dsyolo.cluster.world import World
 
-SIGN_S = 10.0  # network file systems show a new file after some seconds
+APPEARS_S = 10.0  # network file systems show a new file after some seconds
 
 
-def appears(sign: Path) -> bool:
-    """Whether a file or folder shows here, some seconds after another host made it."""
-    end = time.monotonic() + SIGN_S
+def appears(marker: Path) -> bool:
+    """Whether a file or folder appears here within seconds after another host created it."""
+    end = time.monotonic() + APPEARS_S
     while True:
-        if sign.parent.is_dir() and sign.name in os.listdir(sign.parent):  # a listing asks the server again
+        if marker.parent.is_dir() and marker.name in os.listdir(
+            marker.parent
+        ):  # a listing asks the server again
             return True
         if time.monotonic() > end:
             return False
@@ -28,7 +30,7 @@ def appears(sign: Path) -> bool:
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """That all hosts see the same `folder`, into which every rank writes its share of a checkpoint. All ranks call it.
+    """Check that all hosts see the same `folder`, where every rank writes its share of a checkpoint. All ranks call it.
 
     Raises:
         UserError: on all ranks; a host has another folder of that name.
@@ -36,22 +38,24 @@ def check_shared(folder: Path, world: World) -> None:
     if world.local_size == world.size:
         return
 
-    def leave_a_sign() -> Path:
+    def create_marker() -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix=".seen-", dir=folder))
         except OSError as error:
-            raise UserError(f"{folder} cannot be used", [f"{error.strerror}. Name another."]) from None
+            raise UserError(
+                f"{folder} cannot be used", [f"{error.strerror}. Name another folder by --project."]
+            ) from None
 
     def look() -> None:
-        if not appears(sign):
-            rule = f"{socket.gethostname()} does not see there what rank 0 writes"
+        if not appears(marker):
+            rule = f"{socket.gethostname()} does not see the files that rank 0 writes there"
             remedy = "Put --project on storage that all hosts share"
             raise UserError(f"{folder} is not one folder for all hosts", [f"{rule}. {remedy}."])
 
-    sign = run_on_rank0_and_broadcast(world, leave_a_sign)
+    marker = run_on_rank0_and_broadcast(world, create_marker)
     try:
         all_ranks_or_raise(look)
     finally:
         if world.is_main_process:
-            shutil.rmtree(sign, ignore_errors=True)
+            shutil.rmtree(marker, ignore_errors=True)

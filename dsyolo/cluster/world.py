@@ -1,4 +1,4 @@
-"""Where a process stands: among the ranks, on its machine, in a pipeline."""
+"""A process's position: among the ranks, on its machine, in a pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsyolo.base.environment import read_environment
 
 
 class World(NamedTuple):
-    """Where this process stands among the ranks."""
+    """This process's position among the ranks."""
 
     rank: int
     size: int
@@ -25,7 +25,7 @@ class World(NamedTuple):
 
 
 class ParallelDims(NamedTuple):
-    """Where a rank stands in a pipeline and among its replicas; without a pipeline there is one stage."""
+    """A rank's position in the pipeline and among the replicas; without a pipeline there is one stage."""
 
     pp_rank: int
     pp_size: int
@@ -42,23 +42,23 @@ class ParallelDims(NamedTuple):
 
 
 def parallel_dims(world: World, stages: int) -> ParallelDims:
-    """The replicas of a stage are neighbours, as in DeepSpeed: gradients are what most bytes are sent for."""
+    """Return this rank's position. Replicas of a stage are neighbours, as in DeepSpeed: gradients are most of the traffic."""
     dp_size = world.size // stages
     return ParallelDims(world.rank // dp_size, stages, world.rank % dp_size, dp_size)
 
 
 def world_from_environment() -> World:
-    """The world that the launcher described; of one rank where there was none. Imports and joins nothing.
+    """Return the world that the launcher described; of one rank without a launcher. Joins nothing.
 
     Raises:
-        UserError: it did not tell everything.
+        UserError: the launcher's variables are incomplete.
     """
     place = read_environment()
     return World(place.rank, place.size, place.local_rank, place.local_size)
 
 
 def balanced_owners(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
-    """Which rank has which name: each, the largest first, goes to the rank with the least. The same on every rank."""
+    """Assign names to ranks, the largest first, each to the rank with the least so far. The same on every rank."""
     loads = [0] * world_size
     owner = {}
     for name, size in sorted(names_and_sizes, key=lambda item: -item[1]):
@@ -69,18 +69,18 @@ def balanced_owners(names_and_sizes: Sequence[tuple[str, int]], world_size: int)
 
 
 def set_threads(world: World, threads: int | None) -> int:
-    """Gives this rank its share of the machine's cores, or `threads`; returns how many."""
+    """Set torch's threads to this rank's share of the machine's cores, or to `threads`. Return how many."""
     threads = threads or cores_of_rank(world)
     torch.set_num_threads(threads)
     return threads
 
 
 def num_readers(world: World) -> int:
-    """Threads of this rank that read files while the training has not begun."""
+    """Return the threads by which this rank reads files before the training begins."""
     return min(16, max(2, cores_of_rank(world)))  # two, so that one slow file does not hold up all
 
 
 def cores_of_rank(world: World) -> int:
-    """Return the cores of this machine that fall to one of its ranks, at least one."""
+    """Return a rank's share of this machine's cores, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // world.local_size)

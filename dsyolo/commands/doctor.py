@@ -8,11 +8,11 @@ from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.option_checks import model_option
 from dsyolo.config.run_config import AUTO
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import check_options, examine
 from dsyolo.doctor.findings import can_start, table, to_json
-from dsyolo.models.registry import model_option
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write the findings to this file")
 
 
-def run_doctor(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print the table; return 0 if the run can start, else 1.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command `dsyolo plan`: its options, and what it prints."""
+"""`dsyolo plan`: rank the strategies that fit given GPUs."""
 
 from __future__ import annotations
 
@@ -11,85 +11,62 @@ from typing import Any
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.option_checks import model_option, out_of_range
 from dsyolo.config.spec import PRECISIONS
-from dsyolo.models.registry import max_stride, model_option
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
-from dsyolo.planner.model_profile import ModelProfile
-from dsyolo.planner.predict import Planner
-from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
-from dsyolo.planner.search import search
 from dsyolo.planner.strategy import OPTIMIZERS
 
 BANDWIDTH = "3GB/s"  # of 25 Gbit/s Ethernet
-MOST_BATCH, MOST_RANKS, MOST_IMGSZ = 2**16, 2**16, 2**13
+MAX_RANKS = 2**16
+BOUNDS = {"nodes": (1, 1024), "global-batch": (1, 2**16), "classes": (1, 10**4), "imgsz": (1, 2**13)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is to be trained, and on what."""
+    """Add the options: what is trained, on which hardware, and what is written."""
     add = parser.add_argument
-    add(
-        "--model",
-        type=model_option,
-        default="yolov5n",
-        metavar="NAME",
-        help="variant, or FILE.py:FUNCTION (default: yolov5n)",
-    )
+    text = "variant, or FILE.py:FUNCTION (default: yolov5n)"
+    add("--model", type=model_option, default="yolov5n", metavar="NAME", help=text)
     add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
-    add(
-        "--global-batch",
-        "--global_batch",
-        type=int,
-        default=64,
-        metavar="N",
-        help="images a step (default: 64)",
-    )
-    add("--gpus", required=True, metavar="NxM", help="of each node, and their memory: 8x24GiB")
-    add("--nodes", type=int, default=1, metavar="N", help="machines with so many GPUs each (default: 1)")
-    add(
-        "--bandwidth",
-        metavar="RATE",
-        help=f"between nodes, each way: 25GB/s, 200Gb/s (default: {BANDWIDTH})",
-    )
-    add(
-        "--gpu",
-        type=str.upper,
-        choices=DEVICES,
-        metavar="NAME",
-        help=f"for its speed: {', '.join(DEVICES)} (default: by memory)",
-    )
-    add(
-        "--host-memory",
-        "--host_memory",
-        metavar="M",
-        help="of each node, for offload: 256GiB (default: not judged)",
-    )
-    add("--classes", type=int, default=80, metavar="N", help="of the data set (default: 80)")
+    text = "images in an optimizer step (default: 64)"
+    add("--global-batch", "--global_batch", type=int, default=64, metavar="N", help=text)
+    text = "GPUs of each node and the memory of each GPU: 8x24GiB"
+    add("--gpus", required=True, metavar="NxM", help=text)
+    add("--nodes", type=int, default=1, metavar="N", help="nodes with these GPUs each (default: 1)")
+    text = f"between nodes, each way: 25GB/s, 200Gb/s (default: {BANDWIDTH})"
+    add("--bandwidth", metavar="RATE", help=text)
+    text = f"GPU whose speed is assumed: {', '.join(DEVICES)} (default: by memory)"
+    add("--gpu", type=str.upper, choices=DEVICES, metavar="NAME", help=text)
+    text = "host memory of each node, for offload: 256GiB (default: not checked)"
+    add("--host-memory", "--host_memory", metavar="M", help=text)
+    add("--classes", type=int, default=80, metavar="N", help="classes of the data set (default: 80)")
     add("--optimizer", choices=OPTIMIZERS, default="SGD", help="default: SGD")
     add("--precision", choices=PRECISIONS, help="only this one (default: all that the GPU has)")
     add("--no-ema", "--no_ema", action="store_true", help="without averaged weights")
     add("--json", action="store_true", help="print all strategies as JSON, and nothing else")
     add("--write", type=Path, metavar="FILE", help="write the recommended one as DeepSpeed JSON")
-    add("--force", action="store_true", help="write over another file")
+    add("--force", action="store_true", help="overwrite another file")
 
 
-def run_plan(args: argparse.Namespace) -> int:
-    """Prints the ranking; returns 0 where something fits, 1 where nothing does.
+def run(args: argparse.Namespace) -> int:
+    """Print the ranking; return 0 if a strategy fits, else 1.
 
     Raises:
-        UserError: a mistake in the command line.
+        UserError: for a mistake in the command line.
     """
+    from dsyolo.planner.model_profile import ModelProfile  # late, so that `--help` does not wait for torch
+    from dsyolo.planner.predict import Planner
+    from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
+    from dsyolo.planner.search import search
+
     hardware = _hardware(args)
-    work = ModelProfile(args.model, args.classes, args.imgsz)
-    has_bf16 = hardware.device.has_bf16
-    precisions = (
-        [PRECISIONS[args.precision]]
-        if args.precision
-        else [one for one in PRECISIONS.values() if has_bf16 or one.compute != "bf16"]
-    )
-    planner = Planner(work, hardware, ema=not args.no_ema)
+    precisions = [one for one in PRECISIONS.values() if hardware.device.has_bf16 or one.compute != "bf16"]
+    if args.precision:
+        precisions = [PRECISIONS[args.precision]]
+    profile = ModelProfile(args.model, args.classes, args.imgsz)
+    planner = Planner(profile, hardware, ema=not args.no_ema)
     ranking = search(planner, args.global_batch, args.optimizer, precisions)
     if args.json:
-        print(json.dumps(to_json(ranking, work, hardware), indent=1))
+        print(json.dumps(to_json(ranking), indent=1))
     else:
         print(f"{args.model}, {args.imgsz} px, {args.global_batch} images a step, {args.optimizer}")
         print(f"{hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB; {hardware.explain()}")
@@ -127,46 +104,46 @@ def _hardware(args: argparse.Namespace) -> Hardware:
             f"--bandwidth: {args.bandwidth} given, but it is between nodes, and there is 1. Give --nodes too."
         )
     host = read("host-memory", args.host_memory, read_bytes, None) if args.host_memory else None
-    bounds = {"nodes": 1024, "global-batch": MOST_BATCH, "classes": 10**4, "imgsz": MOST_IMGSZ}
-    for option, most in bounds.items():
-        value = getattr(args, option.replace("-", "_"))
-        if not 1 <= value <= most:
-            problems.append(f"--{option}: {value} given, but it must be 1 to {most}. Correct it.")
-    stride = max_stride(args.model)
-    if args.imgsz < 2 * stride:
-        problems.append(
-            f"--imgsz: {args.imgsz} given, but {args.model} needs {2 * stride} at least. Take that."
-        )
-    elif args.imgsz % stride:
-        nearest = max(1, round(args.imgsz / stride)) * stride
-        rule = f"{args.model} needs multiples of {stride}"
-        problems.append(f"--imgsz: {args.imgsz} given, but {rule}. Take {nearest}.")
-    ranks = gpus * args.nodes
-    if ranks > MOST_RANKS:
-        problems.append(
-            f"--gpus x --nodes: {ranks} given, but {MOST_RANKS} at most are planned for. Take fewer."
-        )
-    elif ranks > 0 and args.global_batch % ranks:
-        below, above = args.global_batch // ranks * ranks, -(-args.global_batch // ranks) * ranks
-        rule = f"{ranks} GPUs take equal shares of it. Take {f'{below} or ' if below else ''}{above}"
-        problems.append(f"--global-batch: {args.global_batch} given, but {rule}.")
     device = DEVICES[args.gpu] if args.gpu else typical_device(memory)
+    problems += out_of_range(args, BOUNDS)
+    problems += [*_image_size_problems(args), *_batch_problems(args, gpus * args.nodes)]
     if args.precision and PRECISIONS[args.precision].compute == "bf16" and not device.has_bf16:
         problems.append(
             f"--precision: {args.precision} given, but a {device.name} has no bf16. Take autocast_fp16."
         )
     if args.write and args.write.exists() and not args.write.is_file():
         problems.append(f"--write: {args.write} given, but it is a folder or device. Name a file.")
-    elif args.write and (fault := cannot_hold_files(args.write.parent)):
-        problems.append(f"--write: {fault}")
+    elif args.write and (problem := cannot_hold_files(args.write.parent)):
+        problems.append(f"--write: {problem}")
     if problems:
         raise UserError("The command line cannot be used", problems)
     return Hardware(device, args.nodes, gpus, memory, host, rate)
 
 
+def _image_size_problems(args: argparse.Namespace) -> list[str]:
+    from dsyolo.models.registry import max_stride
+
+    stride, given = max_stride(args.model), f"--imgsz: {args.imgsz} given, but {args.model} needs"
+    if args.imgsz < 2 * stride:
+        return [f"{given} {2 * stride} at least. Take that."]
+    if args.imgsz % stride:
+        return [f"{given} multiples of {stride}. Take {round(args.imgsz / stride) * stride}."]
+    return []
+
+
+def _batch_problems(args: argparse.Namespace, ranks: int) -> list[str]:
+    if ranks > MAX_RANKS:
+        return [f"--gpus x --nodes: {ranks} given, but {MAX_RANKS} at most are planned for. Take fewer."]
+    if ranks < 1 or args.global_batch % ranks == 0:
+        return []
+    below = args.global_batch // ranks * ranks
+    rule = f"{ranks} GPUs take equal shares of it. Take {f'{below} or ' if below else ''}{below + ranks}"
+    return [f"--global-batch: {args.global_batch} given, but {rule}."]
+
+
 def _write(path: Path, content: str, force: bool) -> None:
     if path.exists() and not force and path.read_bytes() != content.encode():
-        rule = "it says something else. Name another file, or write over it by --force"
+        rule = "it has other content. Name another file, or overwrite it by --force"
         raise UserError("The plan was not written", [f"--write: {path} given, but {rule}."])
     part = path.with_name(f".{path.name}.part")
     try:
@@ -175,7 +152,7 @@ def _write(path: Path, content: str, force: bool) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        rule = f"{error.strerror}. What was there before is kept"
+        rule = f"{error.strerror}. The file that was there is kept"
         raise UserError(
             "The plan was not written", [f"--write: {path}: {rule}. Name another file."]
         ) from None

@@ -19,7 +19,7 @@ from dsyolo.data.formats.yolo import DataSpec, list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted
 from dsyolo.scaling.html_report import page
-from dsyolo.scaling.options import SCALINGS, ScaleRequest, check
+from dsyolo.scaling.options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.scaling.report import Report, build, to_json
 from dsyolo.scaling.results import CaseResult, combine_rounds
 from dsyolo.scaling.runs import (
@@ -28,15 +28,17 @@ from dsyolo.scaling.runs import (
     ScalingPlan,
     arguments,
     epochs_and_images,
-    run,
     write_data,
 )
+from dsyolo.scaling.runs import run as run_case
 from dsyolo.scaling.tables import rate_table, title, to_markdown
+
+__all__ = ["add_options", "run"]
 
 SYNTHETIC_IMAGES, VAL_IMAGES = 400, 64
 
 
-def run_scale(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run all and write the report; return 0 if every strategy ran at some size, else 1.
 
     After SIGINT, SIGTERM or SIGHUP return 128 plus its number, with a report of what was measured.
@@ -131,7 +133,7 @@ def _run_all(
         if any(one.found is None for one in outcomes[case]):
             continue
         print(f"round {turn + 1} of {args.rounds}: {case.name} ...", end=" ", flush=True)
-        outcome = run(plan, case, turn, number, *files[case])
+        outcome = run_case(plan, case, turn, number, *files[case])
         if outcome.found or not end.number:
             outcomes[case].append(outcome)
         if end.number:

@@ -7,7 +7,7 @@ import json
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.config import MIN_SHARE_ELEMENTS
-from dsyolo.models.registry import model_option
+from dsyolo.config.option_checks import model_option
 from dsyolo.planner.dry_run import DryRunResult, dry_run, dry_run_case
 from dsyolo.planner.simulation import Scale, simulate
 
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="the same as JSON, in bytes")
 
 
-def run_simulate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Prints a line for each number of ranks and ZeRO stage; returns 1 where an image does not come exactly once.
 
     Raises:

@@ -6,7 +6,6 @@ A user's own is code that runs. Its name must come from the command line, never 
 from __future__ import annotations
 
 import traceback
-from argparse import ArgumentTypeError
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import is_reference, load_object
-from dsyolo.config.run_config import check_model_name
 from dsyolo.models import yolov5
 from dsyolo.models.blocks import BatchNorm
 from dsyolo.models.detection_network import DetectionNetwork
@@ -83,14 +81,6 @@ def max_stride(name: str) -> int:
 def has_parameters(name: str) -> tuple[bool, ...]:
     """Return of every node, in order, whether it has parameters."""
     return yolov5.has_parameters(name) if is_known(name) else _checked_facts(name).has_parameters
-
-
-def model_option(text: str) -> str:
-    """Return the value of a command's --model, for argparse."""
-    try:
-        return check_model_name(text)
-    except ValueError as error:
-        raise ArgumentTypeError(str(error)) from None
 
 
 def refuse_image_size(name: str, image_size_px: int) -> None:

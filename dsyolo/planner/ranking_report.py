@@ -7,7 +7,6 @@ from typing import Any
 
 from dsyolo.config.run_config import RunConfig
 from dsyolo.planner.hardware import GIB, Hardware
-from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import StrategyEstimate
 from dsyolo.planner.search import AS_FAST, HEADROOM, Ranking
 
@@ -125,7 +124,7 @@ def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
     )
 
 
-def to_json(ranking: Ranking, work: ModelProfile, hardware: Hardware) -> list[dict[str, Any]]:
+def to_json(ranking: Ranking) -> list[dict[str, Any]]:
     """All strategies: those that fit by rank, then the others."""
     return [
         {

@@ -15,10 +15,11 @@ import torch
 from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files, did_you_mean
+from dsyolo.config.option_checks import model_option, out_of_range
 from dsyolo.config.run_config import AUTO
 from dsyolo.doctor.findings import FAIL
 from dsyolo.doctor.hosts import Host, read_hostfile
-from dsyolo.models.registry import max_stride, model_option
+from dsyolo.models.registry import max_stride
 from dsyolo.scaling.cases import STRONG, WEAK, ScalingStrategy, read_strategy
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
@@ -108,11 +109,7 @@ def check(args: argparse.Namespace) -> ScaleRequest:
     """
     problems: list[str] = []
     ranks = _ranks(args.ranks, problems)
-    for one in NUMBERS:
-        value = getattr(args, one.name)
-        if value is not None and not one.least <= value <= one.most:
-            rule = f"it must be {one.least} to {one.most}"
-            problems.append(f"--{one.name}: {value} given, but {rule}. Correct it.")
+    problems += out_of_range(args, {one.name: (one.least, one.most) for one in NUMBERS})
     if args.imgsz % (stride := max_stride(args.model)):
         problems.append(f"--imgsz: {args.imgsz} given, but {args.model} needs multiples of {stride}.")
     hosts = _hosts(args, ranks, problems)

@@ -58,13 +58,13 @@ def test_other_variables():
     [
         ({**DEEPSPEED, "RANK": "one"}, "RANK: 'one' given, but it must be a whole number."),
         ({**DEEPSPEED, "RANK": "16"}, "rank 16 of 16: ranks count from 0."),
-        ({"RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE: missing beside RANK. Start ranks by a launcher"),
+        ({"RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE: missing beside RANK. Start ranks with a launcher"),
         ({**SRUN, "MASTER_ADDR": ""}, "MASTER_ADDR: missing. Set it to the name or address of the machine"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "all"}, "SLURM_STEP_TASKS_PER_NODE: 'all' given"),
     ],
 )
 def test_what_is_missing_is_told(given, told):
-    with pytest.raises(UserError, match="does not tell this rank its place") as caught:
+    with pytest.raises(UserError, match="does not give this rank its position") as caught:
         read_environment(given)
     assert any(told in problem for problem in caught.value.problems), caught.value
 

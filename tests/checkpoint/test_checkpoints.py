@@ -100,7 +100,7 @@ def test_a_full_disk_is_told_on_all_ranks_and_the_last_checkpoint_kept(small_dis
     assert written is None
     assert problem.startswith("The checkpoint of step 2 could not be written: rank ")
     assert "No space left on device" in problem
-    assert problem.endswith("Of those before, step_00000001 is kept.")
+    assert problem.endswith("The one before, step_00000001, is kept.")
 
 
 # ---- choosing

@@ -14,7 +14,7 @@ import pytest
 from ranks import free_port
 from runs import ROOT, TRAIN, arguments, environment, launch, losses, make_place, rows
 
-from dsyolo.cluster import preemption as stop
+from dsyolo.cluster import preemption
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_terminal_that_ends_stops_a_run_with_all_saved_unless_nohup_is_before_
             wait_for(place / "runs" / name / "metrics.jsonl", '"step": 12,')
             process.terminate()
         said = process.communicate(timeout=60)[0]
-        assert process.returncode == stop.STATUS, said
+        assert process.returncode == preemption.STATUS, said
         assert f"Stopped as asked after step {newest(place, name)['step']}, and saved." in said
 
 
@@ -140,7 +140,7 @@ def test_a_rank_that_waits_for_others_ends_at_once(place):
     time.sleep(0.5)  # it waits now, in C++
     process.terminate()
     said = process.communicate(timeout=10)[1]
-    assert process.returncode == stop.STATUS, said
+    assert process.returncode == preemption.STATUS, said
     assert "Stopped as asked before the first step. --resume auto goes on." in said
     assert not (place / "runs/waits").exists()
 
@@ -189,7 +189,7 @@ def test_a_validation_that_is_stopped_leaves_the_trained_weights_and_comes_again
         text=True,
         timeout=120,
     )
-    assert first.returncode == stop.STATUS, first.stdout + first.stderr
+    assert first.returncode == preemption.STATUS, first.stdout + first.stderr
     assert "Stopped as asked after step 3, and saved." in first.stderr
     assert rows(place, "validation", "epoch") == []
     assert (newest(place, "validation")["step"], newest(place, "validation")["epoch"]) == (3, 0)

@@ -12,14 +12,14 @@ import pytest
 from ranks import free_port, run_ranks
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster import rendezvous as meeting
+from dsyolo.cluster import rendezvous
 
 ATTEND = """
 import sys
-from dsyolo.cluster import rendezvous as meeting
-meeting.LOST_S = 3.0
+from dsyolo.cluster import rendezvous
+rendezvous.LOST_S = 3.0
 rank, size, port, wait_s = sys.argv[1:]
-meet = meeting.Rendezvous(int(rank), int(size), "127.0.0.1", int(port), wait_s=float(wait_s))
+meet = rendezvous.Rendezvous(int(rank), int(size), "127.0.0.1", int(port), wait_s=float(wait_s))
 print("here", flush=True)
 meet.wait()
 print("all", flush=True)
@@ -65,7 +65,7 @@ def test_a_rank_that_is_lost_while_others_are_awaited_ends_all(lost, sent, told)
     os.kill(ranks[lost].process.pid, sent)
     status, said = ranks[1 - lost].end()
     ranks[lost].process.kill()
-    assert status == meeting.STATUS
+    assert status == rendezvous.STATUS
     assert told.format(pid=ranks[lost].process.pid, port=port) in said
     assert said.count("All ranks end. --resume auto goes on.") == 1
 
@@ -74,15 +74,15 @@ def test_one_that_never_comes_is_named_to_those_that_wait():
     port = free_port()
     ranks = [Attending(0, 4, port, wait_s=1), Attending(2, 4, port, wait_s=1)]
     (status, said), (other_status, other_said) = (rank.end() for rank in ranks)
-    assert (status, other_status, other_said) == (meeting.STATUS, meeting.STATUS, "")
-    assert "Of 4 ranks 2 did not come within " in said
-    assert " s: 1, 3. Look at what they say on their hosts" in said
+    assert (status, other_status, other_said) == (rendezvous.STATUS, rendezvous.STATUS, "")
+    assert "2 of 4 ranks did not come within " in said
+    assert " s: 1, 3. Look at their output on their hosts" in said
 
 
 def test_no_first_rank_is_told():
     port = free_port()
     status, said = Attending(1, 2, port, wait_s=2).end()
-    assert status == meeting.STATUS
+    assert status == rendezvous.STATUS
     assert f"Rank 1 found no rank 0 at 127.0.0.1:{port} within 2 s." in said
 
 
@@ -99,7 +99,7 @@ def test_a_port_that_is_taken_is_told_with_the_option():
     first = Attending(0, 2, port)
     first.come()
     with pytest.raises(UserError) as caught:
-        meeting.Rendezvous(0, 2, "127.0.0.1", port, wait_s=1)
+        rendezvous.Rendezvous(0, 2, "127.0.0.1", port, wait_s=1)
     first.process.kill()
     first.process.communicate()
     (problem,) = caught.value.problems

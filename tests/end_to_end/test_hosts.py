@@ -208,7 +208,7 @@ def test_a_folder_that_hosts_do_not_share_is_told_before_anything_is_read(place,
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0
     assert said.count("apart is not one folder for all hosts") == 1, said
-    assert "node1 does not see there what rank 0 writes. Put --project on storage" in said
+    assert "node1 does not see the files that rank 0 writes there. Put --project on storage" in said
     assert "Traceback" not in said
     assert list(project.iterdir()) == []
 

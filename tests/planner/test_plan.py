@@ -215,7 +215,7 @@ def test_what_is_recommended_fits_and_can_be_written_and_used(capsys, tmp_path):
     path.write_text("{}")
     status, _, err = plan(capsys, *words)
     assert status == 2
-    assert f"{path} given, but it says something else" in err
+    assert f"{path} given, but it has other content" in err
     assert path.read_text() == "{}"
 
 
@@ -558,7 +558,7 @@ def test_what_a_plan_cannot_be_made_for_is_refused(tmp_path, capsys):
         ("--gpus 8x24GiB --bandwidth 9GB/s", "it is between nodes, and there is 1"),
         (f"--gpus 1x24GiB --write {tmp_path}", "is a folder or device"),
         ("--gpus 1x24GiB --write /dev/full --force", "is a folder or device"),
-        (f"--gpus 1x24GiB --write {tmp_path}/other", "it says something else"),
+        (f"--gpus 1x24GiB --write {tmp_path}/other", "it has other content"),
     ):
         status, _, said = plan(capsys, *words.split())
         assert status == 2, words

@@ -428,7 +428,7 @@ def test_a_file_given_twice_is_one_strategy(tmp_path):
     (tmp_path / "zero.json").write_text('{"train_batch_size": 8}')
     names = [str(tmp_path / "zero.json"), str(tmp_path / "." / "zero.json"), str(tmp_path / "x/../zero.json")]
     (tmp_path / "x").mkdir()
-    args = cli.build_parser().parse_args(["scale", "--ranks", "1", "--strategies", ",".join(names)])
+    args = cli.parse(["scale", "--ranks", "1", "--strategies", ",".join(names)])
     assert [one.name for one in check(args).strategies] == ["zero"]
 
 

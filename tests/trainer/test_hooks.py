@@ -111,7 +111,7 @@ def runs_that_raise(place: Path) -> dict[str, dict]:
     words = arguments(place, "x", hook="my_hooks.py:Raising", wandb="offline", epochs=1, workers=1)
     command = [sys.executable, "-c", DRIVER, json.dumps(EVENTS), json.dumps(words)]
     done = subprocess.run(
-        command, env=environment(place), cwd=place, capture_output=True, text=True, timeout=280
+        command, env=environment(place), cwd=place, capture_output=True, text=True, timeout=900
     )
     found: dict[str, dict] = {}
     for line in done.stdout.splitlines():

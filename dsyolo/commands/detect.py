@@ -1,0 +1,117 @@
+"""`dsyolo detect`: draw the objects that a network finds in images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsyolo.base.errors import UserError
+from dsyolo.commands.weights_options import LoadedNetwork, add_weights_options, load
+from dsyolo.config.messages import cannot_hold_files
+from dsyolo.data.formats.yolo import list_images
+from dsyolo.data.images import check_image, read_rgb
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dsyolo.base.batch import Detections
+
+MANY_IMAGES = 20  # from here on one line for all of them
+MOST_PROBLEMS = 5
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options: the weights, the images, and the folder of the pictures."""
+    add_weights_options(parser, score=0.25, iou=0.45)
+    text = "images, folders or list files"
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help=text)
+    out = Path("detections")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"default: {out}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write a picture per image and print its objects, or those of all images where there are many; return 0.
+
+    Raises:
+        UserError: the weights, the images or the folder cannot be used.
+    """
+    from dsyolo.tracking.plots import draw, save  # late, so that `--help` does not wait for torch
+
+    pictures = _pictures(list(dict.fromkeys(list_images(args.sources))), args.out)
+    if problem := cannot_hold_files(args.out):
+        raise UserError(f"--out {args.out} cannot be used", [problem])
+    network = load(args, multi_label=False)
+    names = network.class_names
+    args.out.mkdir(parents=True, exist_ok=True)
+    total: Counter[int] = Counter()
+    num_written, is_long = 0, len(pictures) >= MANY_IMAGES
+    for path, picture in pictures.items():
+        size_hw, reason, detail = check_image(path)
+        image_rgb = None if size_hw is None else read_rgb(path, size_hw, max(size_hw))
+        if image_rgb is None:
+            print(f"{path}: {reason}: {detail}", file=sys.stderr)
+            continue
+        detections = _detect(network, image_rgb)
+        save(picture, draw(image_rgb, detections, names))
+        num_written += 1
+        counts = Counter(detections.classes.tolist())
+        total += counts
+        if not is_long:
+            print(f"{path}: {_listed(counts, names)} -> {picture}")
+    if is_long:
+        print(f"{num_written:,} images: {_listed(total, names)} -> {args.out}")
+    return 0
+
+
+def _detect(network: LoadedNetwork, image_rgb: np.ndarray) -> Detections:
+    """Return the objects of an image (H, W, 3) uint8, in its own pixels."""
+    from dsyolo.data.loader import to_batch
+    from dsyolo.detection.boxes import letterbox, unletterbox
+
+    height, width = image_rgb.shape[:2]
+    scale = network.image_size_px / max(height, width)
+    height_px, width_px = (
+        -(-round(side * scale) // network.stride) * network.stride for side in (height, width)
+    )
+    padded, scale, pad_xy = letterbox(image_rgb, (height_px, width_px))
+    found = network.postprocess(network.predict(to_batch(padded))[0])
+    return found._replace(boxes_xyxy=unletterbox(found.boxes_xyxy, scale, pad_xy, (height, width)))
+
+
+def _pictures(images: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Return the path of each image's picture.
+
+    Raises:
+        UserError: it is the path of an image itself, or of two pictures.
+    """
+    problems: list[str] = []
+    pictures: dict[Path, Path] = {}
+    images_by_picture: dict[Path, Path] = {}
+    inputs = {_file_id(path) for path in images if path.exists()}
+    for path in images:
+        picture = out / (path.name if path.suffix.lower() in (".jpg", ".png") else f"{path.name}.png")
+        if picture.exists() and _file_id(picture) in inputs:
+            problems.append(f"{picture}: it is one of the images given. Name another folder by --out.")
+        elif other := images_by_picture.get(picture):
+            remedy = "Give them one after the other, each with its own --out"
+            problems.append(f"{picture}: both {other} and {path} would go there. {remedy}.")
+        pictures[path], images_by_picture[picture] = picture, path
+    if problems:
+        num_left = len(problems) - MOST_PROBLEMS
+        more = [f"and {num_left} more."] if num_left > 0 else []
+        raise UserError("No picture was written", [*problems[:MOST_PROBLEMS], *more])
+    return pictures
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _listed(counts: Mapping[int, int], names: Sequence[str]) -> str:
+    """Return how many objects of each class there are, in the order of the classes."""
+    return ", ".join(f"{counts[klass]:,} {names[klass]}" for klass in sorted(counts)) or "nothing"

@@ -1,0 +1,81 @@
+"""`dsyolo val`: validate weights on the val split of a data set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsyolo.base.errors import UserError
+from dsyolo.commands.weights_options import LoadedNetwork, add_number, add_weights_options, load
+from dsyolo.config.option_checks import cannot_hold_file
+from dsyolo.config.run_config import RunConfig
+from dsyolo.data.formats.yolo import read_data_yaml
+from dsyolo.data.index_builder import build_index
+
+if TYPE_CHECKING:
+    from dsyolo.data.loader import EvalLoader
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options: the weights, the data set, and how it is read."""
+    add_weights_options(parser, score=0.001, iou=0.6)
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="data set's YAML file")
+    add_number(parser, "--batch_size", 16, "images at a time", field="val_batch_size")
+    add_number(parser, "--workers", 1, "loader processes")
+    parser.add_argument(
+        "--rect_val",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=RunConfig.model_fields["rect_val"].description,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table of metrics, and write them as JSON where asked; return 0.
+
+    Raises:
+        UserError: weights or data cannot be used, or not together.
+    """
+    from dsyolo.detection.evaluator import validate  # late, so that `--help` does not wait for torch
+
+    if args.json and (problem := cannot_hold_file(args.json)):
+        raise UserError(f"--json {args.json} cannot be written", [problem])
+    network = load(args, multi_label=True)
+    loader = _loader(args, network)
+    names = network.class_names
+    metrics, _ = validate(network.predict, loader, network.postprocess, names, lambda item: [item])
+    print(metrics.table())
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(metrics.to_json(), indent=2) + "\n")
+    return 0
+
+
+def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
+    import torch
+
+    from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
+    from dsyolo.data.loader import EvalLoader
+
+    data = read_data_yaml(args.data, required=("val",))
+    if data.names != network.class_names:
+        given = f"{', '.join(network.class_names)} in the weights, {', '.join(data.names)} in the data"
+        raise UserError(
+            f"{args.weights} cannot be validated on {args.data}", [f"names: {given}. They must be the same."]
+        )
+    split = build_index(data.val or (), data.num_classes)
+    refuse_unknown_classes(data, {"val": split})
+    return EvalLoader(
+        DetectionDataset(split, network.image_size_px),
+        image_size_px=network.image_size_px,
+        stride=network.stride,
+        batch_size=args.batch_size,
+        rank=0,
+        world_size=1,
+        num_workers=args.workers,
+        pin_memory=torch.cuda.is_available(),
+        rectangular=args.rect_val,
+    )

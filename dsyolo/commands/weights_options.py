@@ -1,0 +1,79 @@
+"""What `dsyolo val` and `dsyolo detect` share: a network from a weights file, and its post-processing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsyolo.base.errors import UserError
+from dsyolo.config.option_checks import model_option, run_option
+
+if TYPE_CHECKING:
+    from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
+
+
+class LoadedNetwork(NamedTuple):
+    """A trained network on this machine's device.
+
+    Attributes:
+        stride: the number of pixels that the sides of images must be multiples of.
+    """
+
+    class_names: tuple[str, ...]
+    image_size_px: int
+    stride: int
+    predict: PlainPredictor
+    postprocess: PostProcessor
+
+
+def add_weights_options(parser: argparse.ArgumentParser, *, score: float, iou: float) -> None:
+    """Add the options of the network and of NMS, with these default thresholds."""
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FILE", help="a .safetensors file of a run")
+    add("--model", type=model_option, metavar="FILE.py:FUNCTION", help="for weights of your own network")
+    add("--imgsz", type=int, metavar="N", help="image size in pixels (default: of the training)")
+    add_number(parser, "--score_threshold", score, "least score of a detection")
+    add_number(parser, "--iou_threshold", iou, "IoU of NMS")
+    add_number(parser, "--max_detections", 300, "most detections per image")
+
+
+def add_number(
+    parser: argparse.ArgumentParser, option: str, default: float, text: str, *, field: str = ""
+) -> None:
+    """Add an option with the rule of a run's field: `field`, or the one of its name."""
+    metavar = "N" if isinstance(default, int) else "X"
+    kind = run_option(field or option[2:])
+    parser.add_argument(
+        option, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})"
+    )
+
+
+def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
+    """Load the network of `--weights`.
+
+    Args:
+        multi_label: a box may have several classes, as in validation.
+
+    Raises:
+        UserError: the weights cannot be used, or not with this `--imgsz`.
+    """
+    import torch  # late, so that `--help` does not wait for it
+
+    from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
+    from dsyolo.models.registry import max_stride
+    from dsyolo.models.weights import rebuild
+
+    network, info = rebuild(args.weights, args.model)
+    size_px = info.image_size_px if args.imgsz is None else args.imgsz
+    stride = max_stride(args.model or info.variant)
+    if size_px < stride or size_px % stride:
+        rule = f"{info.variant} takes multiples of {stride}"
+        nearest = max(1, size_px // stride) * stride
+        raise UserError(
+            "The command line cannot be used", [f"--imgsz: {size_px} given, but {rule}. Set it to {nearest}."]
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limits = args.score_threshold, args.iou_threshold, args.max_detections
+    postprocess = PostProcessor(*limits, multi_label=multi_label)
+    return LoadedNetwork(info.names, size_px, stride, PlainPredictor(network, device), postprocess)
