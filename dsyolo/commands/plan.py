@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsyolo.base.atomic_file import write_file
 from dsyolo.base.errors import UserError
 from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
 from dsyolo.config.spec import PRECISIONS
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the ranking; return 0 if a strategy fits, else 1. Raise UserError for a mistake in the command line."""
     from dsyolo.planner.model_profile import ModelProfile  # late, so that `--help` does not wait for torch
     from dsyolo.planner.predict import Planner
-    from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
+    from dsyolo.planner.ranking_report import CAVEATS, recommendation, table, to_json, val_option
     from dsyolo.planner.search import search
 
     hardware = _hardware(args)
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{args.model}, {args.imgsz} px, {args.global_batch} images a step, {args.optimizer}")
         print(f"{hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB; {hardware.explain()}")
-        print("\n".join(HONEST))
+        print("\n".join(CAVEATS))
         print(f"\n{table(ranking)}\n\n{recommendation(ranking, hardware)}")
     if args.write and ranking.best:
         content = json.dumps(ranking.best.settings.deepspeed_json(), indent=2) + "\n"
@@ -136,12 +137,9 @@ def _write(path: Path, content: str, force: bool) -> None:
     if path.exists() and not force and path.read_bytes() != content.encode():
         rule = "it has other content. Name another file, or overwrite it by --force"
         raise UserError("The plan was not written", [f"--write: {path} given, but {rule}."])
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(content)
-        part.replace(path)
+        write_file(path, content.encode())
     except OSError as error:
-        part.unlink(missing_ok=True)
         rule = f"{error.strerror}. The file that was there is kept: name another"
         raise UserError("The plan was not written", [f"--write: {path}: {rule}."]) from None

@@ -1,4 +1,4 @@
-"""`dsyolo simulate`: count a training on thousands of ranks."""
+"""`dsyolo simulate`: count a training on thousands of ranks, without them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from dsyolo.config.deepspeed.config import MIN_SHARE_ELEMENTS
 from dsyolo.config.option_checks import model_option, out_of_range
 
 if TYPE_CHECKING:
-    from dsyolo.planner.dry_run import DryRunResult
-    from dsyolo.planner.simulation import Scale
+    from dsyolo.planner.simulation import SimulatedScale
 
 COCO_IMAGES = 118287  # of COCO's train2017
 MOST_RANKS = 4096
@@ -30,62 +29,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "variant, or FILE.py:FUNCTION (default: yolov5x)"
     add("--model", type=model_option, default="yolov5x", metavar="NAME", help=text)
     add("--num-classes", "--num_classes", type=int, default=80, metavar="N", help="classes (default: 80)")
-    add("--images", type=int, default=COCO_IMAGES, metavar="N", help="of the data set (default: COCO's)")
+    text = "images in the data set (default: COCO's)"
+    add("--images", type=int, default=COCO_IMAGES, metavar="N", help=text)
     add("--ranks", default="8,64,512,4096", metavar="N,N", help="numbers of ranks (default: 8,64,512,4096)")
-    text = "images a step, rounded up to whole micro-batches for each rank (default: 64)"
+    text = "images in an optimizer step, rounded up to whole micro-batches for each rank (default: 64)"
     add("--global-batch", "--global_batch", type=int, default=64, metavar="N", help=text)
-    text = "images of a rank (default: 1)"
+    text = "images of a rank in a forward pass (default: 1)"
     add("--micro-batch", "--micro_batch", type=int, default=1, metavar="N", help=text)
-    text = (
-        "also take a step with the engine that trains, as one of so many ranks on torch's fake process group, and show "
-        "what it holds and sends (some seconds each; the network's memory is needed)"
-    )
-    add("--engine", action="store_true", help=text)
-    add("--json", action="store_true", help="the same as JSON, in bytes")
+    add("--json", action="store_true", help="print JSON, in bytes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each number of ranks and ZeRO stage; return 1 where an image does not come exactly once."""
-    from dsyolo.planner.dry_run import dry_run, dry_run_case  # late, so that `--help` does not wait for torch
-    from dsyolo.planner.simulation import simulate
+    """Print a line for each number of ranks and ZeRO stage; return 1 if an image does not come exactly once."""
+    from dsyolo.planner.simulation import simulate  # late, so that `--help` does not wait for torch
 
     ranks, problems = set(), out_of_range(args, BOUNDS)
     for text in args.ranks.split(","):
         if text.strip().isdecimal() and 1 <= int(text) <= MOST_RANKS:
             ranks.add(int(text))
         else:
-            problems.append(f"--ranks: {text!r} given, but each is a number from 1 to {MOST_RANKS}.")
+            rule = f"each is a number from 1 to {MOST_RANKS}. Correct it"
+            problems.append(f"--ranks: {text!r} given, but {rule}.")
     if problems:
         raise UserError("The command line cannot be used", problems)
     found = simulate(
         args.model, args.num_classes, args.images, sorted(ranks), args.global_batch, args.micro_batch
     )
-    cases = [dry_run_case(args.model, args.num_classes, one.zero_stage, one.ranks) for one in found]
-    held = dry_run(cases) if args.engine else []
-    if args.json:
-        engines = [{"engine": one._asdict()} for one in held] or [{}] * len(found)
-        rows = [one.to_json() | engine for one, engine in zip(found, engines, strict=True)]
-        print(json.dumps(rows, indent=1))
-    else:
-        print(_table(found))
-        if held:
-            print("\n" + _engine_table(found, held))
+    print(json.dumps([one.to_json() for one in found], indent=1) if args.json else _table(found))
     return 0 if all(one.coverage[1:] == (1, 1) for one in found) else 1
 
 
-def _engine_table(found: list[Scale], held: list[DryRunResult]) -> str:
-    """Return what the engine held and sent, beside what was expected of it: one micro-batch a step."""
-    lines = ["ranks  ZeRO  of rank  states MiB  expected  buckets MiB  expected  MB sent  expected"]
-    for one, real in zip(found, held, strict=True):
-        lines.append(
-            f"{one.ranks:5d}  {one.zero_stage:4d}  {real.rank:7d}  {real.states / 2**20:10.1f}  "
-            f"{real.states_expected / 2**20:8.1f}  {real.buckets / 2**20:11.1f}  {real.buckets_expected / 2**20:8.1f}  "
-            f"{real.sent / 1e6:7.1f}  {real.sent_expected / 1e6:8.1f}"
-        )
-    return "\n".join(lines)
-
-
-def _table(found: list[Scale]) -> str:
+def _table(found: list[SimulatedScale]) -> str:
     lines = [
         "ranks  ZeRO  batch  steps  each image  states MiB, least to most    formula  buckets MiB  MB sent  formula  "
         "checkpoint MB of a rank"
@@ -104,10 +78,10 @@ def _table(found: list[Scale]) -> str:
     if more & {1, 2}:
         share = f"{4 * MIN_SHARE_ELEMENTS / 2**20:g} MiB"
         lines.append(
-            f"Where a rank's share is below {share}, ZeRO 1 and 2 sum whole buckets on all ranks, in few messages, and so send more."
+            f"ZeRO 1 and 2 send more where a rank's share is below {share}: they all-reduce whole buckets, in few messages."
         )
     if 3 in more:
-        lines.append("On so many ranks ZeRO 3 fills small parts up to a size that all ranks send.")
+        lines.append("ZeRO 3 sends more, as it pads small parameters to a multiple of that many ranks.")
     if 3 in less:
         lines.append("ZeRO 3 sends less, as the last layers' weights stay whole from forward to backward.")
     return "\n".join(lines)

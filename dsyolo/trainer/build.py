@@ -165,7 +165,7 @@ def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None
 
 def _user_classes(references: str | None, option: str) -> dict[str, Any]:
     names = [name.strip() for name in (references or "").split(",") if name.strip()]
-    return {name: load_object(name, option) for name in names}
+    return {name: load_object(name, f"--{option}") for name in names}
 
 
 def _user_hooks(references: str | None) -> list[Hook]:
@@ -185,7 +185,9 @@ def _predictor(spec: RunSpec, world: World, parts: EngineParts) -> Predict:
     """
     if spec.ds.zero_stage == 3:
         return parts.engine.predict
-    return OomSafePredictor(parts.engine.predict, lambda line: log.warning("%s", line), device.empty_cache)
+    return OomSafePredictor(
+        parts.engine.predict, lambda line: log.warning("%s", line), device.accelerator().empty_cache
+    )
 
 
 def _main_process_parts(
