@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
-from dsyolo.config.run_config import AUTO
+from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import examine
 from dsyolo.doctor.findings import can_start, table, to_json
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     problems = out_of_range(args, {"master_port": (1, 65535), "timeout": (1, 600), "workers": (0, 1024)})
-    stride = max_stride(args.model or "yolov5n")
-    if args.imgsz < stride or args.imgsz % stride:
-        problems.append(f"--imgsz: {args.imgsz} given, but it must be a multiple of {stride}.")
+    model = args.model or "yolov5n"
+    if fault := image_size_fault(args.imgsz, model, max_stride(model)):
+        problems.append(f"--imgsz: {fault}")
     if args.num_gpus is not None and (args.num_gpus < 1 or args.hostfile):
         rule = "at least 1, and only without --hostfile, whose slots say how many"
         problems.append(f"--num_gpus: {args.num_gpus} given, but it must be {rule}.")

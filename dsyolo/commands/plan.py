@@ -12,6 +12,7 @@ from typing import Any
 from dsyolo.base.atomic_file import write_file
 from dsyolo.base.errors import UserError
 from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
+from dsyolo.config.run_config import image_size_fault
 from dsyolo.config.spec import PRECISIONS
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.planner.strategy import OPTIMIZERS
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hardware(args: argparse.Namespace) -> Hardware:
+    from dsyolo.models.registry import max_stride
+
     problems: list[str] = []
 
     def read(option: str, text: str, reader: Callable[[str], Any], default: Any) -> Any:
@@ -101,7 +104,9 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     host = read("host-memory", args.host_memory, read_bytes, None) if args.host_memory else None
     device = DEVICES[args.gpu] if args.gpu else typical_device(memory)
     problems += out_of_range(args, BOUNDS)
-    problems += [*_image_size_problems(args), *_batch_problems(args, gpus * args.nodes)]
+    if fault := image_size_fault(args.imgsz, args.model, max_stride(args.model)):
+        problems.append(f"--imgsz: {fault}")
+    problems += _batch_problems(args, gpus * args.nodes)
     if args.precision and PRECISIONS[args.precision].compute == "bf16" and not device.has_bf16:
         rule = f"a {device.name} has no bf16. Take autocast_fp16"
         problems.append(f"--precision: {args.precision} given, but {rule}.")
@@ -110,17 +115,6 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     if problems:
         raise UserError("The command line cannot be used", problems)
     return Hardware(device, args.nodes, gpus, memory, host, rate)
-
-
-def _image_size_problems(args: argparse.Namespace) -> list[str]:
-    from dsyolo.models.registry import max_stride
-
-    stride, given = max_stride(args.model), f"--imgsz: {args.imgsz} given, but {args.model} needs"
-    if args.imgsz < 2 * stride:
-        return [f"{given} {2 * stride} at least. Take that."]
-    if args.imgsz % stride:
-        return [f"{given} multiples of {stride}. Take {round(args.imgsz / stride) * stride}."]
-    return []
 
 
 def _batch_problems(args: argparse.Namespace, ranks: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.option_checks import model_option, run_option
+from dsyolo.config.run_config import image_size_fault
 
 if TYPE_CHECKING:
     from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
@@ -57,10 +58,8 @@ def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
     network, info = rebuild(args.weights, args.model)
     size_px = info.image_size_px if args.imgsz is None else args.imgsz
     stride = max_stride(args.model or info.variant)
-    if size_px < stride or size_px % stride:
-        nearest = max(1, size_px // stride) * stride
-        rule = f"{info.variant} takes multiples of {stride}. Set it to {nearest}"
-        raise UserError("The command line cannot be used", [f"--imgsz: {size_px} given, but {rule}."])
+    if fault := image_size_fault(size_px, info.variant, stride, times=1):
+        raise UserError("The command line cannot be used", [f"--imgsz: {fault}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     postprocess = PostProcessor(
         args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label
