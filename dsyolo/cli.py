@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.run(args)
         sys.stdout.flush()
     except UserError as error:
-        print(f"\n{error}\n", file=sys.stderr)
+        sys.stderr.write(f"\n{error}\n\n")
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
+        sys.stderr.write("\nInterrupted.\n")
         return 130
     except BrokenPipeError:  # as by `| head`; what Python flushes at its exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

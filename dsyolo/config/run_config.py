@@ -240,14 +240,13 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
     """Return the mapping in a YAML file. Any other file is a problem, and gives an empty mapping."""
+    values: Any = None
     try:
         values = parse_yaml(read_text(path))
     except BadYamlError as error:
         problems.append(str(error))
-        return {}
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}.")
-        return {}
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -105,8 +105,8 @@ def read_strategy(
         micro_batch, accumulation: instead of the JSON's.
         problems: receives a line for each fault.
     """
-    faults: list[str] = []
-    source = read_json(str(path), faults) or {}
+    read = read_json(path)
+    source, faults = read.content or {}, list(read.problems)
     content, left_open = without_auto(source)
     sane = sane_part(content, faults)
     if not micro_batch:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
-from dsyolo.config.deepspeed.json_reader import JsonSource, read_strictly, sane_part
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, sane_part
 from dsyolo.config.deepspeed.rules import (
     activations,
     data_types,
@@ -113,16 +113,16 @@ class DeepSpeedConfig:
         zero = {**copy.deepcopy(self.source.get("zero_optimization", {})), "stage": self.zero_stage}
         if self.zero_stage == 0:
             return zero
-        for key in ("offload_optimizer", "offload_param"):
-            if (zero.get(key) or {}).get("device") == "nvme":
-                # Its swapper is a compiled op: dsyolo moves the host's memory into a file (engine/offload.py).
-                kept = {k: v for k, v in zero[key].items() if k not in ("device", "nvme_path", "pin_memory")}
-                zero[key] = {**kept, "device": "cpu", "pin_memory": False}
         if cpu:
             zero.setdefault("overlap_comm", False)  # no streams to overlap on, but a second bucket
-            for key in ("offload_optimizer", "offload_param"):
-                if zero.get(key):
-                    zero[key].setdefault("pin_memory", False)
+        for key in ("offload_optimizer", "offload_param"):
+            block = zero.get(key) or {}
+            if block.get("device") == "nvme":
+                # Its swapper is a compiled op: dsyolo moves the host's memory into a file (engine/offload.py).
+                kept = {k: v for k, v in block.items() if k not in ("device", "nvme_path", "pin_memory")}
+                zero[key] = {**kept, "device": "cpu", "pin_memory": False}
+            elif cpu and block:
+                block.setdefault("pin_memory", False)
         bucket = min(max(num_parameters // BUCKETS, MIN_BUCKET_ELEMENTS), MAX_BUCKET_ELEMENTS)
         zero.setdefault("reduce_bucket_size", _even(min(bucket, num_parameters)))
         zero.setdefault("allgather_bucket_size", min(_even(num_parameters), MAX_BUCKET_ELEMENTS))  # no memory
@@ -136,9 +136,8 @@ class DeepSpeedConfig:
             zero.setdefault("stage3_max_live_parameters", part)
             zero.setdefault("stage3_max_reuse_distance", part)
             # BatchNorm's vectors (at most 1280 elements) stay whole: a gather of them costs more than they do.
-            zero.setdefault(
-                "stage3_param_persistence_threshold", min(max(num_parameters // 1000, 2048), 10**5)
-            )
+            least = min(max(num_parameters // 1000, 2048), 10**5)
+            zero.setdefault("stage3_param_persistence_threshold", least)
         return zero
 
     def _explain_precision(self) -> str:
@@ -220,7 +219,7 @@ def check(
     if isinstance(config, Mapping):
         config = JsonSource(name, config)
     elif not isinstance(config, JsonSource):
-        config = read_strictly(config)
+        config = read_json(config)
     problems = list(config.problems)
     if config.content is None:
         raise cannot_be_used(config.name, world_size, problems)

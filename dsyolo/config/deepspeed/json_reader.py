@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,34 +30,6 @@ class _Object(dict[str, Any]):
     twice: tuple[str, ...] = ()
 
 
-def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
-    """Return the object of a strict JSON file (no comments, no NaN, no key twice), or None with a problem."""
-    try:
-        text = read_text(path)
-        source = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole_number
-        )
-        if _is_deep(source):
-            raise RecursionError
-    except OSError as error:
-        problems.append(f"cannot be read: {error.strerror}. Check --deepspeed_config.")
-    except UnicodeDecodeError:
-        problems.append("not a text file in UTF-8. Check --deepspeed_config.")
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        problems.append(f"{place}: {error.msg}. {_syntax_remedy(text, error.pos)}")
-    except _BadNumberError as error:
-        problems.append(f"{error}. Write a number, or leave the key out.")
-    except RecursionError:
-        problems.append(f"nested more than {MAX_DEPTH} deep, as no key here is. Leave that out.")
-    else:
-        if isinstance(source, dict):
-            problems += [f"{key}: given twice. Leave one out." for key in _given_twice(source, "")]
-            return source
-        problems.append('must be an object, as in {"train_batch_size": 64}.')
-    return None
-
-
 @dataclass(frozen=True)
 class JsonSource:
     """A DeepSpeed JSON as its file was read."""
@@ -67,16 +40,40 @@ class JsonSource:
     problems: tuple[str, ...] = ()  # of its syntax
 
 
-def read_strictly(path: str | Path) -> JsonSource:
-    """Read a JSON, in which "auto" is a value like others. Its problems are left for `check` to raise."""
-    problems: list[str] = []
-    content = read_json(str(path), problems)
-    return JsonSource(str(path), content, problems=tuple(problems))
+def read_json(path: str | Path) -> JsonSource:
+    """Read a strict JSON file (no comments, no NaN, no key twice), in which "auto" is a value like others.
+
+    Its problems are left for `check` to raise.
+    """
+    try:
+        text = read_text(path)
+        source = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole_number
+        )
+        if _is_deep(source):
+            raise RecursionError
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}. Check --deepspeed_config."
+    except UnicodeDecodeError:
+        problem = "not a text file in UTF-8. Check --deepspeed_config."
+    except json.JSONDecodeError as error:
+        remedy = _syntax_remedy(text, error.pos)
+        problem = f"line {error.lineno}, column {error.colno}: {error.msg}. {remedy}"
+    except _BadNumberError as error:
+        problem = f"{error}. Write a number, or leave the key out."
+    except RecursionError:
+        problem = f"nested more than {MAX_DEPTH} deep, as no key here is. Leave that out."
+    else:
+        if isinstance(source, dict):
+            twice = (f"{key}: given twice. Leave one out." for key in _given_twice(source, ""))
+            return JsonSource(str(path), source, problems=tuple(twice))
+        problem = 'must be an object, as in {"train_batch_size": 64}.'
+    return JsonSource(str(path), None, problems=(problem,))
 
 
 def read_source(path: str | Path) -> JsonSource:
-    """Read a JSON, some of whose values may be "auto". Its problems are left for `check` to raise."""
-    read = read_strictly(path)
+    """Read a JSON, some of whose values may be "auto"."""
+    read = read_json(path)
     if read.content is None:
         return read
     content, left_open = without_auto(read.content)
@@ -197,17 +194,15 @@ def _sane_block(
             sane[name] = value
         else:
             rule = "a block of keys, in braces" if isinstance(key, JsonSection) else key.rule
-            problems.append(
-                f"{path}: {shown(value)} given, but it must be {rule}. {_type_remedy(value, key)}"
-            )
+            rule += f". {_type_remedy(value, key)}"
+            problems.append(f"{path}: {shown(value)} given, but it must be {rule}")
     return sane
 
 
 def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
     if name in RUN_KEYS | RECIPE_KEYS:
         return f"the run configuration owns it. Leave it out and give --{name}."
-    hint = did_you_mean(name, keys)
-    if hint:
+    if hint := did_you_mean(name, keys):
         return f"unknown key. {hint}"
     homes = [
         f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, JsonSection) and name in part.keys
@@ -224,11 +219,9 @@ def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
 
 def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
     if isinstance(value, str) and isinstance(key, JsonKey):
-        try:
+        with suppress(ValueError):
             if key.keeps(json.loads(value)):
                 return f"Write {value} without quotes."
-        except ValueError:
-            pass
     return "Correct it, or leave it out."
 
 
