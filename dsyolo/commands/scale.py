@@ -1,4 +1,4 @@
-"""The command `dsyolo scale`: run the trainings of all sizes, and write the report."""
+"""`dsyolo scale`: run the trainings of all sizes, and write the report."""
 
 from __future__ import annotations
 

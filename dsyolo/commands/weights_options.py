@@ -1,4 +1,4 @@
-"""What `dsyolo val` and `dsyolo detect` share: a network from a weights file, and its post-processing."""
+"""Options and loading that `dsyolo val` and `dsyolo detect` share: a network from a weights file, and its NMS."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people give: the command line, recipes, data.yaml and the DeepSpeed JSON, resolved once."""
+"""The input of a run: the command line, recipes, data.yaml and the DeepSpeed JSON, resolved once."""

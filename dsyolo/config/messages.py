@@ -110,7 +110,7 @@ def _limits(field: FieldInfo) -> dict[str, Any]:
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """Return the values of a Literal field, of others nothing."""
+    """Return the values of a Literal field, nothing for other fields."""
     return tuple(arg for arg in get_args(field.annotation) if isinstance(arg, str))
 
 

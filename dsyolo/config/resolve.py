@@ -113,7 +113,7 @@ def _configure(
     accelerator: str,
     plan: Planner,
 ) -> PlannedConfig | None:
-    """Read and check the DeepSpeed JSON once; plan what it leaves open. None where that needs data which cannot be used."""
+    """Read and check the DeepSpeed JSON once, and plan what it leaves open; None if planning lacks usable data."""
     saved_batch = resume.global_batch if resume else None
     if run.deepspeed_config == AUTO:
         return plan(run, None, data.num_classes, saved_batch) if data else None

@@ -205,7 +205,7 @@ def check_model_name(model: str) -> str:
 
 
 def image_size_fault(size_px: int, model: str, multiple: int, times: int = 2) -> str | None:
-    """Return why images of this size do not fit a model: they are no multiple of its largest stride, or less than so many."""
+    """Return the fault of a size that is no multiple, or less than `times` the multiple; None for a size that fits."""
     if size_px % multiple == 0 and size_px >= times * multiple:
         return None
     below = max(size_px // multiple, times) * multiple

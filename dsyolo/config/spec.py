@@ -134,12 +134,10 @@ class OffloadSpec:
 
     @property
     def devices(self) -> tuple[str | None, str | None]:
-        """The devices of optimizer states and of parameters."""
         return self.optimizer, self.params
 
     @property
     def folders(self) -> tuple[str | None, str | None]:
-        """The folders of optimizer states and of parameters."""
         return self.optimizer_folder, self.params_folder
 
 

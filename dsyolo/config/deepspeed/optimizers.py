@@ -14,7 +14,7 @@ RECIPE_WEIGHT_DECAY = 0.0005  # what a plan and the value "auto" take, whatever 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What is known of an optimizer."""
+    """Defaults, keys and states of one optimizer."""
 
     defaults: Mapping[
         str, Any
