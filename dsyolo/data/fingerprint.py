@@ -57,7 +57,7 @@ def fingerprint(images: Sequence[str]) -> dict[str, Any]:
 def listed(images: Sequence[str], buckets: Iterable[int]) -> dict[str, str]:
     """Return by path the entries of some buckets: sizes of image and label in bytes, hash of the label."""
     wanted = set(buckets)
-    entries = {}
+    entries: dict[str, str] = {}
     for image, entry in _entries(images, wanted):
         if len(entries) == MAX_LISTED:
             break

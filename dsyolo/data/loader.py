@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,8 +30,8 @@ class _TrainSamples(Dataset):
         self.dataset, self.how, self.seed = dataset, how, seed
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        rng = np.random.default_rng((self.seed, key.epoch, key.index))
-        return augment(self.dataset.load, key.index, len(self.dataset), key.size_px, rng, self.how)
+        rng = np.random.default_rng((self.seed, key.epoch, key.image_index))
+        return augment(self.dataset.load, key.image_index, len(self.dataset), key.size_px, rng, self.how)
 
 
 class TrainLoader:
@@ -62,7 +64,7 @@ class TrainLoader:
     ) -> None:
         self._samples = None if dataset is None else _TrainSamples(dataset, how, sampler.seed)
         self._sampler = sampler
-        self._collate = _TrainCollate(assign)
+        self._collate = partial(_collate_train, assign=assign)
         self._size_px, self._stride, self._multi_scale = image_size_px, stride, multi_scale
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._batches: Iterator[Batch] | None = None
@@ -99,21 +101,21 @@ class TrainLoader:
         """Return the side of a step's images."""
         if not self._multi_scale:
             return self._size_px
-        rng = np.random.default_rng(
-            (self._sampler.seed, step, 0, 1)
-        )  # four numbers: a sample's seed has three
+        # Four numbers: a sample's seed has three.
+        rng = np.random.default_rng((self._sampler.seed, step, 0, 1))
         low, high = (round(self._size_px * bound / self._stride) for bound in MULTI_SCALE_RANGE)
         low = max(low, 2)  # BatchNorm needs more than one cell
         return int(rng.integers(low, high, endpoint=True)) * self._stride
 
     def _open(self, step: int) -> Iterator[Batch]:
+        assert self._samples is not None
         limit_opencv()
         # A step takes all its micro-batches at once; workers make those of the next one meanwhile.
         ahead = 1 + -(-self._sampler.accumulation // max(self._num_workers, 1))
         return iter(
             DataLoader(
                 self._samples,
-                batch_sampler=_Keys(self, step),
+                batch_sampler=self._keys(step),
                 collate_fn=self._collate,
                 pin_memory=self._pin_memory,
                 prefetch_factor=ahead if self._num_workers else None,
@@ -121,10 +123,12 @@ class TrainLoader:
             )
         )
 
-    def _keys(self, step: int) -> Iterator[list[SampleKey]]:
-        size_px = self.size_px(step)
-        for group in self._sampler.micro_batches(step):
-            yield [SampleKey(epoch, index, size_px) for epoch, index in group]
+    def _keys(self, start: int) -> Iterator[list[SampleKey]]:
+        """Yield the keys of each micro-batch from step `start` on, without end."""
+        for step in itertools.count(start):
+            size_px = self.size_px(step)
+            for group in self._sampler.micro_batches(step):
+                yield [SampleKey(epoch, index, size_px) for epoch, index in group]
 
 
 def largest_size_px(size_px: int, stride: int) -> int:
@@ -132,31 +136,14 @@ def largest_size_px(size_px: int, stride: int) -> int:
     return round(size_px * MULTI_SCALE_RANGE[1] / stride) * stride
 
 
-class _Keys:
-    """The endless batch sampler, from a step on: lists of keys, one per micro-batch."""
-
-    def __init__(self, loader: TrainLoader, step: int) -> None:
-        self._loader, self._step = loader, step
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        step = self._step
-        while True:
-            yield from self._loader._keys(step)
-            step += 1
-
-
-class _TrainCollate:
-    """Collates samples of one size into a Batch. Images stay H, W, C in memory: channels-last without a copy."""
-
-    def __init__(self, assign: Assign) -> None:
-        self._assign = assign
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images = _stack([sample.image for sample in samples])
-        of_image = np.repeat(np.arange(len(samples)), [len(sample.classes) for sample in samples])
-        classes = np.concatenate([sample.classes for sample in samples])
-        boxes = xyxy_to_cxcywh(np.concatenate([sample.boxes_xyxy for sample in samples]))
-        return Batch(images, self._assign(of_image, classes, boxes, len(samples), tuple(images.shape[2:])))
+def _collate_train(samples: Sequence[Sample], assign: Assign) -> Batch:
+    """Collate samples of one size. Images stay H, W, C in memory: channels-last without a copy."""
+    images = _stack([sample.image for sample in samples])
+    of_image = np.repeat(np.arange(len(samples)), [len(sample.classes) for sample in samples])
+    classes = np.concatenate([sample.classes for sample in samples])
+    boxes = xyxy_to_cxcywh(np.concatenate([sample.boxes_xyxy for sample in samples]))
+    height, width = images.shape[2:]
+    return Batch(images, assign(of_image, classes, boxes, len(samples), (height, width)))
 
 
 class _EvalSamples(Dataset):

@@ -19,7 +19,7 @@ class SampleKey(NamedTuple):
     """What a training sample depends on, besides the run's seed."""
 
     epoch: int
-    index: int
+    image_index: int
     size_px: int
 
 

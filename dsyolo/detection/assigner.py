@@ -68,8 +68,8 @@ class Assigner:
             count = len(level.cells)
             cells[i, :count], boxes[i, :count], kinds[i, :count] = level
             weights[i, :count] = 1
-        tensors = map(torch.from_numpy, (cells, boxes, kinds, weights, weights.sum(1)))
-        return Targets(*tensors, torch.tensor(float(num_images)))
+        arrays = (cells, boxes, kinds, weights, weights.sum(1), np.float32(num_images))
+        return Targets(*(torch.as_tensor(array) for array in arrays))
 
     def _level(
         self, level: int, images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, grid_hw: tuple[int, int]
