@@ -124,7 +124,7 @@ def largest_size_px(size_px: int, stride: int) -> int:
 
 def _collate_train(samples: Sequence[Sample], assign: Assign) -> Batch:
     """Collate samples of one size. Images stay H, W, C in memory: channels-last without a copy."""
-    images = _stack([sample.image for sample in samples])
+    images = stack_images([sample.image for sample in samples])
     of_image = np.repeat(np.arange(len(samples)), [len(sample.classes) for sample in samples])
     classes = np.concatenate([sample.classes for sample in samples])
     boxes = xyxy_to_cxcywh(np.concatenate([sample.boxes_xyxy for sample in samples]))
@@ -213,14 +213,11 @@ def _rectangles(sizes_hw: np.ndarray, size_px: int, stride: int, rectangular: bo
 
 
 def _collate_eval(items: Sequence[tuple[np.ndarray, GroundTruth]]) -> EvalBatch:
-    return EvalBatch(_stack([image for image, _ in items]), tuple(ground_truth for _, ground_truth in items))
+    return EvalBatch(
+        stack_images([image for image, _ in items]), tuple(ground_truth for _, ground_truth in items)
+    )
 
 
-def to_batch(image_rgb: np.ndarray) -> torch.Tensor:
-    """Return one (H, W, 3) uint8 image as a batch (1, 3, H, W)."""
-    return _stack([image_rgb])
-
-
-def _stack(images: Sequence[np.ndarray]) -> torch.Tensor:
+def stack_images(images: Sequence[np.ndarray]) -> torch.Tensor:
     """Stack (H, W, 3) uint8 images into (B, 3, H, W), channels-last in memory."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -19,9 +19,8 @@ from dsyolo.base.batch import Sample
 from dsyolo.data.warp import Rect, View, bounds, clip_labels, crop, draw_view, select
 from dsyolo.detection.boxes import PAD_GREY
 
-LoadImage = Callable[
-    [int, int], Sample
-]  # (index, long_side_px) -> the image with that long side, and its labels
+# (index, long_side_px) -> the image with that long side, and its labels
+LoadImage = Callable[[int, int], Sample]
 
 MAX_COVERED = 0.3  # share of another box that a pasted object may cover
 MIXUP_BETA = 32.0

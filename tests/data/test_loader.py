@@ -15,7 +15,7 @@ import torch
 from dsyolo.base.batch import Batch
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.index_builder import build_index
-from dsyolo.data.loader import EvalLoader, TrainLoader, to_batch
+from dsyolo.data.loader import EvalLoader, TrainLoader, stack_images
 from dsyolo.data.sampler import StepSampler
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.data.transforms import Augmentation
@@ -246,7 +246,7 @@ def test_images_lie_channels_last_in_memory_without_a_copy(dataset):
         same = batch.images.contiguous(memory_format=torch.channels_last)
         assert same.data_ptr() == batch.images.data_ptr()
     image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    batch = to_batch(image)
+    batch = stack_images([image])
     assert batch.shape == (1, 3, 4, 5)
     assert batch[0, 2, 3, 1] == image[3, 1, 2]
     assert batch.is_contiguous(memory_format=torch.channels_last)
