@@ -5,7 +5,7 @@ Invariant: weights, gradients and buffers are those of a plain run, bit for bit,
 
 from __future__ import annotations
 
-from types import TracebackType
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -20,28 +20,15 @@ def run_checkpointed(module: nn.Module, inputs: tuple[torch.Tensor, ...], *, off
 
     A network draws no random numbers, so the generators' states are not saved. Nothing here waits for the device.
     """
-
-    def call() -> torch.Tensor:
+    # These hooks see only the inputs: inside, the checkpoint has its own.
+    with saved_tensors_hooks(_to_host, _to_device) if offload else nullcontext():
         return checkpoint(
             module,
             *inputs,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (_NoContext(), _FrozenStatistics(module)),
+            context_fn=lambda: (nullcontext(), _FrozenStatistics(module)),
         )
-
-    if not offload:
-        return call()
-    with saved_tensors_hooks(
-        _to_host, _to_device
-    ):  # sees only the inputs: inside, the checkpoint has its own
-        return call()
-
-
-class _NoContext:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 class _FrozenStatistics:
@@ -57,9 +44,7 @@ class _FrozenStatistics:
         for norm in self.norms:
             norm.moves_statistics = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for norm in self.norms:
             norm.moves_statistics = True
 

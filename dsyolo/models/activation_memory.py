@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.spec import Precision
 from dsyolo.models.network import Network
 
+N = TypeVar("N", bound=Network)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,10 +48,6 @@ class Activations(NamedTuple):
     def bytes_of(self, storages: Iterable[int]) -> int:
         """Return their size, counting each once."""
         return sum(self.sizes[storage] for storage in set(storages))
-
-    def own_bytes(self) -> dict[str, int]:
-        """Return by node what it saves besides its inputs, and so what checkpointing it saves."""
-        return {node.name: self.bytes_of(node.saved - node.inputs) for node in self.nodes}
 
     def peak_bytes(self, checkpointed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
         """Return the most that is kept at once.
@@ -153,21 +151,18 @@ def choose(activations: Activations, recompute: str | int, *, offload: bool) -> 
     Raises:
         UserError: even with all blocks checkpointed the budget is too small.
     """
-    names: frozenset[str] | None = frozenset()
-    if recompute == "blocks":
-        names = activations.blocks
-    elif isinstance(recompute, int):
-        names = activations.fewest(recompute, offload=offload)
-    if names is None:
+    if isinstance(recompute, str):
+        names = activations.blocks if recompute == "blocks" else frozenset[str]()
+        return ActivationPlan(activations, names, offload)
+    fewest = activations.fewest(recompute, offload=offload)
+    if fewest is None:
         plain = activations.peak_bytes()
         least = activations.peak_bytes(activations.blocks, offload=offload)
         kept = f"a micro-batch keeps {_gib(least)} with all blocks recomputed, and {_gib(plain)} with none"
         remedy = f"Set it to {_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
-        raise UserError(
-            "The activations do not fit their budget",
-            [f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."],
-        )
-    return ActivationPlan(activations, names, offload)
+        problem = f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."
+        raise UserError("The activations do not fit their budget", [problem])
+    return ActivationPlan(activations, fewest, offload)
 
 
 def _gib(size: int) -> str:
@@ -216,7 +211,7 @@ def _count(
             saved: list[torch.Tensor] = []
             with saved_tensors_hooks(saved.append, _unused):
                 boundary = fake.run(boundary, i, i + 1)
-            outputs = ledger.numbers(_tensors(boundary[-1]))
+            outputs = ledger.numbers(tree_leaves(boundary[-1]))
             kernels = {p.shape for p in fake.get_submodule(name).parameters() if p.ndim > 1}
             casts = ledger.numbers(t for t in saved if t.shape in kernels and t.dtype == dtype)
             nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs, casts))
@@ -252,11 +247,7 @@ def _unused(packed: Any) -> Any:
     raise AssertionError("no backward pass runs here")
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    yield from (value,) if isinstance(value, torch.Tensor) else value
-
-
-def fake_copy(network: Network, weights_dtype: torch.dtype) -> Network:
+def fake_copy(network: N, weights_dtype: torch.dtype) -> N:
     """Return a copy of `network` with fake tensors in place of its own, and no node checkpointed."""
     fakes: dict[int, Any] = {}
     for tensor in chain(network.parameters(), network.buffers()):

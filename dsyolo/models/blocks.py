@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,26 +29,19 @@ class BatchNorm(nn.BatchNorm2d):
         super().__init__(num_channels, eps=1e-3, momentum=0.03)
         self.frozen = False
 
-    def normalise(self, *args) -> torch.Tensor:
+    def normalise(self, *args: Any) -> torch.Tensor:
         """Call `F.batch_norm`; engine/batchnorm.py replaces this method."""
         return F.batch_norm(*args)  # looked up at each call: DeepSpeed's profiler replaces it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean, var = self.running_mean, self.running_var
-        if self.training and not self.moves_statistics:
+        if self.training and not self.moves_statistics and mean is not None and var is not None:
             # Update copies instead. None would make autograd save fewer tensors than in the first pass, and a
             # momentum of 0 would turn an infinity into NaN.
             mean, var = mean.clone(), var.clone()
-        return self.normalise(
-            x,
-            mean,
-            var,
-            self.weight.float(),
-            self.bias.float(),
-            self.training and not self.frozen,
-            self.momentum,
-            self.eps,
-        )
+        moves = self.training and not self.frozen
+        weight, bias = self.weight.float(), self.bias.float()
+        return self.normalise(x, mean, var, weight, bias, moves, self.momentum, self.eps)
 
 
 def freeze_batchnorm(network: nn.Module) -> None:
@@ -171,9 +165,9 @@ class Detect(nn.Module):
         num_outputs = 5 + num_classes
         self.m = nn.ModuleList(nn.Conv2d(c, self.num_anchors * num_outputs, 1) for c in channels)
         self.register_buffer("anchors", anchors_px / torch.tensor(strides).view(-1, 1, 1))
-        for conv, stride in zip(self.m, strides, strict=True):
-            with torch.no_grad():
-                bias = conv.bias.view(self.num_anchors, num_outputs)
+        with torch.no_grad():
+            for conv, stride in zip(self.m, strides, strict=True):
+                bias = conv.get_parameter("bias").view(self.num_anchors, num_outputs)
                 bias[:, 4] += math.log(8 / (640 / stride) ** 2)
                 bias[:, 5:] += math.log(0.6 / (num_classes - 0.99999))
 

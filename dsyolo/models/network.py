@@ -7,7 +7,7 @@ which they were made. So any slice of the sequence is a pipeline stage, and no o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -44,20 +44,15 @@ def connect(nodes: Sequence[Node], source: str = "images") -> tuple[NodeLink, ..
         AssertionError: a name is used twice, read before it exists, or never read.
     """
     names = [node.name for node in nodes]
-    nodes = [
-        node._replace(reads=node.reads or (before,))
-        for node, before in zip(nodes, [source, *names], strict=False)
-    ]
+    reads = [node.reads or (before,) for node, before in zip(nodes, [source, *names], strict=False)]
     assert len(set(names) | {source}) == len(nodes) + 1, "a node's name is used twice"
-    last_read = {name: i for i, node in enumerate(nodes) for name in node.reads}
+    last_read = {read: i for i, own in enumerate(reads) for read in own}
     boundary, links = [source], []
-    for i, node in enumerate(nodes):
-        assert set(node.reads) <= set(boundary), (
-            f"{node.name} reads {node.reads}, but only {boundary} are alive"
-        )
-        keeps = tuple(k for k, name in enumerate(boundary) if last_read.get(name, -1) > i)
-        links.append(NodeLink(tuple(boundary.index(name) for name in node.reads), keeps))
-        boundary = [boundary[k] for k in keeps] + [node.name]
+    for i, (name, own) in enumerate(zip(names, reads, strict=True)):
+        assert set(own) <= set(boundary), f"{name} reads {own}, but only {boundary} are alive"
+        keeps = tuple(k for k, alive in enumerate(boundary) if last_read.get(alive, -1) > i)
+        links.append(NodeLink(tuple(boundary.index(read) for read in own), keeps))
+        boundary = [boundary[k] for k in keeps] + [name]
     unread = set(names[:-1]) - last_read.keys()
     assert not unread, f"{sorted(unread)} are made and never read"
     return tuple(links)
@@ -105,7 +100,7 @@ class Network(nn.Module):
             boundary = (*(boundary[k] for k in link.keeps), out)
         return boundary
 
-    def forward(self, images: torch.Tensor):
+    def forward(self, images: torch.Tensor) -> Any:
         """Return the last node's output for `images`."""
         (out,) = self.run((images,), 0, len(self.order))
         return out

@@ -48,7 +48,7 @@ def balanced_cuts(costs: Sequence[NodeCost], stages: int, balance: Balance) -> t
         if left == 1:
             own = sum(works[start:]) + boundary[start] if _has_parameters(costs[start:]) else math.inf
             return own, 0.0, ()
-        choices = [(math.inf, 0.0, ())]
+        choices: list[tuple[float, float, tuple[int, ...]]] = [(math.inf, 0.0, ())]
         for stop in range(start + 1, num - left + 2):
             if _has_parameters(costs[start:stop]):
                 own = sum(works[start:stop]) + boundary[start] + boundary[stop]

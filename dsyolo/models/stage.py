@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from dsyolo.models.network import Network
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, ...]  # (B, C, H, W)
 
 
 class PipelineStage(nn.Module):
@@ -31,7 +32,7 @@ class PipelineStage(nn.Module):
         for name in network.order[start:stop]:
             self.add_module(name, network.get_submodule(name))
 
-    def forward(self, x: torch.Tensor):
+    def forward(self, x: torch.Tensor) -> Any:
         """Run the stage on images (B, 3, H, W) or flat boundary activations; return the same, or the network's output."""
         (network,) = self._whole
         boundary = unpack(x, self.incoming) if self.start else (x,)

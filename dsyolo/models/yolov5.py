@@ -44,11 +44,7 @@ _P4_BACKBONE = (
     _down("conv4", 512),
     _c3("p4", 512, 9, shortcut=True),
 )
-P5 = (
-    *_P4_BACKBONE,
-    _down("conv5", 1024),
-    _c3("p5", 1024, 3, shortcut=True),
-    LayerRow("sppf", SPPF, 1024),
+_P4_NECK = (
     LayerRow("lat5", Conv, 512),
     LayerRow("up5", Upsample),
     LayerRow("join4", Concat, reads=("up5", "p4")),
@@ -62,6 +58,13 @@ P5 = (
     _c3("out4", 512),
     _down("down4", 512),
     LayerRow("merge5", Concat, reads=("down4", "lat5")),
+)
+P5 = (
+    *_P4_BACKBONE,
+    _down("conv5", 1024),
+    _c3("p5", 1024, 3, shortcut=True),
+    LayerRow("sppf", SPPF, 1024),
+    *_P4_NECK,
     _c3("out5", 1024),
     LayerRow("detect", Detect, reads=("out3", "out4", "out5")),
 )
@@ -76,19 +79,7 @@ P6 = (
     LayerRow("up6", Upsample),
     LayerRow("join5", Concat, reads=("up6", "p5")),
     _c3("fuse5", 768),
-    LayerRow("lat5", Conv, 512),
-    LayerRow("up5", Upsample),
-    LayerRow("join4", Concat, reads=("up5", "p4")),
-    _c3("fuse4", 512),
-    LayerRow("lat4", Conv, 256),
-    LayerRow("up4", Upsample),
-    LayerRow("join3", Concat, reads=("up4", "p3")),
-    _c3("out3", 256),
-    _down("down3", 256),
-    LayerRow("merge4", Concat, reads=("down3", "lat4")),
-    _c3("out4", 512),
-    _down("down4", 512),
-    LayerRow("merge5", Concat, reads=("down4", "lat5")),
+    *_P4_NECK,
     _c3("out5", 768),
     _down("down5", 768),
     LayerRow("merge6", Concat, reads=("down5", "lat6")),

@@ -185,7 +185,9 @@ def _predictor(spec: RunSpec, world: World, parts: EngineParts) -> Predict:
     """
     if spec.ds.zero_stage == 3:
         return parts.engine.predict
-    return OomSafePredictor(parts.engine.predict, lambda line: log.warning("%s", line), device.empty_cache)
+    return OomSafePredictor(
+        parts.engine.predict, lambda line: log.warning("%s", line), device.accelerator().empty_cache
+    )
 
 
 def _main_process_parts(

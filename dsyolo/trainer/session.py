@@ -25,7 +25,6 @@ class Session:
     def __init__(self, spec: RunSpec, world: World, run_log: RunLog) -> None:
         self.world, self.run_log, self.run_lock = world, run_log, RunLock(spec.folder)
         with process_group.started(spec.config.rendezvous_timeout_s):
-            run_log.adopt_deepspeed()
             self.watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)
             self.preemption = PreemptionHandler(world)
 
@@ -39,6 +38,6 @@ class Session:
             if kind is None:
                 self.preemption.close()
             self.watchdog.close()
-            process_group.destroy_process_group(self.world, orderly=kind is None)
+            process_group.destroy_process_group(orderly=kind is None)
         finally:
             self.run_lock.leave()

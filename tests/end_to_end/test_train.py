@@ -65,6 +65,15 @@ def test_a_run_leaves_what_the_readme_says(place, two_ranks):
     assert "best.safetensors" in two_ranks.stdout
 
 
+def test_what_deepspeed_logs_is_in_the_files_of_the_ranks_alone(place, two_ranks):
+    for rank in (0, 1):
+        log = (place / f"runs/whole/logs/rank_{rank:04d}.log").read_text(encoding="utf-8")
+        theirs = re.findall(rf"^.* INFO rank {rank}: DeepSpeed: .*$", log, re.MULTILINE)
+        assert theirs, log
+    assert "DeepSpeed: " not in two_ranks.stdout + two_ranks.stderr
+    assert "[INFO]" not in two_ranks.stdout + two_ranks.stderr  # as DeepSpeed's own console has it
+
+
 def test_a_run_tells_what_memory_it_was_expected_to_need_and_needed(place, two_ranks):
     assert re.search(
         r"memory: \d+ MiB on a rank, \d+ without all this: ZeRO 2 \w+ \d+, recompute would save \d+\n",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from yolov5_names import to_yolov5
 
 from dsyolo.base.errors import UserError
 from dsyolo.models.weights import (
@@ -17,7 +18,6 @@ from dsyolo.models.weights import (
     read_weights,
     rebuild,
     save_weights,
-    to_yolov5,
 )
 from dsyolo.models.yolov5 import anchors_px, build_yolov5
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from dsyolo.engine import device
-from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.ema import Ema
 from dsyolo.engine.memory_profile import MemoryMeasurement, MemoryProfiler
 from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.partitions import Partitions
@@ -34,7 +34,7 @@ class MemoryProfileHook(Hook):
         self,
         load: RankLoad,
         partitions: Partitions,
-        ema: Ema | NoEma,
+        ema: Ema,
         measure: str,
         artifacts: RunArtifacts | None,
         times: TimeProfileHook | None,
@@ -51,9 +51,9 @@ class MemoryProfileHook(Hook):
         shown = range(0, len(loads), ds.dp_size)  # a rank of each stage
         self._titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
         if trainer.world.is_main_process:
-            largest = max(shown, key=lambda rank: self._predicted[rank].together.total)
+            largest = max(shown, key=lambda rank: self._predicted[rank].combined.total)
             rows = [
-                (f"{title}, predicted", self._predicted[rank].together)
+                (f"{title}, predicted", self._predicted[rank].combined)
                 for rank, title in self._titles.items()
             ]
             log.info("%s\n%s", table(rows), verdict(loads[largest], ds, zero, self._on_one_rank(loads)))
@@ -96,8 +96,8 @@ class MemoryProfileHook(Hook):
             return
         rows = []
         for rank, title in self._titles.items():
-            rows.append((f"{title}, predicted", self._predicted[rank].together))
-            rows.append((f"{title}, measured", measured[rank].terms.together))
+            rows.append((f"{title}, predicted", self._predicted[rank].combined))
+            rows.append((f"{title}, measured", measured[rank].terms.combined))
         peaks = [one.peak for one in measured if one.peak is not None]
         most = (
             f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
