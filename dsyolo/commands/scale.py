@@ -15,6 +15,7 @@ import psutil
 
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.config.cli_args import parse
+from dsyolo.config.messages import counted
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
@@ -23,14 +24,7 @@ from dsyolo.scaling.html_report import page
 from dsyolo.scaling.options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.scaling.report import Report, build, to_json
 from dsyolo.scaling.results import CaseResult, combine_rounds
-from dsyolo.scaling.runs import (
-    EndRequest,
-    Outcome,
-    ScalingPlan,
-    arguments,
-    epochs_and_images,
-    write_data,
-)
+from dsyolo.scaling.runs import EndRequest, Outcome, ScalingPlan, arguments, epochs_and_images, write_data
 from dsyolo.scaling.runs import run as run_case
 from dsyolo.scaling.tables import rate_table, title, to_markdown
 
@@ -43,14 +37,10 @@ def run(args: argparse.Namespace) -> int:
     """Run all and write the report; return 0 if every strategy ran at some size, else 1.
 
     After SIGINT, SIGTERM or SIGHUP return 128 plus its number, with a report of what was measured.
-
-    Raises:
-        UserError: for a mistake in the command line.
     """
     request = check(args)
-    rows = list(
-        wanted(request.strategies, SCALINGS[args.scaling], request.ranks, args.model, request.accelerator)
-    )
+    scalings = SCALINGS[args.scaling]
+    rows = list(wanted(request.strategies, scalings, request.ranks, args.model, request.accelerator))
     cases = list(dict.fromkeys(row.case for row in rows if row.case))
     data = _data(args)
     num_images = len(list_images(data.train or ()))
@@ -180,14 +170,11 @@ def _notes(
     about = next(iter(measured.values())).about if measured else {}
     notes = []
     if about:
-        cores = (
-            f"{_plural(args.cores, 'core')} per rank, workers included"
-            if args.cores
-            else "all cores for each run"
-        )
+        own = f"{counted(args.cores, 'core')} per rank, workers included" if args.cores else ""
+        cores = own or "all cores for each run"
         limit = f"; {cores}" if request.accelerator == "cpu" and not request.hosts else ""
         notes.append(
-            f"{about['device']}, {_plural(about['threads'], 'thread')} and {_plural(about['workers'], 'loader worker')} "
+            f"{about['device']}, {counted(about['threads'], 'thread')} and {counted(about['workers'], 'loader worker')} "
             f"per rank{limit}. Peak FLOP/s of a rank: {about['peak_source']}."
         )
     notes.append(
@@ -203,17 +190,10 @@ def _notes(
     return notes
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
     """Write the report beside the trainings, and into `out` if anything was measured or nothing was there."""
-    texts = {
-        "json": json.dumps(to_json(report), indent=1) + "\n",
-        "md": to_markdown(report),
-        "html": page(report),
-    }
+    as_json = json.dumps(to_json(report), indent=1) + "\n"
+    texts = {"json": as_json, "md": to_markdown(report), "html": page(report)}
     for folder in (beside, *([out] if is_news else [])):
         for kind, text in texts.items():
             (folder / f"scale.{kind}").write_text(text)
