@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dry_run import one_batch
 from ranks import run_ranks
 
 from dsyolo.config.deepspeed.config import check
@@ -25,7 +26,6 @@ from dsyolo.engine.memory_profile import MemoryProfiler
 from dsyolo.engine.optimizer import Schedule
 from dsyolo.engine.parallelize import parallelize
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
-from dsyolo.planner.dry_run import one_batch
 from dsyolo.planner.memory_estimate import RankLoad, predict, table
 
 NUM_CLASSES = 80

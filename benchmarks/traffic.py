@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dry_run import one_batch
 from hosts import Cluster, Traffic, read_traffic
 
 from dsyolo.cluster import collectives
@@ -36,7 +37,6 @@ from dsyolo.engine.optimizer import Schedule
 from dsyolo.engine.parallelize import parallelize
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 from dsyolo.planner.comm_volume import comm_bytes
-from dsyolo.planner.dry_run import one_batch
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
 SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)

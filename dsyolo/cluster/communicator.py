@@ -21,7 +21,7 @@ class ClusterCommunicator:
         timeout: of an exchange; None: gloo's own.
     """
 
-    meets_every_s = 2.0
+    exchange_every_s = 2.0
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ClusterCommunicator:
             raise Preempted
         return [item for _, item in gathered]
 
-    def given_by(self, rank: int, item: Any) -> Any:
+    def broadcast(self, rank: int, item: Any) -> Any:
         """Return that rank's item on all ranks."""
         items = [item]
         if self._group:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.option_checks import model_option
+from dsyolo.config.option_checks import model_option, out_of_range
 from dsyolo.config.run_config import AUTO
 from dsyolo.doctor.context import DoctorOptions
-from dsyolo.doctor.examine import check_options, examine
+from dsyolo.doctor.examine import examine
 from dsyolo.doctor.findings import can_start, table, to_json
+from dsyolo.models.registry import max_stride
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,31 +40,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; return 0 if the run can start, else 1.
+    """Print the table; return 0 if the run can start, else 1. Files that are missing are findings.
 
     Raises:
         UserError: for a mistake in the command line.
     """
-    options = DoctorOptions(
-        hostfile=args.hostfile,
-        deepspeed_config=None if args.deepspeed_config == Path(AUTO) else args.deepspeed_config,
-        data=args.data,
-        model=args.model,
-        image_size_px=args.imgsz,
-        project=args.project,
-        num_gpus=args.num_gpus,
-        master_addr=args.master_addr,
-        master_port=args.master_port,
-        workers=args.workers,
-        timeout_s=args.timeout,
-        fix=args.fix,
-    )
-    check_options(options)
-    if args.json and (fault := cannot_hold_files(args.json.parent)):
-        raise UserError("The command line cannot be used", [f"--json: {fault}"])
-    findings, hosts = examine(options)
+    _check(args)
+    if args.deepspeed_config == Path(AUTO):
+        args.deepspeed_config = None
+    renamed = {"image_size_px": args.imgsz, "timeout_s": args.timeout}
+    given = {key: value for key, value in vars(args).items() if key in DoctorOptions._fields}
+    findings, hosts = examine(DoctorOptions(**given, **renamed))
     print(table(findings))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(to_json(findings, hosts), indent=2) + "\n")
     return 0 if can_start(findings) else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    problems = out_of_range(args, {"master_port": (1, 65535), "timeout": (1, 600), "workers": (0, 1024)})
+    stride = max_stride(args.model or "yolov5n")
+    if args.imgsz < stride or args.imgsz % stride:
+        problems.append(f"--imgsz: {args.imgsz} given, but it must be a multiple of {stride}.")
+    if args.num_gpus is not None and (args.num_gpus < 1 or args.hostfile):
+        rule = "at least 1, and only without --hostfile, whose slots say how many"
+        problems.append(f"--num_gpus: {args.num_gpus} given, but it must be {rule}.")
+    if args.json and (fault := cannot_hold_files(args.json.parent)):
+        problems.append(f"--json: {fault}")
+    if problems:
+        raise UserError("The command line cannot be used", problems)

@@ -38,7 +38,8 @@ def out_of_range(args: argparse.Namespace, bounds: Mapping[str, tuple[int, int]]
     for option, (least, most) in bounds.items():
         value = getattr(args, option.replace("-", "_"))
         if value is not None and not least <= value <= most:
-            problems.append(f"--{option}: {value} given, but it must be {least} to {most}. Correct it.")
+            given = str(value).removesuffix(".0")
+            problems.append(f"--{option}: {given} given, but it must be {least} to {most}. Correct it.")
     return problems
 
 

@@ -17,18 +17,16 @@ class Hello(Answer):
     """The first section. `machine` and `network` together identify a host."""
 
     time: float = 0.0  # s since 1970
-    hostname: str = ""
     machine: str = ""
     network: str = ""
 
 
 class Python(Answer):
-    """The interpreter, and the environment variables that matter to a run."""
+    """The interpreter, and its GLOO_SOCKET_IFNAME."""
 
     executable: str = ""
     version: str = ""
-    folder: str = ""
-    environment: dict[str, str] = {}
+    gloo_ifname: str | None = None
 
 
 class Package(BaseModel):
@@ -163,17 +161,7 @@ class Result(Answer):
 
 
 ANSWERS: dict[str, type[Answer]] = {
-    "hello": Hello,
-    "python": Python,
-    "packages": Packages,
-    "sources": Sources,
-    "devices": Devices,
-    "compilers": Compilers,
-    "deepspeed_json": DeepSpeedJson,
-    "disk": Disk,
-    "locks": Locks,
-    "network": NetworkAnswer,
-    "port": Port,
-    "data": DataAnswer,
-    "result": Result,
+    **{"hello": Hello, "python": Python, "packages": Packages, "sources": Sources, "devices": Devices},
+    **{"compilers": Compilers, "deepspeed_json": DeepSpeedJson, "data": DataAnswer, "disk": Disk},
+    **{"locks": Locks, "network": NetworkAnswer, "port": Port, "result": Result},
 }

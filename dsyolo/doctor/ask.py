@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dsyolo.doctor import probe
 from dsyolo.doctor.answers import ANSWERS, Answer, Hello
-from dsyolo.doctor.hosts import NO_FOLDER, NO_PYTHON, ForwardedEnvironment, remote_command, ssh_command
+from dsyolo.doctor.hosts import LOCAL, NO_FOLDER, NO_PYTHON, ForwardedEnvironment, remote_command, ssh_command
 
 A = TypeVar("A", bound=Answer)
 MAX_LINE = 4 << 20  # bytes of a section; the largest, a listing of the data set, has some 100,000
@@ -35,7 +35,6 @@ class Reply:
         skew_s: least that its clock is ahead (negative: behind).
     """
 
-    host: str
     sections: dict[str, Answer] = field(default_factory=dict)
     fault: str = ""
     remedy: str = ""
@@ -52,50 +51,43 @@ class Query(NamedTuple):
     """What Python runs on a host, and the sections that it must print.
 
     Attributes:
-        host: its name for ssh; None: this machine.
+        host: its name for ssh, or `LOCAL`.
         arguments: of Python.
         sections: in the order of printing.
         source: Python's standard input.
     """
 
-    host: str | None
+    host: str
     arguments: Sequence[str]
     sections: Sequence[str]
     source: bytes = b""
 
 
-def probe_query(host: str | None, request: Mapping[str, Any]) -> Query:
+def probe_query(host: str, request: Mapping[str, Any]) -> Query:
     """Return the query that runs the probe with a request."""
-    arguments = ["-", json.dumps(request)]
-    return Query(host, arguments, ["hello", *request["sections"]], Path(probe.__file__).read_bytes())
+    sections = ["hello", *request["sections"]]
+    return Query(host, ["-", json.dumps(request)], sections, Path(probe.__file__).read_bytes())
 
 
 def ask(queries: Mapping[str, Query], forwarded: ForwardedEnvironment, timeout_s: float) -> dict[str, Reply]:
     """Run all queries at once; return the replies by the same keys."""
 
     async def gather() -> list[Reply]:
-        return await asyncio.gather(
-            *(_ask(key, query, forwarded, timeout_s) for key, query in queries.items())
-        )
+        return await asyncio.gather(*(_ask(query, forwarded, timeout_s) for query in queries.values()))
 
-    return {reply.host: reply for reply in asyncio.run(gather())}
+    return dict(zip(queries, asyncio.run(gather()), strict=True))
 
 
-async def _ask(key: str, query: Query, forwarded: ForwardedEnvironment, timeout_s: float) -> Reply:
+async def _ask(query: Query, forwarded: ForwardedEnvironment, timeout_s: float) -> Reply:
     command = [sys.executable, "-u", *query.arguments]
-    if query.host is not None:
+    if query.host != LOCAL:
         line = remote_command(sys.executable, forwarded, ["-u", *query.arguments])
         command = [*ssh_command(query.host, timeout_s), line]
-    reply, begin = Reply(key), time.time()
+    reply, begin, pipe = Reply(), time.time(), asyncio.subprocess.PIPE
+    streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "limit": MAX_LINE}
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=MAX_LINE,
-            start_new_session=True,  # no terminal to ask for a password on
-        )
+        # A new session has no terminal to ask for a password on.
+        process = await asyncio.create_subprocess_exec(*command, **streams, start_new_session=True)
     except OSError as error:
         reply.fault, reply.remedy = f"{command[0]}: {error.strerror}", f"Install {command[0]}."
         return reply
@@ -105,7 +97,7 @@ async def _ask(key: str, query: Query, forwarded: ForwardedEnvironment, timeout_
         await _read(reply, process, query.sections, begin, timeout_s)
         reply.status = await asyncio.wait_for(process.wait(), 5)
     except asyncio.TimeoutError:
-        _set_timeout_fault(reply, query.sections, timeout_s)
+        reply.fault, reply.remedy = _timeout_fault(len(reply.sections), query.sections, timeout_s)
     except (ValueError, RecursionError, AttributeError, TypeError):
         reply.fault = "its answer is not valid"
         reply.remedy = "Check what Python and the login shell print there."
@@ -113,7 +105,7 @@ async def _ask(key: str, query: Query, forwarded: ForwardedEnvironment, timeout_
         await _end(process, errors)
     if reply.status and not reply.fault:
         stderr = errors.result() if errors.done() else ""
-        reply.fault, reply.remedy = _reason(reply, stderr, query, timeout_s)
+        reply.fault, reply.remedy = _reason(reply.status, stderr, query, timeout_s)
     errors.cancel()
     return reply
 
@@ -136,11 +128,7 @@ async def _send(process: asyncio.subprocess.Process, source: bytes) -> None:
 
 
 async def _read(
-    reply: Reply,
-    process: asyncio.subprocess.Process,
-    expected: Sequence[str],
-    begin: float,
-    timeout_s: float,
+    reply: Reply, process: asyncio.subprocess.Process, expected: Sequence[str], begin: float, timeout_s: float
 ) -> None:
     """Add sections as they arrive. Other output, as of a login shell, is skipped."""
     assert process.stdout is not None
@@ -154,38 +142,35 @@ async def _read(
             raise ValueError(name)
         reply.sections[name] = section = ANSWERS[name].model_validate(content)
         if isinstance(section, Hello):
-            reply.skew_s = _skew(section, begin)
+            # A bound whatever the delay: the host read its clock after `begin` and before now.
+            reply.skew_s = max(0.0, section.time - time.time()) + min(0.0, section.time - begin)
         if len(reply.sections) == len(expected):
             return
         end = time.monotonic() + SECTION_LIMITS_S.get(expected[len(reply.sections)], SECTION_S)
 
 
-def _skew(hello: Hello, begin: float) -> float:
-    """Return a lower bound, whatever the delay: the host read its clock after `begin` and before now."""
-    return max(0.0, hello.time - time.time()) + min(0.0, hello.time - begin)
+def _timeout_fault(num_read: int, expected: Sequence[str], timeout_s: float) -> tuple[str, str]:
+    if not num_read:
+        remedy = "Check that it is up and that ssh passes the firewall, or raise --timeout."
+        return f"no answer within {timeout_s:g} s", remedy
+    late = expected[min(num_read, len(expected) - 1)]
+    return (
+        f"no answer from the section {late!r}",
+        "Check its disks and its name server: one of them may hang.",
+    )
 
 
-def _set_timeout_fault(reply: Reply, expected: Sequence[str], timeout_s: float) -> None:
-    if not reply.sections:
-        reply.fault = f"no answer within {timeout_s:g} s"
-        reply.remedy = "Check that it is up and that ssh passes the firewall, or raise --timeout."
-        return
-    late = expected[min(len(reply.sections), len(expected) - 1)]
-    reply.fault = f"no answer from the section {late!r}"
-    reply.remedy = "Check its disks and its name server: one of them may hang."
-
-
-def _reason(reply: Reply, stderr: str, query: Query, timeout_s: float) -> tuple[str, str]:
+def _reason(status: int, stderr: str, query: Query, timeout_s: float) -> tuple[str, str]:
     """Return (fault, remedy) of a command that failed."""
-    if reply.status == NO_FOLDER:
+    if status == NO_FOLDER:
         remedy = "Create it: the launcher starts in the same folder on all hosts."
-        return f"the folder {os.path.abspath('.')} is missing", remedy
-    if reply.status == NO_PYTHON:
+        return f"the folder {os.getcwd()} is missing", remedy
+    if status == NO_PYTHON:
         remedy = "Install the environment at that path: the launcher uses the same interpreter on all hosts."
         return f"{sys.executable} is missing", remedy
-    last = (stderr.strip().splitlines() or [f"status {reply.status}"])[-1]
-    if reply.status != 255 or query.host is None:
-        return f"Python ended with status {reply.status}: {last}", "Repair the Python environment there."
+    last = (stderr.strip().splitlines() or [f"status {status}"])[-1]
+    if status != 255 or query.host == LOCAL:
+        return f"Python ended with status {status}: {last}", "Repair the Python environment there."
     command = shlex.join([*ssh_command(query.host, timeout_s), "true"])
     if "verification failed" in stderr:
         return last, f"Its key is not known here: connect once by hand, or use ssh-keyscan {query.host}."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.doctor.answers import Answer
@@ -37,16 +37,20 @@ class DoctorContext(NamedTuple):
     """All that is known of the run.
 
     Attributes:
+        source: content of the DeepSpeed JSON; empty without one.
         ds: None without a JSON, or with one that is refused.
         num_parameters: of the model; None without --model.
+        master: address of the ranks' rendezvous; None if it is not known.
     """
 
     options: DoctorOptions
     hosts: Sequence[Host]
     forwarded: ForwardedEnvironment
     replies: Mapping[str, Reply]
+    source: Mapping[str, Any]
     ds: DeepSpeedConfig | None
     num_parameters: int | None
+    master: str | None
 
     @property
     def names(self) -> list[str]:
@@ -56,15 +60,10 @@ class DoctorContext(NamedTuple):
     def world_size(self) -> int:
         return sum(host.slots for host in self.hosts)
 
-    def slots(self, name: str) -> int:
-        """Return the number of ranks of a host."""
-        return next(host.slots for host in self.hosts if host.name == name)
-
-    def each(self, kind: type[A]) -> Iterator[tuple[str, A]]:
-        """Yield (host name, section) of each host that answered the section."""
-        for name, reply in self.replies.items():
-            if (section := reply.get(kind)) is not None:
-                yield name, section
+    def answers(self, kind: type[A]) -> dict[str, A]:
+        """Return a section by the names of the hosts that answered it."""
+        found = {name: reply.get(kind) for name, reply in self.replies.items()}
+        return {name: section for name, section in found.items() if section is not None}
 
 
 def common(values: Mapping[str, V]) -> tuple[V, str]:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from dsyolo.doctor.answers import DataAnswer, Split
 from dsyolo.doctor.ask import Reply
 from dsyolo.doctor.context import DoctorContext, common
-from dsyolo.doctor.findings import FAIL, OK, Finding
-from dsyolo.doctor.software import split_problem
+from dsyolo.doctor.findings import FAIL, OK, Finding, split_problem
 
 MAX_BUCKETS = 8  # that hosts are asked to list
 MAX_NAMED = 3  # files in a finding
@@ -26,16 +25,13 @@ class Difference(NamedTuple):
 
 def data_set(context: DoctorContext) -> Iterator[Finding]:
     """Yield problems of data.yaml on each host, and what was compared where all is the same."""
-    found = dict(context.each(DataAnswer))
-    for host in context.names:
-        section = context.replies[host].sections.get("data")
-        if section is not None and section.error:
-            yield Finding("data", host, FAIL, section.error, "Check that dsyolo and the data are there.")
+    found = context.answers(DataAnswer)
     usable = {host: one for host, one in found.items() if not one.problems}
+    path = context.options.data
     for host, one in found.items():
         for problem in one.problems:
             fault, remedy = split_problem(problem, "Correct it.")
-            fault = fault if str(context.options.data) in fault else f"{context.options.data}: {fault}"
+            fault = fault if str(path) in fault else f"{path}: {fault}"
             remedy = f"Make it the same as on {next(iter(usable))}." if usable else remedy
             yield Finding("data", host, FAIL, fault, remedy)
     if not usable:
@@ -44,7 +40,7 @@ def data_set(context: DoctorContext) -> Iterator[Finding]:
     differ = {difference.host for difference in differences(context)}
     for host, one in usable.items():
         if one.digest != digest:
-            text = f"{context.options.data} differs from that on {usual_host}"
+            text = f"{path} differs from that on {usual_host}"
             yield Finding("data", host, FAIL, text, f"Copy it from {usual_host}.")
         elif host not in differ:
             same = "the same " if len(usable) > 1 else ""
@@ -54,19 +50,16 @@ def data_set(context: DoctorContext) -> Iterator[Finding]:
 
 def _covers(split: Split) -> str:
     """Return the number of images, and what was compared of them."""
-    sizes, labels = (
-        "" if (one_in := split.one_in.get(what, 1)) == 1 else f" of one in {one_in}"
-        for what in ("sizes", "labels")
-    )
+    part = {name: f" of one in {number}" if number > 1 else "" for name, number in split.one_in.items()}
+    sizes, labels = part.get("sizes", ""), part.get("labels", "")
     return f"{split.num_images:,} images (names, sizes{sizes}, labels' content{labels})"
 
 
 def differences(context: DoctorContext) -> list[Difference]:
     """Return where images or labels differ from those of most hosts."""
-    found = {host: section.splits for host, section in context.each(DataAnswer) if section.splits}
-    splits = sorted({name for one in found.values() for name in one}, reverse=True)
+    found = {host: section.splits for host, section in context.answers(DataAnswer).items() if section.splits}
     result = []
-    for split in splits:
+    for split in sorted({name for one in found.values() for name in one}, reverse=True):
         sums = {host: tuple(one[split].buckets) for host, one in found.items() if split in one}
         most, usual = common(sums)
         for host, own in sums.items():
@@ -89,7 +82,7 @@ def wanted_buckets(differences: list[Difference]) -> dict[str, dict[str, list[in
 def differing_files(differences: list[Difference], replies: Mapping[str, Reply]) -> Iterator[Finding]:
     """Yield the files that differ, from the hosts' listings."""
     for one in differences:
-        own, usual = (_listed(replies, host, one.split) for host in (one.host, one.usual))
+        own, usual = (_listed(replies[host], one.split) for host in (one.host, one.usual))
         faults = []
         for path in sorted(own.keys() | usual.keys()):
             if path not in own:
@@ -105,6 +98,6 @@ def differing_files(differences: list[Difference], replies: Mapping[str, Reply])
         yield Finding("data", one.host, FAIL, f"{one.split}: {listed}", remedy)
 
 
-def _listed(replies: Mapping[str, Reply], host: str, split: str) -> Mapping[str, str]:
-    section = replies[host].get(DataAnswer) if host in replies else None
+def _listed(reply: Reply, split: str) -> Mapping[str, str]:
+    section = reply.get(DataAnswer)
     return section.listed.get(split, {}) if section else {}

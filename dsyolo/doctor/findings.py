@@ -27,8 +27,8 @@ class Finding(NamedTuple):
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings in the order of the table."""
-    places = {check: place for place, check in enumerate(ORDER.split())}
-    return sorted(findings, key=lambda finding: places[finding.check])
+    order = ORDER.split()
+    return sorted(findings, key=lambda finding: order.index(finding.check))
 
 
 def merged(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:
@@ -36,7 +36,7 @@ def merged(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:
     of: dict[Finding, list[str]] = {}
     for finding in findings:
         of.setdefault(finding._replace(host=""), []).append(finding.host)
-    lines = []
+    lines: list[Finding] = []
     for finding, where in of.items():
         named = [host for host in where if host]
         everywhere = len(named) < len(where) or (len(hosts) > 1 and set(named) == set(hosts))
@@ -49,6 +49,12 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[: 3 if more else 4]) + more
 
 
+def split_problem(problem: str, otherwise: str) -> tuple[str, str]:
+    """Return (fault, remedy) of a problem line, in which the remedy follows the first sentence."""
+    fault, stop, remedy = problem.strip().partition(". ")
+    return (fault, remedy) if stop else (fault.rstrip("."), otherwise)
+
+
 def can_start(findings: Iterable[Finding]) -> bool:
     """Return whether nothing failed."""
     return all(finding.verdict != FAIL for finding in findings)
@@ -57,13 +63,11 @@ def can_start(findings: Iterable[Finding]) -> bool:
 def table(findings: Sequence[Finding]) -> str:
     """Return aligned lines, each remedy below its finding, and at the end whether the run can start."""
     findings = [Finding(*map(_printable, finding)) for finding in findings]
-    widths = [max(len(str(finding[i])) for finding in findings) for i in range(3)]
-    if not widths[1]:
-        widths[1] = -2  # no column of hosts
-    lines = []
+    widths = [max(len(finding[i]) for finding in findings) for i in range(3)]
+    lines: list[str] = []
     for finding in findings:
-        columns = [f"{finding[i]:{widths[i]}}" for i in range(3) if widths[i] > 0]
-        start = "  ".join(columns) + "  "
+        columns = [f"{text:{width}}  " for text, width in zip(finding, widths, strict=False) if width]
+        start = "".join(columns)
         lines += _wrapped(finding.found, start)
         if finding.remedy:
             lines += _wrapped(finding.remedy, " " * (len(start) - 3) + "-> ")
@@ -74,15 +78,9 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def _wrapped(text: str, start: str) -> list[str]:
-    width = max(WIDTH, len(start) + 40)
-    return textwrap.wrap(
-        text or "-",
-        width,
-        initial_indent=start,
-        subsequent_indent=" " * len(start),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    wrapper = textwrap.TextWrapper(max(WIDTH, len(start) + 40), start, " " * len(start))
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.wrap(text or "-")
 
 
 def _printable(text: str) -> str:

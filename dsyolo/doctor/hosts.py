@@ -10,17 +10,20 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from dsyolo.base.environment import all_variables
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 
+LOCAL = "this machine"  # the name of a host that needs no ssh
+NO_FOLDER, NO_PYTHON = 97, 96  # exit statuses that neither ssh nor Python uses
+# Variables with these prefixes are forwarded; NCCL only where there are NVIDIA GPUs.
+FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\S*)")
 # ssh takes a leading dash for an option, and pdsh takes brackets and commas for several hosts.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
-# Variables with these prefixes are forwarded; NCCL only where there are NVIDIA GPUs.
-FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 
 class Host(NamedTuple):
@@ -30,53 +33,54 @@ class Host(NamedTuple):
     slots: int  # ranks
 
 
+def rank_count(ranks: int) -> str:
+    """Return "1 rank", "2 ranks"."""
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"
+
+
 def read_hostfile(path: Path) -> tuple[list[Host], list[Finding]]:
     """Return the usable hosts, and findings about the file."""
+    failed = partial(Finding, "hostfile", "", FAIL)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         remedy = "Check --hostfile: without it the launcher trains on this machine alone."
-        return [], [Finding("hostfile", "", FAIL, f"{path} does not exist", remedy)]
+        return [], [failed(f"{path} does not exist", remedy)]
     except (OSError, UnicodeDecodeError) as error:
-        what = getattr(error, "strerror", None) or "it is not a text file"
-        remedy = "Check --hostfile and its permissions."
-        return [], [Finding("hostfile", "", FAIL, f"{path} cannot be read: {what}", remedy)]
-    hosts: dict[str, Host] = {}
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        return [], [failed(f"{path} cannot be read: {reason}", "Check --hostfile and its permissions.")]
+    hosts: dict[str, int] = {}
     findings: list[Finding] = []
     for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line.startswith("#"):
-            continue
-        host, fault, remedy = _read_line(line, hosts)
-        if fault:
-            findings.append(Finding("hostfile", "", FAIL, f"line {number}: {fault}", remedy))
-        elif host:
-            hosts[host.name] = host
+        if line and not line.startswith("#") and (problem := _read_line(line, hosts)):
+            fault, remedy = problem
+            findings.append(failed(f"line {number}: {fault}", remedy))
     if not hosts and not findings:
-        remedy = "Add lines like: node1 slots=8"
-        findings.append(Finding("hostfile", "", FAIL, f"{path} names no host", remedy))
+        findings.append(failed(f"{path} names no host", "Add lines like: node1 slots=8"))
     if not findings:
-        ranks = sum(host.slots for host in hosts.values())
-        listed = ", ".join(f"{host.name} {host.slots}" for host in hosts.values())
-        findings.append(Finding("hostfile", "", OK, f"{len(hosts)} hosts, {ranks} ranks: {listed}"))
-    return list(hosts.values()), findings
+        listed = ", ".join(f"{name} {slots}" for name, slots in hosts.items())
+        text = f"{len(hosts)} hosts, {sum(hosts.values())} ranks: {listed}"
+        findings.append(Finding("hostfile", "", OK, text))
+    return [Host(*item) for item in hosts.items()], findings
 
 
-def _read_line(line: str, known: Mapping[str, Host]) -> tuple[Host | None, str, str]:
-    """Return (host, fault, remedy)."""
+def _read_line(line: str, hosts: dict[str, int]) -> tuple[str, str] | None:
+    """Add the line's host; return (fault, remedy) of a line that cannot be used."""
     match = _LINE.match(line)
     if not match:
-        return None, f"{line!r} is not a host and its slots", "Write it like: node1 slots=8"
+        return f"{line!r} is not a host and its slots", "Write it like: node1 slots=8"
     name, slots, rest = match.groups()
     if rest:
-        return None, f"slots={slots}{rest}, which the launcher reads as {slots}", "Write a whole number."
+        return f"slots={slots}{rest}, which the launcher reads as {slots}", "Write a whole number."
     if not _HOST.fullmatch(name):
         remedy = "Give each host its own line, with its name or address."
-        return None, f"{name!r} is not the name of one host", remedy
-    if name in known:
-        return None, f"{name} is listed twice", "Remove one, and give the other all slots."
+        return f"{name!r} is not the name of one host", remedy
+    if name in hosts:
+        return f"{name} is listed twice", "Remove one, and give the other all slots."
     if int(slots) == 0:
-        return None, f"{name} has slots=0 and would run no rank", "Remove the line, or give it slots."
-    return Host(name, int(slots)), "", ""
+        return f"{name} has slots=0 and would run no rank", "Remove the line, or give it slots."
+    hosts[name] = int(slots)
+    return None
 
 
 class ForwardedEnvironment(NamedTuple):
@@ -85,13 +89,19 @@ class ForwardedEnvironment(NamedTuple):
     variables: Mapping[str, str]
     findings: Sequence[Finding]
 
+    def hint(self, name: str) -> str:
+        """Return a hint if a variable is set here but not forwarded; empty if it is."""
+        here = all_variables().get(name)
+        if here is None or name in self.variables:
+            return ""
+        return f"It is {here} here, but not forwarded: write {name}={here} into .deepspeed_env."
+
 
 def read_forwarded() -> ForwardedEnvironment:
     """Return what the launcher forwards: PYTHONPATH with this folder first, variables by prefix, .deepspeed_env."""
     own = all_variables()
     variables = {key: value for key, value in own.items() if key.startswith(FORWARDED_PREFIXES)}
-    paths = [os.path.abspath("."), *filter(None, [own.get("PYTHONPATH")])]
-    variables["PYTHONPATH"] = os.pathsep.join(paths)
+    variables["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [own.get("PYTHONPATH")])])
     name = own.get("DS_ENV_FILE", ".deepspeed_env")
     findings: list[Finding] = []
     files = dict.fromkeys(Path(os.path.abspath(Path(folder, name))) for folder in (Path.home(), "."))
@@ -101,35 +111,31 @@ def read_forwarded() -> ForwardedEnvironment:
         variables |= given
         findings += [Finding("environment", "", FAIL, f"{file}, {fault}", remedy) for fault, remedy in faults]
         if not faults:
-            findings.append(
-                Finding("environment", "", OK, f"{file} forwards {', '.join(given) or 'nothing'}")
-            )
+            text = f"{file} forwards {', '.join(given) or 'nothing'}"
+            findings.append(Finding("environment", "", OK, text))
     if not findings:
-        prefixes = ", ".join(FORWARDED_PREFIXES)
-        text = (
-            f"no {name} here or in the home folder: only variables that start with {prefixes} are forwarded"
-        )
-        is_wanted = "DS_ENV_FILE" in own
-        remedy = "Correct DS_ENV_FILE, or create the file." if is_wanted else ""
-        findings.append(Finding("environment", "", WARNING if is_wanted else OK, text, remedy))
+        only = f"only variables that start with {', '.join(FORWARDED_PREFIXES)} are forwarded"
+        text = f"no {name} here or in the home folder: {only}"
+        remedy = "Correct DS_ENV_FILE, or create the file." if "DS_ENV_FILE" in own else ""
+        findings.append(Finding("environment", "", WARNING if remedy else OK, text, remedy))
     return ForwardedEnvironment(variables, findings)
 
 
 def _read_env_file(file: Path, variables: dict[str, str]) -> list[tuple[str, str]]:
     """Add a file's variables; return (fault, remedy) of each line that the launcher cannot read."""
-    faults = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return [("which cannot be read", "Make it a text file that you can read.")]
+    faults = []
     for number, line in enumerate(lines, 1):
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
-            what = f"line {number}: {line!r} has no =, which ends the launcher"
-            faults.append((what, "Remove blank lines and comments: write NAME=value."))
+            remedy = "Remove blank lines and comments: write NAME=value."
+            faults.append((f"line {number}: {line!r} has no =, which ends the launcher", remedy))
         elif not re.fullmatch(r"[A-Za-z_]\w*", key):
-            what = f"line {number}: {key!r} is not a variable's name, which breaks the command on the hosts"
-            faults.append((what, "Write NAME=value."))
+            rule = "is not a variable's name, which breaks the command on the hosts"
+            faults.append((f"line {number}: {key!r} {rule}", "Write NAME=value."))
         else:
             variables[key] = value
     return faults
@@ -138,7 +144,7 @@ def _read_env_file(file: Path, variables: dict[str, str]) -> list[tuple[str, str
 def remote_command(executable: str, forwarded: ForwardedEnvironment, arguments: Sequence[str]) -> str:
     """Return the line for a host's shell: the launcher's own, but with other arguments for Python."""
     exports = "".join(f"export {key}={_quoted(value)}; " for key, value in forwarded.variables.items())
-    folder, python = shlex.quote(os.path.abspath(".")), shlex.quote(executable)
+    folder, python = shlex.quote(os.getcwd()), shlex.quote(executable)
     checks = f"cd {folder} 2>/dev/null || exit {NO_FOLDER}; [ -x {python} ] || exit {NO_PYTHON}; "
     return f"{exports}{checks}exec {python} {shlex.join(arguments)}"
 
@@ -148,18 +154,12 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if re.search(r"[^\w@%+=:,./-]", value) else value
 
 
-NO_FOLDER, NO_PYTHON = 97, 96  # exit statuses that neither ssh nor Python uses
+def ssh_options(timeout_s: float) -> list[str]:
+    """Return options of ssh that forbid prompts and bound the time to connect."""
+    return ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_s))}"]
 
 
 def ssh_command(host: str, timeout_s: float) -> list[str]:
     """Return ssh as pdsh calls it, without prompts."""
-    own = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(timeout_s))}", "-a", "-x"]
-    return ["ssh", *shlex.split(all_variables().get("PDSH_SSH_ARGS_APPEND", "")), *own, "--", host]
-
-
-def forwarding_hint(forwarded: ForwardedEnvironment, name: str) -> str:
-    """Return a hint if a variable is set here but not forwarded; empty if it is."""
-    here = all_variables().get(name)
-    if here is None or name in forwarded.variables:
-        return ""
-    return f"It is {here} here, but not forwarded: write {name}={here} into .deepspeed_env."
+    given = shlex.split(all_variables().get("PDSH_SSH_ARGS_APPEND", ""))
+    return ["ssh", *given, *ssh_options(timeout_s), "-a", "-x", "--", host]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ipaddress
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import partial
 
-from dsyolo.doctor.answers import Hello, Interface, LinkAnswer, NetworkAnswer, Port, Python, Result
+from dsyolo.doctor.answers import Hello, LinkAnswer, NetworkAnswer, Port, Python, Result
 from dsyolo.doctor.ask import Reply
 from dsyolo.doctor.context import DoctorContext
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
-from dsyolo.doctor.hosts import forwarding_hint
 
 SLOW = 1e8  # bytes/s between hosts; a link of 1 Gbit/s carries 1.2e8
 UNEVEN = 0.5  # of the median of all links
 IFNAME = "GLOO_SOCKET_IFNAME"
+# Sections without which no run can start: the check that an error of theirs fails, and the remedy.
+NEEDED = {
+    "sources": ("dsyolo", FAIL, "Copy the same checkout there, or install dsyolo into its environment."),
+    "deepspeed_json": ("deepspeed_config", FAIL, "Repair dsyolo there first."),
+    "data": ("data", FAIL, "Check that dsyolo and the data are there."),
+}
 FIX_FIRST = "Fix what failed above, and run this again."
 
 
@@ -28,11 +33,11 @@ def reached(context: DoctorContext) -> Iterator[Finding]:
         elif remote:
             yield Finding("ssh", name, OK, "answers without a password")
         for section, answer in reply.sections.items():
-            if answer.error and section not in ("sources", "data", "deepspeed_json"):
-                text = f"{section} could not be checked: {answer.error}"
-                yield Finding("probe", name, WARNING, text, "Check it by hand.")
+            if answer.error:
+                check, verdict, remedy = NEEDED.get(section, ("probe", WARNING, "Check it by hand."))
+                yield Finding(check, name, verdict, f"{section} cannot be checked: {answer.error}", remedy)
     known: dict[tuple[str, str], str] = {}
-    for host, hello in context.each(Hello):
+    for host, hello in context.answers(Hello).items():
         other = known.setdefault((hello.machine, hello.network), host)
         if other != host:
             text = f"the same machine as {other}: two ranks would use one GPU"
@@ -42,43 +47,45 @@ def reached(context: DoctorContext) -> Iterator[Finding]:
 
 def interfaces(context: DoctorContext) -> Iterator[Finding]:
     """Check that the address that gloo takes on each host is one that the others can reach."""
-    addresses, several = own_addresses(context), len(context.hosts) > 1
-    pythons = dict(context.each(Python))
-    for host, network in context.each(NetworkAnswer):
-        given = pythons[host].environment.get(IFNAME) if host in pythons else None
-        usable = [name for name, one in network.interfaces.items() if _is_usable(one)]
-        choice = f"{IFNAME}={usable[0] if len(usable) == 1 else '|'.join(usable) or 'eth0'}"
+    addresses, several, ifnames = own_addresses(context), len(context.hosts) > 1, _ifnames(context)
+    for host, network in context.answers(NetworkAnswer).items():
+        given, address, known = ifnames.get(host), addresses.get(host), network.interfaces
+        up = {name for name, one in known.items() if one.address and one.is_up}
+        usable = [name for name in known if name in up and not known[name].is_loopback]
+        choice = f"{IFNAME}={'|'.join(usable) or 'eth0'}"
         remedy = f"Put {choice} into .deepspeed_env." if several else f"Set {choice}."
-        address = addresses.get(host)
+        text = (
+            f"{address or ('none' if several else 'loopback')}, from the host's name, as {IFNAME} is not set"
+        )
         if given:
-            bad = [name for name in given.split(",") if not _has_address(network, name)]
-            if bad:
-                missing = f"is not among {', '.join(network.interfaces)}"
-                down = "has no address or is down"
-                text = f"{IFNAME}={given}: {bad[0]} {down if bad[0] in network.interfaces else missing}"
-                yield Finding("interface", host, FAIL, text, remedy)
-                continue
             text = f"{given}, {address}, from {IFNAME}"
-        else:
-            text = f"{address or 'none'}, from the host's name, as {IFNAME} is not set"
+            bad = next((name for name in given.split(",") if name not in up), None)
+            if bad is not None:
+                fault = "has no address or is down" if bad in known else f"is not among {', '.join(known)}"
+                yield Finding("interface", host, FAIL, f"{IFNAME}={given}: {bad} {fault}", remedy)
+                continue
         if several and (address is None or ipaddress.ip_address(address).is_loopback):
             rule = "other hosts cannot connect to it, and ranks would fail after minutes"
-            remedy = f"{remedy} {forwarding_hint(context.forwarded, IFNAME)}".strip()
+            remedy = f"{remedy} {context.forwarded.hint(IFNAME)}".strip()
             yield Finding("interface", host, FAIL, f"{text}: {rule}", remedy)
         else:
-            yield Finding("interface", host, OK, text if several else text.replace("none,", "loopback,"))
+            yield Finding("interface", host, OK, text)
+
+
+def _ifnames(context: DoctorContext) -> dict[str, str | None]:
+    return {host: one.gloo_ifname for host, one in context.answers(Python).items()}
 
 
 def own_addresses(context: DoctorContext) -> dict[str, str]:
     """Return by host the address that its ranks listen at."""
-    pythons = dict(context.each(Python))
+    ifnames = _ifnames(context)
     found: dict[str, str] = {}
-    for host, network in context.each(NetworkAnswer):
-        given = pythons[host].environment.get(IFNAME) if host in pythons else None
-        one = network.interfaces.get(given.split(",")[0]) if given else None
-        address = (one.address if one else None) if given else network.own
-        if address is None and not given and len(context.hosts) == 1:
-            address = "127.0.0.1"  # gloo's last resort
+    for host, network in context.answers(NetworkAnswer).items():
+        # Without a name gloo takes the host's own address, and alone at last the loopback.
+        address = network.own or ("127.0.0.1" if len(context.hosts) == 1 else None)
+        if given := ifnames.get(host):
+            one = network.interfaces.get(given.split(",")[0])
+            address = one.address if one else None
         if address is not None and is_address(address):
             found[host] = address
     return found
@@ -93,48 +100,33 @@ def is_address(text: str) -> bool:
     return True
 
 
-def _is_usable(interface: Interface) -> bool:
-    return bool(interface.address) and interface.is_up and not interface.is_loopback
-
-
-def _has_address(network: NetworkAnswer, name: str) -> bool:
-    one = network.interfaces.get(name)
-    return one is not None and one.address is not None and one.is_up
-
-
-def names(context: DoctorContext, master: str | None) -> Iterator[Finding]:
+def names(context: DoctorContext) -> Iterator[Finding]:
     """Check that all hosts resolve the first one's name, and not to themselves."""
     if len(context.hosts) < 2:
         return
-    first = context.names[0].rpartition("@")[2]
-    wanted = [first, *([master] if master and master != first else [])]
-    for host, network in context.each(NetworkAnswer):
-        for name in wanted:
-            addresses, needed = network.names.get(name, []), name == master
-            verdict = FAIL if needed else WARNING
+    first, master = context.names[0].rpartition("@")[2], context.options.master_addr
+    for host, network in context.answers(NetworkAnswer).items():
+        for name in dict.fromkeys(filter(None, (first, master))):
+            addresses, finding = network.names.get(name, []), partial(Finding, "names", host)
+            verdict = FAIL if name == master else WARNING
             remedy = f"Add {name} with its address to /etc/hosts there, or to the name server."
             if not addresses:
-                yield Finding("names", host, verdict, f"{name} cannot be resolved", remedy)
+                yield finding(verdict, f"{name} cannot be resolved", remedy)
             elif host != context.names[0] and _is_loopback(addresses):
-                text = f"{name} is {addresses[0]}, which is this host itself"
-                yield Finding("names", host, verdict, text, remedy)
+                yield finding(verdict, f"{name} is {addresses[0]}, which is this host itself", remedy)
             elif not is_address(name):
-                listed = ", ".join(sorted(addresses)[:2])
-                same = host == context.names[0] and _is_loopback(addresses)
-                yield Finding("names", host, OK, f"{name} is {'itself' if same else listed}")
+                listed = "itself" if _is_loopback(addresses) else ", ".join(sorted(addresses)[:2])
+                yield finding(OK, f"{name} is {listed}")
 
 
-def rendezvous_address(context: DoctorContext, master: str | None) -> Iterator[Finding]:
+def rendezvous_address(context: DoctorContext) -> Iterator[Finding]:
     """Check that the rendezvous address belongs to the first host alone: that of Docker's bridge is the same on all."""
-    found = {
-        name: {one.address for one in net.interfaces.values()} for name, net in context.each(NetworkAnswer)
-    }
-    first = context.names[0]
+    networks = context.answers(NetworkAnswer)
+    found = {name: {one.address for one in net.interfaces.values()} for name, net in networks.items()}
+    first, master = context.names[0], context.master
     if master is None or len(context.hosts) < 2 or first not in found:
         return
-    addresses = (
-        dict(context.each(NetworkAnswer))[first].names.get(master, []) if not is_address(master) else [master]
-    )
+    addresses = [master] if is_address(master) else networks[first].names.get(master, [])
     others = [name for name in found if name != first and found[name] & set(addresses)]
     taken = set(addresses).union(*(found[name] for name in others))
     own = ", ".join(sorted(a for a in found[first] if a and a not in taken and not _is_loopback([a])))
@@ -156,81 +148,74 @@ def _is_loopback(addresses: Sequence[str]) -> bool:
 
 def port(context: DoctorContext) -> Iterator[Finding]:
     """Check that the first rank can listen at the master port."""
-    for host, found in context.each(Port):
-        number = context.options.master_port
+    number = context.options.master_port
+    for host, found in context.answers(Port).items():
         if found.fault:
-            by = f" by {found.holder}" if found.holder else ""
-            text = f"{number}: {found.fault}{f', taken{by}' if by else ''}"
+            by = f", taken by {found.holder}" if found.holder else ""
             remedy = "End that process, or give the launcher and this command another --master_port."
-            yield Finding("port", host, FAIL, text, remedy)
+            yield Finding("port", host, FAIL, f"{number}: {found.fault}{by}", remedy)
         else:
             yield Finding("port", host, OK, f"{number} is free on the first host")
 
 
-class TestRank(NamedTuple):
-    """A rank of the network test."""
+def links(context: DoctorContext, ranks: Sequence[str], replies: Sequence[Reply]) -> Iterator[Finding]:
+    """Yield what the network test found: hosts out of reach, separate folders of runs, slow links.
 
-    host: str
-    key: str  # of its reply
-
-
-def links(
-    context: DoctorContext, ranks: Sequence[TestRank], replies: Mapping[str, Reply]
-) -> Iterator[Finding]:
-    """Yield what the network test found: hosts out of reach, separate folders of runs, slow links."""
-    results = {i: replies[rank.key].get(Result) for i, rank in enumerate(ranks)}
-    silent = [i for i, result in results.items() if result is None]
-    unreached = [(i, to) for i, result in results.items() if result for to in result.unreached]
+    Args:
+        ranks: the host of each rank of the test.
+        replies: of the same ranks.
+    """
+    results = [reply.get(Result) for reply in replies]
+    unreached = [(i, to) for i, one in enumerate(results) if one for to in one.unreached if to < len(ranks)]
     for i, to in unreached:
-        if to < len(ranks):
-            text = f"cannot connect to the ranks of {ranks[to].host}"
-            remedy = f"Open all ports between the hosts, or set {IFNAME} to the network that they share."
-            yield Finding("link", ranks[i].host, FAIL, text, remedy)
+        text = f"cannot connect to the ranks of {ranks[to]}"
+        remedy = f"Open all ports between the hosts, or set {IFNAME} to the network that they share."
+        yield Finding("link", ranks[i], FAIL, text, remedy)
     yield from _runs_folder(context, ranks, results)
-    faulty = {i: result for i, result in results.items() if result and result.fault and not result.unreached}
-    if not unreached:
-        for i in silent:
-            text = f"the network test gave no result: {replies[ranks[i].key].fault or 'it was ended'}"
-            yield Finding("link", ranks[i].host, FAIL, text, "Check that torch and gloo work there.")
-        for i, result in faulty.items():
-            is_apart = result.fault == "meet"
-            remedy = "Check firewalls, --master_addr and the interface." if is_apart else FIX_FIRST
-            what = {"meet": "no rendezvous at the first host", "measure": "gloo fails"}.get(result.fault)
-            yield Finding("link", ranks[i].host, FAIL, f"{what or result.fault}: {result.text}", remedy)
+    for host, result, reply in zip(ranks, results, replies, strict=True):
+        if unreached:
+            break
+        if result is None:
+            text = f"the network test gave no result: {reply.fault or 'it was ended'}"
+            yield Finding("link", host, FAIL, text, "Check that torch and gloo work there.")
+        elif result.fault:
+            steps = {"meet": "no rendezvous at the first host", "measure": "gloo fails"}
+            remedy = (
+                "Check firewalls, --master_addr and the interface." if result.fault == "meet" else FIX_FIRST
+            )
+            text = f"{steps.get(result.fault, result.fault)}: {result.text}"
+            yield Finding("link", host, FAIL, text, remedy)
     measured = [
-        (i, link) for i, result in results.items() if result for link in result.links if link.to < len(ranks)
+        (i, link) for i, one in enumerate(results) if one for link in one.links if link.to < len(ranks)
     ]
     if measured:
         yield from _speeds(context, ranks, measured)
 
 
 def _runs_folder(
-    context: DoctorContext, ranks: Sequence[TestRank], results: Mapping[int, Result | None]
+    context: DoctorContext, ranks: Sequence[str], results: Sequence[Result | None]
 ) -> Iterator[Finding]:
     """Check that all hosts share the folder of runs, since all ranks write into one checkpoint."""
-    if len({rank.host for rank in ranks}) < 2:
-        return
-    for i, result in results.items():
-        if result and result.sees_token is not None and ranks[i].host != ranks[0].host:
-            folder = context.options.project
-            if result.sees_token:
-                yield Finding("project", "", OK, f"all hosts share {folder}")
-            else:
-                text = f"{folder} is not the same folder as on {ranks[0].host}, so no checkpoint could be written"
-                remedy = "Set --project to a folder on a disk that all hosts mount."
-                yield Finding("project", ranks[i].host, FAIL, text, remedy)
+    folder = context.options.project
+    for host, result in zip(ranks, results, strict=True):
+        if result is None or result.sees_token is None or host == ranks[0]:
+            continue
+        if result.sees_token:
+            yield Finding("project", "", OK, f"all hosts share {folder}")
+        else:
+            text = f"{folder} is not the same folder as on {ranks[0]}, so no checkpoint could be written"
+            remedy = "Set --project to a folder on a disk that all hosts mount."
+            yield Finding("project", host, FAIL, text, remedy)
 
 
 def _speeds(
-    context: DoctorContext, ranks: Sequence[TestRank], measured: Sequence[tuple[int, LinkAnswer]]
+    context: DoctorContext, ranks: Sequence[str], measured: Sequence[tuple[int, LinkAnswer]]
 ) -> Iterator[Finding]:
     usual = statistics.median(link.bytes_per_s for _, link in measured)
     for i, link in measured:
-        source, target = ranks[i].host, ranks[link.to].host
-        where = f"{source} to {target}"
-        if source == target:
-            where = f"two ranks on {source if len(context.hosts) > 1 else 'this machine'}"
-        text = f"{where}: {link.bytes_per_s / 1e6:.0f} MB/s, {link.latency_s * 1e6:.0f} us, over gloo"
+        source, target = ranks[i], ranks[link.to]
+        ends = f"two ranks on {source}" if source == target else f"{source} to {target}"
+        text = f"{ends}: {link.bytes_per_s / 1e6:.0f} MB/s, {link.latency_s * 1e6:.0f} us, over gloo"
         text += _step_cost(context, link) if source != target else ""
         uneven = len(context.hosts) > 2 and link.bytes_per_s < UNEVEN * usual
         if source != target and (link.bytes_per_s < SLOW or uneven):

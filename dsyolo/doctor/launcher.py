@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from dsyolo.base.environment import all_variables
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
-from dsyolo.doctor.hosts import Host
+from dsyolo.doctor.hosts import Host, ssh_options
 from dsyolo.doctor.interconnect import is_address
 
 
 def check_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
     """Return findings on both ways, and the address of the ranks' rendezvous."""
     first = hosts[0].name
-    with ThreadPoolExecutor(2) as pool:
-        pdsh = pool.submit(_pdsh, options, hosts) if len(hosts) > 1 else None
+    with ThreadPoolExecutor(1) as pool:
+        pdsh = (
+            pool.submit(_pdsh, [host.name for host in hosts], options.timeout_s) if len(hosts) > 1 else None
+        )
         address = _address_by_plain_ssh(first, options.timeout_s)
         findings = [pdsh.result()] if pdsh else []
     master = options.master_addr or address
@@ -33,48 +36,29 @@ def check_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[
 
 
 def _address_by_plain_ssh(host: str, limit_s: float) -> str | None:
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(limit_s))}"]
-    addresses = _stdout(["ssh", *options, "--", host, "hostname -I"], limit_s).split()
+    addresses = _stdout(["ssh", *ssh_options(limit_s), "--", host, "hostname -I"], limit_s).split()
     return addresses[0] if addresses and is_address(addresses[0]) else None
 
 
-def _pdsh(options: DoctorOptions, hosts: Sequence[Host]) -> Finding:
+def _pdsh(names: Sequence[str], timeout_s: float) -> Finding:
     if shutil.which("pdsh") is None:
         return Finding("launcher", "", FAIL, "pdsh is not installed", "Install the package pdsh here.")
-    names = ",".join(host.name for host in hosts)
-    seconds = str(max(1, round(options.timeout_s)))
-    limits = ["-t", seconds, "-u", seconds]
-    command = [
-        "pdsh",
-        "-N",
-        "-S",
-        *limits,
-        "-w",
-        names,
-        "echo",
-        "here",
-        "%h",
-    ]  # %h: the host, filled in by pdsh
-    lines = _stdout(command, options.timeout_s + 5, {"PDSH_RCMD_TYPE": "ssh"}).splitlines()
+    seconds, listed = str(max(1, round(timeout_s))), ",".join(names)
+    command = ["pdsh", "-N", "-S", "-t", seconds, "-u", seconds, "-w", listed, "echo", "here", "%h"]
+    lines = _stdout(command, timeout_s + 5).splitlines()  # pdsh puts each host's name for %h
     reached = {line.removeprefix("here ").strip() for line in lines if line.startswith("here ")}
-    lost = [host.name for host in hosts if host.name.rpartition("@")[2] not in reached]
+    lost = [name for name in names if name.rpartition("@")[2] not in reached]
     if lost:
         text = f"pdsh does not reach {', '.join(lost)}"
-        return Finding("launcher", "", FAIL, text, f"See: PDSH_RCMD_TYPE=ssh pdsh -S -w {names} true")
+        return Finding("launcher", "", FAIL, text, f"See: PDSH_RCMD_TYPE=ssh pdsh -S -w {listed} true")
     return Finding("launcher", "", OK, "pdsh reaches all hosts")
 
 
-def _stdout(command: Sequence[str], limit_s: float, variables: Mapping[str, str] | None = None) -> str:
+def _stdout(command: Sequence[str], limit_s: float) -> str:
+    env = {**all_variables(), "PDSH_RCMD_TYPE": "ssh"}
+    options: dict[str, Any] = {"env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    options |= {"capture_output": True, "text": True, "errors": "replace"}
     try:
-        return subprocess.run(
-            command,
-            env={**all_variables(), **(variables or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            start_new_session=True,
-        ).stdout
+        return subprocess.run(command, timeout=limit_s, **options).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

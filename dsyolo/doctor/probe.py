@@ -6,6 +6,7 @@ error ends only the section in which it occurs.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib
@@ -13,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import pwd
 import shutil
 import signal
 import socket
@@ -20,31 +22,15 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 LIFETIME_S = 300  # then the probe ends by itself, as the connection may be lost
 QUIET_S = 1800  # an invisible build that wrote nothing for so long is taken for dead; one file takes minutes
-INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's constant
+INITIAL_PID_NAMESPACE = f"pid:[{0xEFFFFFFC}]"  # the kernel's constant
 # File systems that other hosts can share.
-SHARED_FILE_SYSTEMS = (
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "glusterfs",
-    "9p",
-    "virtiofs",
-)
-VARIABLES = (
-    *("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
-    *("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"),
-)
+SHARED_FS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "9p", "virtiofs")
 Section = dict[str, Any]
 
 
@@ -64,7 +50,7 @@ def main(request: Section) -> None:
 
 
 def _hello(request: Section) -> Section:
-    return {"time": time.time(), "hostname": socket.gethostname(), **identity()}
+    return {"time": time.time(), **identity()}
 
 
 def identity() -> Section:
@@ -85,34 +71,28 @@ def _link(path: str) -> str:
 
 
 def _python(request: Section) -> Section:
-    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return {
         "executable": sys.executable,
         "version": platform.python_version(),
-        "folder": os.getcwd(),
-        "environment": variables,
+        "gloo_ifname": os.environ.get("GLOO_SOCKET_IFNAME"),
     }
 
 
 def _packages(request: Section) -> Section:
     """Return versions and paths of packages; import those with a module's name, as an installed one may fail."""
-    found = {}
-    for name, module in request["packages"].items():
-        one: Section = {"version": None, "path": None, "error": None}
-        try:
-            one["version"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            one["error"] = "not installed"
-        if module:
-            try:
-                loaded = importlib.import_module(module)
-                one["path"] = os.path.dirname(loaded.__file__ or "")
-                one["version"] = str(getattr(loaded, "__version__", one["version"]))
-                one["error"] = None
-            except Exception as error:
-                one["error"] = f"{type(error).__name__}: {error}"[:500]
-        found[name] = one
-    return {"packages": found}
+    return {"packages": {name: _package(name, module) for name, module in request["packages"].items()}}
+
+
+def _package(name: str, module: str | None) -> Section:
+    try:
+        if module is None:
+            return {"version": importlib.metadata.version(name)}
+        loaded = importlib.import_module(module)
+        return {"version": str(loaded.__version__), "path": os.path.dirname(loaded.__file__ or "")}
+    except importlib.metadata.PackageNotFoundError:
+        return {"error": "not installed"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _sources(request: Section) -> Section:
@@ -120,20 +100,19 @@ def _sources(request: Section) -> Section:
     module = importlib.import_module("dsyolo")
     top = Path(module.__file__ or "").parent
     files = sorted(path for path in top.rglob("*") if path.suffix in (".py", ".yaml") and path.is_file())
-    hashes = {
-        str(path.relative_to(top)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files
-    }
-    return {"folder": str(top), "files": hashes}
+    return {"folder": str(top), "files": {str(path.relative_to(top)): _digest(path)[:16] for path in files}}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _devices(request: Section) -> Section:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     accelerator, gpus = os.environ.get("DS_ACCELERATOR", ""), []
-    try:
+    with contextlib.suppress(ImportError):  # the section `packages` reports it
         cuda = importlib.import_module("torch").cuda
         gpus = [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
-    except ImportError:
-        pass  # the section `packages` reports it
     return {"cores": cores, "gpus": gpus, "accelerator": accelerator or ("cuda" if gpus else "cpu")}
 
 
@@ -143,27 +122,27 @@ def _compilers(request: Section) -> Section:
 
 def _deepspeed_json(request: Section) -> Section:
     """Check the JSON with this host's dsyolo, since folders that it names must exist here."""
-    path = request["deepspeed_config"]
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
-    checker = importlib.import_module("dsyolo.config.deepspeed.config")
-    reader = importlib.import_module("dsyolo.config.deepspeed.json_reader")
-    errors = importlib.import_module("dsyolo.base.errors")
+    path = Path(request["deepspeed_config"])
+    check = importlib.import_module("dsyolo.config.deepspeed.config").check
+    source = importlib.import_module("dsyolo.config.deepspeed.json_reader").read_source(path)
     options = {"world_size": request["world_size"], "layers": request["layers"]}
-    try:
-        checker.check(reader.read_source(path), accelerator=_devices(request)["accelerator"], **options)
-    except errors.UserError as error:
-        return {"digest": digest, "problems": list(error.problems) or [error.headline]}
-    return {"digest": digest, "problems": []}
+    _, problems = _problems(lambda: check(source, accelerator=_devices(request)["accelerator"], **options))
+    return {"digest": _digest(path) if path.is_file() else None, "problems": problems}
 
 
 def _data(request: Section) -> Section:
     """Return the data set's fingerprint by this host's dsyolo: data/fingerprint.py."""
-    fingerprint = importlib.import_module("dsyolo.data.fingerprint")
-    errors = importlib.import_module("dsyolo.base.errors")
+    of_data = importlib.import_module("dsyolo.data.fingerprint").of_data
+    found, problems = _problems(lambda: of_data(request["data"], request.get("buckets")))
+    return {"problems": problems, **(found or {})}
+
+
+def _problems(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Return (the result of a call, the problems that it raises)."""
     try:
-        return {"problems": [], **fingerprint.of_data(request["data"], request.get("buckets"))}
-    except errors.UserError as error:
-        return {"problems": list(error.problems) or [error.headline]}
+        return call(), []
+    except importlib.import_module("dsyolo.base.errors").UserError as error:
+        return None, list(error.problems) or [error.headline]
 
 
 # ---- the machine
@@ -187,8 +166,8 @@ def _disk_space(path: str) -> Section:
             fault = None
     except OSError as error:
         fault = f"{existing}: {error.strerror}"
-    status = os.statvfs(existing if os.path.exists(existing) else os.path.dirname(existing))
-    return {"path": path, "free": status.f_bavail * status.f_frsize, "fault": fault}
+    free = shutil.disk_usage(existing if os.path.exists(existing) else os.path.dirname(existing)).free
+    return {"path": path, "free": free, "fault": fault}
 
 
 def _locks(request: Section) -> Section:
@@ -209,18 +188,16 @@ def _lock(lock: Path, fix: bool) -> Section:
     state = f"held by {holder}" if holder else _may_be_held(lock, status) or "stale"
     if state == "stale" and fix:
         state = _remove(lock, status)
-    owner = _user(status.st_uid)
+    try:
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        owner = f"user {status.st_uid}"
     return {"path": str(lock), "age_s": time.time() - status.st_mtime, "owner": owner, "state": state}
 
 
 def _holder(status: os.stat_result) -> str | None:
     """Return the process that has the lock open, as torch's builds have until they are done."""
-
-    def is_lock(descriptor: str) -> bool:
-        other = os.stat(descriptor)
-        return (other.st_dev, other.st_ino) == (status.st_dev, status.st_ino)
-
-    return _process_with(is_lock)
+    return _process_with(lambda descriptor: os.path.samestat(os.stat(descriptor), status))
 
 
 def _process_with(matches: Callable[[str], bool]) -> str | None:
@@ -240,7 +217,7 @@ def _may_be_held(lock: Path, status: os.stat_result) -> str | None:
         return "perhaps held: only its owner can see by whom"
     kind, sees_all = _file_system(lock), _sees_all_processes()
     is_private = kind == "overlay" and status.st_dev == os.stat("/").st_dev  # a container's own root
-    apart = kind in SHARED_FILE_SYSTEMS or kind.startswith("fuse") or not (sees_all or is_private)
+    apart = kind in SHARED_FS or kind.startswith("fuse") or not (sees_all or is_private)
     written = max((path.lstat().st_mtime for path in lock.parent.iterdir()), default=status.st_mtime)
     if apart and time.time() - written < QUIET_S:
         return f"perhaps held: another host or container wrote here in the last {QUIET_S // 60} min"
@@ -248,7 +225,7 @@ def _may_be_held(lock: Path, status: os.stat_result) -> str | None:
 
 
 def _sees_all_processes() -> bool:
-    return _link("/proc/self/ns/pid") == f"pid:[{INITIAL_PID_NAMESPACE}]"
+    return _link("/proc/self/ns/pid") == INITIAL_PID_NAMESPACE
 
 
 def _remove(lock: Path, status: os.stat_result) -> str:
@@ -257,7 +234,7 @@ def _remove(lock: Path, status: os.stat_result) -> str:
     try:
         os.rename(lock, aside)
         moved = aside.stat()
-        if (moved.st_dev, moved.st_ino) != (status.st_dev, status.st_ino) or _holder(moved):
+        if not os.path.samestat(moved, status) or _holder(moved):
             os.link(aside, lock)
             state = "held by a build that has just begun"
         else:
@@ -270,20 +247,10 @@ def _remove(lock: Path, status: os.stat_result) -> str:
 
 def _file_system(path: Path) -> str:
     """Return the type of the file system of a path."""
-    best, kind = "", ""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, mount, this, *_ = line.split(" ")
-        mount = mount.replace("\\040", " ")
-        if len(mount) >= len(best) and Path(os.path.realpath(path)).is_relative_to(mount):
-            best, kind = mount, this
-    return kind
-
-
-def _user(uid: int) -> str:
-    try:
-        return importlib.import_module("pwd").getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    mounts = [(row[1].replace("\\040", " "), row[2]) for row in map(str.split, lines)]
+    holding = [one for one in mounts if Path(os.path.realpath(path)).is_relative_to(one[0])]
+    return max(reversed(holding), key=lambda one: len(one[0]))[1]  # the last of several mounts at one place
 
 
 # ---- the network
@@ -317,12 +284,9 @@ def _first_usable(name: str) -> str | None:
     """Return what gloo takes without GLOO_SOCKET_IFNAME: the first local address of the host name."""
     for address in _resolved(name):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind((address, 0))
-                return address
-            except OSError:
-                continue
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+            return address
     return None
 
 
@@ -340,33 +304,14 @@ def _port(request: Section) -> Section:
 
 
 def _listener(port: int) -> str | None:
-    listening = {
-        inode for local, state, inode in _sockets() if local.endswith(f":{port:04X}") and state == "0A"
-    }
-    sockets = {f"socket:[{inode}]" for inode in listening}
-    return _process_with(lambda descriptor: _link(descriptor) in sockets)
+    tables = filter(Path.exists, map(Path, ("/proc/net/tcp", "/proc/net/tcp6")))
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    listening = {f"socket:[{row[9]}]" for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"}
+    return _process_with(lambda descriptor: _link(descriptor) in listening)
 
 
-def _sockets() -> Iterator[tuple[str, str, str]]:
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:] if os.path.exists(table) else ():
-            columns = line.split()
-            yield columns[1], columns[3], columns[9]
-
-
-SECTIONS: dict[str, Callable[[Section], Section]] = {
-    "python": _python,
-    "packages": _packages,
-    "sources": _sources,
-    "devices": _devices,
-    "compilers": _compilers,
-    "deepspeed_json": _deepspeed_json,
-    "disk": _disk,
-    "locks": _locks,
-    "network": _network,
-    "port": _port,
-    "data": _data,
-}
+_SOFTWARE = (_python, _packages, _sources, _devices, _compilers, _deepspeed_json, _data)
+SECTIONS = {one.__name__[1:]: one for one in (*_SOFTWARE, _disk, _locks, _network, _port)}
 
 
 if __name__ == "__main__":

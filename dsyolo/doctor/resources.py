@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
 from dsyolo.doctor.answers import Devices, Disk, Hello
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
+from dsyolo.doctor.hosts import rank_count
 
 NUM_CHECKPOINTS = 3  # at once: the last two, and the one being written
 LOW_DISK = 8 << 30  # bytes: checkpoints of the largest model with Adam
@@ -20,70 +22,61 @@ VAL_BATCH, PREFETCHED = 16, 2  # of the validation loader
 
 def slots(context: DoctorContext) -> Iterator[Finding]:
     """Check that there is a GPU for each rank, or cores to share."""
-    found = dict(context.each(Devices))
+    found = context.answers(Devices)
     if not found:
         return
     usual, usual_host = common({host: one.accelerator for host, one in found.items()})
-    for host in context.hosts:
-        one = found.get(host.name)
-        if one is None:
-            continue
-        ranks = f"{host.slots} rank{'s' if host.slots > 1 else ''}"
-        has = f"{len(one.gpus)} GPUs" if one.accelerator == "cuda" else f"{one.cores} cores"
-        enough = len(one.gpus) if one.accelerator == "cuda" else one.cores
-        text = f"{ranks} on {has}"
+    ranks = dict(context.hosts)
+    for host, one in found.items():
+        finding = partial(Finding, "slots", host)
+        has_gpus = one.accelerator == "cuda"
+        enough = len(one.gpus) if has_gpus else one.cores
+        text = f"{rank_count(ranks[host])} on {enough} {'GPUs' if has_gpus else 'cores'}"
         if one.accelerator != usual:
             remedy = "Check nvidia-smi there, CUDA_VISIBLE_DEVICES, DS_ACCELERATOR and torch's build."
-            text = f"ranks use {one.accelerator}, but {usual} on {usual_host}"
-            yield Finding("slots", host.name, FAIL, text, remedy)
-        elif host.slots > enough and one.accelerator == "cuda":
-            yield Finding("slots", host.name, FAIL, text, f"Set slots to {enough}.")
-        elif host.slots > MAX_RANKS_PER_CORE * enough:
-            text += f", more than {MAX_RANKS_PER_CORE} per core"
-            yield Finding("slots", host.name, FAIL, text, f"Set slots to {enough}.")
-        elif host.slots > enough:
-            remedy = f"Set slots to {enough}, or ranks share cores."
-            yield Finding("slots", host.name, WARNING, text, remedy)
+            yield finding(FAIL, f"ranks use {one.accelerator}, but {usual} on {usual_host}", remedy)
+        elif ranks[host] <= enough:
+            yield finding(OK, text)
+        elif has_gpus:
+            yield finding(FAIL, text, f"Set slots to {enough}.")
+        elif ranks[host] > MAX_RANKS_PER_CORE * enough:
+            yield finding(FAIL, f"{text}, more than {MAX_RANKS_PER_CORE} per core", f"Set slots to {enough}.")
         else:
-            yield Finding("slots", host.name, OK, text)
+            yield finding(WARNING, text, f"Set slots to {enough}, or ranks share cores.")
 
 
 def disk(context: DoctorContext) -> Iterator[Finding]:
     """Check the space for a run's checkpoints and for the label cache."""
-    needed_by_run, purpose = run_bytes(context)
-    for host, section in context.each(Disk):
-        for name, least in (("runs", needed_by_run), ("cache", CACHE)):
+    run_bytes, purpose = _run_bytes(context)
+    for host, section in context.answers(Disk).items():
+        finding = partial(Finding, "disk", host)
+        for name, least in (("runs", run_bytes), ("cache", CACHE)):
             space = section.folders.get(name)
             if space is None:
                 continue
             text = f"{name} in {space.path}: {_size(space.free)} free"
             if space.fault:
-                remedy = "Choose another folder with --project." if name == "runs" else "Set XDG_CACHE_HOME."
-                verdict = FAIL if name == "runs" else WARNING
+                verdict, hint = (FAIL, "--project") if name == "runs" else (WARNING, "XDG_CACHE_HOME")
                 text = f"{name} in {space.path}: cannot be written to: {space.fault}"
-                yield Finding("disk", host, verdict, text, remedy)
+                yield finding(verdict, text, f"Choose another folder with {hint}, or change its permissions.")
             elif name == "runs" and least is not None and space.free < least:
-                text = f"{text}, but {_size(least)} needed {purpose}"
-                yield Finding(
-                    "disk", host, FAIL, text, "Free space, or choose another folder with --project."
-                )
+                remedy = "Free space, or choose another folder with --project."
+                yield finding(FAIL, f"{text}, but {_size(least)} needed {purpose}", remedy)
             elif space.free < (least or LOW_DISK):
                 remedy = "Give --model to compare it with what checkpoints need, or free space."
-                remedy = remedy if name == "runs" else "Free space, or set XDG_CACHE_HOME."
-                yield Finding("disk", host, WARNING, text, remedy)
+                yield finding(
+                    WARNING, text, remedy if name == "runs" else "Free space, or set XDG_CACHE_HOME."
+                )
             else:
-                yield Finding("disk", host, OK, text + (f", {_size(least)} needed" if least else ""))
+                yield finding(OK, text + (f", {_size(least)} needed" if least else ""))
 
 
-def run_bytes(context: DoctorContext) -> tuple[int | None, str]:
+def _run_bytes(context: DoctorContext) -> tuple[int | None, str]:
     """Return the bytes of a run's folder, and for what; None without --model."""
     if context.num_parameters is None:
         return None, ""
-    states = (
-        context.ds.optimizer.states_per_param
-        if context.ds
-        else max(one.states for one in OPTIMIZERS.values())
-    )
+    most = max(one.states for one in OPTIMIZERS.values())
+    states = context.ds.optimizer.states_per_param if context.ds else most
     tensor = 4 * context.num_parameters  # fp32, as in all files
     checkpoint = tensor * (2 + states)  # weights and EMA
     text = f"for {NUM_CHECKPOINTS} checkpoints of {_size(checkpoint)} and two files of weights"
@@ -92,24 +85,23 @@ def run_bytes(context: DoctorContext) -> tuple[int | None, str]:
 
 def shared_memory(context: DoctorContext) -> Iterator[Finding]:
     """Check the space for batches that loader workers have made and ranks have not taken yet."""
-    devices = dict(context.each(Devices))
-    for host, section in context.each(Disk):
-        space = section.folders.get("shm")
+    devices, ranks = context.answers(Devices), dict(context.hosts)
+    for host, section in context.answers(Disk).items():
+        space, finding = section.folders.get("shm"), partial(Finding, "shm", host)
         if space is None or host not in devices:
             continue
-        train, val = _batches_bytes(context, context.slots(host), devices[host])
+        train, val = _batches_bytes(context, ranks[host], devices[host])
         text = f"{space.path}: {_size(space.free)} free"
         remedy = "Make it larger (docker run --shm-size, an emptyDir of medium Memory), or lower --workers."
         if space.fault:
-            yield Finding("shm", host, FAIL, f"{space.path} cannot be written to: {space.fault}", remedy)
+            yield finding(FAIL, f"{space.path} cannot be written to: {space.fault}", remedy)
         elif train is None:
-            is_low = space.free < LOW_SHM
-            hint = "Give --deepspeed_config to compare it with what a run needs." if is_low else ""
-            yield Finding("shm", host, WARNING if is_low else OK, text, hint)
+            hint = "Give --deepspeed_config to compare it with what a run needs."
+            yield finding(WARNING, text, hint) if space.free < LOW_SHM else finding(OK, text)
         else:
-            text += f", up to {_size(train + val)} needed for batches"
             verdict = FAIL if space.free < train else WARNING if space.free < train + val else OK
-            yield Finding("shm", host, verdict, text, "" if verdict == OK else remedy)
+            text += f", up to {_size(train + val)} needed for batches"
+            yield finding(verdict, text, "" if verdict == OK else remedy)
 
 
 def _batches_bytes(context: DoctorContext, ranks: int, devices: Devices) -> tuple[int | None, int]:
@@ -120,16 +112,13 @@ def _batches_bytes(context: DoctorContext, ranks: int, devices: Devices) -> tupl
     if workers is None:
         workers = min(8, max(1, devices.cores // ranks)) if devices.accelerator == "cuda" else 1
     ahead = 1 + -(-context.ds.accumulation // max(workers, 1))
-    image = 3 * context.options.image_size_px**2
-    waiting = ranks * workers * image
+    waiting = ranks * workers * 3 * context.options.image_size_px**2  # images of 3 bytes a pixel
     return waiting * ahead * context.ds.micro_batch, waiting * PREFETCHED * VAL_BATCH
 
 
 def clock(context: DoctorContext) -> Iterator[Finding]:
     """Compare the clocks with this machine's. Differences below the delay of the query do not show."""
-    if len(context.hosts) < 2:
-        return
-    for host, _ in context.each(Hello):
+    for host in context.answers(Hello) if len(context.hosts) > 1 else ():
         skew_s = context.replies[host].skew_s
         if abs(skew_s) > MAX_SKEW_S:
             text = f"{abs(skew_s):.1f} s {'ahead of' if skew_s > 0 else 'behind'} this machine's"

@@ -49,7 +49,7 @@ def parallelize(
 ) -> Parallelized:
     """Apply the parallel techniques, in this order, to `network`, which all ranks built from the same seed.
 
-    1. Activation checkpointing is a flag on nodes (`network.recompute`), which the caller has set.
+    1. Activation checkpointing is a flag on nodes (`network.checkpointed`), which the caller has set.
     2. Pipeline: the network is cut into stages, and this rank keeps one. The others go to the meta device.
     3. Optimizer: over what this rank trains, so after the cut.
     4. DeepSpeed: ZeRO, data parallelism, mixed precision and offload to host memory, all in `deepspeed.initialize`.
@@ -112,7 +112,7 @@ def _cut_into_stages(
     stage = PipelineStage(network, start, stop, costs[start - 1].boundary if start else ())
     for name in (*network.order[:start], *network.order[stop:]):
         network.get_submodule(name).to("meta")  # other ranks have them
-    plan = activations or ActivationPlan(count_activations(whole, shape, ds.precision), network.recompute)
+    plan = activations or ActivationPlan(count_activations(whole, shape, ds.precision), network.checkpointed)
     kept = [plan.stage_bytes(network.order[first:last]) for first, last in pairwise(bounds)]
     table = stage_table(costs, cuts, balance, ds.precision.compute_bytes, kept)
     return stage, whole, table.splitlines()

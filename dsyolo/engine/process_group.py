@@ -71,16 +71,6 @@ def join_store(backend: str, store: torch_dist.Store, rank: int = 0, size: int =
     return World(rank, size, 0, 1)
 
 
-def pretend(rank: int, ranks: int) -> World:
-    """Make this process one rank of thousands, each on its own machine, in torch's fake group, which sends nothing.
-
-    Results mean nothing, but the sizes of tensors and messages are right.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    return join_store("fake", FakeStore(), rank, ranks)
-
-
 def _quiet_deepspeed() -> None:
     """Keep DeepSpeed from printing, from compiling an op at the first start, and from warning at every step."""
     internals.route_logger()

@@ -1,1 +1,1 @@
-"""How a training scales on the machines at hand: it is run at each size, and what it leaves is put together."""
+"""`dsyolo scale`: run a training at each size, and report how it scales on these machines."""

@@ -1,4 +1,4 @@
-"""Which trainings are run: strategies x numbers of ranks x ways of scaling, each with a DeepSpeed JSON of its own."""
+"""The trainings of `dsyolo scale`: strategies x numbers of ranks x scalings, each with its own DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 class ScalingStrategy(NamedTuple):
-    """A DeepSpeed JSON with its sizes of batches taken out.
+    """A DeepSpeed JSON without its batch sizes.
 
     Attributes:
-        micro_batch, accumulation: of a replica, under weak scaling on any number of them.
+        micro_batch, accumulation: of a replica, under weak scaling.
         global_batch: under strong scaling.
     """
 
@@ -35,10 +35,10 @@ class ScalingStrategy(NamedTuple):
     global_batch: int
 
     def on(self, dp_size: int, scaling: str) -> tuple[int, int]:
-        """(micro-batch, accumulation) of each.
+        """Return (micro-batch, accumulation) of each replica.
 
         Raises:
-            UserError: the global batch cannot be divided so.
+            UserError: if the global batch cannot be divided among them.
         """
         if scaling == WEAK:
             return self.micro_batch, self.accumulation
@@ -50,7 +50,7 @@ class ScalingStrategy(NamedTuple):
 
 
 class ScalingCase(NamedTuple):
-    """One training. Equal ones are run once, whatever they are run for."""
+    """One training. Equal ones run once, whatever they are needed for."""
 
     strategy: str
     ranks: int
@@ -68,18 +68,18 @@ class ScalingCase(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Return the name of its folder."""
         return f"{self.strategy}_{self.ranks}ranks_{self.micro_batch}x{self.accumulation}"
 
 
 class Computes(NamedTuple):
-    """What tells two trainings apart whatever they are spread over."""
+    """Precision and recompute, which must be equal for a fair comparison of two trainings."""
 
     precision: str  # as `Precision.name` has it, or "auto"
     recompute: str | int
 
     def differences(self, other: Computes) -> list[str]:
-        """Names of what is not the same."""
+        """Return the names of what differs."""
         return [name for name in self._fields if getattr(self, name) != getattr(other, name)]
 
 
@@ -97,20 +97,20 @@ class Wanted(NamedTuple):
 def read_strategy(
     path: Path, smallest: int, micro_batch: int | None, accumulation: int | None, problems: list[str]
 ) -> ScalingStrategy | None:
-    """The strategy of a JSON, whose sizes of batches are read as those of a training on `smallest` ranks.
+    """Read a JSON, whose batch sizes are taken as those of a training on `smallest` ranks.
 
     Other values that are "auto" stay so: train.py fills them in.
 
     Args:
-        micro_batch, accumulation: in the place of the JSON's.
-        problems: gets a line for each reason why it cannot be used.
+        micro_batch, accumulation: instead of the JSON's.
+        problems: receives a line for each fault.
     """
     faults: list[str] = []
     source = read_json(str(path), faults) or {}
     content, left_open = without_auto(source)
     sane = sane_part(content, faults)
     if not micro_batch:
-        rule = "that leaves it to the machine, and so to each size. Give a number, or --micro_batch"
+        rule = "it would differ between sizes. Give a number, or --micro_batch"
         faults += [f'{key}: "auto" given, but {rule}.' for key in BATCH_KEYS if (key,) in left_open]
     if faults:
         problems += [f"{path}: {fault}" for fault in faults]
@@ -126,7 +126,7 @@ def read_strategy(
     micro = micro_batch or micro or (max(1, train // (steps * dp_size)) if train else 1)
     if micro_batch or accumulation or not train:
         train = micro * steps * dp_size
-    # Under weak scaling a rank's images are those of a rank of the smallest world, where that has no room for all stages.
+    # So that under weak scaling a rank has the images of a rank of the smallest world, which may be too small for all stages.
     steps *= max(1, stages // smallest)
     rest = {key: copy.deepcopy(value) for key, value in source.items() if key not in BATCH_KEYS}
     return ScalingStrategy(path.stem, rest, stages, micro, steps, train)
@@ -139,7 +139,7 @@ def wanted(
     model: str,
     accelerator: str,
 ) -> Iterator[Wanted]:
-    """All rows. A size that a strategy cannot have says why."""
+    """Yield all rows of the report. A size that a strategy cannot run at has the reason."""
     for scaling in scalings:
         for strategy in strategies:
             for size in ranks:
@@ -152,7 +152,7 @@ def wanted(
 
 
 def deepspeed_json(strategy: ScalingStrategy, case: ScalingCase) -> dict[str, Any]:
-    """What the case's training gets."""
+    """Return the JSON of the case's training."""
     return {**batch_json(BatchPlan(case.micro_batch, case.accumulation, case.dp_size)), **strategy.source}
 
 
@@ -160,7 +160,7 @@ def _case(
     strategy: ScalingStrategy, ranks: int, scaling: str, model: str, accelerator: str
 ) -> tuple[ScalingCase, Computes]:
     if ranks % strategy.stages:
-        rule = f"{ranks} ranks are no multiple of its {strategy.stages} stages"
+        rule = f"{ranks} ranks are not a multiple of its {strategy.stages} stages"
         raise UserError("This size cannot run", [rule])
     sizes = strategy.on(ranks // strategy.stages, scaling)
     case = ScalingCase(strategy.name, ranks, strategy.stages, *sizes)

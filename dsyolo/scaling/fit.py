@@ -1,19 +1,19 @@
-"""How the time of a step grows with the ranks, fitted to what was measured, and what that says of more ranks.
+"""Fit the growth of a step's time with the number of ranks, and predict the efficiency on more ranks.
 
 Weak scaling (each rank's work stays): t(n) = a + b (n - 1) / n + d log2 n. A ring sends (n - 1) / n of the gradients twice
 (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms"); what goes by steps of a tree, and waiting for the
 slowest rank, grows about as log2 n (Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication
 operations in MPICH"). Strong scaling (the step's work stays): t(n) = s + p / n + d log2 n, Amdahl's law (1967) with a term
-for communication; a ring's (n - 1) / n = 1 - 1 / n cannot be told from s and p there, and is in them.
+for communication; a ring's (n - 1) / n = 1 - 1 / n is contained in s and p there.
 
 No coefficient is negative. Uncertainty: the measured rounds and the steps in them are drawn again with replacement, 300
-times, and fitted again; the band is from the 5th to the 95th percentile. It holds what the measurement leaves open, not
-what is different at sizes that were not measured: slower links between machines, another algorithm of the library.
+times, and fitted again; the band is from the 5th to the 95th percentile. It covers the
+noise of the measurement, not what differs at other sizes: slower links between machines, other algorithms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ from dsyolo.scaling.cases import STRONG, WEAK
 
 SIZES = tuple(2**power for power in range(1, 11))
 DRAWS, SEED, BAND = 300, 0, (5, 95)
-MISSED = 0.05  # of a measured time, beyond which the reader is told
-FAR = 4  # times the largest measured size: beyond it a prediction is called a guess
+MISFIT = 0.05  # of a measured time: the report warns beyond it
+FAR = 4  # times the largest measured size: a prediction beyond it is called a guess
 
-TERMS = {
+TERMS: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
     WEAK: {
         "a": lambda n: np.ones_like(n),
         "b": lambda n: (n - 1) / n,
@@ -39,12 +39,12 @@ TERMS = {
     },
 }
 FORMULAS = {WEAK: "t(n) = a + b (n - 1) / n + d log2 n", STRONG: "t(n) = s + p / n + d log2 n"}
-# Of two sizes only one term beside the first can be found: each of these explains all of the growth by itself.
+# Two sizes determine two terms: each of these pairs explains all of the growth.
 PAIRS = {WEAK: (("a", "b"), ("a", "d")), STRONG: (("s", "p"), ("p", "d"))}
 
 
 class Prediction(NamedTuple):
-    """Of the efficiency at a size; 1 is that of the smallest measured one."""
+    """The predicted efficiency at a size; the smallest measured one has 1."""
 
     ranks: int
     efficiency: float
@@ -53,32 +53,34 @@ class Prediction(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Of one strategy under one scaling.
+    """The fit of one strategy under one scaling.
 
     Attributes:
-        coefficients: seconds, of the formula; empty where nothing was fitted.
-        says: what the fit can tell and what it cannot.
+        coefficients: of the formula, in seconds; empty where nothing was fitted.
+        reliability: how far to trust the predictions.
     """
 
     formula: str
     coefficients: dict[str, float]
     predictions: list[Prediction]
-    says: str
+    reliability: str
 
 
 def fit(scaling: str, measured: Mapping[int, Sequence[Sequence[float]]]) -> Fit:
-    """Args:
-    measured: by number of ranks the rounds, each of them the seconds of its steps.
+    """Return the fit.
+
+    Args:
+        measured: by number of ranks the rounds, each the seconds of its steps.
     """
     sizes = sorted(measured)
     formula = FORMULAS[scaling]
     if len(sizes) < 2:
-        return Fit(formula, {}, [], "One size was measured: that says nothing of others.")
+        return Fit(formula, {}, [], "One measured size gives no prediction.")
     models = [tuple(TERMS[scaling])] if len(sizes) > 2 else list(PAIRS[scaling])
     n = np.array(sizes, float)
     medians = np.array([np.median(np.concatenate(measured[size])) for size in sizes])
     rng = np.random.default_rng(SEED)
-    drawn = [[np.median(_again(measured[size], rng)) for size in sizes] for _ in range(DRAWS)]
+    drawn = [[np.median(_resample(measured[size], rng)) for size in sizes] for _ in range(DRAWS)]
     wanted = np.array(SIZES, float)
     central, clouds = [], []
     for names in models:
@@ -92,17 +94,15 @@ def fit(scaling: str, measured: Mapping[int, Sequence[Sequence[float]]]) -> Fit:
         Prediction(int(size), *map(float, (middle, min(low, middle), max(high, middle))))
         for size, middle, low, high in zip(SIZES, middles, lows, highs, strict=True)
     ]
-    missed = max(float(np.abs(step_seconds(scaling, one, n) / medians - 1).max()) for one in central)
-    says = _words(sizes, scaling, central) + (
-        f" It misses what was measured by {missed:.0%}: no time of this form fits it."
-        if missed > MISSED
-        else ""
-    )
-    return Fit(formula, central[0] if len(models) == 1 else {}, predictions, says)
+    text = _reliability(sizes, scaling)
+    misfit = max(float(np.abs(step_seconds(scaling, one, n) / medians - 1).max()) for one in central)
+    if misfit > MISFIT:
+        text += f" The formula misses the measured times by {misfit:.0%}."
+    return Fit(formula, central[0] if len(models) == 1 else {}, predictions, text)
 
 
 def solve(scaling: str, names: Sequence[str], n: np.ndarray, seconds: np.ndarray) -> dict[str, float]:
-    """Least squares of relative errors with coefficients that are not negative: the best of all subsets of the terms."""
+    """Return non-negative coefficients of least squared relative errors: the best over all subsets of the terms."""
     columns = {name: TERMS[scaling][name](n) / seconds for name in names}
     best: tuple[float, dict[str, float]] = (np.inf, {})
     for count in range(1, len(names) + 1):
@@ -116,38 +116,31 @@ def solve(scaling: str, names: Sequence[str], n: np.ndarray, seconds: np.ndarray
 
 
 def step_seconds(scaling: str, coefficients: Mapping[str, float], n: np.ndarray) -> np.ndarray:
-    """What the formula gives."""
-    return sum(value * TERMS[scaling][name](n) for name, value in coefficients.items())  # type: ignore[return-value]
+    """Return the formula's seconds for each number of ranks in n."""
+    return sum((value * TERMS[scaling][name](n) for name, value in coefficients.items()), np.zeros_like(n))
 
 
 def efficiency(scaling: str, coefficients: Mapping[str, float], n: np.ndarray, smallest: int) -> np.ndarray:
-    """Of n ranks, against the smallest measured size."""
+    """Return the efficiency on n ranks relative to the smallest measured size."""
     first = step_seconds(scaling, coefficients, np.array([float(smallest)]))[0]
     ratio = first / step_seconds(scaling, coefficients, n)
     return ratio if scaling == WEAK else ratio * smallest / n
 
 
-def _again(rounds: Sequence[Sequence[float]], rng: np.random.Generator) -> np.ndarray:
+def _resample(rounds: Sequence[Sequence[float]], rng: np.random.Generator) -> np.ndarray:
     chosen = rng.integers(len(rounds), size=len(rounds))
     return np.concatenate([rng.choice(rounds[i], size=len(rounds[i])) for i in chosen])
 
 
-def _words(sizes: Sequence[int], scaling: str, central: Sequence[Mapping[str, float]]) -> str:
+def _reliability(sizes: Sequence[int], scaling: str) -> str:
     limit = FAR * sizes[-1]
     if len(sizes) == 2:
-        what = (
-            "(n - 1) / n, as a ring's bytes do, or as log2 n, as latency and waiting do"
-            if scaling == WEAK
-            else "Amdahl's serial part does, or as log2 n, as latency and waiting do"
-        )
+        first = "(n - 1) / n, as a ring's bytes do" if scaling == WEAK else "Amdahl's law says"
         return (
-            f"Two sizes show that a step's time changes, not how: as {what}. The band holds both, "
-            f"and the figure is their mean. Beyond {limit} ranks take it for a guess, and measure a third size."
+            f"From two sizes a step's time may grow as {first}, or as log2 n, as latency and waiting do: the band holds "
+            f"both, the figure is their mean. Beyond {limit} ranks it is a guess: measure a third size."
         )
     spare = len(sizes) - len(TERMS[scaling])
-    checked = (
-        "As many sizes as coefficients: the formula itself is not tested by them. "
-        if spare <= 0
-        else f"{spare} more size{'s' if spare > 1 else ''} than coefficients. "
-    )
-    return f"{checked}Beyond {limit} ranks take it for a guess: sizes like these were not measured."
+    tested = f"{spare} more size{'s' if spare > 1 else ''} than coefficients." if spare > 0 else ""
+    tested = tested or "There are as many coefficients as sizes, so the formula itself is not tested."
+    return f"{tested} Beyond {limit} ranks it is a guess, as no such size was measured."

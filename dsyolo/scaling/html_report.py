@@ -1,24 +1,17 @@
-"""The report as one HTML page that needs nothing beside it: tables, words, and plots as SVG."""
+"""The report of `dsyolo scale` as one HTML page that needs no other file: tables, text, and matplotlib's plots as SVG."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from html import escape
+from string import Template
 from typing import Any
 
 from dsyolo.engine.step_timer import PHASES
-from dsyolo.scaling.report import Group, Report
-from dsyolo.scaling.tables import (
-    Table,
-    fit_words,
-    prediction_table,
-    ranks_words,
-    rate_table,
-    split_table,
-    title,
-    use_table,
-)
+from dsyolo.scaling.report import Group, Report, ReportRow
+from dsyolo.scaling.results import CaseResult
+from dsyolo.scaling.tables import PHASE_HEADS, Section, Table, sections, title
 
 COLOURS = {
     "data": "#d9822b",
@@ -38,54 +31,55 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1rem; } dt { color: #667; } dd { margin: 0; }
 table { border-collapse: collapse; margin: .3rem 0 1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e6e9ed; } th { color: #556; font-weight: 600; }
-th:first-child, td:first-child { text-align: left; } td.words { text-align: left; color: #a33; }
+th:first-child, td:first-child { text-align: left; } td.reason { text-align: left; color: #a33; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots svg { width: 370px; height: auto; }
 .scroll { overflow-x: auto; } .note { color: #445; max-width: 62rem; } li { max-width: 62rem; }
 """
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>dsyolo: scaling</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>$style</style></head>
+<body>
+<h1>How the training scales</h1>
+<dl>$settings</dl>
+$notes
+$groups
+</body>
+</html>
+""")
 
 
 def page(report: Report) -> str:
-    """The whole page."""
+    """Return the whole page."""
     settings = "".join(
         f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in report.settings.items()
     )
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in report.notes)
-    groups = "".join(map(_group, report.groups))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>dsyolo: scaling</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>How the training scales</h1>\n<dl>{settings}</dl>\n{notes}\n"
-        f"{groups}\n</body>\n</html>\n"
-    )
+    notes = "\n".join(_paragraph(note) for note in report.notes)
+    groups = "\n".join(map(_group, report.groups))
+    return PAGE.substitute(style=STYLE, settings=settings, notes=notes, groups=groups)
 
 
 def _group(group: Group) -> str:
-    plots = "".join(_svg(draw, group) for draw in (_rates, _splits, _efficiencies)) if _has_run(group) else ""
-    said = "".join(
-        f"<li><b>{ranks_words(row.wanted.ranks)}</b>: {escape(row.bottleneck)}</li>"
-        for row in group.rows
-        if row.bottleneck
+    rates, *others = map(_section, sections(group))
+    parts = [f"<h2>{escape(title(group))}</h2>", rates]
+    if any(row.measured for row in group.rows):
+        plots = "".join(_svg(draw, group) for draw in (_rates, _splits, _efficiencies))
+        parts.append(f'<div class="plots">{plots}</div>')
+    return "\n".join([*parts, *others])
+
+
+def _section(section: Section) -> str:
+    items = "".join(f"<li>{escape(item)}</li>" for item in section.items)
+    return (
+        (f"<h3>{escape(section.heading)}</h3>" if section.heading else "")
+        + (_paragraph(section.text) if section.text else "")
+        + (f"<ul>{items}</ul>" if items else "")
+        + (_table(section.table) if section.table else "")
     )
-    parts = [
-        f"<h2>{escape(title(group))}</h2>",
-        _table(rate_table(group)),
-        f'<div class="plots">{plots}</div>',
-        f"<h3>What holds it back</h3><ul>{said}</ul>" if said else "",
-    ]
-    if _has_run(group):
-        parts += [
-            "<h3>A step in milliseconds; validation and checkpoint in seconds</h3>",
-            _table(split_table(group)),
-        ]
-        parts += ["<h3>Use of the machine while steps ran</h3>", _table(use_table(group))]
-    parts += ["<h3>More ranks</h3>", f'<p class="note">{escape(fit_words(group.fit))}</p>']
-    if group.fit.predictions:
-        parts.append(_table(prediction_table(group.fit)))
-    return "\n".join(filter(None, parts))
 
 
-def _has_run(group: Group) -> bool:
-    return any(row.measured for row in group.rows)
+def _paragraph(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _table(rows: Table) -> str:
@@ -96,8 +90,8 @@ def _table(rows: Table) -> str:
 
 
 def _cells(row: list[str]) -> str:
-    if len(row) > 2 and not any(row[2:]):  # a size that did not run says why over the whole row
-        return f'<td>{escape(row[0])}</td><td class="words" colspan="{len(row) - 1}">{escape(row[1])}</td>'
+    if len(row) > 2 and not any(row[2:]):  # the reason why a size did not run spans the row
+        return f'<td>{escape(row[0])}</td><td class="reason" colspan="{len(row) - 1}">{escape(row[1])}</td>'
     return "".join(f"<td>{escape(cell)}</td>" for cell in row)
 
 
@@ -106,7 +100,7 @@ def _svg(draw: Callable[[Any, Group], None], group: Group) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    look = {
+    look: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": f"{group.strategy} {group.scaling} {draw.__name__}",
         "font.size": 10,
@@ -132,37 +126,40 @@ def _svg(draw: Callable[[Any, Group], None], group: Group) -> str:
     return text[text.index("<svg") :]  # without the XML head
 
 
-def _rates(axes: Any, group: Group) -> None:
+def _measured(group: Group) -> tuple[list[ReportRow], list[CaseResult]]:
+    """Return the rows that ran, and their results."""
     rows = [row for row in group.rows if row.measured]
+    return rows, [row.measured for row in rows if row.measured]
+
+
+def _rates(axes: Any, group: Group) -> None:
+    rows, results = _measured(group)
     ranks = [row.wanted.ranks for row in rows]
-    rates = [row.measured.images_per_s for row in rows]  # type: ignore[union-attr]
-    bounds = [[row.measured.images_per_step / s for s in row.measured.spread_s] for row in rows]  # type: ignore[union-attr]
+    rates = [one.images_per_s for one in results]
+    quartiles = [[one.images_per_step / seconds for seconds in one.spread_s] for one in results]
     errors = [
-        [max(0.0, rate - low) for rate, (_, low) in zip(rates, bounds, strict=True)],
-        [max(0.0, high - rate) for rate, (high, _) in zip(rates, bounds, strict=True)],
+        [max(0.0, rate - low) for rate, (_, low) in zip(rates, quartiles, strict=True)],
+        [max(0.0, high - rate) for rate, (high, _) in zip(rates, quartiles, strict=True)],
     ]
-    per_rank = [rate / row.speedup / row.base_ranks for rate, row in zip(rates, rows, strict=True)]  # type: ignore[operator]
-    axes.plot(
-        ranks, [n * one for n, one in zip(ranks, per_rank, strict=True)], "--", color="#999", label="ideal"
-    )
-    axes.errorbar(
-        ranks, rates, errors, fmt="o-", color=COLOURS["forward"], capsize=4, label="measured, quartiles"
-    )
+    ideal = [
+        row.wanted.ranks * rate / (row.speedup or 1.0) / (row.base_ranks or 1)
+        for rate, row in zip(rates, rows, strict=True)
+    ]
+    axes.plot(ranks, ideal, "--", color="#999", label="ideal")
+    look = {"color": COLOURS["forward"], "capsize": 4}
+    axes.errorbar(ranks, rates, errors, fmt="o-", label="measured, quartiles", **look)
     _sizes(axes, ranks)
     axes.set(title="images/s", xlabel="ranks", ylim=(0, None))
     axes.legend(frameon=False, loc="upper left")
 
 
 def _splits(axes: Any, group: Group) -> None:
-    rows = [row for row in group.rows if row.measured]
-    places = range(len(rows))
-    below = [0.0] * len(rows)
-    for name in PHASES:
-        heights = [1000 * row.measured.split[name] for row in rows]  # type: ignore[union-attr]
-        axes.bar(
-            places, heights, 0.55, below, color=COLOURS[name], label="data wait" if name == "data" else name
-        )
-        below = [a + b for a, b in zip(below, heights, strict=True)]
+    rows, results = _measured(group)
+    places, bottom = range(len(rows)), [0.0] * len(rows)
+    for name, label in zip(PHASES, PHASE_HEADS, strict=True):
+        heights = [1000 * one.split[name] for one in results]
+        axes.bar(places, heights, 0.55, bottom, color=COLOURS[name], label=label)
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     axes.set(title="a step, ms", xlabel="ranks", xlim=(-0.6, len(rows) - 0.4))
     axes.set_xticks(list(places), [str(row.wanted.ranks) for row in rows])
     handles, labels = axes.get_legend_handles_labels()
@@ -170,26 +167,19 @@ def _splits(axes: Any, group: Group) -> None:
 
 
 def _efficiencies(axes: Any, group: Group) -> None:
-    rows = [row for row in group.rows if row.measured]
-    found = group.fit.predictions
+    rows, _ = _measured(group)
     sizes = [row.wanted.ranks for row in rows]
-    if found:
+    values = [row.efficiency or 0.0 for row in rows]
+    ticks = sizes
+    if found := group.fit.predictions:
         x = [one.ranks for one in found]
-        axes.fill_between(
-            x, [one.low for one in found], [one.high for one in found], color="#c9dcf0", label="5 to 95 %"
-        )
+        band = [one.low for one in found], [one.high for one in found]
+        axes.fill_between(x, *band, color="#c9dcf0", label="5 to 95 %")
         axes.plot(x, [one.efficiency for one in found], color=COLOURS["forward"], linewidth=1.2, label="fit")
-        sizes = sorted({*sizes, *x[1::2]})
-    axes.plot(
-        [row.wanted.ranks for row in rows],
-        [row.efficiency for row in rows],
-        "o",
-        color=COLOURS["communication"],
-        label="measured",
-    )
-    top = max([1.05, *(1.05 * row.efficiency for row in rows if row.efficiency)])
-    _sizes(axes, sizes)
-    axes.set(title="efficiency", xlabel="ranks", ylim=(0, top))
+        ticks = sorted({*sizes, *x[1::2]})
+    axes.plot(sizes, values, "o", color=COLOURS["communication"], label="measured")
+    _sizes(axes, ticks)
+    axes.set(title="efficiency", xlabel="ranks", ylim=(0, 1.05 * max(1.0, *values)))
     axes.legend(frameon=False, loc="lower left")
 
 

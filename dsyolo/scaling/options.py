@@ -1,4 +1,4 @@
-"""The options of `dsyolo scale`, and whether they can be used."""
+"""The options of `dsyolo scale`, and their checks."""
 
 from __future__ import annotations
 
@@ -23,37 +23,50 @@ from dsyolo.models.registry import max_stride
 from dsyolo.scaling.cases import STRONG, WEAK, ScalingStrategy, read_strategy
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
-# What is given to train.py by the command itself.
+# Options of train.py that the command sets itself.
 OWN = frozenset(
     f"--{name}"
-    for name in [
-        "deepspeed_config",
-        "data",
-        "name",
-        "project",
-        "epochs",
-        "val_every",
-        "save_every",
-        "time_profile",
-        "resume",
-        "model",
-        "imgsz",
-        "threads",
-        "workers",
-    ]
+    for name in (
+        *("deepspeed_config", "data", "name", "project", "epochs", "val_every", "save_every", "time_profile"),
+        *("resume", "model", "imgsz", "threads", "workers"),
+    )
 )
-MOST_RANKS, MOST_ROUNDS, MOST_STEPS = 2**16, 100, 10**5
+MAX_RANKS = 2**16
+
+
+class NumberOption(NamedTuple):
+    """An option that is a number, with its limits. A default of None is explained by the help."""
+
+    name: str
+    default: float | None
+    least: int
+    most: int
+    help: str
+
+
+NUMBERS = (
+    NumberOption("imgsz", 640, 64, 8192, "image size in pixels"),
+    NumberOption("micro_batch", None, 1, 4096, "images of a micro-batch (default: the JSON's)"),
+    NumberOption("accumulation", None, 1, 4096, "micro-batches of a step and rank (default: the JSON's)"),
+    NumberOption("steps", 20, 1, 10**5, "least number of measured optimizer steps"),
+    NumberOption("warmup", 5, 0, 10**5, "steps before them that are not measured"),
+    NumberOption("rounds", 2, 1, 100, "runs of each size, in turn"),
+    NumberOption("threads", None, 1, 1024, "threads per rank (default: 1 on a CPU)"),
+    NumberOption("workers", None, 0, 1024, "loader workers per rank (default: as in a run)"),
+    NumberOption(
+        "cores", None, 1, 1024, "cores of this machine for each rank and its workers (default: no limit)"
+    ),
+    NumberOption("timeout", 1800.0, 5, 10**6, "most seconds of a run"),
+    NumberOption("master_port", 29600, 1024, 65000, "first port for the ranks' rendezvous"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is trained, at which sizes, and how long."""
+    """Add the options: what is trained, at which sizes, and how long."""
     add = parser.add_argument
     add("--ranks", required=True, metavar="N,N", help="sizes to run, as 1,2,4")
-    add(
-        "--strategies",
-        metavar="NAME,NAME",
-        help="files in ds_configs/, or paths (default: --deepspeed_config)",
-    )
+    strategies = "files in ds_configs/, or paths (default: --deepspeed_config)"
+    add("--strategies", metavar="NAME,NAME", help=strategies)
     add(
         "--deepspeed_config",
         type=Path,
@@ -61,56 +74,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="DeepSpeed JSON",
     )
-    add(
-        "--scaling",
-        choices=SCALINGS,
-        default="weak",
-        help="weak: a rank's images stay; strong: a step's (default: weak)",
-    )
-    add("--data", type=Path, metavar="FILE", help="data set's YAML file (default: one is drawn)")
-    add(
-        "--model",
-        type=model_option,
-        default="yolov5n",
-        metavar="NAME",
-        help="variant, or FILE.py:FUNCTION (default: yolov5n)",
-    )
-    add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
-    add("--micro_batch", type=int, metavar="N", help="images of a micro-batch (default: the JSON's)")
-    add(
-        "--accumulation", type=int, metavar="N", help="micro-batches of a step and rank (default: the JSON's)"
-    )
-    add(
-        "--steps",
-        type=int,
-        default=20,
-        metavar="N",
-        help="optimizer steps that count, at least (default: 20)",
-    )
-    add("--warmup", type=int, default=5, metavar="N", help="steps before them that do not (default: 5)")
-    add("--rounds", type=int, default=2, metavar="N", help="times that each size runs, in turn (default: 2)")
-    add("--hostfile", type=Path, metavar="FILE", help="ranks go to its hosts, the first ones first")
-    add(
-        "--launcher_options", default="", metavar="WORDS", help='of deepspeed, as one word: "--ssh_port 2222"'
-    )
-    add("--threads", type=int, metavar="N", help="per rank (default: 1 on a CPU)")
-    add("--workers", type=int, metavar="N", help="loader processes per rank (default: as a run)")
-    add(
-        "--cores",
-        type=int,
-        metavar="N",
-        help="of this machine that each rank has with its workers; a run on fewer ranks leaves the others idle (default: all for all)",
-    )
-    add("--timeout", type=float, default=1800, metavar="S", help="most seconds of a run (default: 1800)")
-    add("--master_port", type=int, default=29600, metavar="N", help="first port that ranks meet at")
+    scaling = "fixed images per rank (weak) or per step (strong), or both (default: weak)"
+    add("--scaling", choices=SCALINGS, default="weak", help=scaling)
+    add("--data", type=Path, metavar="FILE", help="data set's YAML file (default: a synthetic one)")
+    model = "variant, or FILE.py:FUNCTION (default: yolov5n)"
+    add("--model", type=model_option, default="yolov5n", metavar="NAME", help=model)
+    for one in NUMBERS:
+        default = "" if one.default is None else f" (default: {one.default:g})"
+        kind = float if isinstance(one.default, float) else int
+        add(f"--{one.name}", type=kind, default=one.default, metavar="N", help=one.help + default)
+    add("--hostfile", type=Path, metavar="FILE", help="run on its hosts, the first ones first")
+    launcher = 'options of deepspeed in one string: "--ssh_port 2222"'
+    add("--launcher_options", default="", metavar="OPTIONS", help=launcher)
     add(
         "--out", type=Path, default=Path("scale"), metavar="DIR", help="folder of the report (default: scale)"
     )
     add("options", nargs="*", metavar="-- OPTION", help="more options of train.py, after two dashes")
 
 
-class Sizes(NamedTuple):
-    """What was asked for, checked."""
+class ScaleRequest(NamedTuple):
+    """The checked sizes, strategies and hosts of a command line."""
 
     ranks: list[int]
     strategies: list[ScalingStrategy]
@@ -118,34 +101,24 @@ class Sizes(NamedTuple):
     accelerator: str
 
 
-def check(args: argparse.Namespace) -> Sizes:
-    """What was asked for.
+def check(args: argparse.Namespace) -> ScaleRequest:
+    """Check the command line.
 
     Raises:
-        UserError: a mistake in the command line.
+        UserError: with all mistakes.
     """
     problems: list[str] = []
     ranks = _ranks(args.ranks, problems)
-    bounds = {"steps": (1, MOST_STEPS), "warmup": (0, MOST_STEPS), "rounds": (1, MOST_ROUNDS)}
-    bounds |= {
-        "micro_batch": (1, 4096),
-        "accumulation": (1, 4096),
-        "threads": (1, 1024),
-        "workers": (0, 1024),
-    }
-    bounds |= {"cores": (1, 1024), "timeout": (5, 10**6), "master_port": (1024, 65000), "imgsz": (64, 8192)}
-    problems += out_of_range(args, bounds)
-    if args.imgsz % max_stride(args.model):
-        problems.append(
-            f"--imgsz: {args.imgsz} given, but {args.model} needs multiples of {max_stride(args.model)}."
-        )
+    problems += out_of_range(args, {one.name: (one.least, one.most) for one in NUMBERS})
+    if args.imgsz % (stride := max_stride(args.model)):
+        problems.append(f"--imgsz: {args.imgsz} given, but {args.model} needs multiples of {stride}.")
     hosts = _hosts(args, ranks, problems)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     if not hosts and ranks:
         _check_machine(args, max(ranks), accelerator, problems)
     strategies = _strategies(args, min(ranks, default=1), problems)
-    own = [word for word in args.options if word.split("=")[0] in OWN]
-    problems += [f"-- {word}: given, but dsyolo scale gives it itself. Leave it out." for word in own]
+    own = [option for option in args.options if option.split("=")[0] in OWN]
+    problems += [f"-- {option}: given, but dsyolo scale sets it itself. Leave it out." for option in own]
     try:
         shlex.split(args.launcher_options)
     except ValueError as error:
@@ -154,14 +127,14 @@ def check(args: argparse.Namespace) -> Sizes:
         problems.append(f"--out: {fault}")
     if problems:
         raise UserError("The command line cannot be used", problems)
-    return Sizes(ranks, strategies, hosts, accelerator)
+    return ScaleRequest(ranks, strategies, hosts, accelerator)
 
 
 def _ranks(text: str, problems: list[str]) -> list[int]:
     parts = text.split(",")
-    if all(part.strip().isdecimal() and 1 <= int(part) <= MOST_RANKS for part in parts):
+    if all(part.strip().isdecimal() and 1 <= int(part) <= MAX_RANKS for part in parts):
         return sorted({int(part) for part in parts})
-    problems.append(f"--ranks: {text!r} given, but it must be numbers from 1 on, as 1,2,4. Correct it.")
+    problems.append(f"--ranks: {text!r} given, but it must be numbers of at least 1, as 1,2,4. Correct it.")
     return []
 
 
@@ -172,23 +145,21 @@ def _hosts(args: argparse.Namespace, ranks: Sequence[int], problems: list[str]) 
     problems += [f"--hostfile: {one.found}. {one.remedy}" for one in findings if one.verdict == FAIL]
     slots = sum(host.slots for host in hosts)
     if hosts and ranks and max(ranks) > slots:
-        problems.append(
-            f"--ranks: {max(ranks)} given, but the hosts have {slots} slots. Take fewer, or more hosts."
-        )
+        rule = f"the hosts have {slots} slots"
+        problems.append(f"--ranks: {max(ranks)} given, but {rule}. Use fewer ranks, or more hosts.")
     return hosts
 
 
 def _check_machine(args: argparse.Namespace, most: int, accelerator: str, problems: list[str]) -> None:
     if accelerator == "cuda" and most > torch.cuda.device_count():
         rule = f"this machine has {torch.cuda.device_count()} GPUs"
-        problems.append(f"--ranks: {most} given, but {rule}. Take fewer, or give a --hostfile.")
+        problems.append(f"--ranks: {most} given, but {rule}. Use fewer ranks, or give a --hostfile.")
     cores = psutil.cpu_count() or 1
     if args.cores and args.cores * most > cores:
-        problems.append(
-            f"--cores: {args.cores} for each of {most} ranks given, but there are {cores}. Take fewer."
-        )
+        rule = f"for {most} ranks this machine has {cores} cores"
+        problems.append(f"--cores: {args.cores} given, but {rule}. Use fewer.")
     if args.cores and not hasattr(os, "sched_setaffinity"):
-        problems.append("--cores: this system cannot hold a process to cores. Leave it out.")
+        problems.append("--cores: this system cannot pin processes to cores. Leave it out.")
 
 
 def _strategies(args: argparse.Namespace, smallest: int, problems: list[str]) -> list[ScalingStrategy]:
@@ -203,15 +174,15 @@ def _strategies(args: argparse.Namespace, smallest: int, problems: list[str]) ->
 
 
 def _files(names: Sequence[str], option: str, problems: list[str]) -> list[Path]:
-    """Of the strategies, each once; no two may have one name."""
+    """Return each strategy's file once. No two may share a name."""
     files: dict[Path, Path] = {}
     for name in names:
         path = _path(name)
         if not name:
             problems.append(f"{option}: a name is empty. Give names of files in ds_configs/, or paths.")
         elif name == AUTO:
-            remedy = "Write one by dsyolo plan --write FILE, and give that"
-            problems.append(f"{option}: auto given, but scale compares strategies that are given. {remedy}.")
+            remedy = "Write one with dsyolo plan --write FILE, and give that"
+            problems.append(f"{option}: auto given, but scale compares given strategies. {remedy}.")
         elif os.path.exists(path):
             files.setdefault(path.resolve(), path)
         else:
@@ -220,13 +191,13 @@ def _files(names: Sequence[str], option: str, problems: list[str]) -> list[Path]
     for path in files.values():
         other = by_name.setdefault(path.stem, path)
         if other != path:
-            rule = f"a strategy is called by its file's name, and both would be {path.stem}"
+            rule = f"strategies are named by their files, and both would be {path.stem}"
             problems.append(f"{option}: {other} and {path} given, but {rule}. Rename one.")
     return list(files.values())
 
 
 def _path(name: str) -> Path:
-    """Of a strategy: a path, or the name of a file in ds_configs/."""
+    """Return a strategy's file from a path or a name in ds_configs/."""
     path = Path(name)
     return path if path.suffix == ".json" else Path("ds_configs", f"{name}.json")
 

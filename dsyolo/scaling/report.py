@@ -1,11 +1,11 @@
-"""The report of `dsyolo scale` as data, and as Markdown."""
+"""The report of `dsyolo scale` as data, and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dsyolo.scaling import bottleneck as words
+from dsyolo.scaling.bottleneck import bottleneck, efficiency, unlike
 from dsyolo.scaling.cases import ScalingCase, Wanted
 from dsyolo.scaling.fit import Fit, fit
 from dsyolo.scaling.results import CaseResult
@@ -17,7 +17,7 @@ class ReportRow(NamedTuple):
     wanted: Wanted
     measured: CaseResult | None
     why_not: str
-    base_ranks: int | None  # what it is compared with; None where it did not run
+    base_ranks: int | None  # the size that it is compared with; None if it did not run
     base_strategy: str
     speedup: float | None
     efficiency: float | None
@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All of it. `settings` is what was asked for, `notes` what a reader must know."""
+    """The whole report. `settings` are the command's, `notes` what a reader must know."""
 
     settings: Mapping[str, Any]
     notes: Sequence[str]
@@ -48,7 +48,7 @@ def build(
     settings: Mapping[str, Any],
     notes: Sequence[str],
 ) -> Report:
-    """From what each case came to."""
+    """Build the report from the results of the cases."""
     groups = []
     for scaling, strategy in dict.fromkeys((one.scaling, one.strategy) for one in wanted):
         own = [one for one in wanted if (one.scaling, one.strategy) == (scaling, strategy)]
@@ -62,9 +62,10 @@ def build(
 def _base(
     own: Sequence[Wanted], wanted: Sequence[Wanted], measured: Mapping[ScalingCase, CaseResult]
 ) -> Wanted | None:
-    """The strategy's smallest size; of a pipeline, that of one without stages, since it has none so small itself.
+    """Return the size that others are compared with: the strategy's smallest one.
 
-    Of those without stages, one of the same precision and recompute before others, whatever its size.
+    A pipeline cannot run on one rank, so that its base is a strategy without stages, if possible one of the same
+    precision and recompute.
     """
     ran = [one for one in own if one.case in measured]
     if ran and ran[0].case and ran[0].case.stages > 1:
@@ -87,26 +88,21 @@ def _row(
 ) -> ReportRow:
     found = measured.get(one.case) if one.case else None
     if found is None or base is None or base.case is None:
-        why_not = (
-            one.why_not or failed.get(one.case, "this ended before its turn")
-            if one.case or one.why_not
-            else one.why_not
-        )
+        why_not = one.why_not
+        if one.case and not why_not:
+            why_not = failed.get(one.case, "the command ended before its turn")
         return ReportRow(one, None, why_not, None, "", None, None, "")
-    at = measured[base.case]
-    speedup = found.images_per_s / at.images_per_s
-    efficiency = words.efficiency(found, one.ranks, at, base.ranks)
-    is_base = one.case == base.case
-    comparable = base.strategy == one.strategy
-    said = words.bottleneck(
-        found, one.ranks, None if is_base or not comparable else at, base.ranks, one.scaling
-    )
-    said += words.unlike(one, base)
-    return ReportRow(one, found, "", base.ranks, base.strategy, speedup, efficiency, said)
+    reference = measured[base.case]
+    speedup = found.images_per_s / reference.images_per_s
+    share = efficiency(found, one.ranks, reference, base.ranks)
+    is_comparable = base.strategy == one.strategy and one.case != base.case
+    text = bottleneck(found, one.ranks, reference if is_comparable else None, base.ranks, one.scaling)
+    text += unlike(one, base)
+    return ReportRow(one, found, "", base.ranks, base.strategy, speedup, share, text)
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Everything, with the seconds of every measured step."""
+    """Return everything, with the seconds of every measured step."""
     return {
         "settings": dict(report.settings),
         "notes": list(report.notes),
@@ -118,7 +114,7 @@ def to_json(report: Report) -> dict[str, Any]:
                 "fit": {
                     "formula": group.fit.formula,
                     "coefficients_s": group.fit.coefficients,
-                    "says": group.fit.says,
+                    "says": group.fit.reliability,
                     "predictions": [one._asdict() for one in group.fit.predictions],
                 },
             }
@@ -150,7 +146,7 @@ def _row_json(row: ReportRow) -> dict[str, Any]:
         "checkpoint_s": one.checkpoint_s,
         "startup_s": one.startup_s,
         "wall_s": one.wall_s,
-        "mfu": one.utilisation,
+        "mfu": one.mfu,
         "use": one.use._asdict(),
         "collectives_a_step": one.collectives,
         "collective_mb_a_step": one.collective_mb,

@@ -1,4 +1,4 @@
-"""What the runs of a case left in their steps.json, put together: times, split, use of the machine."""
+"""Combine the steps.json files of a case's runs: times, split, use of the machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ COMPUTING = ("forward", "backward")
 
 
 class Use(NamedTuple):
-    """Means over the measured steps. None: nobody told.
+    """Use of the machines, over the measured steps. None: not measured.
 
     Attributes:
-        cpu: share of the cores of all machines that were busy, whoever kept them so.
-        cpu_own: the run's own part of it.
-        process_gib: the peak of the rank that needs most; activations: of it.
-        machine_gib: memory taken on the machine that has most taken, by all.
-        sent_mb: over network interfaces, of the host that sends most, in a step; `inside_mb` over the loopback.
-        gpu: busy share of the GPUs, `gpu_gib` and `gpu_w` of one.
+        cpu: busy share of the cores of all machines, by all programs.
+        cpu_own: the run's part of it.
+        process_gib: peak of the rank that needs most; `activations_gib` its activations.
+        machine_gib: memory in use by all programs, on the machine that uses most.
+        sent_mb: a step, over network interfaces, of the host that sends most; `inside_mb` over the loopback.
+        gpu: busy share of the GPUs; `gpu_gib` and `gpu_w` are means per GPU.
     """
 
     cpu: float | None
@@ -37,10 +37,10 @@ class Use(NamedTuple):
 
 
 class CaseResult(NamedTuple):
-    """Of all rounds of a case.
+    """The results of all rounds of a case.
 
     Attributes:
-        rounds: by round the seconds of its measured steps, means over ranks.
+        rounds: the seconds of each round's measured steps, means over ranks.
         split: seconds of a step by phase; they add up to `step_s`.
         collective_mb: tensors that a rank hands to collectives in a step; `comms_log` as DeepSpeed logs them.
     """
@@ -57,16 +57,16 @@ class CaseResult(NamedTuple):
     collectives: float
     comms_log: dict[str, dict[str, int]]
     about: dict[str, Any]
-    utilisation: float | None
+    mfu: float | None
 
     @property
     def step_s(self) -> float:
-        """Median of all rounds' steps."""
+        """Return the median of all rounds' steps."""
         return float(np.median(np.concatenate(self.rounds)))
 
     @property
     def spread_s(self) -> tuple[float, float]:
-        """Quartiles."""
+        """Return the quartiles of all rounds' steps."""
         low, high = np.percentile(np.concatenate(self.rounds), [25, 75])
         return float(low), float(high)
 
@@ -75,11 +75,11 @@ class CaseResult(NamedTuple):
         return self.images_per_step / self.step_s
 
 
-def put_together(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float], warmup: int) -> CaseResult:
-    """Of one case; `found` are the contents of its rounds' steps.json.
+def combine_rounds(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float], warmup: int) -> CaseResult:
+    """Combine the steps.json of one case's rounds.
 
     Raises:
-        ValueError: no step was left after the warm-up.
+        ValueError: if no step is left after the warm-up.
     """
     rounds, splits = [], []
     for one in found:
@@ -99,23 +99,28 @@ def put_together(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float], w
     counted = [_per_step(rank, warmup) for one in found for rank in one["ranks"]]
     peak = sum(rank["peak_flops_per_s"] for rank in found[0]["ranks"])
     flops = first["flops_per_image"] * first["images_per_step"]
+    startups = [one["ranks"][0]["first_step_at"] - one["ranks"][0]["started_at"] for one in found]
+    about = ("device", "threads", "workers", "cores", "peak_source", "num_images")
     return CaseResult(
-        rounds,
-        split,
-        first["images_per_step"],
-        float(np.median([one["ranks"][0]["first_step_at"] - one["ranks"][0]["started_at"] for one in found])),
-        *(
-            float(np.median([s for of in outside for s in of.get(name, [0.0])]))
-            for name in ("validation", "checkpoint")
-        ),
-        float(np.median(walls_s)),
-        _use(found, warmup),
-        float(np.mean([one["collective_bytes"] for one in counted])) / 1e6,
-        float(np.mean([one["collectives"] for one in counted])),
-        first["comms_logger"],
-        {key: first[key] for key in ("device", "threads", "workers", "cores", "peak_source", "num_images")},
-        flops / step_s / peak if peak else None,
+        rounds=rounds,
+        split=split,
+        images_per_step=first["images_per_step"],
+        startup_s=float(np.median(startups)),
+        validation_s=_median_of(outside, "validation"),
+        checkpoint_s=_median_of(outside, "checkpoint"),
+        wall_s=float(np.median(walls_s)),
+        use=_use(found, warmup),
+        collective_mb=float(np.mean([one["collective_bytes"] for one in counted])) / 1e6,
+        collectives=float(np.mean([one["collectives"] for one in counted])),
+        comms_log=first["comms_logger"],
+        about={key: first[key] for key in about},
+        mfu=flops / step_s / peak if peak else None,
     )
+
+
+def _median_of(outside: Sequence[Mapping[str, Sequence[float]]], name: str) -> float:
+    """Return the median seconds of what ranks did between steps; 0 for what never happened."""
+    return float(np.median([seconds for rank in outside for seconds in rank.get(name, [0.0])]))
 
 
 def _after(steps: Sequence[Mapping[str, Any]], warmup: int) -> list[Mapping[str, Any]]:
@@ -123,14 +128,14 @@ def _after(steps: Sequence[Mapping[str, Any]], warmup: int) -> list[Mapping[str,
 
 
 def _middle_half(seconds: np.ndarray) -> np.ndarray:
-    """Means by phase over the steps (steps, phases) that are neither among the fastest nor the slowest quarter."""
+    """Return means by phase over (steps, phases), without the fastest and the slowest quarter of the steps."""
     whole = seconds.sum(1)
     low, high = np.percentile(whole, [25, 75])
     return seconds[(whole >= low) & (whole <= high)].mean(0)
 
 
 def _per_step(rank: Mapping[str, Any], warmup: int) -> dict[str, float]:
-    """Growth of a rank's counters in a measured step, and a second's share of them under `..._rate`."""
+    """Return the growth of a rank's counters in a measured step, and in a second as `..._rate`."""
     seen = {step["step"]: step["seen"] for step in rank["steps"]}
     first, last = seen.get(warmup) or seen[min(seen)], seen[max(seen)]
     steps, seconds = max(1, max(seen) - max(warmup, min(seen))), max(1e-9, last["at"] - first["at"])
@@ -145,7 +150,7 @@ def _per_step(rank: Mapping[str, Any], warmup: int) -> dict[str, float]:
 
 
 def _use(found: Sequence[Mapping[str, Any]], warmup: int) -> Use:
-    """Over all rounds."""
+    """Return the use of the machines over all rounds."""
     ranks = [rank for one in found for rank in one["ranks"]]
     counted = [_per_step(rank, warmup) for rank in ranks]
     machines = [c for c in counted if "machine_cpu_s" in c]
@@ -154,21 +159,21 @@ def _use(found: Sequence[Mapping[str, Any]], warmup: int) -> Use:
     gpus = [look["gpu"] for look in looks if "gpu" in look]
     memory = [rank.get("memory", {}) for rank in ranks]
 
-    def mean(key: str) -> float | None:
-        return float(np.mean([gpu[key] for gpu in gpus])) if gpus else None
+    def mean(key: str, unit: float = 1.0) -> float | None:
+        return float(np.mean([gpu[key] for gpu in gpus])) / unit if gpus else None
 
-    def most(values: Sequence[float], unit: float) -> float | None:
-        return max(values) / unit if values else None
+    def most(rows: Sequence[Mapping[str, Any]], key: str, unit: float = 1.0) -> float | None:
+        return max((row[key] / unit for row in rows if key in row), default=None)
 
     return Use(
-        sum(c["machine_cpu_s_rate"] for c in machines) / cores if cores else None,
-        min(1.0, sum(c["cpu_s_rate"] for c in counted) / cores) if cores else None,
-        most([m["peak_gib"] for m in memory if "peak_gib" in m], 1),
-        most([m["peak_activations_gib"] for m in memory if "peak_activations_gib" in m], 1),
-        most([look["memory_bytes"] for look in looks if "memory_bytes" in look], 2**30),
-        most([c["sent"] for c in machines], 1e6),
-        most([c["inside"] for c in machines], 1e6),
-        mean("busy"),
-        None if not gpus else mean("memory_bytes") / 2**30,  # type: ignore[operator]
-        mean("power_w"),
+        cpu=sum(c["machine_cpu_s_rate"] for c in machines) / cores if cores else None,
+        cpu_own=min(1.0, sum(c["cpu_s_rate"] for c in counted) / cores) if cores else None,
+        process_gib=most(memory, "peak_gib"),
+        activations_gib=most(memory, "peak_activations_gib"),
+        machine_gib=most(looks, "memory_bytes", 2**30),
+        sent_mb=most(machines, "sent", 1e6),
+        inside_mb=most(machines, "inside", 1e6),
+        gpu=mean("busy"),
+        gpu_gib=mean("memory_bytes", 2**30),
+        gpu_w=mean("power_w"),
     )

@@ -1,4 +1,4 @@
-"""Runs the trainings: through the launcher, as a user would, in rounds, one at a time."""
+"""Run the trainings of `dsyolo scale` one at a time, through the launcher, as a user would."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from dsyolo.data.formats.yolo import DataSpec, list_images
 from dsyolo.doctor.hosts import Host
 from dsyolo.scaling.cases import ScalingCase
 
-GRACE_S = 40  # that a run has to end after it was asked to
-LOOK_S = 0.05
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-MOST_REASON = 300  # characters
+GRACE_S = 40  # for a run to end after SIGTERM
+POLL_S = 0.05
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MAX_REASON = 300  # characters
 
 
 class EndRequest:
-    """Inside, signals that ask to end are heard, and no more: what is running is ended and reported in good order.
+    """Record a signal that asks to end, so that the run in progress is ended and the report written.
 
     Attributes:
-        number: of the first one; 0: none.
+        number: of the first signal; 0: none.
     """
 
     number = 0
 
     def __enter__(self) -> EndRequest:
-        before = {number: signal.getsignal(number) for number in ENDS}
-        self._before = {number: hears for number, hears in before.items() if hears != signal.SIG_IGN}  # nohup
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self._before = {number: one for number, one in before.items() if one != signal.SIG_IGN}  # nohup
         for number in self._before:
-            signal.signal(number, self._hear)
+            signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, hears in self._before.items():
-            signal.signal(number, hears)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _hear(self, number: int, _: object) -> None:
+    def _record(self, number: int, _: object) -> None:
         self.number = self.number or number
 
 
@@ -56,10 +56,10 @@ class ScalingPlan(NamedTuple):
 
     Attributes:
         options: of train.py.
-        warmup, steps: optimizer steps that are dropped, and that count.
-        cores_per_rank: of this machine, which a run is held to, workers included; None: it may use all.
+        warmup, steps: optimizer steps that are dropped, and that are measured.
+        cores_per_rank: of this machine, workers included; None: no limit.
         launcher_options: of deepspeed.
-        end: tells whether to end before all is done.
+        end: the request to end early.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class ScalingPlan(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one training: what it left in steps.json, or why it failed."""
+    """The steps.json of one training, or why it failed."""
 
     found: dict[str, Any] | None
     wall_s: float
@@ -84,14 +84,14 @@ class Outcome(NamedTuple):
 
 
 def epochs_and_images(case: ScalingCase, steps: int, available: int) -> tuple[int, int]:
-    """(epochs, images of each) so that there are `steps` steps at least, and not many more."""
+    """Return (epochs, images of an epoch) for at least `steps` steps and few more."""
     needed = case.global_batch * steps
     images = min(available, needed)
     return -(-needed // images), images
 
 
 def write_data(data: DataSpec, folder: Path, num_train: int, num_val: int) -> Path:
-    """A data.yaml of the first images of both splits; they stay where they are."""
+    """Write a data.yaml of the first images of both splits, which stay where they are."""
     assert data.train
     assert data.val
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,16 +108,16 @@ def write_data(data: DataSpec, folder: Path, num_train: int, num_val: int) -> Pa
 def run(
     plan: ScalingPlan, case: ScalingCase, turn: int, number: int, epochs: int, data: Path, config: Path
 ) -> Outcome:
-    """One training of a case. Its output goes to a file beside its folder.
+    """Run one training of a case. Its output goes to a file beside its folder.
 
     Args:
-        turn: the round, from 0 on.
-        number: of runs before it: each gets a port of its own.
+        turn: the round, from 0.
+        number: of runs before it: each run has its own port.
     """
     name = f"{case.name}_round{turn + 1}"
     folder = plan.folder / name
-    words = arguments(plan, name, epochs, data, config)
-    command = [*_launcher(plan, case.ranks, number), str(Path(dsyolo.__file__).with_name("train.py")), *words]
+    train = str(Path(dsyolo.__file__).with_name("train.py"))
+    command = [*_launcher(plan, case.ranks, number), train, *arguments(plan, name, epochs, data, config)]
     begin = time.monotonic()
     log = plan.folder / f"{name}.log"
     with log.open("wb") as output:
@@ -131,23 +131,14 @@ def run(
 
 
 def arguments(plan: ScalingPlan, name: str, epochs: int, data: Path, config: Path) -> list[str]:
-    """Of train.py, for one training."""
-    words = [
-        "--deepspeed_config",
-        str(config),
-        "--data",
-        str(data),
-        "--project",
-        str(plan.folder),
-        "--name",
-        name,
-    ]
-    words += ["--epochs", str(epochs), "--val_every", str(epochs), "--save_every", str(epochs)]
-    return [*words, "--time_profile", "steps", *plan.options]
+    """Return the arguments of train.py for one training."""
+    options = {"deepspeed_config": config, "data": data, "project": plan.folder, "name": name}
+    options |= {"epochs": epochs, "val_every": epochs, "save_every": epochs, "time_profile": "steps"}
+    return [*(str(part) for key, value in options.items() for part in (f"--{key}", value)), *plan.options]
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Stops what is left of a training: ranks go on saving when their launcher has ended."""
+    """Stop what is left of a training: ranks may still save after their launcher has ended."""
     end = time.monotonic() + GRACE_S
     if process.poll() is None:
         _signal(process.pid, signal.SIGTERM)
@@ -160,7 +151,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _signal(group: int, number: int) -> bool:
-    """Whether there was somebody to hear it."""
+    """Send a signal to a process group; return whether it exists."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -169,7 +160,7 @@ def _signal(group: int, number: int) -> bool:
 
 
 def _has_enough(found: dict[str, Any], warmup: int) -> bool:
-    """Of a training that took too long, was stopped, and has told of its steps."""
+    """Return whether a training that was stopped has measured steps on all ranks."""
     return all(any(step["step"] > warmup for step in rank["steps"]) for rank in found["ranks"])
 
 
@@ -188,7 +179,7 @@ def _launcher(plan: ScalingPlan, ranks: int, number: int) -> list[str]:
 
 
 def include(hosts: Sequence[Host], ranks: int) -> str:
-    """The first `ranks` slots of the hosts, host by host, as the launcher's --include takes them."""
+    """Return the first `ranks` slots of the hosts, host by host, for the launcher's --include."""
     parts = []
     for host in hosts:
         taken = min(ranks, host.slots)
@@ -200,7 +191,7 @@ def include(hosts: Sequence[Host], ranks: int) -> str:
 
 
 def _wait(plan: ScalingPlan, case: ScalingCase, command: Sequence[str], output: Any) -> int | None:
-    """The exit status; None where it took too long, or is to end. However this ends, the run has ended then."""
+    """Return the exit status; None after a timeout or a request to end. The run has ended in any case."""
     path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
     process = subprocess.Popen(
         command,
@@ -211,26 +202,26 @@ def _wait(plan: ScalingPlan, case: ScalingCase, command: Sequence[str], output: 
         start_new_session=True,
     )
     if plan.cores_per_rank:
-        # Processes that it starts inherit it, and it has started none yet.
+        # The processes that it starts inherit this; it has started none yet.
         os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])
     try:
         end = time.monotonic() + plan.timeout_s
         while process.poll() is None and time.monotonic() < end and not plan.end.number:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         return process.returncode
     finally:
         _end(process)
 
 
 def _reason(status: int | None, log: Path, plan: ScalingPlan) -> str:
-    """What the run said last of why it ended."""
+    """Return the last lines of the log that explain why the run ended."""
     if status is None:
-        return f"took longer than the {plan.timeout_s:.0f} s of --timeout, before a step was measured."
+        return f"took longer than the {plan.timeout_s:.0f} s of --timeout before a step was measured."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("raise ")]
-    telling = [
+    errors = [
         line for line in lines if re.search(r"Error|error:|cannot|memory$|given, but|Stopped|does not", line)
     ]
-    said = " ".join((telling or lines)[-2:])[:MOST_REASON]
-    remedy = f" dsyolo doctor --hostfile {plan.hostfile} tells more." if plan.hostfile else ""
-    return f"ended with status {status}: {said}{remedy}"
+    text = " ".join((errors or lines)[-2:])[:MAX_REASON]
+    remedy = f" Run dsyolo doctor --hostfile {plan.hostfile}." if plan.hostfile else ""
+    return f"ended with status {status}: {text}{remedy}"

@@ -165,7 +165,7 @@ def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None
 
 def _user_classes(references: str | None, option: str) -> dict[str, Any]:
     names = [name.strip() for name in (references or "").split(",") if name.strip()]
-    return {name: load_object(name, option) for name in names}
+    return {name: load_object(name, f"--{option}") for name in names}
 
 
 def _user_hooks(references: str | None) -> list[Hook]:

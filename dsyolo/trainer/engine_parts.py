@@ -63,7 +63,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
     """Build the engine around the network, and what keeps its state."""
     config, ds = spec.config, spec.ds
     threads = set_threads(world, config.threads)
-    network.recompute = spec.activations.recomputed
+    network.checkpointed = spec.activations.checkpointed
     network.offload_inputs = ds.parallelism.offload.activations
     num_parameters = sum(p.numel() for p in network.parameters())
     settings = {name: getattr(config.recipe, name) for name in LOSS_SETTINGS}

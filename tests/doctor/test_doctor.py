@@ -447,7 +447,7 @@ def replied(
 ) -> ask.Reply:
     """Return the reply of a Python program in place of the probe, on this machine."""
     monkeypatch.setattr(ask, "SECTION_S", 1)
-    query = ask.Query(None, ["-"], sections, program.encode())
+    query = ask.Query(hosts.LOCAL, ["-"], sections, program.encode())
     return ask.ask({"n": query}, hosts.ForwardedEnvironment({}, ()), 5)["n"]
 
 

@@ -159,12 +159,12 @@ def test_the_verdict_names_what_is_saved():
 
 def test_a_shortage_is_told_of_the_place_where_it_is():
     gib = 2**30
-    account = MemoryEstimate(MemoryTerms(activations=3 * gib), MemoryTerms(optimizer=2 * gib))
-    assert shortage([account] * 2, 4 * gib, 5 * gib) == ""
-    assert "3.00 GiB of a rank's device, which has 2.00" in shortage([account] * 2, 2 * gib, 5 * gib)
-    assert "4.00 GiB of the machine, which has 3.00" in shortage([account] * 2, 4 * gib, 3 * gib)
-    assert "10.00 GiB of the machine, which has 9.00" in shortage([account] * 2, None, 9 * gib)
-    assert "auto" in shortage([account], None, 0)
+    estimate = MemoryEstimate(MemoryTerms(activations=3 * gib), MemoryTerms(optimizer=2 * gib))
+    assert shortage([estimate] * 2, 4 * gib, 5 * gib) == ""
+    assert "3.00 GiB of a rank's device, which has 2.00" in shortage([estimate] * 2, 2 * gib, 5 * gib)
+    assert "4.00 GiB of the machine, which has 3.00" in shortage([estimate] * 2, 4 * gib, 3 * gib)
+    assert "10.00 GiB of the machine, which has 9.00" in shortage([estimate] * 2, None, 9 * gib)
+    assert "auto" in shortage([estimate], None, 0)
 
 
 def test_a_run_that_will_not_fit_is_warned_of(tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_that_will_not_fit_is_warned_of(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "WARNING: this run is expected to need" in done.stdout
+    assert "WARNING rank 0: this run is expected to need" in done.stdout
     assert "dsyolo plan" in done.stdout
 
 
@@ -188,7 +188,7 @@ def test_the_table_has_a_column_for_each_term_and_their_sum():
     lines = table(
         [("one", MemoryTerms(*(2**20 * i for i in range(1, 7)))), ("the other", MemoryTerms())]
     ).splitlines()
-    assert lines[0].split() == ["memory,", "MiB", *MemoryTerms._fields, "together"]
+    assert lines[0].split() == ["memory,", "MiB", *MemoryTerms._fields, "total"]
     assert lines[1].split() == ["one", "1.0", "2.0", "3.0", "4.0", "5.0", "6.0", "21.0"]
     assert lines[2].split()[2:] == ["0.0"] * 7
 

@@ -1,4 +1,4 @@
-"""`dsyolo scale`: which trainings are run, what their times come to, the fit, the report, and mistakes in the command."""
+"""`dsyolo scale`: the trainings, the combination of their times, the fit, the report, and mistakes in the command."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dsyolo.scaling.fit import SIZES, efficiency, fit, solve, step_seconds
 from dsyolo.scaling.html_report import page
 from dsyolo.scaling.options import check
 from dsyolo.scaling.report import build, to_json
-from dsyolo.scaling.results import put_together
+from dsyolo.scaling.results import combine_rounds
 from dsyolo.scaling.runs import epochs_and_images, include
 from dsyolo.scaling.tables import to_markdown
 
@@ -73,7 +73,7 @@ def test_sizes_are_those_of_the_smallest_world(tmp_path, source, sizes, expected
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ({"train_batch_size": "auto"}, 'train_batch_size: "auto" given'),
         ({"train_batch_size": "many"}, 'train_batch_size: "many" given, but it must be a whole number'),
@@ -81,10 +81,10 @@ def test_sizes_are_those_of_the_smallest_world(tmp_path, source, sizes, expected
         ({"train_batch_size": 8, "pipeline": {"stages": 0}}, "pipeline.stages: 0 given, but it must be"),
     ],
 )
-def test_what_cannot_be_used_is_told_by_its_own_key(tmp_path, source, said):
+def test_a_fault_is_reported_by_its_own_key(tmp_path, source, message):
     found, (problem,) = read(tmp_path, source)
     assert found is None
-    assert f"some.json: {said}" in problem
+    assert f"some.json: {message}" in problem
 
 
 def test_what_is_left_to_the_machine_reaches_the_training(tmp_path):
@@ -180,7 +180,7 @@ def test_amdahls_law_is_what_strong_scaling_without_communication_comes_to():
     np.testing.assert_allclose(efficiency(STRONG, values, np.array([2.0, 4.0, 1024.0]), 1), expected)
 
 
-def test_noise_widens_the_band_and_the_band_holds_the_truth():
+def test_noise_widens_the_band_and_the_band_holds_the_true_value():
     true = {"a": 0.5, "b": 0.1, "d": 0.02}
     rng = np.random.default_rng(1)
     seconds = step_seconds(WEAK, true, RANKS)
@@ -203,8 +203,8 @@ def test_a_fit_that_misses_what_was_measured_says_so():
     found = fit(
         STRONG, {1: [[1.0] * 5], 2: [[1.35] * 5]}
     )  # slower by more ranks than latency of a tree would make it
-    assert "misses what was measured by 1" in found.says  # without latency no such time comes out
-    assert "misses" not in fit(WEAK, {1: [[1.0] * 5], 2: [[1.1] * 5]}).says
+    assert "misses the measured times by 1" in found.reliability  # without latency no such time comes out
+    assert "misses" not in fit(WEAK, {1: [[1.0] * 5], 2: [[1.1] * 5]}).reliability
 
 
 def test_two_sizes_leave_open_how_it_goes_on_and_one_says_nothing():
@@ -213,7 +213,7 @@ def test_two_sizes_leave_open_how_it_goes_on_and_one_says_nothing():
     # all growth as a ring's bytes, or all of it as log2 n
     assert last.high == pytest.approx(1 / (1 + 0.2 * 1023 / 1024))
     assert last.low == pytest.approx(1 / (1 + 0.1 * 10))
-    assert "measure a third size" in found.says
+    assert "measure a third size" in found.reliability
     assert fit(WEAK, {4: [[1.0]]}).predictions == []
 
 
@@ -268,7 +268,7 @@ def steps_json(seconds: float, ranks: int, waits: float = 0.0, steps: int = 6) -
 
 
 def test_times_are_medians_after_the_warm_up():
-    found = put_together([steps_json(0.2, 2, 0.05), steps_json(0.2, 2, 0.05)], [9.0, 11.0], warmup=1)
+    found = combine_rounds([steps_json(0.2, 2, 0.05), steps_json(0.2, 2, 0.05)], [9.0, 11.0], warmup=1)
     assert found.step_s == pytest.approx(0.25)
     assert [len(one) for one in found.rounds] == [5, 5]
     assert found.images_per_s == pytest.approx(8 / 0.25)
@@ -279,9 +279,9 @@ def test_times_are_medians_after_the_warm_up():
     assert found.use.cpu_own == pytest.approx(2 * 0.2 / 0.25 / 2)
     assert found.use.process_gib == 1
     assert found.use.machine_gib == 2
-    assert found.utilisation == pytest.approx(1e7 * 8 / 0.25 / 2e9)
+    assert found.mfu == pytest.approx(1e7 * 8 / 0.25 / 2e9)
     with pytest.raises(ValueError, match="no step"):
-        put_together([steps_json(0.2, 1, steps=3)], [1.0], warmup=3)
+        combine_rounds([steps_json(0.2, 1, steps=3)], [1.0], warmup=3)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def report():
     plain = ScalingStrategy("zero<1>", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
     rows = list(wanted([plain], [WEAK], [1, 2, 4], "yolov5n", "cpu"))
     measured = {
-        row.case: put_together([steps_json(0.2, row.ranks, waits)], [9.0], 1)
+        row.case: combine_rounds([steps_json(0.2, row.ranks, waits)], [9.0], 1)
         for row, waits in zip(rows[:2], (0.0, 0.05), strict=True)
     }
     return build(rows, measured, {rows[2].case: "memory ran out"}, {"model": "yolov5n"}, ["a note"])
@@ -309,11 +309,11 @@ def test_the_report_tells_speedup_efficiency_and_bottleneck(report):
 
 
 def test_the_remedy_for_an_optimizer_is_one_that_there_is():
-    measured = put_together([steps_json(0.2, 1, 0.0)], [9.0], 1)
+    measured = combine_rounds([steps_json(0.2, 1, 0.0)], [9.0], 1)
     slow = measured._replace(split={**measured.split, "optimizer": 0.3 * measured.step_s})
-    said = {ranks: bottleneck(slow, ranks, None, ranks, WEAK) for ranks in (1, 2)}
-    assert "The optimizer takes 30% of a step: more accumulation" in said[1]
-    assert "The optimizer takes 30% of a step: a ZeRO stage that shares it" in said[2]
+    text = {ranks: bottleneck(slow, ranks, None, ranks, WEAK) for ranks in (1, 2)}
+    assert "The optimizer takes 30% of a step: use more accumulation" in text[1]
+    assert "The optimizer takes 30% of a step: use a ZeRO stage that shares it" in text[2]
 
 
 def test_the_markdown_has_even_tables(report):
@@ -326,9 +326,9 @@ def test_the_markdown_has_even_tables(report):
 
 
 def bases(*strategies: ScalingStrategy) -> tuple[dict, str]:
-    """What the first strategy, a pipeline, is compared with, and what is said of it."""
+    """Return what the first strategy, a pipeline, is compared with, and the text on it."""
     rows = list(wanted(strategies, [WEAK], [1, 2], "yolov5n", "cpu"))
-    measured = {row.case: put_together([steps_json(0.2, row.ranks)], [9.0], 1) for row in rows if row.case}
+    measured = {row.case: combine_rounds([steps_json(0.2, row.ranks)], [9.0], 1) for row in rows if row.case}
     _, row = to_json(build(rows, measured, {}, {}, []))["groups"][0]["rows"]
     return row["against"], row["bottleneck"]
 
@@ -340,24 +340,25 @@ def test_a_pipeline_is_compared_with_what_computes_alike():
     fp32 = ScalingStrategy("fp32", {"zero_optimization": {"stage": 1}}, 1, 4, 1, 4)
     alike = ScalingStrategy("alike", bf16, 1, 4, 1, 4)
     nearly = ScalingStrategy("nearly", {**bf16, **blocks}, 1, 4, 1, 4)
-    against, said = bases(pipe, fp32, nearly, alike)
+    against, text = bases(pipe, fp32, nearly, alike)
     assert against == {"strategy": "alike", "ranks": 1}
-    assert "tell of that too" not in said
-    against, said = bases(pipe, fp32, nearly._replace(source={**nearly.source, "bf16": {"enabled": False}}))
+    assert "include that difference" not in text
+    against, text = bases(pipe, fp32, nearly._replace(source={**nearly.source, "bf16": {"enabled": False}}))
     assert against == {"strategy": "fp32", "ranks": 1}
-    assert "against fp32, which has precision fp32 (this pipeline bf16): they tell of that too." in said
+    base = "Its base fp32 has precision fp32 (this pipeline bf16), so speedup and efficiency include that difference."
+    assert base in text
     left_open = pipe._replace(source={**pipe.source, "bf16": {"enabled": "auto"}})
-    assert "which has precision bf16 (this pipeline auto)" in bases(left_open, alike)[1]
+    assert "Its base alike has precision bf16 (this pipeline auto)" in bases(left_open, alike)[1]
 
 
 class Checker(HTMLParser):
-    """Fails for elements that are not closed, and collects the words."""
+    """Fail for elements that are not closed, and collect the text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
         self.seen: list[str] = []
-        self.words = ""
+        self.text = ""
         self.links: list[str] = []
 
     def handle_starttag(self, tag, attributes):
@@ -375,7 +376,7 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words += data
+        self.text += data
 
 
 def test_the_page_is_whole_and_needs_nothing_beside_it(report):
@@ -386,7 +387,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
     assert checker.seen.count("svg") == 3
     assert checker.links == []
     assert "script" not in checker.seen
-    assert "zero<1>: weak scaling" in checker.words  # escaped
+    assert "zero<1>: weak scaling" in checker.text  # escaped
     assert page(report) == page(report)
 
 
@@ -394,7 +395,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
         (["--ranks", "0,2"], "--ranks: '0,2' given"),
         (["--ranks", "two"], "--ranks: 'two' given"),
@@ -408,19 +409,19 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
         (["--ranks", "1", "--strategies", "zero1,other/zero1.json"], "both would be zero1. Rename one."),
         (["--ranks", "1", "--steps", "0"], "--steps: 0 given"),
         (["--ranks", "1", "--hostfile", "missing"], "--hostfile"),
-        (["--ranks", "64", "--cores", "2"], "there are"),
+        (["--ranks", "64", "--cores", "2"], "--cores: 2 given, but for 64 ranks this machine has"),
         (["--ranks", "1", "--launcher_options=--a 'b"], "Close its quotes"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(words, said, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_before_anything_runs(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/zero1.json").write_text('{"train_batch_size": 8}')
-    assert cli.main(["scale", *words]) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert "Traceback" not in told
+    assert cli.main(["scale", *options]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "scale").exists()
 
 
@@ -432,7 +433,7 @@ def test_a_file_given_twice_is_one_strategy(tmp_path):
     assert [one.name for one in check(args).strategies] == ["zero"]
 
 
-def scale(place: Path, *words: str) -> list[str]:
+def scale(place: Path, *more: str) -> list[str]:
     options = ["--imgsz", "64", "--micro_batch", "2", "--accumulation", "1", "--steps", "3", "--warmup", "1"]
     options += [
         "--rounds",
@@ -444,7 +445,7 @@ def scale(place: Path, *words: str) -> list[str]:
         "--out",
         "report",
     ]
-    return [sys.executable, "-m", "dsyolo.cli", "scale", *options, *words]
+    return [sys.executable, "-m", "dsyolo.cli", "scale", *options, *more]
 
 
 def test_trainings_are_run_and_reported(tmp_path):
@@ -452,9 +453,9 @@ def test_trainings_are_run_and_reported(tmp_path):
     (place / "pipe.json").write_text(json.dumps({"train_batch_size": 2, "pipeline": {"stages": 2}}))
     zero = {"stage": 2, "reduce_bucket_size": "auto"}
     (place / "ds.json").write_text(json.dumps({**CONFIG, "zero_optimization": zero}))
-    words = ["--ranks", "1,2", "--strategies", "ds.json,pipe.json", "--master_port", str(free_port())]
+    options = ["--ranks", "1,2", "--strategies", "ds.json,pipe.json", "--master_port", str(free_port())]
     done = subprocess.run(
-        scale(place, *words), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
+        scale(place, *options), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     plain, piped = json.loads((place / "report/scale.json").read_text())["groups"]
@@ -489,27 +490,27 @@ def test_a_size_that_fails_says_why_and_the_others_are_reported(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_mistake_in_the_trainings_options_is_told_before_any_training(tmp_path):
+def test_a_mistake_in_the_trainings_options_is_reported_before_any_training(tmp_path):
     place = make_place(tmp_path)
-    for words, told in (
+    for options, message in (
         (["--nosuch", "3"], "--nosuch: unknown option"),
-        (["--name", "mine"], "-- --name: given, but dsyolo scale gives it itself"),
+        (["--name", "mine"], "-- --name: given, but dsyolo scale sets it itself"),
     ):
-        command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--", *words)
+        command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--", *options)
         done = subprocess.run(
             command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 2, done.stdout
-        assert told in done.stderr
+        assert message in done.stderr
         assert "round 1" not in done.stdout
 
 
 def test_each_size_of_images_has_a_sample_of_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "DRAWN_IMAGES", 4)
+    monkeypatch.setattr(command, "SYNTHETIC_IMAGES", 4)
     for size in ("64", "128"):
-        words = ["--ranks", "1", "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), "--imgsz", size]
-        assert cli.main(["scale", *words, "--out", str(tmp_path / "out"), "--", "--nosuch", "3"]) == 2
-        assert "--nosuch: unknown option" in capsys.readouterr().err  # which is told once there is a data set
+        options = ["--ranks", "1", "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), "--imgsz", size]
+        assert cli.main(["scale", *options, "--out", str(tmp_path / "out"), "--", "--nosuch", "3"]) == 2
+        assert "--nosuch: unknown option" in capsys.readouterr().err  # found once there is a data set
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
@@ -523,19 +524,19 @@ def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path,
         # as a terminal starts it: a shell has what it starts in the background ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    said = ""
-    while "round 2" not in said:
-        said += process.stdout.read(1)
+    output = ""
+    while "round 2" not in output:
+        output += process.stdout.read(1)
     time.sleep(1)
     if number == signal.SIGHUP:
         process.stdout.close()  # as a terminal that ends
     process.send_signal(number)
     time.sleep(0.2)
     process.send_signal(number)  # impatience changes nothing
-    told, faults = process.communicate(timeout=90)
-    assert process.returncode == 128 + number, faults
-    assert faults == ""
-    assert number == signal.SIGHUP or "Interrupted: the report has what was measured before." in told
+    rest, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + number, errors
+    assert errors == ""
+    assert number == signal.SIGHUP or "Interrupted: the report has what was measured before." in rest
     (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
     assert len(group["rows"][0]["rounds_s"]) == 1
     assert not [
@@ -554,10 +555,10 @@ def test_steps_of_a_training_that_a_signal_ends_are_reported(tmp_path):
         assert time.monotonic() < end
         time.sleep(0.1)
     process.terminate()
-    said = process.communicate(timeout=90)[0]
-    assert process.returncode == 128 + signal.SIGTERM, said
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
     (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
-    assert len(group["rows"][0]["rounds_s"]) == 1, said
+    assert len(group["rows"][0]["rounds_s"]) == 1, output
 
 
 @pytest.mark.soak
@@ -565,12 +566,12 @@ def test_steps_of_a_training_that_a_signal_ends_are_reported(tmp_path):
 def test_trainings_run_over_hosts(tmp_path):
     place = make_place(tmp_path)
     with Cluster(2, carried={"XDG_CACHE_HOME": str(place / "cache")}) as cluster:
-        words = ["--ranks", "1,2", "--strategies", "ds.json", "--hostfile", str(cluster.hostfile())]
-        words += ["--launcher_options", f"--no_ssh_check --master_addr {cluster.addresses[0]}"]
-        said = cluster.popen(
-            scale(place, *words), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        options = ["--ranks", "1,2", "--strategies", "ds.json", "--hostfile", str(cluster.hostfile())]
+        options += ["--launcher_options", f"--no_ssh_check --master_addr {cluster.addresses[0]}"]
+        output = cluster.popen(
+            scale(place, *options), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ).communicate(timeout=300)[0]
     (group,) = json.loads((place / "report/scale.json").read_text())["groups"]
-    assert all("why_not" not in row for row in group["rows"]), said
+    assert all("why_not" not in row for row in group["rows"]), output
     # 1.8 million fp32 gradients twice (N - 1) / N
     assert group["rows"][1]["use"]["sent_mb"] == pytest.approx(7.2, rel=0.3)

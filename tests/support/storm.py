@@ -243,7 +243,7 @@ def cut_the_newest_checkpoint(site: Site, rng: random.Random) -> Callable[[], No
 
 
 def spoil_the_cache(site: Site, rng: random.Random) -> Callable[[], None]:
-    for cache in (site.place / "cache").rglob("scan-*.npz"):
+    for cache in (site.place / "cache").rglob("index-*.npz"):
         content = bytearray(cache.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         cache.write_bytes(content)

@@ -30,9 +30,8 @@ from dsyolo.engine.step_timer import (
     HostClock,
     StepTimer,
 )
-from dsyolo.planner.peak_flops import peak_of_cpu, peak_of_gpu
-from dsyolo.tracking.nvml import Gpu, GpuUse, load_nvml
-from dsyolo.tracking.resource_usage import ResourceUsage
+from dsyolo.planner.local_hardware import peak_of_cpu, peak_of_gpu
+from dsyolo.tracking.resource_usage import Gpu, GpuUse, ResourceUsage, load_nvml
 from dsyolo.tracking.throughput import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
 from dsyolo.trainer.hooks.time_profile_hook import device_name
 
