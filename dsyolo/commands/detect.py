@@ -68,14 +68,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _detect(network: LoadedNetwork, image_rgb: np.ndarray) -> Detections:
     """Return the objects of an image (H, W, 3) uint8, in its own pixels."""
-    from dsyolo.data.loader import to_batch
+    from dsyolo.data.loader import stack_images
     from dsyolo.detection.boxes import letterbox, unletterbox
 
     height, width = image_rgb.shape[:2]
     scale, stride = network.image_size_px / max(height, width), network.stride
     height_px, width_px = (-(-round(side * scale) // stride) * stride for side in (height, width))
     padded, scale, pad_xy = letterbox(image_rgb, (height_px, width_px))
-    found = network.postprocess(network.predict(to_batch(padded))[0])
+    found = network.postprocess(network.predict(stack_images([padded]))[0])
     return found._replace(boxes_xyxy=unletterbox(found.boxes_xyxy, scale, pad_xy, (height, width)))
 
 

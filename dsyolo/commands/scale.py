@@ -16,7 +16,8 @@ import psutil
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.config.cli_args import parse
 from dsyolo.config.messages import counted
-from dsyolo.data.formats.yolo import DataSpec, list_images, read_data_yaml
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted
 from dsyolo.scaling.html_report import page

@@ -70,16 +70,6 @@ class DatasetIndex:
             polygons = tuple(self.points[a:b] if b > a else None for a, b in itertools.pairwise(bounds))
         return Labels(self.classes[start:stop], self.boxes[start:stop], polygons)
 
-    def box_sizes_px(self, long_side_px: int) -> np.ndarray:
-        """Return width and height, (T, 2) float32, of every box in px for images of this long side."""
-        scale = long_side_px / self.sizes_hw.max(1, initial=1)
-        image_wh = (self.sizes_hw[:, ::-1] * scale[:, None]).astype(np.float32)
-        return (self.boxes[:, 2:] - self.boxes[:, :2]) * np.repeat(image_wh, np.diff(self.offsets), 0)
-
-    def class_counts(self) -> np.ndarray:
-        """Return the number of boxes of each class, (K,) int64."""
-        return np.bincount(self.classes, minlength=self.num_classes)
-
     def unknown_classes(self) -> dict[str, list[Problem]]:
         """Return the rows left out because their class has no name, by detail."""
         rows: dict[str, list[Problem]] = {}

@@ -66,7 +66,8 @@ def build_index(
     name = _digest([str(num_classes), *map(str, folders)])
     cache_file = Path(cache_dir or default_cache_dir()) / f"index-{name[:24]}.npz"
     cached = on_all_ranks(lambda: load_cache(cache_file, key), "reading the cached index")
-    index = _from_any_rank(communicator, cached)
+    have = communicator.exchange(cached is not None)
+    index = cached if all(have) or not any(have) else communicator.broadcast(have.index(True), cached)
     if index is None:
         read = partial(read_image_record, num_classes=num_classes)
         assemble = partial(assemble_index, num_classes=num_classes)
@@ -93,14 +94,6 @@ def _check_same(communicator: Communicator, images: Sequence[str], sources: Sequ
         rule = "Every host needs the same files under the same paths: share the folder, or copy it again"
         where = ", ".join(map(str, sources))
         raise UserError("The ranks do not see the same data set", [f"{where}: {counts}. {rule}."])
-
-
-def _from_any_rank(communicator: Communicator, cached: DatasetIndex | None) -> DatasetIndex | None:
-    """Return the index from this host's cache, or else from another rank's; None if no rank has it."""
-    have = communicator.exchange(cached is not None)
-    if all(have) or not any(have):
-        return cached
-    return communicator.broadcast(have.index(True), cached)
 
 
 def read_image_record(image: str | Path, num_classes: int) -> ImageRecord:

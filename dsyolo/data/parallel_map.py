@@ -139,7 +139,12 @@ def _exchanges(
                 communicator.at(f"{what}, waiting for the other ranks")
             reports = communicator.exchange((count(), bool(running), *_outcome(done)))
             counts, are_busy, results, errors = zip(*reports, strict=True)
-            _raise_first(errors)
+            for rank, error in enumerate(errors):
+                if error:
+                    headline, problems = error
+                    raise UserError(
+                        headline, [*problems, f"Rank {rank} reported this."] if rank else problems
+                    )
             num_done, all_done = sum(counts), not any(are_busy)
             if num_done > num_before:
                 communicator.at(
@@ -157,10 +162,3 @@ def _outcome(done: set[Future[R]]) -> tuple[list[R], tuple[str, list[str]] | Non
         return [future.result() for future in done], None
     except UserError as error:
         return [], (error.headline, list(error.problems))
-
-
-def _raise_first(errors: Sequence[tuple[str, list[str]] | None]) -> None:
-    for rank, error in enumerate(errors):
-        if error:
-            headline, problems = error
-            raise UserError(headline, [*problems, f"Rank {rank} reported this."] if rank else problems)

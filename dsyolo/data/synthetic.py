@@ -56,14 +56,8 @@ def draw_sample(
     """
     dst = Path(dst)
     _check(num_images, val_share, seed, image_size)
-    options = {
-        "num_images": num_images,
-        "val_share": val_share,
-        "seed": seed,
-        "image_size": [int(side) for side in image_size],
-        "version": _VERSION,
-    }
-    options_json = json.dumps(options, indent=1) + "\n"
+    given = {"num_images": num_images, "val_share": val_share, "seed": seed, "image_size": image_size}
+    options_json = json.dumps({**given, "version": _VERSION}, indent=1) + "\n"
 
     def is_complete() -> bool:
         try:  # the folder appears by a rename, so its options imply that it is complete
@@ -86,7 +80,7 @@ def draw_sample(
 def _check(num_images: int, val_share: float, seed: int, image_size: tuple[int, int]) -> None:
     rules = [
         (num_images >= 2, f"num_images: {num_images} given, but training and validation need at least 2."),
-        (0 < val_share < 1, f"val_share: {val_share} given, but it is a share of the images: between 0 and 1."),
+        (0 < val_share < 1, f"val_share: {val_share} given, but it must be between 0 and 1."),
         (seed >= 0, f"seed: {seed} given, but it must be at least 0."),
         (min(image_size) >= 64, f"image_size: {image_size} given, but each side must be at least 64 px."),
     ]

@@ -17,7 +17,8 @@ import yaml
 
 import dsyolo
 from dsyolo.base.environment import all_variables
-from dsyolo.data.formats.yolo import DataSpec, list_images
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import list_images
 from dsyolo.doctor.hosts import Host
 from dsyolo.scaling.cases import ScalingCase
 
