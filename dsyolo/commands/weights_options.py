@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.option_checks import model_option, run_option
-from dsyolo.config.run_config import image_size_fault
+from dsyolo.config.messages import rule_of, validate
+from dsyolo.config.option_checks import model_option
+from dsyolo.config.run_config import RunConfig, image_size_fault
 
 if TYPE_CHECKING:
     from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
@@ -39,9 +40,17 @@ def add_number(
     parser: argparse.ArgumentParser, option: str, default: float, text: str, *, field: str = ""
 ) -> None:
     """Add an option with the rule of a run's field: `field`, or the one of its name."""
-    kind, metavar = run_option(field or option[2:]), "N" if isinstance(default, int) else "X"
-    text = f"{text} (default: {default})"
-    parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
+    key = field or option[2:]
+
+    def value_of(given: str) -> Any:
+        run = validate(RunConfig, {"data": "", key: given}, "", str, [])
+        if run is None:
+            rule = rule_of(RunConfig.model_fields[key])
+            raise argparse.ArgumentTypeError(f"{given} given, but it must be {rule}")
+        return getattr(run, key)
+
+    metavar, text = "N" if isinstance(default, int) else "X", f"{text} (default: {default})"
+    parser.add_argument(option, type=value_of, default=default, metavar=metavar, help=text)
 
 
 def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dsyolo.config.messages import cannot_hold_files, rule_of, validate
-from dsyolo.config.run_config import RunConfig, check_model_name
+from dsyolo.config.messages import cannot_hold_files
+from dsyolo.config.run_config import check_model_name
 
 
 def model_option(text: str) -> str:
@@ -17,19 +16,6 @@ def model_option(text: str) -> str:
         return check_model_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def run_option(key: str) -> Callable[[str], Any]:
-    """Return a reader, for argparse, of values that follow the rule of the field `key` of `RunConfig`."""
-
-    def value_of(text: str) -> Any:
-        run = validate(RunConfig, {"data": "", key: text}, "", str, [])
-        if run is None:
-            rule = rule_of(RunConfig.model_fields[key])
-            raise argparse.ArgumentTypeError(f"{text} given, but it must be {rule}")
-        return getattr(run, key)
-
-    return value_of
 
 
 def out_of_range(args: argparse.Namespace, bounds: Mapping[str, tuple[int, int]]) -> list[str]:
