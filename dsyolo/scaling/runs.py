@@ -171,8 +171,8 @@ def _launcher(plan: ScalingPlan, ranks: int, number: int) -> list[str]:
         str(Path(sys.executable).with_name("deepspeed")),
         "--master_port",
         str(plan.port + number % 50),
-        *plan.launcher_options,
     ]
+    launcher += plan.launcher_options
     if not plan.hostfile:
         return [*launcher, "--num_gpus", str(ranks)]
     return [*launcher, "--hostfile", str(plan.hostfile), "--include", include(plan.hosts, ranks)]
@@ -193,14 +193,9 @@ def include(hosts: Sequence[Host], ranks: int) -> str:
 def _wait(plan: ScalingPlan, case: ScalingCase, command: Sequence[str], output: Any) -> int | None:
     """Return the exit status; None after a timeout or a request to end. The run has ended in any case."""
     path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
-    process = subprocess.Popen(
-        command,
-        env={**all_variables(), "PATH": path},
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+    env = {**all_variables(), "PATH": path}
+    process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
     if plan.cores_per_rank:
         # The processes that it starts inherit this; it has started none yet.
         os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])
@@ -219,9 +214,8 @@ def _reason(status: int | None, log: Path, plan: ScalingPlan) -> str:
         return f"took longer than the {plan.timeout_s:.0f} s of --timeout before a step was measured."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("raise ")]
-    errors = [
-        line for line in lines if re.search(r"Error|error:|cannot|memory$|given, but|Stopped|does not", line)
-    ]
+    telling = re.compile(r"Error|error:|cannot|memory$|given, but|Stopped|does not")
+    errors = [line for line in lines if telling.search(line)]
     text = " ".join((errors or lines)[-2:])[:MAX_REASON]
     remedy = f" Run dsyolo doctor --hostfile {plan.hostfile}." if plan.hostfile else ""
     return f"ended with status {status}: {text}{remedy}"
