@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests at a time: one a core. Most start ranks of their own, so more than eight only disturb each other.
+JOBS ?= logical
 # Ranks of the demo: the GPUs, or else the cores of this machine, two at least and four at most.
 RANKS ?= $(shell $(BIN)/python -c "import os, torch; print(torch.cuda.device_count() or min(4, max(2, os.cpu_count() or 1)))" 2>/dev/null)
 
@@ -18,10 +20,10 @@ demo: $(VENV)/.ready
 	@echo "Pictures: runs/demo/detections/*.jpg, runs/demo/predictions.jpg, runs/demo/results.png"
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
 soak: $(VENV)/.ready
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m soak
 
 parity: $(VENV)/.ready
 	$(BIN)/python tests/support/parity.py

@@ -21,9 +21,9 @@ from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 NUM_CLASSES = 80
 
 
-def kept(counted: Activations, recomputed: frozenset[str]) -> int:
+def kept(counted: Activations, checkpointed: frozenset[str]) -> int:
     """Bytes alive after a forward pass: what each node keeps, and the maps."""
-    sets = [node.inputs if node.name in recomputed else node.saved for node in counted.nodes]
+    sets = [node.inputs if node.name in checkpointed else node.saved for node in counted.nodes]
     return counted.bytes_of(chain(*sets, counted.nodes[-1].outputs))
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         counted = count_activations(network, tuple(images.shape), Precision.named(precision))
         step(network, images, precision)  # what is made once is there from now on
         for names in (frozenset[str](), network.blocks()):
-            network.recompute = names
+            network.checkpointed = names
             measured, _ = allocations(lambda: forward(network, images, precision))  # noqa: B023
             expected = kept(counted, names)
             cells = (model, size_px, precision, "blocks" if names else "none", f"{expected / MIB:.2f}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dry_run import one_batch
 from ranks import run_ranks
 
 from dsyolo.config.deepspeed.config import check
@@ -25,7 +26,6 @@ from dsyolo.engine.memory_profile import MemoryProfiler
 from dsyolo.engine.optimizer import Schedule
 from dsyolo.engine.parallelize import parallelize
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
-from dsyolo.planner.dry_run import one_batch
 from dsyolo.planner.memory_estimate import RankLoad, predict, table
 
 NUM_CLASSES = 80
@@ -80,15 +80,15 @@ def main() -> None:
     for stage in range(4):
         results = run_ranks(args.ranks, measure, stage, args, timeout_s=900)
         print(f"\nZeRO {stage}, {args.model}, ranks: {args.ranks}")
-        print(table((f"rank {i}", found.terms.together) for i, (_, found, _) in enumerate(results)))
+        print(table((f"rank {i}", found.terms.combined) for i, (_, found, _) in enumerate(results)))
         weight_bytes = 2 if args.bf16 and stage else 4
         for i, (wanted, found, num_parameters) in enumerate(results):
             expected = formula(stage, num_parameters, args.ranks, weight_bytes)
-            states = found.terms.together.states
+            states = found.terms.combined.states
             print(
                 f"rank {i}: states {states / 2**20:.1f} MiB; formula {expected / 2**20:.1f}, {states / expected - 1:+.1%}; "
-                f"predicted {wanted.together.states / 2**20:.1f}, {states / wanted.together.states - 1:+.2%}; "
-                f"average {found.terms.together.ema / num_parameters / 4:.3f} P"
+                f"predicted {wanted.combined.states / 2**20:.1f}, {states / wanted.combined.states - 1:+.2%}; "
+                f"average {found.terms.combined.ema / num_parameters / 4:.3f} P"
             )
 
 

@@ -71,25 +71,25 @@ def compare(options: argparse.Namespace, precision: str) -> None:
     network, images = build_yolov5(options.model, 80), images_of(options.batch, options.imgsz)
     counted = count_activations(network, tuple(images.shape), Precision.named(precision))
     wanted = int(options.budget_gib * 2**30) if options.budget_gib else "blocks"
-    names = (frozenset[str](), choose(counted, wanted, offload=False).recomputed)
+    names = (frozenset[str](), choose(counted, wanted, offload=False).checkpointed)
     step(network, images, precision)  # the gradients of the parameters are allocated here
     peaks, times = [], ([], [])
 
-    def run(recomputed: frozenset[str]) -> None:
-        network.recompute = recomputed
+    def run(checkpointed: frozenset[str]) -> None:
+        network.checkpointed = checkpointed
         step(network, images, precision)
 
-    for recomputed in names:
-        peaks.append(allocations(partial(run, recomputed))[1])
+    for checkpointed in names:
+        peaks.append(allocations(partial(run, checkpointed))[1])
     for _ in range(options.rounds):
-        for recomputed, spent in zip(names, times, strict=True):
-            spent.append(seconds(partial(run, recomputed)))
+        for checkpointed, spent in zip(names, times, strict=True):
+            spent.append(seconds(partial(run, checkpointed)))
     print(f"{options.model}, {options.imgsz} px, {options.batch} images, {precision}, 1 thread")
     rows = []
-    for recomputed, peak, spent in zip(names, peaks, times, strict=True):
+    for checkpointed, peak, spent in zip(names, peaks, times, strict=True):
         cpu_s, clock_s = (statistics.median(column) for column in zip(*spent, strict=True))
-        rows.append((counted.peak_bytes(recomputed), peak, cpu_s, clock_s))
-        title = f"{len(recomputed)} of {len(counted.blocks)} blocks recomputed"
+        rows.append((counted.peak_bytes(checkpointed), peak, cpu_s, clock_s))
+        title = f"{len(checkpointed)} of {len(counted.blocks)} blocks recomputed"
         print(f"  {title:28}", row_of(rows[-1]))
     ratios = [after / before for before, after in zip(*rows, strict=True)]
     print(f"  {'ratio':28}", "  ".join(f"{ratio:>14.2f}" for ratio in ratios))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dry_run import one_batch
 from hosts import Cluster, Traffic, read_traffic
 
 from dsyolo.cluster import collectives
@@ -36,7 +37,6 @@ from dsyolo.engine.optimizer import Schedule
 from dsyolo.engine.parallelize import parallelize
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 from dsyolo.planner.comm_volume import comm_bytes
-from dsyolo.planner.dry_run import one_batch
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
 SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)
@@ -81,7 +81,7 @@ def measure(stage: int, args: argparse.Namespace, world: World) -> Traffic:
     def step(number: int) -> None:
         engine.train_step([batch] * args.accumulation, number)
         ema.update()
-        request.agreed()
+        request.raise_if_requested()
 
     for number in range(2):  # the first ones trace and link what later ones use
         step(number)
@@ -104,7 +104,7 @@ def on_a_rank(args: argparse.Namespace) -> None:
     found = {stage: measure(stage, args, world) for stage in args.stages}
     watch.close()
     print(f"{LINE} {world.rank}: {json.dumps(found)}", flush=True)
-    process_group.destroy_process_group(world)
+    process_group.destroy_process_group()
 
 
 def across(cluster: Cluster, *words: str, place: Path) -> dict[int, list[Traffic]]:

@@ -24,25 +24,19 @@ from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.checkpoint.manifest import saved_progress
 from dsyolo.cluster import preemption
-from dsyolo.cluster.preemption import Preempted, PreemptionHandler
-from dsyolo.cluster.run_lock import RunLock
-from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.cluster.preemption import Preempted
 from dsyolo.cluster.world import World, world_from_environment
-from dsyolo.config.deepspeed.json_reader import JsonSource
-from dsyolo.config.resolve import PlannedConfig, RunSpec, resolve
-from dsyolo.config.run_config import RunConfig
-from dsyolo.engine import process_group
+from dsyolo.config.resolve import RunSpec, resolve
 from dsyolo.planner.auto import plan_config
 from dsyolo.planner.local_hardware import hardware_here
 from dsyolo.tracking.log_setup import RunLog
-from dsyolo.trainer.build import Session, build
-from dsyolo.trainer.hooks.base import ExitStatus
+from dsyolo.trainer.build import build
 from dsyolo.trainer.oom_restart import restart_with_less
 from dsyolo.trainer.run_folder import check_folder
+from dsyolo.trainer.session import Session
 
-GRACE_S = (
-    10  # the launcher kills all ranks once one has failed: the others leave the main process time to log why
-)
+# The launcher kills all ranks once one has failed: the others leave the main process time to log why.
+GRACE_S = 10
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with preemption.ends_at_once(world):
             spec = read(argv, world)
-            session = join(spec, world, run_log)
+            session = Session(spec, world, run_log)
         return train(spec, world, session)
     except UserError as error:
         if world.is_main_process:
@@ -84,36 +78,22 @@ def read(argv: Sequence[str] | None, world: World) -> RunSpec:
         UserError: something that the user gave cannot be used.
     """
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
-
-    def plan(
-        config: RunConfig, source: JsonSource | None, num_classes: int, saved_batch: int | None
-    ) -> PlannedConfig:
-        return plan_config(config, source, hardware_here(world, accelerator), num_classes, saved_batch)
-
     return resolve(
         argv,
         world_size=world.size,
         accelerator=accelerator,
-        plan=plan,
+        plan=lambda config, source, *rest: plan_config(
+            config, source, hardware_here(world, accelerator), *rest
+        ),
         saved_state=saved_progress,
         check_folder=check_folder,
     )
 
 
-def join(spec: RunSpec, world: World, run_log: RunLog) -> Session:
-    """Wait for all ranks. From then on all hear when one of them is asked to stop, or is lost."""
-    with process_group.started(spec.config.rendezvous_timeout_s):
-        run_log.adopt_deepspeed()
-        watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)
-        return Session(watchdog, PreemptionHandler(world), RunLock(spec.folder), run_log)
-
-
 def train(spec: RunSpec, world: World, session: Session) -> int:
     """Build and train; return the exit status. Whatever is raised, all that was opened is closed."""
-    end: ExitStatus | None = None
-    with ExitStack() as closing:
-        closing.callback(session.run_lock.leave)
-        closing.push(lambda kind, *_: leave(world, session, orderly=kind is None))
+    end = None
+    with session, ExitStack() as closing:
         try:
             end = build(spec, world, session, closing).fit()
         except Preempted:  # before the first step
@@ -121,21 +101,13 @@ def train(spec: RunSpec, world: World, session: Session) -> int:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 restart_with_less(spec, session.watchdog)
-            session.watchdog.wait_for_verdict()  # of a collective, likely: another rank has gone
+            session.watchdog.wait_for_verdict()  # most likely a collective failed because another rank is lost
             raise
     if end is None:
         preemption.leave_at_once(world)
     if end.message and world.is_main_process:
         log.error("%s", end.message)
     return end.status
-
-
-def leave(world: World, session: Session, *, orderly: bool) -> None:
-    """Leave the other ranks: together with them where the end is orderly, else without waiting for any."""
-    if orderly:
-        session.preemption.close()
-    session.watchdog.close()
-    process_group.destroy_process_group(world, orderly=orderly)
 
 
 if __name__ == "__main__":

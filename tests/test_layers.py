@@ -43,6 +43,7 @@ PURE = {"tuple", "frozenset", "set", "dict", "sorted", "range", "len", "object",
 PURE |= {"TypeVar", "re", "field", "Field", "ConfigDict", "logging", "Path"}
 PURE |= {
     "knob",
+    "partial",
     "JsonKey",
     "JsonSection",
     "Refused",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any
 
 
 class _Lossy(io.FileIO):
     """Drops what cannot be written: the reader (a terminal, ssh) may be gone, or a log's disk full."""
 
-    def write(self, data) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError:

@@ -24,16 +24,15 @@ def load_object(reference: str, option: str) -> Any:
     """Return the object that `MODULE:NAME` or `FILE.py:NAME` names.
 
     Args:
-        option: the option that it was given to, for the error.
+        option: the option that it was given to, as `--model`, for the error.
 
     Raises:
         UserError: the module cannot be imported, or has no such name.
     """
     where, colon, name = reference.rpartition(":")
     if not colon or not where or not name:
-        raise _error(
-            option, reference, "it must be MODULE:NAME or FILE.py:NAME. Write --{0} my_file.py:MyName"
-        )
+        rule = f"it must be MODULE:NAME or FILE.py:NAME. Write {option} my_file.py:MyName"
+        raise _error(option, reference, rule)
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # whatever the user's own module raises
@@ -59,5 +58,4 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _error(option: str, reference: str, rule: str) -> UserError:
-    rule = rule.replace("{0}", option)
-    return UserError("This run cannot start", [f"--{option}: {reference} given, but {rule}."])
+    return UserError("This command cannot start", [f"{option}: {reference} given, but {rule}."])

@@ -1,16 +1,16 @@
 """Saves and loads checkpoints: named tensors, independent of ranks, ZeRO stage and precision.
 
-A checkpoint is a folder `step_<n>`: one safetensors file of each rank, and `progress.json` with the run's progress, the
-file of each tensor, and each file's checksum. It is written under another name and renamed when it is complete; then it
-is never written to again. A second one of the same step, as after an interrupted validation, is `step_<n>.1`.
+A checkpoint is a folder `step_<n>`: one safetensors file of each rank, and the manifest `progress.json`. It is renamed to
+this when it is complete, and then never written to. A second one of the same step is `step_<n>.1`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +27,31 @@ from dsyolo.checkpoint.manifest import (
     all_checkpoints,
     headline_of,
     read_manifest,
+    readable_manifest,
     sha256_of,
 )
 from dsyolo.checkpoint.reader import Reader
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.collectives import barrier, first_problem_of_any_rank
+from dsyolo.cluster.shared_fs import free_path
 from dsyolo.cluster.world import World, balanced_owners
-from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.ema import Ema
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.offload import FIRST_STATE
 from dsyolo.engine.partitions import Partitions
 
 
 class Checkpointer:
-    """Saves and loads the whole state of a run.
-
-    Args:
-        folder: gets one sub-folder per checkpoint.
-        keep: number of newest checkpoints to keep, beside the best one.
-    """
+    """Saves and loads the whole state of a run in `folder`. Keeps the `keep` newest checkpoints and the best one."""
 
     def __init__(
-        self,
-        folder: Path,
-        engine: Engine,
-        partitions: Partitions,
-        ema: Ema | NoEma,
-        world: World,
-        *,
-        keep: int = 2,
+        self, folder: Path, engine: Engine, partitions: Partitions, ema: Ema, world: World, *, keep: int = 2
     ) -> None:
         self.folder, self.keep = folder, keep
         self._engine, self._partitions, self._ema, self._world = engine, partitions, ema, world
 
     def save(self, progress: TrainState, *, is_best: bool = False) -> str | None:
-        """Write a checkpoint, all ranks together. The previous ones stay intact whatever happens.
-
-        Returns:
-            why it could not be written, the same on all ranks; None on success.
-        """
+        """Write a checkpoint, all ranks together. Return why it could not be written, on all ranks; None on success."""
         part = self.folder / f".step_{progress.step:08d}.part"
         problem = self._agreed(self._begin, part, on_main=True)
         own = {} if problem else dict(self._own_tensors())
@@ -109,23 +95,27 @@ class Checkpointer:
             verified: `newest_whole` has compared its checksums.
 
         Raises:
-            UserError: a file is missing, damaged, or of another network; then nothing is changed.
+            UserError: a file is missing, damaged, or of another network; nothing has been changed.
         """
         manifest = read_manifest(path, verify=False) if verified else verify(path, self._world)
         reader = Reader(path, manifest)
         self._check_tensors(reader, manifest)
+
+        def read(kind: str) -> Callable[[str], torch.Tensor]:
+            return lambda name: reader.tensor(f"{kind}/{name}")
+
         partitions = self._partitions
-        partitions.scatter(partitions.masters(), lambda name: reader.tensor(f"param/{name}"))
+        partitions.scatter(partitions.masters(), read("param"))
         partitions.copy_to_model(partitions.masters())
         state_names = sorted(manifest.optimizer_states)
         for key, tensors in partitions.make_state(state_names, manifest.optimizer_scalars).items():
             if key in state_names:  # else there was none yet, and the zeros stay
-                partitions.scatter(tensors, lambda name, key=key: reader.tensor(f"optimizer/{key}/{name}"))
+                partitions.scatter(tensors, read(f"optimizer/{key}"))
         self._engine.loss_scale.load(manifest.loss_scale)
         buffers = self._engine.buffers
         buffers.flat.copy_(buffers.own(reader.tensor("buffers/network")))
         if self._ema.tensors:
-            self._ema.partitions.scatter(self._ema.tensors, lambda name: reader.tensor(f"ema/{name}"))
+            self._ema.partitions.scatter(self._ema.tensors, read("ema"))
             self._ema.buffers.copy_(buffers.own(reader.tensor("buffers/ema")))
             self._ema.updates = manifest.ema_updates
         barrier()
@@ -139,13 +129,11 @@ class Checkpointer:
         if unknown := states - set(FIRST_STATE[optimizer][0]):
             rule = f"{optimizer} has no such state"
             raise UserError(headline_of(reader.path), [f"optimizer/{shortened(min(unknown))}: {rule}."])
-        kinds = ["param", *(f"optimizer/{state}" for state in sorted(states)), *(["ema"] if averaged else [])]
-        shapes = {
-            f"{kind}/{name}": tuple(one) for kind in kinds for name, one in self._partitions.shapes.items()
-        }
+        kinds = ["param", *(f"optimizer/{state}" for state in sorted(states)), *["ema"] * averaged]
+        shapes = {f"{kind}/{name}": one for kind in kinds for name, one in self._partitions.shapes.items()}
         buffers = self._engine.buffers
         flat = tuple(buffers.gathered(buffers.flat).shape)
-        shapes |= dict.fromkeys(["buffers/network", *(["buffers/ema"] if averaged else [])], flat)
+        shapes |= dict.fromkeys(["buffers/network", *["buffers/ema"] * averaged], flat)
         problems = [
             f"{name}: {found or 'nothing'} in it, but {shape} needed. It belongs to another network or setting."
             for name, shape in shapes.items()
@@ -166,34 +154,25 @@ class Checkpointer:
     def _own_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what this rank writes. All ranks run the same gathers in the same order."""
         partitions, ema = self._partitions, self._ema
-        sources: dict[str, tuple[Partitions, Sequence[torch.Tensor]]] = {
-            "param": (partitions, partitions.masters())
-        }
-        sources |= {
-            f"optimizer/{key}": (partitions, state) for key, state in sorted(partitions.state().items())
-        }
+        sources = [("param", partitions, partitions.masters())]
+        sources += [
+            (f"optimizer/{key}", partitions, state) for key, state in sorted(partitions.state().items())
+        ]
         if ema.tensors:
-            sources["ema"] = (ema.partitions, ema.tensors)
-        sizes = [(name, torch.Size(shape).numel()) for name, shape in self._partitions.shapes.items()]
+            sources.append(("ema", ema.partitions, ema.tensors))
+        sizes = [(name, math.prod(shape)) for name, shape in partitions.shapes.items()]
         owner = balanced_owners(sizes, self._world.size)
-        for kind, (own, tensors) in sources.items():
+        for kind, own, tensors in sources:
             for name, tensor in own.gather(tensors):
                 if owner[name] == self._world.rank:
                     yield f"{kind}/{name}", _host_copy(tensor)
         buffers = self._engine.buffers
-        for name, flat in (("buffers/network", buffers.flat), ("buffers/ema", self._ema.buffers)):
+        for name, flat in (("buffers/network", buffers.flat), ("buffers/ema", ema.buffers)):
             gathered = buffers.gathered(flat)
             if self._world.is_main_process:
                 yield name, _host_copy(gathered)
 
     def _complete(self, part: Path, progress: TrainState, is_best: bool) -> None:
-        files, tensors = {}, {}
-        for note in sorted(part.glob("tensors-*.json")):
-            part_of_rank = json.loads(note.read_text())
-            file = note.with_suffix(".safetensors").name
-            files[file] = part_of_rank["sha256"]
-            tensors |= dict.fromkeys(part_of_rank["names"], file)
-            note.unlink()
         manifest = Manifest(
             format=FORMAT,
             progress=progress,
@@ -201,38 +180,33 @@ class Checkpointer:
             ema_updates=self._ema.updates,
             loss_scale=self._engine.loss_scale.state(),
             is_best=is_best,
-            files=files,
-            tensors=tensors,
+            files={},
+            tensors={},
         )
+        for note in sorted(part.glob("tensors-*.json")):
+            part_of_rank = json.loads(note.read_text())
+            file = note.with_suffix(".safetensors").name
+            manifest.files[file] = part_of_rank["sha256"]
+            manifest.tensors |= dict.fromkeys(part_of_rank["names"], file)
+            note.unlink()
         (part / "progress.json").write_text(manifest.model_dump_json(indent=1))
         for path in (part / "progress.json", part):
             _sync_to_disk(path)
-        os.replace(part, self._free_name(progress.step))
+        os.replace(part, free_path(self.folder / f"step_{progress.step:08d}"))
         _sync_to_disk(self.folder)
         self._prune()
-
-    def _free_name(self, step: int) -> Path:
-        name = f"step_{step:08d}"
-        names = [name, *(f"{name}.{i}" for i in range(1, 1 + len(all_checkpoints(self.folder))))]
-        return next(path for path in map(self.folder.joinpath, names) if not path.exists())
 
     def _prune(self) -> None:
         """Remove all but the newest and the best one; renamed first, so that no half of one is found."""
         old = all_checkpoints(self.folder)
         newest, old = old[-self.keep :], old[: -self.keep]
-        best = next((path for path in reversed(old + newest) if _is_best(path)), None)
+        manifests = ((path, readable_manifest(path)) for path in reversed(old + newest))
+        best = next((path for path, manifest in manifests if manifest and manifest.is_best), None)
         for path in old:
             if path != best:
                 gone = path.with_name(f".{path.name}.part")
                 os.replace(path, gone)
                 shutil.rmtree(gone, ignore_errors=True)
-
-
-def _is_best(path: Path) -> bool:
-    try:
-        return read_manifest(path, verify=False).is_best
-    except UserError:
-        return False
 
 
 def _sync_to_disk(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
@@ -18,17 +21,19 @@ from dsyolo.checkpoint.manifest import (
 from dsyolo.cluster.collectives import all_gather_objects, run_on_rank0_and_broadcast
 from dsyolo.cluster.world import World, balanced_owners
 
+log = logging.getLogger(__name__)
+
 
 def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
     """Return the newest checkpoint in `folder` after comparing its checksums. All ranks call it, and get the same.
 
     Args:
-        set_aside: rename a damaged one, for a person to look at, and take the one before it.
+        set_aside: rename a damaged one, and take the one before it.
 
     Raises:
         UserError: on all ranks; it is damaged, or with `set_aside` all are.
     """
-    paths = run_on_rank0_and_broadcast(world, lambda: all_checkpoints(folder))
+    paths = run_on_rank0_and_broadcast(world, partial(all_checkpoints, folder))
     for path in reversed(paths):
         try:
             verify(path, world)
@@ -40,11 +45,7 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
                 rule = "No other checkpoint of this run is whole. Put a copy of one here, or start anew under another --name."
                 faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
                 raise UserError(error.headline, [*faults, rule]) from None
-            message = run_on_rank0_and_broadcast(
-                world, lambda path=path, error=error: _set_aside(path, error)
-            )
-            if world.is_main_process:
-                print(message)
+            run_on_rank0_and_broadcast(world, partial(_set_aside, path, error))
     raise UserError(headline_of(folder), ["it has no checkpoint. Start without --resume."])
 
 
@@ -54,11 +55,10 @@ def verify(path: Path, world: World) -> Manifest:
     Raises:
         UserError: on all ranks; something is missing or damaged.
     """
-    manifest, sizes = run_on_rank0_and_broadcast(world, lambda: _manifest_and_sizes(path))
+    manifest, sizes = run_on_rank0_and_broadcast(world, partial(_manifest_and_sizes, path))
     owner = balanced_owners(sizes, world.size)
     own = [name for name in manifest.files if owner[name] == world.rank]
-    of_all_ranks = all_gather_objects(damaged_files(path, manifest, own))
-    if damaged := sorted(line for lines in of_all_ranks for line in lines):
+    if damaged := sorted(chain(*all_gather_objects(damaged_files(path, manifest, own)))):
         raise UserError(headline_of(path), damaged)
     return manifest
 
@@ -70,14 +70,12 @@ def _manifest_and_sizes(path: Path) -> tuple[Manifest, list[tuple[str, int]]]:
     return manifest, [(name, file.stat().st_size if file.is_file() else 0) for name, file in files.items()]
 
 
-def _set_aside(path: Path, error: UserError) -> str:
-    """Rename a damaged checkpoint. Return the message."""
+def _set_aside(path: Path, error: UserError) -> None:
     aside = path.with_name(f"damaged_{path.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
     except OSError as failure:
-        raise UserError(
-            headline_of(path), [*error.problems, f"It cannot be renamed: {failure.strerror}."]
-        ) from None
-    return f"{error}\nIt is {aside} now; the one before it is taken."
+        problems = [*error.problems, f"It cannot be renamed: {failure.strerror}."]
+        raise UserError(headline_of(path), problems) from None
+    log.warning("%s\nIt is %s now; the one before it is taken.", error, aside)

@@ -38,28 +38,27 @@ class Manifest(BaseModel):
 
     @property
     def optimizer_states(self) -> set[str]:
-        """Return the names of the optimizer's states."""
         return {name.split("/")[1] for name in self.tensors if name.startswith("optimizer/")}
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    found = [
-        (int(m[1]), int(m[2] or 0), path)
-        for path in folder.glob("step_*")
-        if (m := _STEP_FOLDER.match(path.name))
-    ]
-    return [path for *_, path in sorted(found)]
+    matches = [(_STEP_FOLDER.match(path.name), path) for path in folder.glob("step_*")]
+    return [path for *_, path in sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)]
 
 
 def saved_progress(folder: Path) -> TrainState | None:
     """Return the progress of the newest checkpoint in `folder` whose manifest can be read. Read nothing else."""
-    for path in reversed(all_checkpoints(folder)):
-        try:
-            return read_manifest(path, verify=False).progress
-        except UserError:
-            continue  # reported when the checkpoint is chosen
-    return None
+    manifests = map(readable_manifest, reversed(all_checkpoints(folder)))
+    return next((manifest.progress for manifest in manifests if manifest), None)
+
+
+def readable_manifest(path: Path) -> Manifest | None:
+    """Return a checkpoint's manifest; None if it cannot be read, which is reported when the checkpoint is chosen."""
+    try:
+        return read_manifest(path, verify=False)
+    except UserError:
+        return None
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
@@ -80,10 +79,8 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
         raise UserError(headline, ["progress.json has numbers that no run has. Take another copy."])
     for name in {*manifest.files, *manifest.tensors.values()}:
         if not _FILE.fullmatch(name) or name not in manifest.files or (path / name).is_symlink():
-            rule = "progress.json may name only safetensors files in its own folder, and no links"
-            raise UserError(
-                headline, [f"{shortened(name)}: {rule}. Take no checkpoint from whoever made this one."]
-            )
+            rule = f"{shortened(name)}: progress.json may name only safetensors files in its own folder, and no links"
+            raise UserError(headline, [f"{rule}. Take no checkpoint from whoever made this one."])
     if verify and (damaged := damaged_files(path, manifest, manifest.files)):
         raise UserError(headline, damaged)
     return manifest
@@ -120,17 +117,15 @@ def _is_possible(manifest: Manifest) -> bool:
 
 def damaged_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Return a line for each file of `names` whose checksum differs. Reads all of them."""
+
+    def is_as_saved(name: str) -> bool:
+        try:
+            return (path / name).is_file() and sha256_of(path / name) == manifest.files[name]
+        except OSError:  # a failing disk
+            return False
+
     rule = "its checksum is not the one that was saved"
-    return [
-        f"{name}: {rule}. {REMEDY}" for name in names if not _is_as_saved(path / name, manifest.files[name])
-    ]
-
-
-def _is_as_saved(file: Path, checksum: str) -> bool:
-    try:
-        return file.is_file() and sha256_of(file) == checksum
-    except OSError:  # a failing disk
-        return False
+    return [f"{name}: {rule}. {REMEDY}" for name in names if not is_as_saved(name)]
 
 
 def headline_of(path: Path) -> str:
@@ -140,16 +135,8 @@ def headline_of(path: Path) -> str:
 
 def sha256_of(path: Path) -> str:
     """Return the checksum of a file's content."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

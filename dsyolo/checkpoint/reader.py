@@ -45,11 +45,7 @@ class Reader:
 
 
 def read_buffers(path: Path) -> torch.Tensor:
-    """Return the network's float buffers, flat, in the order of `named_buffers`. `Checkpointer.load` compares checksums.
-
-    Raises:
-        UserError: a file is missing or cannot be read.
-    """
+    """Return the network's float buffers, flat, in the order of `named_buffers`, or raise UserError. Compare no checksum."""
     reader = Reader(path, read_manifest(path, verify=False))
     fault = "missing" if reader.shape("buffers/network") is None else reader.fault("buffers/network")
     if fault:

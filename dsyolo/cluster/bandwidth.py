@@ -1,7 +1,6 @@
 """One rank of the network probe: rendezvous, reachability, latency and bandwidth, by gloo as in a run.
 
 `dsyolo doctor` starts `python -m dsyolo.cluster.bandwidth REQUEST` on all hosts and reads the JSON line that it prints.
-Neighbours are measured pair by pair, since gloo and NCCL send gradients around rings.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -42,9 +41,10 @@ def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"section": "result", "fault": ""}
     try:
-        for step in (_meet, _find_token, _reach, _measure):
+        steps: list[Callable[..., bool | None]] = [_meet, _find_token, _reach, _measure]
+        for step in steps:
             found["fault"] = step.__name__.strip("_")
-            if not step(request, found):
+            if step(request, found) is False:
                 break
         else:
             found["fault"] = ""
@@ -55,13 +55,12 @@ def main(request: dict[str, Any]) -> None:
     os._exit(0)  # without waiting for lost ranks
 
 
-def _meet(request: dict[str, Any], found: dict[str, Any]) -> bool:
+def _meet(request: dict[str, Any], found: dict[str, Any]) -> None:
     """Meet at the address and port of rank 0, as every run does."""
     host, port = request["master"]
     first, wait = request["rank"] == 0, timedelta(seconds=WAIT_S)
     found["store"] = torch_dist.TCPStore(host, port, None, first, wait, wait_for_workers=False)
     _barrier(request, found["store"], "met")
-    return True
 
 
 def _barrier(request: dict[str, Any], store: torch_dist.Store, name: str) -> None:
@@ -70,7 +69,7 @@ def _barrier(request: dict[str, Any], store: torch_dist.Store, name: str) -> Non
     store.wait([f"{name} by all"], timedelta(seconds=WAIT_S))
 
 
-def _find_token(request: dict[str, Any], found: dict[str, Any]) -> bool:
+def _find_token(request: dict[str, Any], found: dict[str, Any]) -> None:
     """Check whether the folder of runs is shared: a file that rank 0 creates appears on the others."""
     folder = Path(os.path.abspath(request["project"]))
     while not folder.is_dir() and folder != folder.parent:
@@ -83,15 +82,15 @@ def _find_token(request: dict[str, Any], found: dict[str, Any]) -> bool:
         _barrier(request, found["store"], "token made")
         found["sees_token"] = appears(token)
         _barrier(request, found["store"], "token seen")
-    return True
 
 
 def _reach(request: dict[str, Any], found: dict[str, Any]) -> bool:
     """Return whether each rank can connect to each other, which gloo needs."""
     store, rank = found["store"], request["rank"]
     others = [other for other in range(request["size"]) if other != rank]
-    with _listener(request["own"]) as port:
-        store.set(f"place {rank}", json.dumps([request["own"], port]))
+    family = socket.AF_INET6 if ":" in request["own"] else socket.AF_INET
+    with socket.create_server((request["own"], 0), family=family, backlog=1024) as server:
+        store.set(f"place {rank}", json.dumps([request["own"], server.getsockname()[1]]))
         places = {other: json.loads(store.get(f"place {other}")) for other in others}
         with ThreadPoolExecutor(32) as pool:
             reached = list(pool.map(_connects, places.values()))
@@ -99,13 +98,6 @@ def _reach(request: dict[str, Any], found: dict[str, Any]) -> bool:
         store.add("faults", len(found["unreached"]))
         _barrier(request, store, "connected")
     return store.add("faults", 0) == 0
-
-
-@contextlib.contextmanager
-def _listener(address: str) -> Iterator[int]:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family, backlog=1024) as server:
-        yield server.getsockname()[1]
 
 
 def _connects(place: list[Any]) -> bool:
@@ -116,8 +108,8 @@ def _connects(place: list[Any]) -> bool:
     return True
 
 
-def _measure(request: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Measure latency and bandwidth from each rank to the next one, with no rank in two pairs at once."""
+def _measure(request: dict[str, Any], found: dict[str, Any]) -> None:
+    """Measure latency and bandwidth from each rank to the next one of the ring, with no rank in two pairs at once."""
     size, rank = request["size"], request["rank"]
     store = torch_dist.PrefixStore("gloo", found["store"])
     wait = timedelta(seconds=WAIT_S)
@@ -133,7 +125,6 @@ def _measure(request: dict[str, Any], found: dict[str, Any]) -> bool:
                 elif rank == target:
                     _answer(source)
         torch_dist.barrier()
-    return True
 
 
 def _send(target: int) -> dict[str, float]:
@@ -158,7 +149,6 @@ def _message(target: int, num_bytes: int) -> float:
 
 
 def _answer(source: int) -> None:
-    """Answer `_send`."""
     size = torch.zeros(1, dtype=torch.int64)
     while torch_dist.recv(size, source) == source and int(size) != LAST:
         if int(size):

@@ -15,14 +15,6 @@ from dsyolo.cluster.world import World
 T = TypeVar("T")
 
 
-def device_of_collectives() -> torch.device:
-    """Return the device of the default process group's tensors: the CPU under gloo."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or torch_dist.get_backend() == "gloo":
-        return torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     torch_dist.barrier()
@@ -45,7 +37,10 @@ def all_gather_objects(item: Any) -> list[Any]:
     """Return every rank's item on every rank, in the order of ranks. Items are our own, never a file's."""
     if torch_dist.get_world_size() == 1:
         return [item]
-    device = device_of_collectives()
+    accelerator = None if torch_dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    device = torch.device("cpu")
+    if accelerator:
+        device = torch.device(accelerator.type, torch.accelerator.current_device_index())
     payload = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(torch_dist.get_world_size())]
     torch_dist.all_gather(sizes, torch.tensor([payload.numel()], device=device))
@@ -54,16 +49,13 @@ def all_gather_objects(item: Any) -> list[Any]:
     padded[: payload.numel()] = payload
     parts = [torch.empty_like(padded) for _ in lengths]
     torch_dist.all_gather(parts, padded)
-    return [
-        pickle.loads(part[:length].cpu().numpy().tobytes())
-        for part, length in zip(parts, lengths, strict=True)
-    ]
+    items = (part[:length].cpu().numpy() for part, length in zip(parts, lengths, strict=True))
+    return [pickle.loads(item.tobytes()) for item in items]
 
 
 def run_on_rank0_and_broadcast(world: World, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only. Return its small result, or raise its UserError, on all ranks."""
-    result, error = _attempt(work) if world.is_main_process else (None, None)
-    _raise_on_all(error)
+    result = all_ranks_or_raise(lambda: work() if world.is_main_process else None)
     return all_gather_objects(result)[0]
 
 
@@ -73,11 +65,11 @@ def check_same(item: Any, what: str, remedy: str) -> None:
     Raises:
         UserError: on all ranks, if one has another.
     """
-    items = all_gather_objects(item)
-    others = [rank for rank, one in enumerate(items) if one != items[0]]
-    if others:
-        rule = f"rank {others[0]} has another than rank 0. Their machines differ: {remedy}"
-        raise UserError("The ranks do not agree", [f"{what}: {rule}."])
+    first, *others = all_gather_objects(item)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            rule = f"rank {rank} has another than rank 0. Their machines differ: {remedy}"
+            raise UserError("The ranks do not agree", [f"{what}: {rule}."])
 
 
 def first_problem_of_any_rank(problem: str | None) -> str | None:
@@ -87,20 +79,11 @@ def first_problem_of_any_rank(problem: str | None) -> str | None:
 
 def all_ranks_or_raise(work: Callable[[], T]) -> T:
     """Run `work` on every rank. If it raises a UserError on one, raise that on all."""
-    result, error = _attempt(work)
-    _raise_on_all(error)
-    return result  # type: ignore[return-value]
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    results, problem = [], None
     try:
-        return work(), None
-    except UserError as caught:
-        return None, caught
-
-
-def _raise_on_all(error: UserError | None) -> None:
-    """Raise on every rank if one of them has an error."""
-    for found in all_gather_objects(error and (error.headline, error.problems, error.status)):
-        if found:
-            raise UserError(*found)
+        results.append(work())
+    except UserError as error:
+        problem = error.headline, error.problems, error.status
+    for found in filter(None, all_gather_objects(problem)):
+        raise UserError(*found)
+    return results[0]

@@ -18,10 +18,10 @@ class ClusterCommunicator:
     Args:
         at: called with where this rank is whenever it makes progress.
         asked: whether this rank was asked to stop; then `exchange` raises Preempted on all ranks.
-        timeout: of an exchange; None: gloo's own. Ranks that read exchange every second or two.
+        timeout: of an exchange; None: gloo's own.
     """
 
-    meets_every_s = 2.0
+    exchange_every_s = 2.0
 
     def __init__(
         self,
@@ -37,15 +37,14 @@ class ClusterCommunicator:
 
     def exchange(self, item: Any) -> list[Any]:
         """Return every rank's item, in the order of ranks. Items are our own, never a file's."""
-        own = self._asked(), item
-        all_of_them = [own] * self.size
+        gathered = [(self._asked(), item)] * self.size
         if self._group:
-            torch_dist.all_gather_object(all_of_them, own, group=self._group)
-        if any(asked for asked, _ in all_of_them):
+            torch_dist.all_gather_object(gathered, gathered[0], group=self._group)
+        if any(asked for asked, _ in gathered):
             raise Preempted
-        return [item for _, item in all_of_them]
+        return [item for _, item in gathered]
 
-    def given_by(self, rank: int, item: Any) -> Any:
+    def broadcast(self, rank: int, item: Any) -> Any:
         """Return that rank's item on all ranks."""
         items = [item]
         if self._group:
@@ -53,6 +52,5 @@ class ClusterCommunicator:
         return items[0]
 
     def close(self) -> None:
-        """Close the connections."""
         if self._group:
             torch_dist.destroy_process_group(self._group)

@@ -1,14 +1,16 @@
 """Heartbeats of all ranks in a store, by which `rendezvous` and `watchdog` see a rank that is lost.
 
-Every rank writes its beat under its own key. A rank whose beat stops changing is dead, stopped, or behind a network that
-is down. Rank 0 judges, and writes one verdict that all ranks read.
+A rank whose beat stops changing is dead, stopped, or behind a network that is down. Rank 0 judges, and writes one verdict
+that all ranks read.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ from typing import Any, NamedTuple
 import torch.distributed as torch_dist
 
 STATUS = 70  # exit status of all ranks when one is lost: EX_SOFTWARE of sysexits.h
-_LEFT = -1  # instead of a beat's count: the rank has left in order
+LOGGING_S = 5.0  # for the last message of a process
+log = logging.getLogger(__name__)
 
 
 class RankInfo(NamedTuple):
@@ -35,6 +38,13 @@ def own_info(rank: int) -> RankInfo:
     return RankInfo(rank, socket.gethostname(), os.getpid())
 
 
+def log_last_error(text: str) -> None:
+    """Log the reason why this process ends, waiting some seconds only for a disk or a pipe that does not answer."""
+    thread = threading.Thread(target=log.error, args=("%s", text), daemon=True)
+    thread.start()
+    thread.join(LOGGING_S)
+
+
 class Beat(NamedTuple):
     """The last heartbeat of a rank."""
 
@@ -45,12 +55,9 @@ class Beat(NamedTuple):
 
 
 class Heartbeat:
-    """This rank's beat, and its view of the others'.
+    """This rank's beat, and its view of the others', under keys that begin with `name`.
 
-    Its methods raise RuntimeError (torch's) when the store does not answer.
-
-    Args:
-        name: prefix of the keys.
+    Where the store does not answer, torch's RuntimeError is raised.
     """
 
     def __init__(self, store: torch_dist.Store, name: str, rank: int, size: int) -> None:
@@ -60,34 +67,25 @@ class Heartbeat:
         self._count = 0
         self._changed: dict[int, tuple[int, float]] = {}  # by rank: the beat's count, and when it was new
 
-    def beat(self, **status: Any) -> None:
-        """Show that this rank lives, and what it is doing."""
+    def beat(self, *, has_left: bool = False, **status: Any) -> None:
+        """Show that this rank lives and what it is doing, or that it has left in order: then its silence is no loss."""
         self._count += 1
-        self._write(self._count, status)
-
-    def leave(self) -> None:
-        """Show that this rank has left in order: its silence is no loss from now on."""
-        self._write(_LEFT, {})
-
-    def _write(self, count: int, status: dict[str, Any]) -> None:
-        beat = {"host": self._own.host, "pid": self._own.pid, "count": count, "status": status}
+        beat = {"info": self._own, "count": self._count, "status": status, "has_left": has_left}
         self._store.set(self._keys[self._own.rank], json.dumps(beat))
 
     def read(self, ranks: Iterable[int] | None = None) -> dict[int, Beat]:
         """Return the last beats of `ranks` (default: all) that have beaten yet, by rank."""
         asked = list(range(len(self._keys)) if ranks is None else ranks)
-        keys = [self._keys[rank] for rank in asked]
-        if not self._store.check(keys):  # one request, where all are there
+        if not self._store.check([self._keys[rank] for rank in asked]):  # one request, where all are there
             asked = [rank for rank in asked if self._store.check([self._keys[rank]])]
-            keys = [self._keys[rank] for rank in asked]
+        keys = [self._keys[rank] for rank in asked]
         now, beats = time.monotonic(), {}
         for rank, text in zip(asked, self._store.multi_get(keys) if keys else [], strict=True):
             beat = json.loads(text)
             if self._changed.get(rank, (None,))[0] != beat["count"]:
                 self._changed[rank] = beat["count"], now
-            info = RankInfo(rank, beat["host"], beat["pid"])
             silent_s = now - self._changed[rank][1]
-            beats[rank] = Beat(info, silent_s, beat["status"], beat["count"] == _LEFT)
+            beats[rank] = Beat(RankInfo(*beat["info"]), silent_s, beat["status"], beat["has_left"])
         return beats
 
     def give_verdict(self, verdict: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import select
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.cluster.heartbeat import log_last_error
 from dsyolo.cluster.world import World
 
 STATUS = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of sysexits.h
@@ -33,8 +33,8 @@ class Preempted(Exception):
 class PreemptionHandler:
     """Handles SIGTERM, which schedulers send before they take a machine away, and SIGHUP of a terminal that ends.
 
-    The signal reaches ranks at different moments, or only one of them. So after every step they exchange, on the host,
-    whether they got it. Nobody waits for that: a step reads the answer of the step before.
+    The signal reaches ranks at different moments, or only one of them. So after every step they exchange on the host
+    whether they got it, and read the answer after the next step: nobody waits.
     """
 
     def __init__(self, world: World) -> None:
@@ -51,30 +51,23 @@ class PreemptionHandler:
         """Whether this rank was asked to stop; the others may not know yet."""
         return self._signalled or self._launcher.has_gone()
 
-    def agreed(self, *, wait: bool = False) -> bool:
-        """Whether to stop here. All ranks must call it after every step, and get the same answer.
+    def raise_if_requested(self, *, wait: bool = False) -> None:
+        """Raise Preempted on all ranks if one was asked to stop. All of them must call it after every step.
 
         Args:
             wait: wait for the answer of this step too.
         """
-        if self._group is None:
-            return self.asked()
-        before = self._take()
-        asked = torch.tensor([self.asked()], dtype=torch.uint8)
-        work = torch_dist.all_reduce(asked, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = work, asked
-        return (self._take() or before) if wait else before
-
-    def raise_if_requested(self, *, wait: bool = False) -> None:
-        """Raise Preempted if `agreed`."""
-        if self.agreed(wait=wait):
+        requested = self.close() if self._group else self.asked()
+        if self._group:
+            asked = torch.tensor([self.asked()], dtype=torch.uint8)
+            work = torch_dist.all_reduce(asked, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._pending = work, asked
+            requested = (wait and self.close()) or requested
+        if requested:
             raise Preempted
 
-    def close(self) -> None:
-        """Wait for the exchange under way."""
-        self._take()
-
-    def _take(self) -> bool:
+    def close(self) -> bool:
+        """Wait for the exchange under way, and return its answer."""
         if self._pending is None:
             return False
         work, asked = self._pending
@@ -85,7 +78,7 @@ class PreemptionHandler:
 
 @contextlib.contextmanager
 def ends_at_once(world: World) -> Iterator[None]:
-    """Inside, a rank that is asked to stop ends at once: there is nothing to save yet. Create the `PreemptionHandler` inside.
+    """Inside, a rank that is asked to stop ends at once. Create the `PreemptionHandler` inside.
 
     A thread listens, since the main thread may wait for other ranks in C++, where Python handles no signals.
     """
@@ -124,17 +117,15 @@ def _handled_signals() -> list[signal.Signals]:
 def leave_at_once(world: World) -> NoReturn:
     """End this process without waiting for reading threads, which a slow disk may hold for minutes."""
     if world.is_main_process:
-        print("\nStopped as asked before the first step. --resume auto goes on.", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        log_last_error("Stopped as asked before the first step. --resume auto goes on.")
     os._exit(STATUS)
 
 
 class _Launcher:
     """The deepspeed launcher on this machine, if it started this rank.
 
-    `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks. SIGTERM ends the first without passing it on, and
-    SIGKILL ends either: then nobody waits for the ranks or could stop them.
+    `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks. SIGTERM ends the first alone, and SIGKILL
+    either: then nobody could stop the ranks.
     """
 
     def __init__(self) -> None:

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.cluster import preemption
+from dsyolo.cluster.shared_fs import free_path
 
 FILE = ".lock"
 LOGS = "logs"  # log files of the ranks, in the run's folder
 POLL_S = 0.2
 BUSY = preemption.STATUS  # try again later: the lock of a machine that went down is released after a while
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+log = logging.getLogger(__name__)
 
 
 class RunLock:
@@ -35,10 +36,7 @@ class RunLock:
         self._has_made_folder = False
 
     def take(self, wait_s: float, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Take the lock. Wait `wait_s` for a run that has it, which may be saving its last checkpoint.
-
-        Args:
-            is_over: whether to stop waiting.
+        """Take the lock. Wait `wait_s`, or until `is_over`, for a run that has it and may be saving.
 
         Raises:
             UserError: another run still has it, or the folder cannot be written to.
@@ -52,9 +50,7 @@ class RunLock:
                     rule = f"a run is in it: {holder}. Wait for its end, or stop it; or name another folder by --name."
                     raise UserError(f"{folder} cannot be used", [rule], BUSY)
                 if not has_logged:
-                    print(
-                        f"{folder} is in use by {holder}: waiting for it, {wait_s:.0f} s at most", flush=True
-                    )
+                    log.info("%s is in use by %s: waiting for it, %.0f s at most", folder, holder, wait_s)
                 has_logged = True
                 time.sleep(POLL_S)
         except OSError as error:
@@ -64,9 +60,9 @@ class RunLock:
         """Release the lock, and remove a folder that this run has made and left nothing but logs in."""
         if self._file is None:
             return
-        folder, logs = self._path.parent, self._path.parent / LOGS
+        folder = self._path.parent
         if self._has_made_folder and set(os.listdir(folder)) <= {FILE, LOGS}:
-            shutil.rmtree(logs, ignore_errors=True)
+            shutil.rmtree(folder / LOGS, ignore_errors=True)
             self._path.unlink()
             folder.rmdir()
         os.close(self._file)
@@ -82,8 +78,7 @@ class RunLock:
             if error.errno not in NO_LOCKS:
                 os.close(file)
                 return False
-            what = f"{self._path.parent} is on a disk without locks. Start no second run in it"
-            print(f"WARNING: {what}.", file=sys.stderr)
+            log.warning("%s is on a disk without locks. Start no second run in it.", self._path.parent)
         if not os.fstat(file).st_nlink:  # its last holder has removed it with the folder
             os.close(file)
             return False
@@ -95,19 +90,13 @@ class RunLock:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a folder with files in it, so that nothing overwrites them. Return its new path; None if it is empty.
-
-    Raises:
-        UserError: it cannot be renamed.
-    """
+    """Rename a folder with files in it, or raise UserError. Return its new path; None if there are none."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
-    names = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
-    free = next(name for name in names if not name.exists())
+    free = free_path(folder)
     try:
         folder.rename(free)
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be used", [f"it cannot be renamed to {free.name}: {error.strerror}."]
-        ) from None
+        rule = f"it cannot be renamed to {free.name}: {error.strerror}"
+        raise UserError(f"{folder} cannot be used", [f"{rule}. Name another folder by --name."]) from None
     return free

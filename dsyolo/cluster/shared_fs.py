@@ -1,4 +1,4 @@
-"""Checks that all hosts see the same folder: a file that rank 0 creates must appear on the others."""
+"""Folders that ranks share: whether all hosts see the same one, and free names in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import socket
 import tempfile
 import time
+from itertools import chain, count
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
@@ -19,14 +20,18 @@ APPEARS_S = 10.0  # network file systems show a new file after some seconds
 def appears(marker: Path) -> bool:
     """Whether a file or folder appears here within seconds after another host created it."""
     end = time.monotonic() + APPEARS_S
-    while True:
-        if marker.parent.is_dir() and marker.name in os.listdir(
-            marker.parent
-        ):  # a listing asks the server again
-            return True
+    # A listing asks the server again.
+    while not (marker.parent.is_dir() and marker.name in os.listdir(marker.parent)):
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
+    return True
+
+
+def free_path(path: Path) -> Path:
+    """Return `path`, or `path`.1, .2, ...: the first that does not exist."""
+    paths = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(1)))
+    return next(one for one in paths if not one.exists())
 
 
 def check_shared(folder: Path, world: World) -> None:
@@ -43,9 +48,8 @@ def check_shared(folder: Path, world: World) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix=".seen-", dir=folder))
         except OSError as error:
-            raise UserError(
-                f"{folder} cannot be used", [f"{error.strerror}. Name another folder by --project."]
-            ) from None
+            problem = f"{error.strerror}. Name another folder by --project."
+            raise UserError(f"{folder} cannot be used", [problem]) from None
 
     def look() -> None:
         if not appears(marker):

@@ -1,12 +1,13 @@
 """Notices a rank that has died, was stopped, or hangs, and ends all ranks with one message that names it.
 
-Without it the others wait in a collective: ten minutes under gloo and NCCL, or for ever. Every rank beats once a second
-into a store on rank 0, with what its main thread is doing, and rank 0 judges. Ranks that cannot reach the store take
-rank 0 for lost.
+Without it the others wait in a collective for ten minutes or for ever. Every rank beats once a second into a store on
+rank 0, which judges. A rank that cannot reach the store takes rank 0 for lost.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,22 +18,22 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
 
+import psutil
 import torch.distributed as torch_dist
 
-from dsyolo.base.environment import read_environment
+from dsyolo.base.environment import count_restart, read_environment
 from dsyolo.cluster.collectives import all_gather_objects
-from dsyolo.cluster.heartbeat import STATUS, Beat, Heartbeat, own_info
-from dsyolo.cluster.restart import start_again
+from dsyolo.cluster.heartbeat import STATUS, Beat, Heartbeat, log_last_error, own_info
 from dsyolo.cluster.world import World
 
 BEAT_S = 1.0
 LOST_S = 20.0  # without a beat: dead, stopped, or behind a network that is down
 STACK_FRAMES = 6  # of the main thread, innermost, in a beat
 PROCESS_STATES = {
-    "T": "stopped",
-    "t": "stopped by a debugger",
-    "D": "waiting for a disk or network",
-    "Z": "dead",
+    psutil.STATUS_STOPPED: "stopped",
+    psutil.STATUS_TRACING_STOP: "stopped by a debugger",
+    psutil.STATUS_DISK_SLEEP: "waiting for a disk or network",
+    psutil.STATUS_ZOMBIE: "dead",
 }
 NO_STATUS = {"progress": 0, "where": "starting", "stack": ""}  # of a rank that has not beaten yet
 REPORTER_OF_RANK_0 = 1  # the rank that prints the message when rank 0 is lost
@@ -50,24 +51,22 @@ class Watchdog:
         self._world, self._late_s, self._end = world, late_s, end
         self._own = own_info(world.rank)
         self._main = threading.get_ident()
-        self._where, self._progress = "starting", 0
+        self.where, self._progress = "starting", 0  # of the main thread
         self._closed = threading.Event()
         self._ended = threading.Lock()
         self._ranks = [self._own]
-        self._status_of_rank_0: Mapping[str, Any] = (
-            NO_STATUS  # as the rank sees it that would report its loss
-        )
+        self._status_of_rank_0: Mapping[str, Any] = NO_STATUS  # for the rank that reports its loss
         if world.size == 1:
             return
         address = str(read_environment().master_addr)
         self._server = None  # lives as long as this
         if world.is_main_process:
             self._server = torch_dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        gathered = all_gather_objects((self._own, self._server.port if self._server else None))
+        gathered = all_gather_objects((self._own, self._server and self._server.port))
         self._ranks = [info for info, _ in gathered]
         timeout = timedelta(seconds=LOST_S)
-        self._store = torch_dist.TCPStore(address, gathered[0][1], is_master=False, timeout=timeout)
-        self._heartbeat = Heartbeat(self._store, "watchdog", world.rank, world.size)
+        store = torch_dist.TCPStore(address, gathered[0][1], is_master=False, timeout=timeout)
+        self._heartbeat = Heartbeat(store, "watchdog", world.rank, world.size)
         self._began = self._answered = time.monotonic()  # after the wait for a rank that starts slowly
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
         for thread in self._threads:
@@ -75,16 +74,11 @@ class Watchdog:
 
     def at(self, where: str) -> None:
         """Report that the main thread makes progress, and where it is."""
-        self._where = where
+        self.where = where
         self._progress += 1
 
-    @property
-    def where(self) -> str:
-        """Return where the main thread was last."""
-        return self._where
-
     def wait_for_verdict(self) -> None:
-        """After an error in a collective: wait for the watchdog to find the rank that caused it, and to end this one."""
+        """After an error in a collective, wait for the watchdog to find the rank that caused it, and to end this one."""
         if self._world.size > 1:
             self._closed.wait(LOST_S + 5 * BEAT_S)
 
@@ -98,7 +92,7 @@ class Watchdog:
     def end_all(self, text: str, again: Sequence[str] = ()) -> NoReturn:
         """End all ranks with this rank's message; with `again`, restart them with these arguments appended.
 
-        The main thread of one rank may call it while other ranks wait in a collective.
+        Other ranks may be waiting in a collective.
         """
         verdict = {"rank": self._world.rank, "text": f"{self._own} {text}", "again": again}
         if self._world.size == 1:
@@ -138,36 +132,43 @@ class Watchdog:
     def _status(self) -> dict[str, Any]:
         frame = sys._current_frames().get(self._main)
         stack = traceback.format_stack(frame)[-STACK_FRAMES:] if frame else []
-        return {"progress": self._progress, "where": self._where, "stack": "".join(stack)}
+        return {"progress": self._progress, "where": self.where, "stack": "".join(stack)}
 
     def _judge(self, beats: Mapping[int, Beat], still_s: float) -> None:
         """Find a rank that is lost, or that holds up all. `still_s`: seconds since any rank made progress."""
         statuses = [_status_of(beats.get(info.rank)) for info in self._ranks]
+        found: list[tuple[int, str]] = []
         for rank, status in enumerate(statuses):
             # A rank that is lost before its first beat must be missed too.
             silent_s = beats[rank].silent_s if rank in beats else time.monotonic() - self._began
             if silent_s > LOST_S or self._process_state(rank) in ("gone", "dead"):
-                self._give_verdict(rank, self._lost_text(rank, silent_s, status))
+                found.append((rank, self._lost_text(rank, silent_s, status)))
+        # Before any progress nobody is late: indexing a data set may take hours.
         if still_s > self._late_s and any(status["progress"] for status in statuses):
-            # Before any progress nobody is late: indexing a data set may take hours.
             rank = min(range(len(statuses)), key=lambda rank: statuses[rank]["progress"])
-            what = f"{self._ranks[rank]} is late: no rank has made progress for {still_s:.0f} s."
-            self._give_verdict(rank, f"{what} {_place_text(statuses[rank])}")
-
-    def _give_verdict(self, rank: int, text: str) -> None:
-        verdict = {"rank": rank, "text": text}
-        self._heartbeat.give_verdict(verdict)
-        self._finish(verdict)
+            what = f"late: no rank has made progress for {still_s:.0f} s"
+            found.append((rank, self._text(rank, what, statuses[rank])))
+        for rank, text in found[:1]:
+            verdict = {"rank": rank, "text": text}
+            self._heartbeat.give_verdict(verdict)
+            self._finish(verdict)
 
     def _lost_text(self, rank: int, silent_s: float, status: Mapping[str, Any]) -> str:
         state = self._process_state(rank)
         what = f"its process is {state}" if state else f"it has not answered for {silent_s:.0f} s"
-        return f"{self._ranks[rank]} is lost: {what}. {_place_text(status)}"
+        return self._text(rank, f"lost: {what}", status)
+
+    def _text(self, rank: int, what: str, status: Mapping[str, Any]) -> str:
+        return f"{self._ranks[rank]} is {what}. Its last place: {status['where']}.\n{status['stack']}"
 
     def _process_state(self, rank: int) -> str:
         """Return gone, dead, stopped, ... of a rank's process; empty if it runs, or is on another machine."""
         info = self._ranks[rank]
-        return process_state(info.pid) if info.host == self._own.host else ""
+        try:
+            status = psutil.Process(info.pid).status() if info.host == self._own.host else ""
+        except psutil.NoSuchProcess:
+            return "gone"
+        return PROCESS_STATES.get(status, "")
 
     def _finish(self, verdict: dict[str, Any]) -> None:
         """Print the message, on one rank, and end this process."""
@@ -175,9 +176,8 @@ class Watchdog:
             return
         lost, again = verdict["rank"], verdict.get("again")
         if self._world.rank == (0 if lost or self._world.size == 1 else REPORTER_OF_RANK_0):
-            remedy = "All ranks end. --resume auto goes on from the last checkpoint."
-            remedy = "All ranks start again." if again else remedy
-            print(f"\n{verdict['text'].rstrip()}\n{remedy}\n", file=sys.stderr, flush=True)
+            next_ = "start again." if again else "end. --resume auto goes on from the last checkpoint."
+            log_last_error(f"{verdict['text'].rstrip()}\nAll ranks {next_}")
         if self._world.size > 1 and self._world.is_main_process:
             time.sleep(2 * BEAT_S)  # for the others to read the verdict before the store goes
         if again:
@@ -198,21 +198,19 @@ class Watchdog:
             time.sleep(0.2)
 
 
-def process_state(pid: int) -> str:
-    """Return gone, dead, stopped, ... of a process of this machine; empty if it runs, or without /proc."""
-    if not os.path.isdir("/proc/self"):
-        return ""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            letter = file.read().rsplit(b") ", 1)[1][:1].decode()
-    except OSError:
-        return "gone"
-    return PROCESS_STATES.get(letter, "")
+def start_again(arguments: Sequence[str]) -> NoReturn:
+    """Restart this rank's program in its own process with `arguments` appended. The launcher does not notice."""
+    for worker in multiprocessing.active_children():  # they would not notice, since their parent's id stays
+        worker.kill()
+    for handle in map(int, os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")):
+        if handle > 2:  # listening ports, files of the device
+            with contextlib.suppress(OSError):  # the listing's own
+                os.set_inheritable(handle, False)
+    count_restart()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*sys.orig_argv, *arguments])
 
 
 def _status_of(beat: Beat | None) -> Mapping[str, Any]:
     return beat.status if beat else NO_STATUS
-
-
-def _place_text(status: Mapping[str, Any]) -> str:
-    return f"Its last place: {status['where']}.\n{status['stack']}"

@@ -1,4 +1,4 @@
-"""A process's position: among the ranks, on its machine, in a pipeline."""
+"""A process's position: among the ranks, on its machine, in a pipeline; and its share of the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class World(NamedTuple):
 
 
 class ParallelDims(NamedTuple):
-    """A rank's position in the pipeline and among the replicas; without a pipeline there is one stage."""
+    """A rank's position in the pipeline and in data parallelism; without a pipeline there is one stage."""
 
     pp_rank: int
     pp_size: int
@@ -42,29 +42,22 @@ class ParallelDims(NamedTuple):
 
 
 def parallel_dims(world: World, stages: int) -> ParallelDims:
-    """Return this rank's position. Replicas of a stage are neighbours, as in DeepSpeed: gradients are most of the traffic."""
+    """Return this rank's position. Ranks of one stage are neighbours, as in DeepSpeed: gradients are most of the traffic."""
     dp_size = world.size // stages
     return ParallelDims(world.rank // dp_size, stages, world.rank % dp_size, dp_size)
 
 
 def world_from_environment() -> World:
-    """Return the world that the launcher described; of one rank without a launcher. Joins nothing.
-
-    Raises:
-        UserError: the launcher's variables are incomplete.
-    """
-    place = read_environment()
-    return World(place.rank, place.size, place.local_rank, place.local_size)
+    """Return the world that the launcher described, or raise UserError; of one rank without a launcher."""
+    return World(*read_environment()[:4])
 
 
 def balanced_owners(names_and_sizes: Sequence[tuple[str, int]], world_size: int) -> dict[str, int]:
     """Assign names to ranks, the largest first, each to the rank with the least so far. The same on every rank."""
-    loads = [0] * world_size
-    owner = {}
+    loads, owner = [0] * world_size, {}
     for name, size in sorted(names_and_sizes, key=lambda item: -item[1]):
-        rank = loads.index(min(loads))
-        owner[name] = rank
-        loads[rank] += size
+        owner[name] = loads.index(min(loads))
+        loads[owner[name]] += size
     return owner
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from dsyolo.planner.model_profile import ModelProfile  # late, so that `--help` does not wait for torch
     from dsyolo.planner.predict import Planner
-    from dsyolo.planner.ranking_report import HONEST, recommendation, table, to_json, val_option
+    from dsyolo.planner.ranking_report import CAVEATS, recommendation, table, to_json, val_option
     from dsyolo.planner.search import search
 
     hardware = _hardware(args)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{args.model}, {args.imgsz} px, {args.global_batch} images a step, {args.optimizer}")
         print(f"{hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB; {hardware.explain()}")
-        print("\n".join(HONEST))
+        print("\n".join(CAVEATS))
         print(f"\n{table(ranking)}\n\n{recommendation(ranking, hardware)}")
     if args.write and ranking.best:
         content = json.dumps(ranking.best.settings.deepspeed_json(), indent=2) + "\n"

@@ -18,14 +18,7 @@ from dsyolo.base.user_code import is_reference
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
-from dsyolo.config.run_config import (
-    AUTO,
-    RUN_KEYS,
-    RunConfig,
-    read_yaml,
-    unknown_in_recipe,
-    unknown_option,
-)
+from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unknown_in_recipe, unknown_option
 
 FOLDER_KEYS = ("project", "name")
 
@@ -50,11 +43,10 @@ def read_command_line(argv: Sequence[str] | None = None) -> tuple[RunConfig, Res
     point = _resume_point(given, problems)
     resumes = point is not None or given.get("resume") == "always"
     base = point.config.dump() if point else {}
-    for key in FOLDER_KEYS:
-        base.pop(key, None)  # it may have been moved: its folder is the one where it was found
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
-    values = {**base, **given}
+    # A run may have been moved: its folder is the one where it was found.
+    values = {**{key: value for key, value in base.items() if key not in FOLDER_KEYS}, **given}
     if recipe_base is None or "hyp" in given:
         recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
     recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)
@@ -63,9 +55,7 @@ def read_command_line(argv: Sequence[str] | None = None) -> tuple[RunConfig, Res
     problems += _missing_files(values, resumes)
     if is_reference(str(base.get("model", ""))) and "model" not in given:
         # A run's folder may be somebody else's: what it names is not run unless the command line names it.
-        rule = (
-            f"missing, and the resumed run trains {base['model']}, whose code only the command line may name"
-        )
+        rule = f"missing, and only the command line may name code, as the resumed run's {base['model']}"
         problems.append(f"--model: {rule}. Add --model {base['model']}.")
     values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
     run = validate(RunConfig, values, "--", unknown_option, problems)
@@ -87,17 +77,16 @@ def _resume_point(given: Mapping[str, Any], problems: list[str]) -> ResumePoint 
 
 def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:
     """Return a problem for each file that a run reads and that does not exist. A resumed run needs no weights."""
-    fields = RunConfig.model_fields
     problems = []
-    for key in ("deepspeed_config", "data", "weights"):
-        value = values.get(key, fields[key].default)
-        needed = isinstance(value, str) and not (key == "weights" and resumes)
-        needed = needed and (key, value) != ("deepspeed_config", AUTO)
-        if not needed or Path(value).is_file():
+    for key in ("deepspeed_config", "data") if resumes else ("deepspeed_config", "data", "weights"):
+        field = RunConfig.model_fields[key]
+        value = values.get(key, field.default)
+        is_planned = (key, value) == ("deepspeed_config", AUTO)
+        if not isinstance(value, str) or is_planned or Path(value).is_file():
             continue
         what, hint = _missing_file(Path(value), key)
         seen = "" if Path(value).is_absolute() or Path(value).exists() else f", seen from {Path.cwd()}"
-        hint = hint or f"Give the path of a file{seen}: {fields[key].description}."
+        hint = hint or f"Give the path of a file{seen}: {field.description}."
         problems.append(f"--{key}: {value} {what}. {hint}")
     return problems
 
@@ -135,31 +124,24 @@ def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
 
 
 def read_options(
-    fields: Mapping[str, FieldInfo],
-    argv: Sequence[str] | None,
-    problems: list[str],
+    fields: Mapping[str, FieldInfo], argv: Sequence[str] | None, problems: list[str]
 ) -> dict[str, Any]:
     """Return the options given, by field; `none` and `auto` are None where a field may be None.
 
-    Args:
-        argv: None: the arguments of this process.
-        problems: gets a line for each argument that is no option.
-
-    Raises:
-        UserError: an option without its value. `--help` prints and exits with status 0.
+    An argument that is no option is a problem. An option without its value raises UserError, `--help` exits with 0.
     """
     flags = {key for key, field in fields.items() if field.annotation is bool}
     argv = [_canonical(one, flags) for one in (sys.argv[1:] if argv is None else argv)]
     known, unknown = _build_parser(fields).parse_known_args(argv)
-    is_value = False  # of the unknown option before it
+    was_option = False
     for one in unknown:
-        is_option = one.startswith("--")
-        if is_option:
+        if one.startswith("--"):
             problems.append(unknown_option(one[2:].partition("=")[0]))
-        elif not is_value:
-            rule = "Options start with --, and flags take no value: --ema, --no-ema"
-            problems.append(f"{one}: not an option. {rule}.")
-        is_value = is_option and "=" not in one
+        elif not was_option:  # else it is the value of the unknown option before it
+            problems.append(
+                f"{one}: not an option. Options start with --, and flags take no value: --ema, --no-ema."
+            )
+        was_option = one.startswith("--") and "=" not in one
     given = {key: value for key, value in vars(known).items() if key in fields}
     for key, value in given.items():
         if type(None) in get_args(fields[key].annotation) and value.lower() in ("none", "auto"):
@@ -205,12 +187,8 @@ def _option(field: FieldInfo) -> dict[str, Any]:
     choices = choices_of(field)
     text = f"{field.description}{': ' + ', '.join(choices) if choices else ''} (default: {default})"
     if alone := extra_of(field, "alone"):
-        return {
-            "nargs": "?",
-            "const": alone,
-            "metavar": "TEXT",
-            "help": f"{text}; {alone} without a value",
-        }
+        text += f"; {alone} without a value"
+        return {"nargs": "?", "const": alone, "metavar": "TEXT", "help": text}
     return {"metavar": {int: "N", float: "X"}.get(plain_type(field), "TEXT"), "help": text}
 
 

@@ -49,6 +49,11 @@ def validate(
     return None
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number and its noun, as in 1 rank, 2 ranks."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a question with the nearest known word, whatever its case; empty where none is near."""
     word = shortened(word)

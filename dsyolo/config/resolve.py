@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.cli_args import read_command_line
@@ -24,16 +24,11 @@ T = TypeVar("T")
 
 
 class PlannedConfig(NamedTuple):
-    """A DeepSpeed configuration that leaves nothing open.
-
-    Attributes:
-        lines: what was filled in, for the start of the run.
-        val_images: the most images that can be validated at a time, where that was planned.
-    """
+    """A DeepSpeed configuration that leaves nothing open."""
 
     ds: DeepSpeedConfig
-    lines: tuple[str, ...] = ()
-    val_images: int | None = None
+    lines: tuple[str, ...] = ()  # what was filled in, for the start of the run
+    val_images: int | None = None  # the most that can be validated at a time, where that was planned
 
 
 # Of a run, its JSON (None: all is planned), its number of classes, the global batch of the run that goes on.
@@ -42,21 +37,16 @@ Planner = Callable[[RunConfig, JsonSource | None, int, int | None], PlannedConfi
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One resolved run: everything that is known before anything is built.
-
-    Attributes:
-        resume: where it goes on; None: it begins anew.
-        planned: what was filled in that the JSON leaves to the machine, as lines for the start of the run.
-        weights: that it starts from.
-    """
+    """One resolved run: everything that is known before anything is built."""
 
     config: RunConfig
     ds: DeepSpeedConfig
     data: DataSpec
     folder: Path
     activations: ActivationPlan
-    resume: ResumePoint | None = None
-    planned: tuple[str, ...] = ()
+    resume: ResumePoint | None = None  # None: it begins anew
+    planned: tuple[str, ...] = ()  # what the JSON left to the machine, as lines for the start of the run
+    # That it starts from. They are maps of the file: page cache, and no memory of the process's own.
     weights: GivenWeights | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -91,21 +81,27 @@ def resolve(
     refuse_image_size(run.model, run.imgsz)
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)
-    data = _attempt(lambda: read_data_yaml(run.data))
-    planned = _attempt(lambda: _configure(run, data.value, resume, world_size, accelerator, plan))
-    folder = _attempt(lambda: check_folder(run, resume))
-    weights = _attempt(lambda: read_weights(Path(run.weights)) if run.weights and not resume else None)
-    _raise_all(planned, data, folder, weights)
-    assert planned.value
-    assert data.value
-    ds, lines, val_images = planned.value
+    errors: list[UserError] = []
+    data = _attempt(errors, lambda: read_data_yaml(run.data))
+    planned = _attempt(errors, lambda: _configure(run, data, resume, world_size, accelerator, plan))
+    _attempt(errors, lambda: check_folder(run, resume))
+    weights = _attempt(
+        errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
+    )
+    if len(errors) > 1:
+        raise UserError("This run cannot start", [str(error).replace("\n", "\n  ") for error in errors])
+    if errors:
+        raise errors[0]
+    assert planned is not None
+    assert data is not None
+    ds, lines, val_images = planned
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
         raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
     if val_images:
         run = run.model_copy(update={"val_batch_size": min(run.val_batch_size, val_images)})
-    activations = plan_activations(run, ds, data.value.num_classes)
-    return RunSpec(run, ds, data.value, run.folder, activations, resume, lines, weights.value)
+    activations = plan_activations(run, ds, data.num_classes)
+    return RunSpec(run, ds, data, run.folder, activations, resume, lines, weights)
 
 
 def _configure(
@@ -116,11 +112,7 @@ def _configure(
     accelerator: str,
     plan: Planner,
 ) -> PlannedConfig | None:
-    """Read and check the DeepSpeed JSON once; plan what it leaves open. None where the data that it takes cannot be used.
-
-    Raises:
-        UserError: the JSON cannot be used, or nothing fits this machine.
-    """
+    """Read and check the DeepSpeed JSON once; plan what it leaves open. None where that needs data which cannot be used."""
     saved_batch = resume.global_batch if resume else None
     if run.deepspeed_config == AUTO:
         return plan(run, None, data.num_classes, saved_batch) if data else None
@@ -140,34 +132,16 @@ def _configure(
     )
 
 
-@dataclass(frozen=True)
-class _Attempt(Generic[T]):
-    value: T | None
-    error: UserError | None = None
-
-
-def _attempt(reader: Callable[[], T]) -> _Attempt[T]:
+def _attempt(errors: list[UserError], reader: Callable[[], T]) -> T | None:
     try:
-        return _Attempt(reader())
+        return reader()
     except UserError as error:
-        return _Attempt(None, error)
-
-
-def _raise_all(*attempts: _Attempt[Any]) -> None:
-    """Raise the problems of all attempts in one error."""
-    errors = [attempt.error for attempt in attempts if attempt.error]
-    if len(errors) > 1:
-        raise UserError("This run cannot start", [str(error).replace("\n", "\n  ") for error in errors])
-    if errors:
-        raise errors[0]
+        errors.append(error)
+        return None
 
 
 def plan_activations(config: RunConfig, ds: DeepSpeedConfig, num_classes: int) -> ActivationPlan:
-    """Return what is recomputed, counted on a network without memory, at the largest size of its images.
-
-    Raises:
-        UserError: the budget is too small.
-    """
+    """Return what is recomputed, counted without memory at the largest images. A budget too small raises UserError."""
     size_px = largest_image_px(config)
     network = meta_network(config.model, num_classes)
     counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)

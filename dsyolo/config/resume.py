@@ -10,19 +10,12 @@ from dsyolo.config.run_config import RunConfig
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The run that goes on, as its folder was when it was read.
-
-    Attributes:
-        folder: of the run.
-        config: its settings so far.
-        version: of config.yaml: inode, size and time of change.
-        global_batch: images in a step so far; None: no checkpoint could be read yet.
-    """
+    """The run that goes on, as its folder was when it was read."""
 
     folder: Path
-    config: RunConfig
-    version: tuple[int, int, int]
-    global_batch: int | None = None
+    config: RunConfig  # its settings so far
+    version: tuple[int, int, int]  # of config.yaml: inode, size and time of change
+    global_batch: int | None = None  # images in a step so far; None: no checkpoint could be read yet
 
     @property
     def checkpoints(self) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,91 +56,83 @@ RENAMED = {
 }
 
 
+_run = partial(knob, group="run")
+_machine = partial(knob, group="machine")
+_training = partial(knob, group="training")
+_validation = partial(knob, group="validation")
+_tracking = partial(knob, group="tracking")
+
+
 class RunConfig(BaseModel):
     """The settings of a run. None: derived from the machine or from another field when the run starts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    deepspeed_config: str = knob(
-        "ds_configs/zero1.json",
-        "DeepSpeed JSON: how the training runs; auto: plan it for this machine",
-        "run",
+    deepspeed_config: str = _run(
+        "ds_configs/zero1.json", "DeepSpeed JSON: how the training runs; auto: plan it for this machine"
     )
-    data: str = knob(..., "data set's YAML file", "run", learned=True)
-    model: str = knob("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", "run", learned=True)
-    weights: str | None = knob(None, "weights to start from", "run", learned=True)
-    imgsz: int = knob(640, "side of the training images in pixels", "run", learned=True)
-    epochs: int = knob(300, "epochs", "run", learned=True, ge=1)
-    seed: int = knob(0, "random seed", "run", learned=True, ge=0, lt=2**63)
-    hyp: str = knob("low", "recipe: low, med, high or a YAML file", "run")
-    resume: Literal["never", "always", "auto"] = knob(
-        "never",
-        "resume PROJECT/NAME where it stopped; auto: if it has a checkpoint",
-        "run",
-        alone="always",
+    data: str = _run(..., "data set's YAML file", learned=True)
+    model: str = _run("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", learned=True)
+    weights: str | None = _run(None, "weights to start from", learned=True)
+    imgsz: int = _run(640, "side of the training images in pixels", learned=True)
+    epochs: int = _run(300, "epochs", learned=True, ge=1)
+    seed: int = _run(0, "random seed", learned=True, ge=0, lt=2**63)
+    hyp: str = _run("low", "recipe: low, med, high or a YAML file")
+    resume: Literal["never", "always", "auto"] = _run(
+        "never", "resume PROJECT/NAME where it stopped; auto: if it has a checkpoint", alone="always"
     )
-    project: str = knob("runs", "folder of runs", "run", min_length=1)
-    name: str = knob("train", "folder of this run inside the project", "run", min_length=1)
+    project: str = _run("runs", "folder of runs", min_length=1)
+    name: str = _run("train", "folder of this run inside the project", min_length=1)
 
-    workers: int | None = knob(
-        None, "loader processes per rank; auto: by the number of cores", "machine", ge=0
-    )
-    threads: int | None = knob(None, "threads per rank; auto: by the number of cores", "machine", ge=1)
-    recompute: str = knob(
+    workers: int | None = _machine(None, "loader processes per rank; auto: by the number of cores", ge=0)
+    threads: int | None = _machine(None, "threads per rank; auto: by the number of cores", ge=1)
+    recompute: str = _machine(
         "auto",
         "activation checkpointing: none, blocks, as few blocks as fit a budget like 4.5GiB; auto: as in the JSON",
-        "machine",
     )
-    halve_micro_batch: bool = knob(
+    halve_micro_batch: bool = _machine(
         False,
         "halve the JSON's micro-batch and double its accumulation; a run that ran out of memory sets it",
-        "machine",
     )
-    hang_timeout_s: float = knob(
-        600, "seconds without progress after which all ranks end and the late one is named", "machine", ge=5
+    hang_timeout_s: float = _machine(
+        600, "seconds without progress after which all ranks end and the late one is named", ge=5
     )
-    rendezvous_timeout_s: float = knob(300, "rendezvous timeout in seconds", "machine", ge=5)
-    memory_profile: Literal["start", "epochs", "off"] = knob(
-        "start", "when to measure the memory of a step, term by term", "machine"
+    rendezvous_timeout_s: float = _machine(300, "rendezvous timeout in seconds", ge=5)
+    memory_profile: Literal["start", "epochs", "off"] = _machine(
+        "start", "when to measure the memory of a step, term by term"
     )
-    time_profile: Literal["epochs", "steps", "off"] = knob(
-        "epochs",
-        "log where the time goes after every epoch; steps: also write each step to steps.json",
-        "machine",
+    time_profile: Literal["epochs", "steps", "off"] = _machine(
+        "epochs", "log where the time goes after every epoch; steps: also write each step to steps.json"
     )
-    cache: Literal["none", "ram"] = knob("none", "where to keep decoded images", "machine")
+    cache: Literal["none", "ram"] = _machine("none", "where to keep decoded images")
 
-    ema: bool = knob(True, "average the weights", "training", learned=True)
-    ema_decay: float = knob(0.9999, "decay of the average", "training", learned=True, gt=0, lt=1)
-    ema_tau: float = knob(2000, "updates over which the decay rises", "training", learned=True, gt=0)
-    freeze_batchnorm: bool = knob(False, "keep BatchNorm's statistics as they are", "training", learned=True)
-    sync_batchnorm: bool = knob(False, "BatchNorm over the images of all ranks", "training", learned=True)
-    patience: int = knob(
-        100, "epochs without a better fitness before stopping; 0: never stop", "training", ge=0
-    )
-    val_every: int = knob(1, "epochs between validations", "training", ge=1)
-    save_every: int = knob(1, "epochs between checkpoints", "training", ge=1)
-    keep_checkpoints: int = knob(2, "newest checkpoints kept, beside the best one", "training", ge=1)
-    max_skipped_steps: int = knob(
-        25, "consecutive steps with a non-finite loss before stopping", "training", ge=1
-    )
-    log_every: int = knob(10, "optimizer steps between logged steps", "training", ge=1)
+    ema: bool = _training(True, "average the weights", learned=True)
+    ema_decay: float = _training(0.9999, "decay of the average", learned=True, gt=0, lt=1)
+    ema_tau: float = _training(2000, "updates over which the decay rises", learned=True, gt=0)
+    freeze_batchnorm: bool = _training(False, "keep BatchNorm's statistics as they are", learned=True)
+    sync_batchnorm: bool = _training(False, "BatchNorm over the images of all ranks", learned=True)
+    patience: int = _training(100, "epochs without a better fitness before stopping; 0: never stop", ge=0)
+    val_every: int = _training(1, "epochs between validations", ge=1)
+    save_every: int = _training(1, "epochs between checkpoints", ge=1)
+    keep_checkpoints: int = _training(2, "newest checkpoints kept, beside the best one", ge=1)
+    max_skipped_steps: int = _training(25, "consecutive steps with a non-finite loss before stopping", ge=1)
+    log_every: int = _training(10, "optimizer steps between logged steps", ge=1)
 
-    val_batch_size: int = knob(16, "largest validation batch of a rank, in images", "validation", ge=1)
-    score_threshold: float = knob(0.001, "lowest score of a detection", "validation", ge=0, lt=1)
-    iou_threshold: float = knob(0.6, "IoU of NMS", "validation", gt=0, le=1)
-    max_detections: int = knob(300, "most detections per image", "validation", ge=1)
-    rect_val: bool = knob(True, "pad validation images to the shape of their batch only", "validation")
+    val_batch_size: int = _validation(16, "largest validation batch of a rank, in images", ge=1)
+    score_threshold: float = _validation(0.001, "lowest score of a detection", ge=0, lt=1)
+    iou_threshold: float = _validation(0.6, "IoU of NMS", gt=0, le=1)
+    max_detections: int = _validation(300, "most detections per image", ge=1)
+    rect_val: bool = _validation(True, "pad validation images to the shape of their batch only")
 
-    hook: str | None = knob(
-        None, "your own hooks, as my_module:MyHook or my_file.py:MyHook, several with commas", "tracking"
+    hook: str | None = _tracking(
+        None, "your own hooks, as my_module:MyHook or my_file.py:MyHook, several with commas"
     )
-    writer: str | None = knob(
-        None, "your own writers of figures, as my_module:MyWriter, several with commas", "tracking"
+    writer: str | None = _tracking(
+        None, "your own writers of figures, as my_module:MyWriter, several with commas"
     )
-    wandb: Literal["disabled", "online", "offline"] = knob("disabled", "Weights & Biases", "tracking")
-    wandb_project: str = knob("dsyolo", "W&B project", "tracking", min_length=1)
-    wandb_name: str | None = knob(None, "W&B name of the run; default: --name", "tracking")
+    wandb: Literal["disabled", "online", "offline"] = _tracking("disabled", "Weights & Biases")
+    wandb_project: str = _tracking("dsyolo", "W&B project", min_length=1)
+    wandb_name: str | None = _tracking(None, "W&B name of the run; default: --name")
 
     recipe: Recipe = knob(DEFAULT_RECIPE, "", "recipe", learned=True)
 
@@ -195,7 +188,7 @@ class RunConfig(BaseModel):
             values["recipe"] = validate(Recipe, recipe, "recipe.", unknown_in_recipe, problems) or Recipe()
         else:
             problems.append(f"recipe: {recipe!r} given, but it must be a mapping of keys to values.")
-        run = validate(cls, values, "", _unknown_in_file, problems)
+        run = validate(cls, values, "", partial(_unknown, known=RUN_KEYS), problems)
         if problems or run is None:
             raise UserError(f"{path} cannot be used", problems)
         return run
@@ -231,16 +224,18 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
     Paths of runs, workers, logging and validation may change at a resume, and are left out.
     """
-    pairs: list[tuple[type[BaseModel], BaseModel, BaseModel]] = [
-        (RunConfig, old, new),
-        (Recipe, old.recipe, new.recipe),
-    ]
-    return [
-        f"{key}: {getattr(a, key)} -> {getattr(b, key)}"
-        for cls, a, b in pairs
-        for key, field in cls.model_fields.items()
-        if extra_of(field, "learned") and key != "recipe" and getattr(a, key) != getattr(b, key)
-    ]
+
+    def learned(run: RunConfig) -> dict[str, Any]:
+        parts = [(run, RunConfig.model_fields), (run.recipe, Recipe.model_fields)]
+        return {
+            key: getattr(part, key)
+            for part, fields in parts
+            for key, field in fields.items()
+            if extra_of(field, "learned") and key != "recipe"
+        }
+
+    before, now = learned(old), learned(new)
+    return [f"{key}: {value} -> {now[key]}" for key, value in before.items() if now[key] != value]
 
 
 def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
@@ -272,13 +267,7 @@ def _unknown(key: str, known: Iterable[str], prefix: str = "") -> str:
     return f"{prefix}{key}: unknown {'option' if prefix else 'key'}. {hint}"
 
 
-def unknown_option(key: str) -> str:
-    """Return the problem of an option that does not exist."""
-    return _unknown(key, RUN_KEYS | RECIPE_KEYS, "--")
-
-
-def _unknown_in_file(key: str) -> str:
-    return _unknown(key, RUN_KEYS)
+unknown_option = partial(_unknown, known=RUN_KEYS | RECIPE_KEYS, prefix="--")
 
 
 def unknown_in_recipe(key: str) -> str:

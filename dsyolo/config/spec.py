@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,36 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number, by DeepSpeed's name of
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How many images an optimizer step takes.
+    """How many images an optimizer step takes."""
 
-    Attributes:
-        micro: images of a rank in a forward pass.
-        accumulation: micro-batches in an optimizer step.
-        replicas: ranks that hold the same parameters and take different images.
-    """
-
-    micro: int
-    accumulation: int
-    replicas: int
+    micro: int  # images of a rank in a forward pass
+    accumulation: int  # micro-batches in an optimizer step
+    dp_size: int  # ranks that hold the same parameters and take different images
 
     @property
     def global_batch(self) -> int:
         """Images in an optimizer step."""
-        return self.micro * self.accumulation * self.replicas
+        return self.micro * self.accumulation * self.dp_size
 
     @property
     def share(self) -> int:
-        """Images of a replica in an optimizer step."""
+        """Images of a data-parallel rank in an optimizer step."""
         return self.micro * self.accumulation
 
     def with_micro(self, micro: int) -> BatchPlan:
         """Return the plan with the same global batch and another micro-batch, a divisor of the share."""
         assert self.share % micro == 0, (self, micro)
-        return BatchPlan(micro, self.share // micro, self.replicas)
+        return BatchPlan(micro, self.share // micro, self.dp_size)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The types of numbers in a training: fp32, bf16 or fp16.
+    """The types of numbers in a training: fp32, bf16 or fp16."""
 
-    Attributes:
-        compute: of convolutions and their activations.
-        params: of the weights that the network holds.
-        grads: of the sums of gradients over micro-batches.
-        master: of the weights that the optimizer updates.
-    """
-
-    compute: str = "fp32"
-    params: str = "fp32"
-    grads: str = "fp32"
-    master: str = "fp32"
+    compute: str = "fp32"  # convolutions and their activations
+    params: str = "fp32"  # the weights that the network holds
+    grads: str = "fp32"  # the sums of gradients over micro-batches
+    master: str = "fp32"  # the weights that the optimizer updates
 
     @classmethod
     def named(cls, name: str) -> Precision:
@@ -111,17 +98,11 @@ PRECISIONS: Mapping[str, Precision] = {
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """The optimizer that runs.
+    """The optimizer that runs."""
 
-    Attributes:
-        type: SGD, Adam or AdamW, as torch.optim has it; not always what the JSON calls it.
-        params: as torch.optim takes them; `lr` is the peak of the schedule.
-        states_per_param: tensors that it keeps for each weight.
-    """
-
-    type: str
-    params: Mapping[str, Any]
-    states_per_param: int
+    type: str  # SGD, Adam or AdamW, as torch.optim has it; not always what the JSON calls it
+    params: Mapping[str, Any]  # as torch.optim takes them; `lr` is the peak of the schedule
+    states_per_param: int  # tensors that it keeps for each weight
 
     @property
     def is_adam(self) -> bool:
@@ -143,19 +124,13 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class OffloadSpec:
-    """What lies in host memory or in files.
-
-    Attributes:
-        optimizer, params: the device, `cpu` or `nvme`; None where they stay.
-        optimizer_folder, params_folder: of the files, under `nvme`.
-        activations: the inputs of recomputed blocks wait in host memory.
-    """
+    """What lies in host memory (`cpu`) or in files (`nvme`); None: it stays on the device."""
 
     optimizer: str | None = None
     params: str | None = None
-    optimizer_folder: str | None = None
+    optimizer_folder: str | None = None  # of the files, under `nvme`
     params_folder: str | None = None
-    activations: bool = False
+    activations: bool = False  # the inputs of recomputed blocks wait in host memory
 
     @property
     def devices(self) -> tuple[str | None, str | None]:
@@ -170,20 +145,13 @@ class OffloadSpec:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a training is spread, and what it saves of memory.
-
-    Attributes:
-        zero_stage: 0 to 3.
-        stages: of the pipeline; 1: none.
-        partition: "balanced", or the layer index at which each further stage begins.
-        recompute: "none", "blocks", or bytes: the fewest blocks that fit these in a micro-batch.
-    """
+    """How a training is divided among ranks, and what it saves of memory."""
 
     zero_stage: int = 0
-    stages: int = 1
-    partition: str | tuple[int, ...] = "balanced"
-    offload: OffloadSpec = field(default_factory=OffloadSpec)
-    recompute: str | int = "none"
+    stages: int = 1  # of the pipeline; 1: none
+    partition: str | tuple[int, ...] = "balanced"  # or the layer index at which each further stage begins
+    offload: OffloadSpec = OffloadSpec()
+    recompute: str | int = "none"  # or "blocks", or bytes: the fewest blocks that fit these in a micro-batch
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A scanned data set as training reads it: one image, scaled, with its labels in pixels."""
+"""An indexed data set as training reads it: one image, scaled, with its labels in pixels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dsyolo.data.index import DatasetIndex
 from dsyolo.detection.boxes import PAD_GREY
 
 
-def refuse_unknown_classes(data: DataSpec, scans: Mapping[str, DatasetIndex], num_shown: int = 3) -> None:
-    """Without the objects of a class that was forgotten, a detector would learn that they are background.
+def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex], num_shown: int = 3) -> None:
+    """Refuse labels of a class without a name: left out, its objects would be learned as background.
 
     Raises:
-        UserError: labels of the splits in `scans` have classes that `data` does not name.
+        UserError: labels in `splits` have classes that `data` does not name.
     """
     problems = []
-    for split, found in scans.items():
-        unknown = found.unknown_classes()
+    for split, index in splits.items():
+        unknown = index.unknown_classes()
         for detail, rows in list(unknown.items())[:num_shown]:
             places = ", ".join(row.place for row in rows[:num_shown]) + (", ..." * (len(rows) > num_shown))
             problems.append(f"{split}: {detail}: {len(rows):,} rows ({places}).")
@@ -36,14 +36,14 @@ def refuse_unknown_classes(data: DataSpec, scans: Mapping[str, DatasetIndex], nu
 
 
 class DetectionDataset:
-    """The images of a `Scan` with their labels.
+    """The images of an index with their labels.
 
-    It pickles and forks cheaply: flat arrays, and a memory of images that stays behind.
+    It pickles and forks cheaply: it consists of flat arrays, and cached images are not pickled.
 
     Args:
         image_size: px; images loaded with this long side are those that `cache="ram"` keeps.
-        cache: "ram" keeps scaled images once loaded, in this process, up to `cache_bytes`. It changes nothing but
-            the speed. Every loader worker has a memory of its own: give each its share.
+        cache: "ram" keeps scaled images in this process once loaded, up to `cache_bytes`. It changes only the
+            speed. Every loader worker has its own cache: give each its share.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class DetectionDataset:
         return self.index.sizes_hw
 
     def load(self, index: int, long_side_px: int | None = None) -> Sample:
-        """The image with its long side exactly `long_side_px` (None: the image size), labels in its pixels.
+        """Return an image with a long side of exactly `long_side_px` (None: the image size), and labels in its pixels.
 
-        An image that can no longer be decoded, or whose size is no longer what the scan saw, costs a warning once
-        and becomes a grey image without boxes: an epoch does not end for it.
+        An image that can no longer be decoded, or whose size has changed since it was indexed, is replaced by a grey
+        one without boxes, with one warning: the epoch goes on.
         """
         long_side_px = long_side_px or self.image_size
         image = self._image(index, long_side_px)
@@ -93,7 +93,7 @@ class DetectionDataset:
         return Sample(image, labels.boxes_xyxy * np.tile(wh, 2), labels.classes.copy(), polygons)
 
     def ground_truth(self, index: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-        """(height, width) of the file in px, boxes_xyxy (N, 4) float32 in its pixels, classes (N,) int64."""
+        """Return (height, width) of the file in px, boxes_xyxy (N, 4) float32 in its pixels, classes (N,) int64."""
         height, width = self._size_hw(index)
         labels = self.index.labels(index)
         wh = np.array([width, height, width, height], np.float32)
@@ -106,7 +106,7 @@ class DetectionDataset:
     def _image(self, index: int, long_side_px: int) -> np.ndarray | None:
         cacheable = self._cache_bytes > 0 and long_side_px == self.image_size
         if cacheable and index in self._kept:
-            return self._kept[index].copy()  # the caller may write to what it gets
+            return self._kept[index].copy()  # the caller may write to the result
         image = read_rgb(self.index.path(index), self._size_hw(index), long_side_px)
         if image is not None and cacheable and self._kept_bytes + image.nbytes <= self._cache_bytes:
             self._kept[index] = image.copy()
@@ -117,7 +117,7 @@ class DetectionDataset:
         if index not in self._warned:
             self._warned.add(index)
             warnings.warn(
-                f"{self.index.path(index)} can no longer be read as it was when scanned: a grey image takes its place",
+                f"{self.index.path(index)} has changed since it was indexed, or cannot be read: a grey image replaces it",
                 stacklevel=3,
             )
 

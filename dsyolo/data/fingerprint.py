@@ -1,8 +1,8 @@
-"""Whether two hosts have the same data set, told from a few kilobytes each, and where they differ.
+"""Fingerprints that show in a few kilobytes whether two hosts have the same data set, and where they differ.
 
-It covers the paths of all images, the sizes of images and label files, and the content of label files; of large data
-sets the sizes of a part and the content of a smaller one. Which part that is depends on the paths alone, so all hosts
-take the same. A million images cost a listing of their folders and some 100,000 look-ups.
+They cover the paths of all images, the sizes of images and label files, and the content of label files; in large data
+sets, the sizes of a sample and the content of a smaller one. The sample depends on the paths alone, so all hosts take
+the same. A million images cost a listing of their folders and some 100,000 look-ups.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ MAX_READ = 2_000  # label files that are read
 BUCKETS = 1024
 MAX_LISTED = 2_000
 SPLITS = ("train", "val")
-_THREADS = 16  # a look-up on a network's disk is a wait
+_THREADS = 16  # a look-up on a network disk is mostly waiting
 _CHUNK = 64  # images per task
 
 
 def of_data(path: str, buckets: dict[str, list[int]] | None = None) -> dict[str, Any]:
-    """A fingerprint of each split of a data.yaml, in plain JSON types.
+    """Return a fingerprint of each split of a data.yaml, in plain JSON types.
 
     Args:
-        buckets: of each split, those whose images are listed: a second look, where fingerprints differ.
+        buckets: the buckets of each split to list instead, for a second look where fingerprints differ.
 
     Raises:
         UserError: the data.yaml or its folders cannot be used.
@@ -44,10 +44,10 @@ def of_data(path: str, buckets: dict[str, list[int]] | None = None) -> dict[str,
 
 
 def fingerprint(images: Sequence[str]) -> dict[str, Any]:
-    """Number of images, which part of them was looked up and read, and a sum of hashes for each bucket of them."""
+    """Return the number of images, the share that was looked up and read, and a sum of hashes per bucket."""
     sums = [0] * BUCKETS
-    for image, record in _records(images):
-        hashed = hashlib.blake2b(record.encode(errors="surrogateescape"), digest_size=8)
+    for image, entry in _entries(images):
+        hashed = hashlib.blake2b(entry.encode(errors="surrogateescape"), digest_size=8)
         bucket = _bucket(image)
         sums[bucket] = (sums[bucket] + int.from_bytes(hashed.digest(), "big")) % 2**64
     one_in = {"sizes": _one_in(len(images), MAX_SIZES), "labels": _one_in(len(images), MAX_READ)}
@@ -55,29 +55,27 @@ def fingerprint(images: Sequence[str]) -> dict[str, Any]:
 
 
 def listed(images: Sequence[str], buckets: Iterable[int]) -> dict[str, str]:
-    """By path, what is known of the images of some buckets: sizes of image and label in bytes, hash of the label."""
+    """Return by path the entries of some buckets: sizes of image and label in bytes, hash of the label."""
     wanted = set(buckets)
-    records = {}
-    for image, record in _records(images, wanted):
-        if len(records) == MAX_LISTED:
+    entries = {}
+    for image, entry in _entries(images, wanted):
+        if len(entries) == MAX_LISTED:
             break
-        records[image] = record.partition("\0")[2]
-    return records
+        entries[image] = entry.partition("\0")[2]
+    return entries
 
 
 def _bucket(image: str) -> int:
-    return (
-        zlib.crc32(os.fsencode(image)) >> 22
-    )  # the upper ten bits; the lower ones choose the part looked up
+    return zlib.crc32(os.fsencode(image)) >> 22  # the upper ten bits; the lower ones choose the sample
 
 
 def _one_in(num_images: int, most: int) -> int:
-    """The least power of two that leaves at most `most` images."""
+    """Return the smallest power of two that leaves at most `most` images."""
     return 1 << max(0, (-(-num_images // most) - 1).bit_length())
 
 
-def _records(images: Sequence[str], buckets: set[int] | None = None) -> Iterator[tuple[str, str]]:
-    """(path, path and what is known of it) of all images, or of those in some buckets, in no order."""
+def _entries(images: Sequence[str], buckets: set[int] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (path, entry) of all images, or of those in some buckets, in no order."""
     sizes, reads = _one_in(len(images), MAX_SIZES), _one_in(len(images), MAX_READ)
     to_see = []
     for image in images:
@@ -98,13 +96,13 @@ def _records(images: Sequence[str], buckets: set[int] | None = None) -> Iterator
 
 def _seen(image: str, is_read: bool) -> str:
     label = label_path(image)
-    record = f"{image}\0image {_size(image)}, label {_size(label)}"
+    entry = f"{image}\0image {_size(image)}, label {_size(label)}"
     if is_read:
         try:
-            record += f", content {hashlib.sha256(label.read_bytes()).hexdigest()[:12]}"
+            entry += f", content {hashlib.sha256(label.read_bytes()).hexdigest()[:12]}"
         except OSError:
-            record += ", no content"
-    return record
+            entry += ", no content"
+    return entry
 
 
 def _size(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Image files: are they whole, how large are they, and their pixels at the size that is wanted.
+"""Image files: checks them, finds their size, and reads their pixels at the size that is needed.
 
 Sizes are those after the EXIF orientation, which OpenCV applies when it reads.
 """
@@ -30,10 +30,10 @@ _REDUCED_BITS = {1: 0, 2: 16, 4: 32, 8: 64}
 
 
 def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
-    """Read a whole image file and say whether it can be trained on.
+    """Read a whole image file and check that it can be trained on.
 
-    Some versions of OpenCV decode a truncated JPEG in silence, its missing part grey, so that the end markers are
-    looked for as well.
+    Some versions of OpenCV decode a truncated JPEG silently, with its missing part grey. So this looks for the end
+    markers too.
 
     Returns:
         size_hw in px, or None with a reason and a detail.
@@ -60,12 +60,12 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
 
 
 def _truncation(data: bytes) -> str:
-    """Why the file is cut short, or an empty string."""
+    """Return why the file is truncated, or an empty string."""
     if data.startswith(_JPEG):
-        scan = _jpeg_header(data)
-        # An EXIF thumbnail has an end marker of its own: only one behind the start of the scan counts. Within a
-        # scan 0xff is always escaped, so that none is found by chance.
-        if scan is None or data.find(_JPEG_END, scan[2]) < 0:
+        header = _jpeg_header(data)
+        # An EXIF thumbnail has its own end marker: only one after the start of the pixel data counts. There 0xff is
+        # always escaped, so no marker is found by chance.
+        if header is None or data.find(_JPEG_END, header[2]) < 0:
             return "JPEG without its end marker"
     elif data.startswith(_PNG):
         if data.rfind(b"IEND") < 0:
@@ -80,7 +80,7 @@ def _truncation(data: bytes) -> str:
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
-    """(height, width, where the first scan starts) of a JPEG as stored, before EXIF orientation; None if cut short."""
+    """Return (height, width, start of the pixel data) of a JPEG as stored, before EXIF orientation; None if truncated."""
     at, height, width = 2, 0, 0
     while at + 4 <= len(data):
         if data[at] != 0xFF:
@@ -103,10 +103,10 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
 
 
 def _ends_early(data: bytes, grey: np.ndarray) -> bool:
-    """Whether a JPEG lacks blocks though its end marker is there, as after a repair. Progressive ones look whole.
+    """Whether a JPEG lacks blocks despite its end marker, as after a repair. Progressive ones are not detected.
 
-    Missing blocks come out as 128, and what is put in front of the marker is read in their place: a whole image
-    stays the same. Only an image that has 128 in a corner (the last, but for EXIF's turns) is read twice more.
+    Missing blocks decode to 128. Filler in front of the marker is decoded in their place, but leaves a whole image as
+    it is. Only an image with 128 in a corner (the last one, before EXIF rotation) is decoded twice more.
     """
     header = _jpeg_header(data)
     if header is None or 128 not in grey[[0, 0, -1, -1], [0, -1, 0, -1]]:
@@ -121,17 +121,17 @@ def _ends_early(data: bytes, grey: np.ndarray) -> bool:
 
 
 def _small(data: bytes) -> np.ndarray:
-    """A JPEG at 1/8 by Pillow: OpenCV would print that the filler is corrupt, of images that are not."""
+    """Decode a JPEG at 1/8 by Pillow: OpenCV would print warnings about the filler."""
     image = Image.open(io.BytesIO(data))
     image.draft("L", (1, 1))
     return np.asarray(image)
 
 
 def _size_hw(data: bytes) -> tuple[tuple[int, int] | None, np.ndarray | None]:
-    """Decode, for the check as much as for the size; JPEGs in grey at 1/8, which reads every bit a third as long.
+    """Decode an image to check it and to find its size. JPEGs in grey at 1/8: every bit is read, in a third of the time.
 
     Returns:
-        (height, width) in px and what was decoded, or None twice.
+        (height, width) in px and the decoded image, or None twice.
     """
     header = _jpeg_header(data) if data.startswith(_JPEG) else None
     if header is not None and header[0] and header[1]:
@@ -140,7 +140,7 @@ def _size_hw(data: bytes) -> tuple[tuple[int, int] | None, np.ndarray | None]:
             return None, None
         height, width = header[:2]
         upright, turned = _reduced((height, width), 8), _reduced((width, height), 8)
-        if height == width or upright != turned:  # else only the full image tells whether EXIF turns it
+        if height == width or upright != turned:  # else only the full image shows whether EXIF rotates it
             if small.shape == upright:
                 return (height, width), small
             if small.shape == turned:
@@ -150,16 +150,16 @@ def _size_hw(data: bytes) -> tuple[tuple[int, int] | None, np.ndarray | None]:
 
 
 def read_rgb(path: str | Path, size_hw: tuple[int, int], long_side_px: int) -> np.ndarray | None:
-    """An image whose long side is exactly `long_side_px`: (H, W, 3) uint8 RGB.
+    """Read an image with a long side of exactly `long_side_px`: (H, W, 3) uint8 RGB.
 
-    A JPEG of at least twice that is decoded at 1/2, 1/4 or 1/8, which costs half as much and averages as INTER_AREA
-    does; what remains of the way is bilinear, and other formats of at least twice that take INTER_AREA.
+    A JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8, which costs half as much and averages as INTER_AREA
+    does; the rest is bilinear. Other formats at least twice as large use INTER_AREA.
 
     Args:
         size_hw: of the file, as `check_image` found it.
 
     Returns:
-        None when the file cannot be decoded or no longer has that size.
+        None if the file cannot be decoded or no longer has that size.
     """
     try:
         data = np.fromfile(path, np.uint8)
@@ -173,14 +173,14 @@ def read_rgb(path: str | Path, size_hw: tuple[int, int], long_side_px: int) -> n
         return None
     height, width = scaled_hw(size_hw, long_side_px)
     if image.shape[:2] != (height, width):
-        # Under a factor of 2 two neighbours a pixel are nearly all there are: INTER_AREA would cost 2 ms, not 0.3.
+        # Below a factor of 2, bilinear sees nearly all pixels, and costs 0.3 ms instead of INTER_AREA's 2.
         far = max(image.shape[:2]) >= 2 * long_side_px
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
     return image
 
 
 def scaled_hw(size_hw: tuple[int, int], long_side_px: int) -> tuple[int, int]:
-    """The size of an image once its long side is `long_side_px`; the other side rounded, at least 1."""
+    """Return the size of an image with its long side at `long_side_px`; the other is rounded, at least 1."""
     scale = long_side_px / max(size_hw)
     return max(1, round(size_hw[0] * scale)), max(1, round(size_hw[1] * scale))
 

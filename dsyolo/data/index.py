@@ -1,5 +1,6 @@
-"""What a scan knows: images, sizes and labels in flat arrays, and no Python object per image, so that loader workers
-share it after a fork.
+"""The index of a data set: images, sizes and labels in flat arrays.
+
+Without a Python object per image, loader workers share its memory after a fork.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ARRAYS = ("path_bytes", "path_offsets", "sizes_hw", "offsets", "boxes", "classes
 
 
 class ImageRecord(NamedTuple):
-    """What is known of one image after reading it."""
+    """One image as it was read and checked."""
 
     path: str
     size_hw: tuple[int, int] | None  # px after EXIF orientation; None: leave the image out
@@ -61,7 +62,7 @@ class DatasetIndex:
         return os.fsdecode(self.path_bytes[start:stop].tobytes())
 
     def labels(self, index: int) -> Labels:
-        """The labels of one image, as shares of its width and height. Views: do not write to them."""
+        """Return the labels of one image, as shares of its width and height. They are views: do not write to them."""
         start, stop = self.offsets[index : index + 2]
         bounds = self.point_offsets[start : stop + 1]
         polygons: tuple[np.ndarray | None, ...] = ()
@@ -70,17 +71,17 @@ class DatasetIndex:
         return Labels(self.classes[start:stop], self.boxes[start:stop], polygons)
 
     def box_sizes_px(self, long_side_px: int) -> np.ndarray:
-        """(T, 2) float32: width and height of every box when its image's long side is that long."""
+        """Return width and height, (T, 2) float32, of every box in px for images of this long side."""
         scale = long_side_px / self.sizes_hw.max(1, initial=1)
         image_wh = (self.sizes_hw[:, ::-1] * scale[:, None]).astype(np.float32)
         return (self.boxes[:, 2:] - self.boxes[:, :2]) * np.repeat(image_wh, np.diff(self.offsets), 0)
 
     def class_counts(self) -> np.ndarray:
-        """(K,) int64: the boxes of each class."""
+        """Return the number of boxes of each class, (K,) int64."""
         return np.bincount(self.classes, minlength=self.num_classes)
 
     def unknown_classes(self) -> dict[str, list[Problem]]:
-        """By detail, the rows left out because their class has no name."""
+        """Return the rows left out because their class has no name, by detail."""
         rows: dict[str, list[Problem]] = {}
         for problem in self.problems:
             if problem.reason == UNKNOWN_CLASS:
@@ -88,7 +89,7 @@ class DatasetIndex:
         return rows
 
     def summary(self, num_files: int = 3) -> str:
-        """One line of counts, then one per reason of problems with the first few files."""
+        """Return a line of counts, then a line per kind of problem with the first few files."""
         text = f"{len(self):,} images ({self.num_backgrounds:,} backgrounds), {self.num_boxes:,} boxes"
         if not self.problems:
             return text
@@ -98,7 +99,7 @@ class DatasetIndex:
 def assemble_index(
     records: Iterable[ImageRecord], num_classes: int, problems: Sequence[Problem] = ()
 ) -> DatasetIndex:
-    """Put records together, in their order; those without a size are left out."""
+    """Assemble an index from records, in their order; those without a size are left out."""
     problems = list(problems)
     paths: list[bytes] = []
     sizes: list[tuple[int, int]] = []
@@ -131,12 +132,12 @@ def assemble_index(
 
 
 def merge_indexes(parts: Sequence[DatasetIndex], problems: Sequence[Problem] = ()) -> DatasetIndex:
-    """One scan of several, at least one, in their order; `problems` come before theirs."""
+    """Merge at least one index, in their order; `problems` come before theirs."""
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
     for name in (name for name in ARRAYS if name.endswith("offsets")):
         joined[name] = _offsets(np.concatenate([np.diff(getattr(part, name)) for part in parts]))
-    told = (*problems, *itertools.chain.from_iterable(part.problems for part in parts))
-    return DatasetIndex(parts[0].num_classes, **joined, problems=told)
+    all_problems = (*problems, *itertools.chain.from_iterable(part.problems for part in parts))
+    return DatasetIndex(parts[0].num_classes, **joined, problems=all_problems)
 
 
 def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:

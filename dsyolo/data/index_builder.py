@@ -1,7 +1,7 @@
-"""One scan of a data set: every image and label file is read once, checked, and what is good kept compactly.
+"""Builds the index of a data set: reads and checks every image and label file once, and keeps what is usable.
 
-It is cached outside the data folder, keyed by the paths, sizes and times of all files. Ranks share the work: see
-`crew.py`.
+The index is cached outside the data folder, keyed by the paths, sizes and times of all files. Ranks share the work:
+see parallel_map.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsyolo.data.index_cache import default_cache_dir, load_cache, save_cache
 from dsyolo.data.labels import Problem, no_labels, read_labels
 from dsyolo.data.parallel_map import Communicator, LocalCommunicator, parallel_map, run_on_all_ranks
 
-FORMAT_VERSION = 2  # raise it whenever what a scan keeps or how it checks changes
+FORMAT_VERSION = 2  # raise it whenever the index or its checks change
 
 NO_ROW_LEFT = "no label row can be used (image left out)"
 LISTED_TWICE = "image listed more than once (repeat left out)"
@@ -36,14 +36,14 @@ def build_index(
     progress: bool = True,
     communicator: Communicator | None = None,
 ) -> DatasetIndex:
-    """Read and check all images and labels of folders and list files, or take the result from the cache.
+    """Read and check all images and labels of folders and list files, or load the index from the cache.
 
-    Any number of runs may do this at once: a cache file is replaced as a whole, and the last one wins.
+    Several runs may do this at once: a cache file is replaced as a whole, and the last one wins.
 
     Args:
-        cache_dir: None for `default_cache_dir()`. One that cannot be written costs a warning and no more.
+        cache_dir: None for `default_cache_dir()`. If it cannot be written, there is only a warning.
         workers: threads (decoding releases the GIL); None: one per core, at most 16.
-        crew: the ranks that call this together, each to read its share; all get the same. None: this process alone.
+        communicator: the ranks that call this together. Each reads its share, all get the same. None: this process alone.
 
     Raises:
         UserError: a source that does not exist, no image in the sources, none that can be used, or ranks that see
@@ -63,10 +63,10 @@ def build_index(
     )
     key = _digest([f"{FORMAT_VERSION} {num_classes}", *digests])
     name = hashlib.sha256("\n".join([str(num_classes), *map(str, sources)]).encode(errors="surrogateescape"))
-    cache_file = Path(cache_dir or default_cache_dir()) / f"scan-{name.hexdigest()[:24]}.npz"
-    cached = run_on_all_ranks(communicator, lambda: load_cache(cache_file, key), "reading the scan's cache")
-    found = _whoever_has_it(communicator, cached)
-    if found is None:
+    cache_file = Path(cache_dir or default_cache_dir()) / f"index-{name.hexdigest()[:24]}.npz"
+    cached = run_on_all_ranks(communicator, lambda: load_cache(cache_file, key), "reading the cached index")
+    index = _from_any_rank(communicator, cached)
+    if index is None:
         parts = parallel_map(
             communicator,
             partial(read_image_record, num_classes=num_classes),
@@ -76,52 +76,52 @@ def build_index(
             num_threads=workers,
             bar=progress,
         )
-        found = merge_indexes(parts, [Problem(image, 0, LISTED_TWICE, "") for image in repeats])
-    if not len(found):
+        index = merge_indexes(parts, [Problem(image, 0, LISTED_TWICE) for image in repeats])
+    if not len(index):
         raise UserError(
             f"None of the {len(images)} images in {', '.join(map(str, sources))} can be used",
-            [str(problem) for problem in found.problems[:10]],
+            [str(problem) for problem in index.problems[:10]],
         )
     keeps = cached is None and communicator.keeps_cache
     run_on_all_ranks(
         communicator,
-        lambda: save_cache(cache_file, key, found) if keeps else None,
-        "writing the scan's cache",
+        lambda: save_cache(cache_file, key, index) if keeps else None,
+        "caching the index",
     )
-    return found
+    return index
 
 
 def _check_same(communicator: Communicator, images: Sequence[str], sources: Sequence[Path]) -> None:
-    """All members must list the same files, since each reads a share of them for all."""
+    """Check that all ranks list the same files, since each reads a share of them for all."""
     seen = communicator.exchange((len(images), _digest(images)))
     others = [rank for rank, what in enumerate(seen) if what != seen[0]]
     if others:
         first, other = seen[0][0], seen[others[0]][0]
         names = ", of other names" if first == other else ""
-        counts = f"rank 0 finds {first:,} images and rank {others[0]} {other:,}{names}"
-        rule = "Every machine needs the same files under the same paths: share the folder, or copy it anew"
+        counts = f"rank 0 finds {first:,} images and rank {others[0]} finds {other:,}{names}"
+        rule = "Every host needs the same files under the same paths: share the folder, or copy it again"
         where = ", ".join(map(str, sources))
         raise UserError("The ranks do not see the same data set", [f"{where}: {counts}. {rule}."])
 
 
-def _whoever_has_it(communicator: Communicator, cached: DatasetIndex | None) -> DatasetIndex | None:
-    """The scan from this machine's cache, or else from that of another one; None where no member has it."""
+def _from_any_rank(communicator: Communicator, cached: DatasetIndex | None) -> DatasetIndex | None:
+    """Return the index from this host's cache, or else from another rank's; None if no rank has it."""
     have = communicator.exchange(cached is not None)
     if all(have) or not any(have):
         return cached
-    return communicator.given_by(have.index(True), cached)
+    return communicator.broadcast(have.index(True), cached)
 
 
 def read_image_record(image: str | Path, num_classes: int) -> ImageRecord:
-    """Read and check one image and its label file. Depends on nothing else, so that any worker or rank can do it."""
+    """Read and check one image and its label file. Depends on nothing else, so any worker or rank can do it."""
     image = str(image)
     size_hw, reason, detail = check_image(image)
     if size_hw is None:
         return ImageRecord(image, None, no_labels(), (Problem(image, 0, reason, detail),))
     labels, problems = read_labels(label_path(image), num_classes)
     if problems and not len(labels.classes):
-        # Its objects are there, though none can be used: as a background it would teach that they are not.
-        problems.append(Problem(image, 0, NO_ROW_LEFT, ""))
+        # It has objects, though none is usable: as a background it would teach that there are none.
+        problems.append(Problem(image, 0, NO_ROW_LEFT))
         size_hw = None
     return ImageRecord(image, size_hw, labels, tuple(problems))
 

@@ -1,4 +1,4 @@
-"""The cache of scans: a file outside the data folder that holds as long as no image or label file changes."""
+"""The cache of an index: a file outside the data folder, valid until an image or label file changes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from dsyolo.data.labels import Problem
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/dsyolo, else ~/.cache/dsyolo."""
+    """Return $XDG_CACHE_HOME/dsyolo, else ~/.cache/dsyolo."""
     return read_environment().cache / "dsyolo"
 
 
-def save_cache(cache_file: Path, key: str, found: DatasetIndex) -> None:
-    """SHA-256 of the rest, then an .npz: a reader sees the old file or the new one, never a part.
+def save_cache(cache_file: Path, key: str, index: DatasetIndex) -> None:
+    """Write a SHA-256, then an .npz. A reader sees the old file or the new one, never a part.
 
-    A file that cannot be written costs a warning and no more.
+    If the file cannot be written, there is only a warning.
     """
-    header = {"key": key, "num_classes": found.num_classes, "problems": found.problems}
+    header = {"key": key, "num_classes": index.num_classes, "problems": index.problems}
     buffer = io.BytesIO()
     np.savez(
         buffer,
         header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-        **{name: getattr(found, name) for name in ARRAYS},
+        **{name: getattr(index, name) for name in ARRAYS},
     )
     payload = buffer.getbuffer()
     temporary = cache_file.with_name(f".{cache_file.name}.{os.getpid()}.{time.monotonic_ns()}")
@@ -48,12 +48,12 @@ def save_cache(cache_file: Path, key: str, found: DatasetIndex) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         warnings.warn(
-            f"the scan could not be cached, so the next run reads all files again: {error}", stacklevel=3
+            f"the index could not be cached, so the next run reads all files again: {error}", stacklevel=3
         )
 
 
 def load_cache(cache_file: Path, key: str) -> DatasetIndex | None:
-    """What was saved for `key`; None where there is nothing, and, with a warning, where the file is damaged."""
+    """Return what was saved for `key`; None if there is nothing, or, with a warning, if the file is damaged."""
     try:
         raw = cache_file.read_bytes()
     except OSError:

@@ -1,7 +1,7 @@
-"""One YOLO label file: what its rows mean, and which of them can be used.
+"""Reads and checks YOLO label files.
 
-A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, as shares of the image's width and height. What is
-wrong with a row is reported and the row mended or left out: nothing here raises for a bad label.
+A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, as shares of the image's width and height. A bad row is
+reported and repaired or left out: nothing here raises for a bad label.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ OUTSIDE = "box outside the image (row left out)"
 CLIPPED = "box over the image's edge (clipped)"
 DUPLICATE = "duplicate row (left out)"
 
-# A row whose numbers leave [0, 1] by more is taken for a mistake (pixels instead of shares, say). YOLOv5 drops the
-# whole image there; its rows with numbers in [0, 1] but corners outside are used, and so they are here, clipped.
+# A row with numbers further outside [0, 1] is a mistake (pixels instead of shares, for example). YOLOv5 drops the
+# whole image then. Rows with numbers in [0, 1] but corners outside are used, clipped, there and here.
 OUTSIDE_LIMIT = 0.01
-# Under this overhang (0.6 px of 640) a clipped corner is rounding, and not worth a report.
+# Below this overhang (0.6 px of 640) a clipped corner is rounding, and not reported.
 ROUNDING = 1e-3
 MOST_LABEL_BYTES = 64 << 20
 
 
 class Problem(NamedTuple):
-    """Something wrong with one file of the data set, and what was done about it."""
+    """A problem of one file of the data set, and what was done about it."""
 
     file: str
     line: int  # 1-based; 0: the file as a whole
-    reason: str  # one of a small vocabulary, to count by
-    detail: str  # what was given, and the rule
+    reason: str  # one of the constants of these modules, to group by
+    detail: str = ""  # the value given, and the rule
 
     @property
     def place(self) -> str:
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
 
 def by_reason(problems: Sequence[Problem], num_files: int = 3) -> list[str]:
-    """A line per reason, the commonest first: how often, the first few places, and one example's detail."""
+    """Return a line per reason, the most common first: its count, the first few places, and a detail."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.reason, []).append(problem)
@@ -63,7 +63,7 @@ def by_reason(problems: Sequence[Problem], num_files: int = 3) -> list[str]:
 
 
 class Labels(NamedTuple):
-    """The good rows of one label file."""
+    """The usable rows of one label file."""
 
     classes: np.ndarray  # (N,) int64
     boxes_xyxy: np.ndarray  # (N, 4) float32, shares of the image's width and height, in [0, 1]
@@ -71,15 +71,15 @@ class Labels(NamedTuple):
 
 
 def no_labels() -> Labels:
-    """Those of a background."""
+    """Return the labels of a background."""
     return Labels(np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
 
 
 def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Problem]]:
-    """Read one label file; a missing or empty one is a background, without problems.
+    """Read one label file; a missing or empty one is a background, and no problem.
 
     Returns:
-        the rows that can be used (duplicates of class and box once), and what was wrong with the others.
+        The usable rows (duplicates of class and box once), and the problems of the others.
     """
     try:
         raw = read_bytes(path, MOST_LABEL_BYTES)
@@ -97,7 +97,7 @@ _Parsed = tuple[list[int], list[float], np.ndarray, list["np.ndarray | None"], l
 
 
 def _parse(path: str, text: str) -> _Parsed:
-    """Lines of numbers: their line numbers, classes, boxes (N, 4) cx cy w h as float64, and polygons."""
+    """Parse the lines; return line numbers, classes, boxes (N, 4) cx cy w h as float64, polygons, and problems."""
     lines: list[int] = []
     classes: list[float] = []
     boxes: list[tuple[float, ...]] = []
@@ -139,9 +139,9 @@ def _checked(
     num_classes: int,
     problems: list[Problem],
 ) -> tuple[Labels, list[Problem]]:
-    """Sort the rows into good, mended and left out. The first rule that a row breaks is the one reported."""
+    """Sort the rows into good, repaired and left out. Report the first rule that a row breaks."""
     centres, sizes = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:]
-    with np.errstate(invalid="ignore"):  # NaN and infinity are what the first rule finds
+    with np.errstate(invalid="ignore"):  # the first rule finds NaN and infinity
         corners = np.concatenate([centres - sizes / 2, centres + sizes / 2], 1)
         boxes_xyxy = np.clip(corners, 0, 1).astype(np.float32)
         away = (np.abs(boxes_cxcywh - 0.5) > 0.5 + OUTSIDE_LIMIT).any(1)

@@ -13,7 +13,7 @@ from dsyolo.base.batch import Batch, EvalBatch, GroundTruth, Sample, Targets
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.sampler import SampleKey, StepSampler
 from dsyolo.data.transforms import Augmentation, augment
-from dsyolo.data.workers import limit_opencv, of_loader
+from dsyolo.data.workers import limit_opencv, worker_options
 from dsyolo.detection.boxes import letterbox, xyxy_to_cxcywh
 
 MULTI_SCALE_RANGE = (0.5, 1.5)
@@ -22,7 +22,7 @@ Assign = Callable[[np.ndarray, np.ndarray, np.ndarray, int, tuple[int, int]], Ta
 
 
 class _TrainSamples(Dataset):
-    """Samples by key: pure in (seed, epoch, index), so any worker makes the same one."""
+    """Samples by key: a pure function of (seed, epoch, index), so every worker makes the same one."""
 
     def __init__(self, dataset: DetectionDataset, how: Augmentation, seed: int) -> None:
         self.dataset, self.how, self.seed = dataset, how, seed
@@ -33,24 +33,24 @@ class _TrainSamples(Dataset):
 
 
 class TrainLoader:
-    """Gives the micro-batches of every step.
+    """Yields the micro-batches of every step.
 
     Args:
-        dataset: the training split; None for a rank that needs no batches, in the middle of a pipeline.
-        stream: which images when.
+        dataset: the training split; None for a rank in the middle of a pipeline, which needs no batches.
+        sampler: which images come when.
         how: augmentation.
-        assign: labels of a batch to targets; runs in the workers.
+        assign: turns the labels of a batch into targets, in the workers.
         image_size_px: side of the images.
         stride: sizes of multi-scale are multiples of it.
         multi_scale: draw each step's size from [0.5, 1.5] x `image_size_px`.
-        num_workers: processes; 0 makes the batches in this one.
-        pin_memory: for copies to a device that do not wait.
+        num_workers: worker processes; 0: none, batches are made in this process.
+        pin_memory: so that copies to the device do not block.
     """
 
     def __init__(
         self,
         dataset: DetectionDataset | None,
-        stream: StepSampler,
+        sampler: StepSampler,
         how: Augmentation,
         assign: Assign,
         *,
@@ -60,8 +60,8 @@ class TrainLoader:
         num_workers: int,
         pin_memory: bool,
     ) -> None:
-        self._samples = None if dataset is None else _TrainSamples(dataset, how, stream.seed)
-        self._stream = stream
+        self._samples = None if dataset is None else _TrainSamples(dataset, how, sampler.seed)
+        self._sampler = sampler
         self._collate = _TrainCollate(assign)
         self._size_px, self._stride, self._multi_scale = image_size_px, stride, multi_scale
         self._num_workers, self._pin_memory = num_workers, pin_memory
@@ -70,44 +70,46 @@ class TrainLoader:
         self._wait_s = 0.0
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
-        """Each step's micro-batches, from step `start` to the end of `epoch`; none of them without a data set.
+        """Yield each step's micro-batches, from step `start` to the end of `epoch`; empty lists without a data set.
 
-        Workers go on into the next epoch meanwhile; asking for another step than the next one restarts them.
+        Workers run ahead into the next epoch; any other step than the next one restarts them.
         """
-        for step in range(start, self._stream.epoch_start_step(epoch + 1)):
+        for step in range(start, self._sampler.epoch_start_step(epoch + 1)):
             if self._samples is None:
                 yield []
                 continue
             if self._batches is None or step != self._next_step:
                 self._batches = self._open(step)
             begin = time.perf_counter()
-            batches = [next(self._batches) for _ in range(self._stream.accumulation)]
+            batches = [next(self._batches) for _ in range(self._sampler.accumulation)]
             self._wait_s += time.perf_counter() - begin
             self._next_step = step + 1
             yield batches
 
     def take_wait_s(self) -> float:
-        """Seconds waited for workers since this was last asked."""
+        """Return the seconds waited for workers since the last call."""
         taken, self._wait_s = self._wait_s, 0.0
         return taken
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         self._batches = None
 
     def size_px(self, step: int) -> int:
-        """Side of the images of a step."""
+        """Return the side of a step's images."""
         if not self._multi_scale:
             return self._size_px
-        rng = np.random.default_rng((self._stream.seed, step, 0, 1))  # four numbers: three are a sample's
+        rng = np.random.default_rng(
+            (self._sampler.seed, step, 0, 1)
+        )  # four numbers: a sample's seed has three
         low, high = (round(self._size_px * bound / self._stride) for bound in MULTI_SCALE_RANGE)
-        low = max(low, 2)  # of a single cell BatchNorm could not tell a deviation
+        low = max(low, 2)  # BatchNorm needs more than one cell
         return int(rng.integers(low, high, endpoint=True)) * self._stride
 
     def _open(self, step: int) -> Iterator[Batch]:
         limit_opencv()
-        # A step takes all its micro-batches at once: while it trains, workers make those of the next.
-        ahead = 1 + -(-self._stream.accumulation // max(self._num_workers, 1))
+        # A step takes all its micro-batches at once; workers make those of the next one meanwhile.
+        ahead = 1 + -(-self._sampler.accumulation // max(self._num_workers, 1))
         return iter(
             DataLoader(
                 self._samples,
@@ -115,23 +117,23 @@ class TrainLoader:
                 collate_fn=self._collate,
                 pin_memory=self._pin_memory,
                 prefetch_factor=ahead if self._num_workers else None,
-                **of_loader(self._num_workers),
+                **worker_options(self._num_workers),
             )
         )
 
     def _keys(self, step: int) -> Iterator[list[SampleKey]]:
         size_px = self.size_px(step)
-        for group in self._stream.micro_batches(step):
+        for group in self._sampler.micro_batches(step):
             yield [SampleKey(epoch, index, size_px) for epoch, index in group]
 
 
 def largest_size_px(size_px: int, stride: int) -> int:
-    """The largest side that multi-scale training around `size_px` draws."""
+    """Return the largest side that multi-scale training around `size_px` draws."""
     return round(size_px * MULTI_SCALE_RANGE[1] / stride) * stride
 
 
 class _Keys:
-    """The endless batch sampler, from a step on."""
+    """The endless batch sampler, from a step on: lists of keys, one per micro-batch."""
 
     def __init__(self, loader: TrainLoader, step: int) -> None:
         self._loader, self._step = loader, step
@@ -144,7 +146,7 @@ class _Keys:
 
 
 class _TrainCollate:
-    """Samples of one size to a Batch. The images stay in the order H, W, C in memory: channels-last, at no copy."""
+    """Collates samples of one size into a Batch. Images stay H, W, C in memory: channels-last without a copy."""
 
     def __init__(self, assign: Assign) -> None:
         self._assign = assign
@@ -158,7 +160,7 @@ class _TrainCollate:
 
 
 class _EvalSamples(Dataset):
-    """Letterboxed images with their truth, by (index, shape)."""
+    """Letterboxed images with their ground truth, by (index, shape)."""
 
     def __init__(self, dataset: DetectionDataset, image_size_px: int) -> None:
         self.dataset, self.image_size_px = dataset, image_size_px
@@ -175,11 +177,11 @@ class _EvalSamples(Dataset):
 class EvalLoader:
     """The batches of a validation split that one rank works on.
 
-    Batches are cut from the images of one shape and then dealt to the ranks, so they are the same batches on any
-    number of ranks. All ranks get equally many: where they do not divide, the first one comes again, without truths.
+    Batches are cut from the images of one shape and then dealt to the ranks, so they are the same on any number of
+    ranks. All ranks get equally many: if necessary the first batch is repeated, without ground truths.
 
     Args:
-        rectangular: each image is padded to multiples of `stride` only, not to a square.
+        rectangular: pad each image to multiples of `stride` only, not to a square.
     """
 
     def __init__(
@@ -196,7 +198,7 @@ class EvalLoader:
         rectangular: bool = True,
     ) -> None:
         shapes = _rectangles(dataset.sizes_hw, image_size_px, stride, rectangular)
-        # One shape a batch: else the padding of an image, and so its boxes, would depend on its neighbours.
+        # One shape per batch: else the padding of an image, and so its boxes, would depend on its neighbours.
         of_shape: dict[tuple[int, int], list[int]] = {}
         for i, shape in enumerate(shapes):
             of_shape.setdefault(shape, []).append(i)
@@ -215,11 +217,11 @@ class EvalLoader:
             collate_fn=_collate_eval,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            **of_loader(num_workers),
+            **worker_options(num_workers),
         )
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         self._loader._iterator = None  # where DataLoader keeps its persistent workers
 
     def __iter__(self) -> Iterator[EvalBatch]:
@@ -229,7 +231,7 @@ class EvalLoader:
 
 
 def _rectangles(sizes_hw: np.ndarray, size_px: int, stride: int, rectangular: bool) -> list[tuple[int, int]]:
-    """(height, width) that each image's batch must have at least, in multiples of `stride`."""
+    """Return the (height, width) that each image needs, in multiples of `stride`."""
     if not rectangular:
         return [(size_px, size_px)] * len(sizes_hw)
     scaled = np.round(sizes_hw * (size_px / sizes_hw.max(1, keepdims=True)))
@@ -241,10 +243,10 @@ def _collate_eval(items: Sequence[tuple[np.ndarray, GroundTruth]]) -> EvalBatch:
 
 
 def to_batch(image_rgb: np.ndarray) -> torch.Tensor:
-    """One (H, W, 3) uint8 image as a batch (1, 3, H, W)."""
+    """Return one (H, W, 3) uint8 image as a batch (1, 3, H, W)."""
     return _stack([image_rgb])
 
 
 def _stack(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """(H, W, 3) uint8 images to (B, 3, H, W), channels-last in memory."""
+    """Stack (H, W, 3) uint8 images into (B, 3, H, W), channels-last in memory."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

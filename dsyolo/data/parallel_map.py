@@ -1,7 +1,7 @@
-"""Processes that read a data set together, each its share, so that no slow disk makes the others wait in silence.
+"""A map over files that all ranks share: each rank reads its part, and none waits long in a collective.
 
-Threads read. The main threads meet every second or two and exchange what was read since: no collective waits longer
-than that, whether a scan takes an hour or a single file of one member takes ten minutes.
+Threads read, and the main threads exchange the results every second or two. So no collective waits longer than that,
+even if the whole takes an hour, or a single file ten minutes.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ P = TypeVar("P")
 
 
 class Communicator(Protocol):
-    """One member's view of the processes that read together. All make the same calls in the same order."""
+    """One rank's view of the ranks that work together. All make the same calls in the same order."""
 
     rank: int
     size: int
-    keeps_cache: bool  # of its machine's members the one that writes what all of them may read
-    meets_every_s: float
+    keeps_cache: bool  # whether this rank writes its host's cache
+    exchange_every_s: float
 
     def exchange(self, item: Any) -> list[Any]:
-        """Every member's item, in the order of ranks; waits for all members."""
+        """Return every rank's item, in the order of ranks; waits for all ranks."""
 
-    def given_by(self, rank: int, item: Any) -> Any:
-        """That member's item, on all members."""
+    def broadcast(self, rank: int, item: Any) -> Any:
+        """Return the item of `rank` on all ranks."""
 
     def at(self, where: str) -> None:
-        """This member has made progress, and is there now."""
+        """Report progress: this rank is at `where` now."""
 
 
 class LocalCommunicator:
-    """A crew of one."""
+    """A single process."""
 
     rank, size = 0, 1
     keeps_cache = True
-    meets_every_s = 0.2  # moves the progress bar, no more
+    exchange_every_s = 0.2  # only moves the progress bar
 
     def exchange(self, item: Any) -> list[Any]:
         return [item]
 
-    def given_by(self, rank: int, item: Any) -> Any:
+    def broadcast(self, rank: int, item: Any) -> Any:
         return item
 
     def at(self, where: str) -> None: ...
 
 
 def run_on_all_ranks(communicator: Communicator, work: Callable[[], R], what: str) -> R:
-    """What `work` gives this member, once all members are done with theirs.
+    """Return what `work` returns on this rank, once all ranks are done.
 
     Raises:
-        UserError: that of the first member that has one, on all of them.
+        UserError: on all ranks, the error of the first rank that has one.
     """
     results: list[R] = []
     tasks = [lambda: results.append(work())]
-    for _ in _meetings(communicator, tasks, what, communicator.size, lambda: len(results), num_threads=1):
+    for _ in _exchanges(communicator, tasks, what, communicator.size, lambda: len(results), num_threads=1):
         pass
     return results[0]
 
@@ -80,28 +80,28 @@ def parallel_map(
     num_threads: int,
     bar: bool = False,
 ) -> list[P]:
-    """Applies `work` to all items, each on one member; the results on all members, in the items' order.
+    """Apply `work` to all items, each on one rank; return the results on all ranks, in the order of the items.
 
     Args:
-        pack: makes of the results of `CHUNK` items in a row what is sent and returned.
-        what: is done, in words.
-        bar: show one.
+        pack: turns the results of `CHUNK` consecutive items into what is sent and returned.
+        what: a description for progress messages.
+        bar: whether to show a progress bar.
 
     Raises:
-        UserError: that of the first member that has one, on all of them.
+        UserError: on all ranks, the error of the first rank that has one.
     """
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
     tally = _Tally()
 
     def task(index: int) -> tuple[int, P]:
-        return index, pack([tally.counted(work(item)) for item in chunks[index]])
+        return index, pack([tally.add(work(item)) for item in chunks[index]])
 
     own = [
         lambda index=index: task(index) for index in range(communicator.rank, len(chunks), communicator.size)
     ]
     packs: dict[int, P] = {}
     with tqdm(total=len(items), desc=what, unit=" files", delay=BAR_AFTER_S, disable=not bar) as shown:
-        for num_done, results in _meetings(
+        for num_done, results in _exchanges(
             communicator, own, what, len(items), lambda: tally.count, num_threads=num_threads
         ):
             packs |= dict(results)
@@ -109,7 +109,7 @@ def parallel_map(
     return [packs[index] for index in range(len(chunks))]
 
 
-def _meetings(
+def _exchanges(
     communicator: Communicator,
     tasks: Sequence[Callable[[], R]],
     what: str,
@@ -118,27 +118,25 @@ def _meetings(
     *,
     num_threads: int,
 ) -> Iterator[tuple[int, list[R]]]:
-    """Runs the tasks on threads until all members are done with theirs.
+    """Run the tasks on threads until all ranks are done.
 
     Args:
-        count: how far this member is; all members' add up to `num_all` in the end.
+        count: returns this rank's progress; that of all ranks adds up to `num_all` at the end.
 
     Yields:
-        at each meeting how far all are together, and the results of all members since the last one.
+        After each exchange the progress of all ranks, and their results since the last one.
     """
     pool = ThreadPoolExecutor(max(1, min(num_threads, len(tasks))))
     num_before, all_done, is_waiting = -1, False, False
     try:
         running = {pool.submit(task) for task in tasks}
         while not all_done:
-            done, running = wait(running, timeout=communicator.meets_every_s)
+            done, running = wait(running, timeout=communicator.exchange_every_s)
             if not running and not is_waiting:
-                is_waiting = (
-                    True  # one step further than those that are not: of these is who holds up the others
-                )
+                is_waiting = True  # reported once: the watchdog sees which ranks are still working
                 communicator.at(f"{what}, waiting for the other ranks")
-            meeting = communicator.exchange((count(), bool(running), *_outcome(done)))
-            counts, are_busy, results, errors = zip(*meeting, strict=True)
+            reports = communicator.exchange((count(), bool(running), *_outcome(done)))
+            counts, are_busy, results, errors = zip(*reports, strict=True)
             _raise_first(errors)
             num_done, all_done = sum(counts), not any(are_busy)
             if num_done > num_before:
@@ -152,7 +150,7 @@ def _meetings(
 
 
 def _outcome(done: set[Future[R]]) -> tuple[list[R], tuple[str, list[str]] | None]:
-    """Results, and a UserError in parts where there is one."""
+    """Return the results, or the parts of a UserError."""
     try:
         return [future.result() for future in done], None
     except UserError as error:
@@ -163,7 +161,7 @@ def _raise_first(errors: Sequence[tuple[str, list[str]] | None]) -> None:
     for rank, error in enumerate(errors):
         if error:
             headline, problems = error
-            raise UserError(headline, [*problems, f"This is what rank {rank} found."] if rank else problems)
+            raise UserError(headline, [*problems, f"Rank {rank} reported this."] if rank else problems)
 
 
 class _Tally:
@@ -173,7 +171,7 @@ class _Tally:
         self.count = 0
         self._lock = threading.Lock()
 
-    def counted(self, result: R) -> R:
+    def add(self, result: R) -> R:
         with self._lock:
             self.count += 1
         return result

@@ -16,7 +16,7 @@ import numpy as np
 
 
 class SampleKey(NamedTuple):
-    """All that a training sample depends on, besides the run's seed."""
+    """What a training sample depends on, besides the run's seed."""
 
     epoch: int
     index: int
@@ -24,12 +24,12 @@ class SampleKey(NamedTuple):
 
 
 class StepSampler:
-    """The order of samples of a run.
+    """The order of a run's samples, and this rank's share of them.
 
     Args:
         num_images: of the data set, at least 1.
         seed: of the run.
-        global_batch: images of an optimizer step over all ranks, `micro_batch` x accumulation x `world_size`.
+        global_batch: images per optimizer step over all ranks, `micro_batch` x accumulation x `world_size`.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class StepSampler:
         self.accumulation = global_batch // (micro_batch * world_size)
 
     def epoch_start_step(self, epoch: int) -> int:
-        """The first step all of whose images belong to `epoch` or later; the steps before it train the epochs before it."""
+        """Return the first step whose images all belong to `epoch` or later; the steps before it train earlier epochs."""
         return -(-epoch * self.num_images // self.global_batch)
 
     def at(self, position: int) -> tuple[int, int]:
-        """(epoch, image index) of a position in the stream."""
+        """Return (epoch, image index) of a position in the sequence."""
         epoch, place = divmod(position, self.num_images)
         return epoch, int(_shuffled(self.seed, epoch, self.num_images)[place])
 
     def micro_batches(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """This rank's micro-batches of a step, as (epoch, index).
+        """Yield this rank's micro-batches of a step, as (epoch, index).
 
-        The groups of `micro_batch` consecutive samples go round the ranks, so the groups, and with them the
+        Groups of `micro_batch` consecutive samples are dealt to the ranks in turn. So the groups, and with them the
         statistics of BatchNorm, are the same on any number of ranks.
         """
         for turn in range(self.accumulation):
@@ -62,6 +62,6 @@ class StepSampler:
             yield [self.at(position) for position in range(start, start + self.micro_batch)]
 
 
-@lru_cache(maxsize=4)  # a step reaches into two epochs at most, unless the data set is tiny
+@lru_cache(maxsize=4)  # a step spans at most two epochs, unless the data set is tiny
 def _shuffled(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_images)

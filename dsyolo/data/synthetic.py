@@ -1,7 +1,7 @@
-"""A small data set that dsyolo draws itself: five shapes on textured backgrounds, in the YOLO format.
+"""The synthetic data set: five shapes on textured backgrounds, in YOLO format, drawn without a download.
 
-Enough to see a detector learn in minutes, with nothing to download. The classes differ in outline; colour helps,
-but does not tell. Equal settings give equal bytes.
+A detector learns it in minutes. The classes differ in outline; colour helps, but does not decide. Equal settings
+give equal bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dsyolo.data.formats.writer import new_folder, write_data_yaml
 
 NAMES = ("circle", "square", "triangle", "star", "ring")
 
-_VERSION = 1  # raise it whenever the same settings draw something else
+_VERSION = 1  # raise it whenever equal settings draw something else
 _SETTINGS_FILE = "sample.json"
 _HUES = (10, 45, 85, 120, 155)  # of 180: each class prefers one
 _HUE_SPREAD = 14  # standard deviation: neighbours overlap
@@ -54,16 +54,16 @@ def draw_sample(
     seed: int = 0,
     image_size: tuple[int, int] = (256, 256),
 ) -> Path:
-    """Draw the data set into `dst`, or return at once when it is there already with the same settings.
+    """Draw the data set into `dst`, or return at once if it exists with the same settings.
 
     Args:
         image_size: (w, h) in px; one side of most images is up to a quarter shorter.
 
     Returns:
-        the path of its data.yaml.
+        The path of its data.yaml.
 
     Raises:
-        UserError: settings out of range, or a `dst` that holds other things.
+        UserError: settings out of range, or a `dst` that is not empty.
     """
     dst = Path(dst)
     settings = _Settings(num_images, val_share, seed, (int(image_size[0]), int(image_size[1])))
@@ -84,22 +84,22 @@ def _check(settings: _Settings) -> None:
     problems = []
     if settings.num_images < 2:
         problems.append(
-            f"num_images: {settings.num_images} given, at least 2 needed, to train and to validate on."
+            f"num_images: {settings.num_images} given, but training and validation need at least 2."
         )
     if not 0 < settings.val_share < 1:
         problems.append(
-            f"val_share: {settings.val_share} given. It is a share of the images, between 0 and 1."
+            f"val_share: {settings.val_share} given, but it is a share of the images: between 0 and 1."
         )
     if settings.seed < 0:
-        problems.append(f"seed: {settings.seed} given. It must not be negative.")
+        problems.append(f"seed: {settings.seed} given, but it must be at least 0.")
     if min(settings.image_size) < 64:
-        problems.append(f"image_size: {settings.image_size} given, at least 64 px needed on each side.")
+        problems.append(f"image_size: {settings.image_size} given, but each side must be at least 64 px.")
     if problems:
-        raise UserError("The sample data set cannot be drawn", problems)
+        raise UserError("The synthetic data set cannot be drawn", problems)
 
 
 def _is_complete(dst: Path, settings: _Settings) -> bool:
-    """The folder appears by a rename, so that the settings file in it says it is whole."""
+    """Whether the data set is there. The folder appears by a rename, so its settings file implies that it is complete."""
     try:
         return (dst / _SETTINGS_FILE).read_text() == _as_json(settings)
     except OSError:
@@ -117,7 +117,7 @@ def _draw_all(folder: Path, settings: _Settings) -> None:
         (folder / "labels" / split).mkdir(parents=True)
     for index in range(settings.num_images):
         split = "train" if index < settings.num_images - num_val else "val"
-        # Each image has a stream of its own: another number of images draws the same ones.
+        # Each image has its own generator: another number of images draws the same ones.
         image, shapes = draw_image(np.random.default_rng([settings.seed, index]), settings.image_size)
         name = f"{index:05d}"
         encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
@@ -137,7 +137,7 @@ def _row(shape: _Shape, width: int, height: int) -> str:
 
 
 def draw_image(rng: np.random.Generator, image_size: tuple[int, int]) -> tuple[np.ndarray, list[_Shape]]:
-    """One (H, W, 3) uint8 RGB image and what is in it, from back to front."""
+    """Draw one (H, W, 3) uint8 RGB image; return it and its shapes, from back to front."""
     width, height = image_size
     shorter = rng.uniform(0.75, 1.0)
     width, height = (
@@ -153,7 +153,7 @@ def draw_image(rng: np.random.Generator, image_size: tuple[int, int]) -> tuple[n
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) float32: two colours mixed by a gradient, stripes or blotches, under noise of several grains."""
+    """Draw (H, W, 3) float32: two colours mixed by a gradient, stripes or blotches, with noise of several grains."""
     x, y = np.meshgrid(
         np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
     )
@@ -173,7 +173,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
 
 
 def _blotches(rng: np.random.Generator, width: int, height: int, num_cells: int) -> np.ndarray:
-    """(H, W) float32 in about [0, 1]: smooth noise with that many cells a side."""
+    """Draw smooth noise, (H, W) float32 in about [0, 1], with that many cells per side."""
     coarse = rng.random((num_cells, num_cells), dtype=np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -181,13 +181,13 @@ def _blotches(rng: np.random.Generator, width: int, height: int, num_cells: int)
 def _colour(
     rng: np.random.Generator, hue: float, saturation: Sequence[float], value: Sequence[float]
 ) -> np.ndarray:
-    """(3,) float32 RGB from a hue (of 180) and ranges of saturation and value (of 255)."""
+    """Draw a colour, (3,) float32 RGB, of a hue (of 180) in ranges of saturation and value (of 255)."""
     hsv = np.array([[[hue % 180, rng.uniform(*saturation), rng.uniform(*value)]]]).astype(np.uint8)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
 
 
 def _place(rng: np.random.Generator, width: int, height: int) -> list[_Shape]:
-    """Shapes from small to half the image, large ones first, overlapping but none hidden."""
+    """Draw shapes from small to half the image, large ones first; they may overlap, but none is hidden."""
     if rng.random() < _BACKGROUNDS:
         return []
     short = min(width, height)
@@ -206,7 +206,7 @@ def _place(rng: np.random.Generator, width: int, height: int) -> list[_Shape]:
 
 
 def _shape(rng: np.random.Generator, size: float, width: int, height: int) -> _Shape | None:
-    """A turned and stretched outline somewhere in the image, at least four fifths of its box inside, or None."""
+    """Draw a rotated and stretched outline somewhere; None if less than four fifths of its box are in the image."""
     number = int(rng.integers(len(NAMES)))
     outline = _outline(NAMES[number])
     turn = rng.uniform(0, 2 * np.pi)
@@ -231,7 +231,7 @@ def _shape(rng: np.random.Generator, size: float, width: int, height: int) -> _S
 
 
 def _outline(name: str) -> np.ndarray:
-    """(P, 2): the outline around 0, of any size."""
+    """Return the outline (P, 2) around 0, of any size."""
     corners = {"circle": 40, "ring": 40, "square": 4, "triangle": 3, "star": 10}[name]
     angles = np.arange(corners) * 2 * np.pi / corners
     radii = np.where(np.arange(corners) % 2, 0.45, 1.0) if name == "star" else np.ones(corners)
@@ -239,13 +239,13 @@ def _outline(name: str) -> np.ndarray:
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection of two boxes over the smaller one's area."""
+    """Return the intersection of two boxes over the smaller one's area."""
     sides = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0)
     return sides.prod() / min((a[2:] - a[:2]).prod(), (b[2:] - b[:2]).prod())
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape) -> None:
-    """Blend a shape into the canvas: one colour, lit from one side, with a grain or stripes, its edges smooth."""
+    """Blend a shape into the canvas: one colour, lit from one side, with grain or stripes, and smooth edges."""
     x1, y1 = np.floor(shape.box_xyxy[:2]).astype(int)
     x2, y2 = np.ceil(shape.box_xyxy[2:]).astype(int)
     mask = np.zeros((y2 - y1, x2 - x1), np.uint8)

@@ -1,11 +1,10 @@
 """Training samples: mosaic, copy-paste, perspective, mixup, HSV and flips, drawn from one generator.
 
-A sample is a pure function of the generator's state and the images: nothing here keeps state, and no array
-that `load` returned is ever written to. Boxes live in continuous pixels, in which pixel i spans [i, i + 1].
+A sample is a pure function of the generator's state and the images: nothing here keeps state, and arrays that
+`load` returns are never written to. Boxes are in continuous pixels, in which pixel i spans [i, i + 1].
 
-Draws come first, so that only the part of a mosaic that the crop shows is built, and images that it does not
-show are not even loaded. Loader workers should call `cv2.setNumThreads(1)`: OpenCV's own threads would fight
-over the cores with the other workers.
+All numbers are drawn first. So only the part of a mosaic that the crop shows is built, and images outside of it are
+not loaded. Loader workers should call `cv2.setNumThreads(1)`: OpenCV's threads would compete with the other workers.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from dsyolo.detection.boxes import PAD_GREY
 
 Load = Callable[[int, int], Sample]  # (index, long_side_px) -> the image with that long side, and its labels
 
-MAX_COVERED = 0.3  # of another box, by a pasted object's: most of that one stays visible
+MAX_COVERED = 0.3  # share of another box that a pasted object may cover
 MIXUP_BETA = 32.0
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Probabilities and gains; the defaults are no augmentation at all."""
+    """Probabilities and gains. The defaults augment nothing."""
 
     hsv_h: float = 0.0  # hue, saturation, value are multiplied by 1 +- this
     hsv_s: float = 0.0
@@ -48,17 +47,17 @@ class Augmentation:
 def augment(
     load: Load, index: int, num_images: int, size_px: int, rng: np.random.Generator, how: Augmentation
 ) -> Sample:
-    """The training sample of image `index`.
+    """Return the training sample of image `index`.
 
     Args:
-        load: gives an image by index with its long side scaled to the given pixels; called 0 to 8 times.
+        load: returns an image by index with its long side scaled to the given pixels; called 0 to 8 times.
         index: the sample's own image; the others of a mosaic are drawn.
         num_images: others are drawn from range(num_images).
         size_px: side of the returned image.
-        rng: every draw comes from it.
+        rng: the only source of randomness.
 
     Returns:
-        Sample of (size_px, size_px, 3), boxes inside the image; with all of `how` 0 the letterboxed image.
+        A sample of (size_px, size_px, 3), boxes inside the image. Without augmentation it is the letterboxed image.
     """
     if rng.random() < how.mosaic:
         sample = _drawn_mosaic(load, index, num_images, size_px, rng, how)
@@ -106,12 +105,12 @@ def _draw_view(canvas_px: int, size_px: int, rng: np.random.Generator, how: Augm
 def mosaic4(
     load: Load, indices: Sequence[int], centre_xy: tuple[int, int], size_px: int, shown: Rect | None = None
 ) -> Sample:
-    """Four images that meet at `centre_xy` of a grey canvas of twice `size_px`; what sticks out is cut off.
+    """Place four images around `centre_xy` of a grey canvas of twice `size_px`; what sticks out is cut off.
 
     Args:
         indices: of the images top left, top right, bottom left, bottom right.
-        shown: the part of the canvas to return, the whole by default. Labels are in its pixels, but cut to
-            the canvas only. An image whose quarter lies outside is not loaded, and its labels are left out.
+        shown: the part of the canvas to return, by default all of it. Labels are in its pixels, but clipped to the
+            whole canvas. An image whose quarter lies outside is not loaded, and its labels are left out.
     """
     x0, y0, x1, y1 = shown = shown or (0, 0, 2 * size_px, 2 * size_px)
     centre_x, centre_y = centre_xy
@@ -129,7 +128,7 @@ def mosaic4(
 
 
 def _compose(tiles: Sequence[tuple[Sample, int, int]], canvas_px: int, shown: Rect) -> Sample:
-    """Samples at (left, top) of a square grey canvas, of which `shown` is returned."""
+    """Place samples at (left, top) of a square grey canvas, and return the part `shown`."""
     x0, y0, x1, y1 = shown
     # Filling all of it costs 0.05 ms at 640 px, 1 % of a sample: not worth finding the uncovered strips.
     image = np.full((y1 - y0, x1 - x0, 3), PAD_GREY, np.uint8)
@@ -150,9 +149,9 @@ def _compose(tiles: Sequence[tuple[Sample, int, int]], canvas_px: int, shown: Re
 
 
 def copy_paste(sample: Sample, rng: np.random.Generator, probability: float) -> Sample:
-    """Pastes objects that have polygons a second time, mirrored left to right in the image.
+    """Paste objects that have polygons a second time, mirrored left to right in the image.
 
-    Each is drawn with `probability`, and left out where it would cover over 30 % of a box that is there.
+    Each is chosen with `probability`, and left out if it would cover more than 30 % of an existing box.
     """
     candidates = [i for i, polygon in enumerate(sample.polygons) if polygon is not None]
     chosen = np.array(candidates, int)[rng.random(len(candidates)) < probability].tolist()
@@ -186,13 +185,13 @@ def copy_paste(sample: Sample, rng: np.random.Generator, probability: float) -> 
 
 
 def mixup(first: Sample, second: Sample, ratio: float) -> Sample:
-    """`ratio` of the first image and the rest of the second (of the same shape), with the labels of both."""
+    """Mix two images of one shape, `ratio` of the first and the rest of the second, with the labels of both."""
     return _join(cv2.addWeighted(first.image, ratio, second.image, 1 - ratio, 0), (first, second))
 
 
 def hsv(image: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
-    """Hue, saturation and value of an RGB image (H, W, 3) times three ratios; itself where all are 1."""
-    if all(ratio == 1 for ratio in ratios):  # the way to HSV and back is not exact
+    """Multiply hue, saturation and value of an RGB image (H, W, 3) by three ratios; if all are 1, return it."""
+    if all(ratio == 1 for ratio in ratios):  # converting to HSV and back is not exact
         return image
     levels = np.arange(256)
     table = np.empty((1, 256, 3), np.uint8)
@@ -205,7 +204,7 @@ def hsv(image: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
 
 
 def flip(sample: Sample, left_right: bool, up_down: bool) -> Sample:
-    """Mirrors image, boxes and polygons."""
+    """Mirror image, boxes and polygons."""
     if not (left_right or up_down):
         return sample
     height, width = sample.image.shape[:2]
@@ -223,7 +222,7 @@ def flip(sample: Sample, left_right: bool, up_down: bool) -> Sample:
 
 
 def _join(image: np.ndarray, samples: Sequence[Sample]) -> Sample:
-    """The labels of all samples on one image."""
+    """Return `image` with the labels of all samples."""
     polygons: tuple[np.ndarray | None, ...] = ()
     if any(sample.polygons for sample in samples):
         polygons = tuple(p for s in samples for p in (s.polygons or (None,) * len(s.classes)))

@@ -24,12 +24,12 @@ MAX_ASPECT = 100.0  # and is less elongated than this
 
 
 class View(NamedTuple):
-    """What the crop shows of a square canvas, and how."""
+    """The part of a square canvas that a crop shows, and the mapping."""
 
     matrix: np.ndarray  # (3, 3) float64: canvas pixels -> output pixels
     area_scale: float  # output pixels per canvas pixel, as areas, before perspective bends them
-    source: Rect  # the part of the canvas that is shown: no more has to be built
-    target: Rect | None  # the part of the output that it fills by resizing; None where it has to be warped
+    source: Rect  # the part of the canvas that is shown: only that must be built
+    target: Rect | None  # the part of the output that it fills by resizing; None if it must be warped
 
 
 def draw_view(
@@ -43,7 +43,7 @@ def draw_view(
     shear: float = 0.0,
     perspective: float = 0.0,
 ) -> View:
-    """Draws perspective, rotation and scale, shear, and shift, to take effect in this order about the centre.
+    """Draw perspective, rotation and scale, shear, and shift; they apply in this order, about the centre.
 
     Args:
         canvas_px, size_px: sides of the square canvas and of the square output.
@@ -80,7 +80,7 @@ def draw_view(
 
 
 def _aligned_view(canvas_px: int, size_px: int, ratio: float, to_x: float, to_y: float) -> View:
-    """Scales and puts the canvas' centre at (to_x, to_y), snapped to whole pixels of canvas and output."""
+    """Return the view that scales and moves the canvas' centre to (to_x, to_y), snapped to whole pixels."""
     shown_px = max(round(size_px / ratio), 1)
 
     def axis(to: float) -> tuple[int, int, int, int, float]:
@@ -99,10 +99,10 @@ def _aligned_view(canvas_px: int, size_px: int, ratio: float, to_x: float, to_y:
 
 
 def crop(sample: Sample, view: View, size_px: int) -> Sample:
-    """Crops a canvas, of which `sample` is the part `view.source`, to (size_px, size_px).
+    """Crop a canvas, of which `sample` is the part `view.source`, to (size_px, size_px).
 
-    A box becomes the bounds of its transformed corners, or of its polygon where there is one, clipped to the
-    image. Those that do not survive (see `survives`) are left out. Where nothing changes, it gives `sample`.
+    A box becomes the bounds of its transformed corners, or of its polygon if it has one, clipped to the image.
+    Boxes that do not survive (see `survives`) are left out. If nothing changes, the result is `sample` itself.
     """
     if view.source == view.target == (0, 0, size_px, size_px):
         return sample
@@ -131,12 +131,12 @@ def crop(sample: Sample, view: View, size_px: int) -> Sample:
 
 
 def survives(boxes_xyxy: np.ndarray, area_before_px: np.ndarray, min_kept: np.ndarray | float) -> np.ndarray:
-    """Which boxes are worth learning after a crop.
+    """Decide which boxes to keep after a crop.
 
     Args:
-        boxes_xyxy: (N, 4), after it, clipped to the image.
-        area_before_px: (N,), before it but at the scale after it.
-        min_kept: the share of the area that has to be left, one or (N,).
+        boxes_xyxy: (N, 4), after the crop, clipped to the image.
+        area_before_px: (N,), before the crop, at the scale after it.
+        min_kept: minimum share of the area that must be left, one number or (N,).
 
     Returns:
         (N,) bool.
@@ -149,7 +149,7 @@ def survives(boxes_xyxy: np.ndarray, area_before_px: np.ndarray, min_kept: np.nd
 
 def _warp_image(image: np.ndarray, matrix: np.ndarray, target: Rect | None, size_px: int) -> np.ndarray:
     if target is None:
-        # OpenCV maps the middles of pixels, labels have pixel i span [i, i + 1].
+        # OpenCV maps pixel centres; in labels, pixel i spans [i, i + 1].
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
         matrix = np.linalg.inv(half) @ matrix @ half
         if (matrix[2] == (0, 0, 1)).all():
@@ -166,7 +166,7 @@ def _warp_image(image: np.ndarray, matrix: np.ndarray, target: Rect | None, size
 
 
 def _project(points: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points (P, 2) through a (3, 3) matrix: (P, 2) float64, and which lie before the horizon (P,) bool."""
+    """Map points (P, 2) by a (3, 3) matrix; return (P, 2) float64, and which are in front of the horizon (P,) bool."""
     moved = points @ matrix[:2, :2].T + matrix[:2, 2]
     depth = points @ matrix[2, :2] + matrix[2, 2]
     in_front = depth > 1e-6
@@ -174,14 +174,14 @@ def _project(points: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def bounds(polygon: np.ndarray) -> np.ndarray:
-    """(4,) the box xyxy around a polygon (P, 2)."""
+    """Return the box xyxy (4,) around a polygon (P, 2)."""
     return np.concatenate([polygon.min(axis=0), polygon.max(axis=0)])
 
 
 def clip_labels(
     boxes: np.ndarray, polygons: Sequence[np.ndarray | None], side_px: int
 ) -> tuple[np.ndarray, tuple[np.ndarray | None, ...]]:
-    """Boxes and polygons cut to [0, side_px] squared. A box follows its polygon; one outside has no area."""
+    """Clip boxes and polygons to [0, side_px] squared. A box follows its polygon; one outside has no area."""
     clipped = boxes.clip(0, side_px)
     if not polygons:
         return clipped, ()
@@ -194,7 +194,7 @@ def clip_labels(
 
 
 def _clip_polygon(polygon: np.ndarray, side_px: int) -> np.ndarray:
-    """Sutherland-Hodgman: (P, 2) cut to [0, side_px] squared, side by side; (0, 2) where nothing is left."""
+    """Clip (P, 2) to [0, side_px] squared by Sutherland-Hodgman; (0, 2) if nothing is left."""
     for axis, edge, sign in ((0, 0, 1), (1, 0, 1), (0, side_px, -1), (1, side_px, -1)):
         if not len(polygon):
             break
@@ -205,16 +205,15 @@ def _clip_polygon(polygon: np.ndarray, side_px: int) -> np.ndarray:
         crosses = inside != np.roll(inside, -1)
         step = following[:, axis] - polygon[:, axis]
         share = (edge - polygon[:, axis]) / np.where(crosses, step, 1)
-        crossing = polygon + share[:, None] * (following - polygon)
-        crossing[:, axis] = edge
-        both = np.stack([polygon, crossing], axis=1).reshape(
-            -1, 2
-        )  # each point, then where its side leaves or enters
+        intersection = polygon + share[:, None] * (following - polygon)
+        intersection[:, axis] = edge
+        # Each point, then where its side leaves or enters.
+        both = np.stack([polygon, intersection], axis=1).reshape(-1, 2)
         polygon = both[np.stack([inside, crosses], axis=1).reshape(-1)].astype(np.float32)
     return polygon
 
 
 def select(sample: Sample, kept: np.ndarray) -> Sample:
-    """The sample with the labels of these indices only."""
+    """Return the sample with the labels of these indices only."""
     polygons = tuple(sample.polygons[i] for i in kept) if sample.polygons else ()
     return Sample(sample.image, sample.boxes_xyxy[kept], sample.classes[kept], polygons)

@@ -1,4 +1,4 @@
-"""The processes that make batches: forked safely beside threads, quiet, and heard to be alive."""
+"""Loader worker processes: forked safely in a process with threads, and checked to be alive."""
 
 from __future__ import annotations
 
@@ -12,65 +12,65 @@ from typing import Any
 import cv2
 
 WORKER_GRACE_S = 25  # launchers kill what has not ended 30 s after SIGTERM
-ALIVE_S, TRIES = 20, 3  # a fork takes milliseconds; on a busy machine it may wait for a core
+ALIVE_S, TRIES = 20, 3  # a fork takes milliseconds, but may wait for a core on a busy machine
 
 
-def of_loader(num_workers: int) -> dict[str, Any]:
-    """What a DataLoader needs to be told for workers of ours."""
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Return the arguments that give a DataLoader these workers."""
     if not num_workers:
         return {"num_workers": 0}
     return {
         "num_workers": num_workers,
         "worker_init_fn": _settle,
-        # elsewhere as Python does: beside the system libraries of macOS a fork is not safe
+        # Elsewhere the platform's default: forking is not safe with the system libraries of macOS.
         "multiprocessing_context": _Forks() if sys.platform.startswith("linux") else None,
     }
 
 
 def limit_opencv() -> None:
-    """Keeps OpenCV to one thread in this process, and ends the others that it has.
+    """Limit OpenCV to one thread in this process, and end its others.
 
-    Before every fork: a worker whose parent had OpenCV's threads running waits for them for ever, since they are
-    not in it. And in a worker they would fight over the cores with the other workers.
+    Call it before every fork: threads are not forked, and a worker would wait forever for those of its parent. In a
+    worker they would compete with the other workers for the cores.
     """
     cv2.setNumThreads(1)
 
 
 def _settle(_worker: int) -> None:
-    # SIGTERM asks the training to stop between two steps, and launchers send it to workers too: they end later.
+    # Launchers send SIGTERM to workers too. The training stops between two steps, so workers must outlive it.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     limit_opencv()
 
 
 class Worker(ForkProcess):
-    """Says that it lives; one that says nothing is ended and forked again.
+    """A worker that signals that it is alive; one that does not is killed and forked again.
 
-    A thread of gloo that hands back a tensor takes the interpreter's list of threads for some microseconds. A worker
-    that is forked just then waits for it for ever, before its first line runs: seen once in some thousand forks under
-    ZeRO 3 with CPython 3.11.
+    A gloo thread that returns a tensor holds the interpreter's list of threads for some microseconds. A worker forked
+    in that moment waits for it forever, before its first line runs: seen once in some thousand forks under ZeRO 3 with
+    CPython 3.11.
     """
 
     @staticmethod
     def _Popen(process: Worker) -> Any:
         for _ in range(TRIES):
-            hears, process.tells = os.pipe()
+            alive_fd, process.signal_fd = os.pipe()
             popen = ForkProcess._Popen(process)
-            os.close(process.tells)
-            lives = wait([hears], ALIVE_S)  # also where it has died
-            os.close(hears)
-            if lives:
+            os.close(process.signal_fd)
+            is_alive = wait([alive_fd], ALIVE_S)  # returns too if it has died
+            os.close(alive_fd)
+            if is_alive:
                 return popen
             popen.kill()
             popen.wait()
-        raise RuntimeError(f"{TRIES} workers of the loader in turn gave no sign of life")
+        raise RuntimeError(f"{TRIES} loader workers in turn gave no sign of life")
 
     def _bootstrap(self, *args: Any, **options: Any) -> int:
-        os.write(self.tells, b"lives")
-        os.close(self.tells)
+        os.write(self.signal_fd, b"lives")
+        os.close(self.signal_fd)
         return super()._bootstrap(*args, **options)
 
 
 class _Forks(ForkContext):
-    """Forked workers share the lists of the data set with their parent."""
+    """Forked workers share the index of the data set with their parent."""
 
     Process = Worker

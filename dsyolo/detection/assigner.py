@@ -1,6 +1,6 @@
-"""Which anchors of which cells answer for which labels. The predictions play no part (docs/yolov5.md, Assignment).
+"""Assigns labels to anchors and cells, independently of the predictions (docs/yolov5.md, Assignment).
 
-So it runs on the host, in the loader's workers, and the device gets tensors of fixed size.
+So it runs on the host, in the loader's workers, and the device gets tensors of fixed shapes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 from dsyolo.base.batch import Targets
 
-MIN_CAPACITY = 256  # rows per level; beyond, the next power of two, so that few shapes occur
+MIN_CAPACITY = 256  # rows per level; above it the next power of two, so that few shapes occur
 
 
 class Matches(NamedTuple):
-    """Of one level, before padding. Rows in the order: own cell, left, upper, right, lower."""
+    """The matches of one level, before padding. Rows in the order: own cell, left, upper, right, lower."""
 
     cells: np.ndarray  # (M,) int64
     boxes: np.ndarray  # (M, 4) float32
@@ -30,7 +30,7 @@ class Assigner:
     Args:
         anchors_px: (L, A, 2) widths and heights in pixels.
         strides: pixels per cell of each level.
-        anchor_t: a label goes with an anchor when no side of one is this many times that of the other.
+        anchor_t: a label matches an anchor if their widths and heights differ by less than this factor.
     """
 
     def __init__(self, anchors_px: np.ndarray, strides: Sequence[int], anchor_t: float) -> None:
@@ -46,7 +46,7 @@ class Assigner:
         num_images: int,
         size_hw: tuple[int, int],
     ) -> Targets:
-        """The padded targets of a batch.
+        """Return the padded targets of a batch.
 
         Args:
             images: (T,) int64, the image in the batch that each label belongs to.
@@ -55,40 +55,26 @@ class Assigner:
             num_images: B.
             size_hw: of the batch's images in pixels, multiples of every stride.
         """
-        levels = [
-            self._level(
-                i,
-                images,
-                classes,
-                boxes_cxcywh / np.float32(stride),
-                (size_hw[0] // stride, size_hw[1] // stride),
-            )
-            for i, stride in enumerate(self.strides)
-        ]
+        levels = []
+        for i, stride in enumerate(self.strides):
+            grid_hw = (size_hw[0] // stride, size_hw[1] // stride)
+            levels.append(self._level(i, images, classes, boxes_cxcywh / np.float32(stride), grid_hw))
         most = max(len(level.cells) for level in levels)
         capacity = max(MIN_CAPACITY, 1 << (most - 1).bit_length() if most else 0)
-        num_levels = len(levels)
-        cells = np.zeros((num_levels, capacity), np.int64)
-        kinds = np.zeros((num_levels, capacity), np.int64)
-        boxes = np.full((num_levels, capacity, 4), 0.5, np.float32)
-        weights = np.zeros((num_levels, capacity), np.float32)
+        shape = (len(levels), capacity)
+        cells, kinds = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        boxes, weights = np.full((*shape, 4), 0.5, np.float32), np.zeros(shape, np.float32)
         for i, level in enumerate(levels):
             count = len(level.cells)
             cells[i, :count], boxes[i, :count], kinds[i, :count] = level
             weights[i, :count] = 1
-        return Targets(
-            cells=torch.from_numpy(cells),
-            boxes=torch.from_numpy(boxes),
-            classes=torch.from_numpy(kinds),
-            weights=torch.from_numpy(weights),
-            num_matches=torch.from_numpy(weights.sum(1)),
-            num_images=torch.tensor(float(num_images)),
-        )
+        tensors = map(torch.from_numpy, (cells, boxes, kinds, weights, weights.sum(1)))
+        return Targets(*tensors, torch.tensor(float(num_images)))
 
     def _level(
         self, level: int, images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, grid_hw: tuple[int, int]
     ) -> Matches:
-        """The matches of one level; `boxes` (T, 4) centre and size in its cells."""
+        """Return the matches of one level; `boxes` (T, 4) are centre and size in its cells."""
         anchors = self.anchors_px[level] / self.strides[level]
         num_anchors = len(anchors)
         ratio = boxes[:, None, 2:] / anchors[None]  # (T, A, 2)
@@ -99,11 +85,11 @@ class Assigner:
         # A centre on the border of two cells has its far neighbour out of reach of 2 s - 0.5: hence "> 0".
         far = (limit - centre) % 1
         near_high = (far < 0.5) & (far > 0) & (limit - centre > 1)
-        claims = ((None, (0, 0)), (near_low[:, 0], (-1, 0)), (near_low[:, 1], (0, -1)))
-        claims += ((near_high[:, 0], (1, 0)), (near_high[:, 1], (0, 1)))
         own = np.floor(centre).astype(np.int64)
-        picks = [np.arange(len(label)) if mask is None else np.flatnonzero(mask) for mask, _ in claims]
-        cell = np.concatenate([own[pick] + shift for pick, (_, shift) in zip(picks, claims, strict=True)])
+        left_top, right_bottom = near_low.T, near_high.T
+        picks = [np.arange(len(label)), *map(np.flatnonzero, (*left_top, *right_bottom))]
+        shifts = ((0, 0), (-1, 0), (0, -1), (1, 0), (0, 1))
+        cell = np.concatenate([own[pick] + shift for pick, shift in zip(picks, shifts, strict=True)])
         pick = np.concatenate(picks)
         cell = np.clip(cell, 0, limit.astype(np.int64) - 1)
         label, anchor, centre = label[pick], anchor[pick], centre[pick]

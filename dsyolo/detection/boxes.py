@@ -1,11 +1,12 @@
 """Boxes: formats, IoU and CIoU, non-maximum suppression, letterbox and its inverse.
 
-`xyxy` is left, top, right, bottom; `cxcywh` centre and size; both in pixels unless said.
+`xyxy` is left, top, right, bottom; `cxcywh` centre and size; both in pixels unless stated.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -13,22 +14,28 @@ import torch
 
 PAD_GREY = 114
 
+Boxes = TypeVar("Boxes", np.ndarray, torch.Tensor)
 
-def cxcywh_to_xyxy(boxes):
-    """(..., 4) centre and size to corners; a numpy array or a tensor, as given."""
+
+def cxcywh_to_xyxy(boxes: Boxes) -> Boxes:
+    """Return (..., 4) centre and size as corners."""
     half = boxes[..., 2:4] / 2
-    cat = torch.cat if isinstance(boxes, torch.Tensor) else np.concatenate
-    return cat((boxes[..., :2] - half, boxes[..., :2] + half), -1)
+    return _join(boxes[..., :2] - half, boxes[..., :2] + half)
 
 
-def xyxy_to_cxcywh(boxes):
-    """(..., 4) corners to centre and size; a numpy array or a tensor, as given."""
-    cat = torch.cat if isinstance(boxes, torch.Tensor) else np.concatenate
-    return cat(((boxes[..., :2] + boxes[..., 2:4]) / 2, boxes[..., 2:4] - boxes[..., :2]), -1)
+def xyxy_to_cxcywh(boxes: Boxes) -> Boxes:
+    """Return (..., 4) corners as centre and size."""
+    return _join((boxes[..., :2] + boxes[..., 2:4]) / 2, boxes[..., 2:4] - boxes[..., :2])
+
+
+def _join(first: Boxes, second: Boxes) -> Boxes:
+    if isinstance(first, torch.Tensor):
+        return torch.cat((first, second), -1)
+    return np.concatenate((first, second), -1)
 
 
 def pairwise_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
-    """IoU of every box of a (N, 4) with every box of b (M, 4): (N, M). Empty boxes have IoU 0."""
+    """Return the IoU of every box of a (N, 4) with every box of b (M, 4): (N, M). Empty boxes have IoU 0."""
     top_left = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
     bottom_right = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
     overlap = np.clip(bottom_right - top_left, 0, None).prod(-1)
@@ -37,7 +44,7 @@ def pairwise_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
 
 
 def paired_ciou(a_cxcywh: torch.Tensor, b_cxcywh: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
-    """Complete IoU of a[i] with b[i], (N, 4) and (N, 4) to (N,), differentiable in both.
+    """Return the complete IoU of a[i] with b[i], (N, 4) and (N, 4) to (N,), differentiable in both.
 
     CIoU = IoU - d^2 / c^2 - alpha v, with d the distance of the centres, c the diagonal of the enclosing box,
     v = 4 / pi^2 (atan(w_b / h_b) - atan(w_a / h_a))^2 and alpha = v / (1 - IoU + v) taken as a constant
@@ -59,22 +66,22 @@ def paired_ciou(a_cxcywh: torch.Tensor, b_cxcywh: torch.Tensor, eps: float = 1e-
 def nms(
     boxes_xyxy: np.ndarray, scores: np.ndarray, classes: np.ndarray, iou_threshold: float, max_detections: int
 ) -> np.ndarray:
-    """Indices of the boxes that survive greedy suppression within each class, best first.
+    """Return the indices of the boxes that survive greedy NMS within each class, best first.
 
     Args:
         boxes_xyxy: (N, 4). scores: (N,). classes: (N,).
-        iou_threshold: a box goes when its IoU with a better one of its class is above this.
-        max_detections: the search ends when so many are kept, so the cost is bounded by
-            `max_detections` * N however crowded an untrained network's output is.
+        iou_threshold: a box is dropped if its IoU with a better one of its class is above this.
+        max_detections: the search ends when so many are kept. So the cost is at most `max_detections` * N, however
+            crowded the output of an untrained network is.
 
-    Equal scores are taken in the order given, so the result is the same on every machine.
+    Ties are broken by the order given, so the result is the same on every machine.
     """
     order = np.argsort(-scores, kind="stable")
-    # boxes of different classes are moved apart, so that one pass serves all classes
+    # Move the boxes of different classes apart, so that one pass serves all classes.
     span = float(boxes_xyxy.max(initial=0) - boxes_xyxy.min(initial=0)) + 1.0
     boxes = (boxes_xyxy + classes[:, None] * span)[order].astype(np.float64)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    keep = []
+    keep: list[int] = []
     while order.size and len(keep) < max_detections:
         keep.append(order[0])
         width = np.minimum(boxes[0, 2], boxes[1:, 2]) - np.maximum(boxes[0, 0], boxes[1:, 0])
@@ -86,11 +93,11 @@ def nms(
 
 
 def letterbox(image: np.ndarray, shape_hw: tuple[int, int]) -> tuple[np.ndarray, float, tuple[int, int]]:
-    """Scales an image to fit a shape and pads it evenly with grey.
+    """Scale an image to fit a shape, and pad it evenly with grey.
 
     Returns:
-        the (H, W, 3) image of `shape_hw`, the scale (pixels out per pixel in), and the padding (left, top).
-        A box goes in by `boxes * scale + (left, top, left, top)` and back by `unletterbox`.
+        The (H, W, 3) image of `shape_hw`, the scale (pixels out per pixel in), and the padding (left, top).
+        Boxes are mapped by `boxes * scale + (left, top, left, top)`, and back by `unletterbox`.
     """
     height, width = image.shape[:2]
     scale = min(shape_hw[0] / height, shape_hw[1] / width)
@@ -109,7 +116,7 @@ def letterbox(image: np.ndarray, shape_hw: tuple[int, int]) -> tuple[np.ndarray,
 def unletterbox(
     boxes_xyxy: np.ndarray, scale: float, pad_xy: tuple[float, float], size_hw: tuple[int, int]
 ) -> np.ndarray:
-    """(N, 4) boxes of a letterboxed image in the pixels of the original, clipped to its size."""
+    """Return boxes (N, 4) of a letterboxed image in pixels of the original, clipped to its size."""
     boxes = (boxes_xyxy - np.array([*pad_xy, *pad_xy], np.float32)) / scale
     height, width = size_hw
     return np.clip(boxes, 0, np.array([width, height, width, height], np.float32)).astype(np.float32)

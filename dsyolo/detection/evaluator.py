@@ -10,41 +10,39 @@ from dsyolo.detection.boxes import unletterbox
 from dsyolo.detection.metrics import Metrics, evaluate
 from dsyolo.detection.postprocess import PostProcessor, Predict
 
-Found = tuple[GroundTruth, Detections]
+ImageResult = tuple[GroundTruth, Detections]
 
 
-def detect_all(predict: Predict, batches: Iterable[EvalBatch], finder: PostProcessor) -> list[Found]:
-    """The detections in every image of `batches`, in pixels of the original images."""
-    found = []
+def detect_all(
+    predict: Predict, batches: Iterable[EvalBatch], post_process: PostProcessor
+) -> list[ImageResult]:
+    """Return the detections in every image of `batches`, in pixels of the original images."""
+    results = []
     for batch in batches:
         decoded = predict(batch.images)
-        for ground_truth, one in zip(
-            batch.ground_truths, decoded, strict=False
-        ):  # a batch that fills up a round has no truths
-            inside = finder(one)
-            boxes = unletterbox(
-                inside.boxes_xyxy, ground_truth.scale, ground_truth.pad_xy, ground_truth.size_hw
-            )
-            found.append((ground_truth, inside._replace(boxes_xyxy=boxes)))
-    return found
+        for truth, one in zip(batch.ground_truths, decoded, strict=False):  # a filler batch has none
+            inside = post_process(one)
+            boxes = unletterbox(inside.boxes_xyxy, truth.scale, truth.pad_xy, truth.size_hw)
+            results.append((truth, inside._replace(boxes_xyxy=boxes)))
+    return results
 
 
 def validate(
     predict: Predict,
     batches: Iterable[EvalBatch],
-    finder: PostProcessor,
+    post_process: PostProcessor,
     class_names: Sequence[str],
     all_gather: Callable[[Any], list[Any]],
-) -> tuple[Metrics, list[Found]]:
-    """Metrics over all ranks' images, the same on every rank and on any number of them.
+) -> tuple[Metrics, list[ImageResult]]:
+    """Return the metrics over all ranks' images: the same on every rank, and for any number of ranks.
 
     Args:
-        all_gather: gives every rank's item on every rank.
+        all_gather: returns every rank's item, on every rank.
 
     Returns:
-        the metrics, and what was found in each image, by image.
+        The metrics, and the detections in each image, by image.
     """
-    own = detect_all(predict, batches, finder)
-    found = sorted((pair for part in all_gather(own) for pair in part), key=lambda pair: pair[0].image_id)
-    ground_truths, detections = [pair[0] for pair in found], [pair[1] for pair in found]
-    return evaluate(ground_truths, detections, class_names), found
+    own = detect_all(predict, batches, post_process)
+    results = sorted((pair for part in all_gather(own) for pair in part), key=lambda pair: pair[0].image_id)
+    metrics = evaluate([truth for truth, _ in results], [one for _, one in results], class_names)
+    return metrics, results

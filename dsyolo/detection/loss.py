@@ -1,7 +1,7 @@
 """The loss of YOLOv5 (docs/yolov5.md, Loss), normalised by counts that come with the targets.
 
-Because it divides by `targets.num_matches` and `targets.num_images` and by nothing that it counts itself,
-the micro-batches of a step, whoever computes them, add up to the loss of the global batch.
+It divides by `targets.num_matches` and `targets.num_images` alone, which are those of the global batch. So the
+micro-batches of a step, on whichever rank, add up to the loss of the global batch.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class DetectionLoss(nn.Module):
         label_smoothing: e; class targets become 1 - e / 2 and e / 2.
     """
 
+    anchors: torch.Tensor
+    cls_pw: torch.Tensor
+    obj_pw: torch.Tensor
+
     def __init__(
         self,
         anchors: torch.Tensor,
@@ -68,15 +72,15 @@ class DetectionLoss(nn.Module):
         self.register_buffer("obj_pw", torch.tensor([obj_pw]), persistent=False)
 
     def forward(self, maps: tuple[torch.Tensor, ...], targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of these maps' share of the batch that `targets` counts.
+        """Return the loss of these maps' share of the batch that `targets` counts.
 
         Args:
             maps: raw maps, (B, A, H, W, 5 + K) per level, of any float dtype.
             targets: of the same B images; its counts may be those of a larger batch.
 
         Returns:
-            the total to differentiate, summed over images: (box + obj + cls) * targets.num_images; and
-            the three parts (3,) per image, with gains, detached.
+            The total to differentiate, summed over images: (box + obj + cls) * targets.num_images; and the three
+            parts (3,) per image, with gains, detached.
         """
         box = obj = cls = maps[0].new_zeros((), dtype=torch.float32)
         for level, raw in enumerate(maps):
@@ -105,7 +109,7 @@ class DetectionLoss(nn.Module):
             wanted.scatter_(1, targets.classes[level][:, None], positive)
             cls = (self._cross_entropy(found[:, 5:], wanted, self.cls_pw).mean(1) * per_match).sum()
 
-        # Where several matches claim one anchor of one cell the highest IoU wins, in whatever order they come.
+        # If several matches share one anchor of one cell, the highest IoU wins, whatever their order.
         quality = torch.zeros(b * num_anchors * plane, device=raw.device)
         quality.scatter_reduce_(0, cells, ciou.detach().clamp(min=0) * weights, "amax")
         objectness = self._cross_entropy(raw[..., 4].float(), quality.view(b, num_anchors, h, w), self.obj_pw)
@@ -114,7 +118,7 @@ class DetectionLoss(nn.Module):
     def _cross_entropy(
         self, logits: torch.Tensor, wanted: torch.Tensor, pos_weight: torch.Tensor
     ) -> torch.Tensor:
-        """Element by element; with the focal factor alpha_t (1 - p_t)^gamma (Lin et al. 2017, arXiv:1708.02002)."""
+        """Return the loss of each element, times alpha_t (1 - p_t)^gamma if focal (arXiv:1708.02002)."""
         loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=pos_weight, reduction="none")
         if self.fl_gamma > 0:
             p = logits.sigmoid()

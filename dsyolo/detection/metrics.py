@@ -1,6 +1,6 @@
-"""How good detections are: COCO's average precision through faster-coco-eval, and precision and recall at best F1.
+"""Detection metrics: COCO's average precision by faster-coco-eval, and precision and recall at the best F1.
 
-All in pixels of the original images. The result does not depend on the order in which images come, so that
+All boxes are in pixels of the original images. The result does not depend on the order of the images, so that
 validation on many ranks equals that on one to the last digit.
 """
 
@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from dsyolo.base.batch import Detections, GroundTruth
 
-MAX_DETECTIONS = (
-    300  # per image: YOLO's convention. COCO's own is 100, worth about 0.2 points of mAP on COCO.
-)
-TIED_F1 = 1e-9  # sums over classes round differently; closer than this is equal
+MAX_DETECTIONS = 300  # per image, as YOLO does. COCO takes 100, worth about 0.2 points of mAP on COCO.
+TIED_F1 = 1e-9  # differences below this are rounding, from sums over classes
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassMetrics:
-    """One class. Without labels the four figures are None, and the class counts in no mean."""
+    """One class. Without labels its four figures are None, and it is left out of the means."""
 
     name: str
     num_images: int  # that have a label of this class
@@ -50,26 +48,21 @@ class Metrics:
 
     @property
     def fitness(self) -> float:
-        """What `best` means when weights are kept and training stops early: 0.1 mAP50 + 0.9 mAP50-95."""
+        """The measure for the best weights and for early stopping: 0.1 mAP50 + 0.9 mAP50-95."""
         return 0.1 * self.map50 + 0.9 * self.map50_95
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and None under the names of the fields, plus `fitness`."""
+        """Return the fields and `fitness` as plain JSON values."""
         fields = dataclasses.asdict(self)
-        per_class = list(fields.pop("per_class"))
-        return {**fields, "fitness": self.fitness, "per_class": per_class}
+        return {**fields, "fitness": self.fitness, "per_class": list(fields["per_class"])}
 
     def table(self) -> str:
-        """Text as YOLO users know it: the row of all classes, then one per class ('-': no labels)."""
-        width = max([len("Class"), len("all"), *(len(row.name) for row in self.per_class)])
-        head = f"{'Class':>{width}}" + "".join(
-            f"{title:>10}" for title in ("Images", "Labels", *_FIGURES.values())
-        )
-        everything = ClassMetrics(
-            "all", self.num_images, self.num_labels, self.precision, self.recall, self.map50, self.map50_95
-        )
-        lines = [head]
-        for row in (everything, *self.per_class):
+        """Return the table that YOLO users know: a row for all classes, then one per class ('-': no labels)."""
+        width = max(len(name) for name in ("Class", *(row.name for row in self.per_class)))
+        titles = ("Images", "Labels", *_FIGURES.values())
+        lines = [f"{'Class':>{width}}" + "".join(f"{title:>10}" for title in titles)]
+        means = (getattr(self, field) for field in _FIGURES)
+        for row in (ClassMetrics("all", self.num_images, self.num_labels, *means), *self.per_class):
             figures = (getattr(row, field) for field in _FIGURES)
             cells = "".join(f"{'-':>10}" if figure is None else f"{figure:>10.3f}" for figure in figures)
             lines.append(f"{row.name:>{width}}{row.num_images:>10}{row.num_labels:>10}{cells}")
@@ -82,36 +75,29 @@ _FIGURES = {"precision": "P", "recall": "R", "map50": "mAP50", "map50_95": "mAP5
 def evaluate(
     ground_truths: Sequence[GroundTruth], detections: Sequence[Detections], class_names: Sequence[str]
 ) -> Metrics:
-    """Compare what was found with the labels.
+    """Compare detections with the labels.
 
     Args:
-        truths: one per image, in any order; no `image_id` twice.
-        detections: of the same images in the same order. The best 300 of an image count, in all classes together.
+        ground_truths: one per image, in any order; no `image_id` twice.
+        detections: of the same images in the same order. The best 300 of an image count, over all classes.
         class_names: of all K classes.
     """
     num_classes = len(class_names)
-    assert len(ground_truths) == len(detections), (
-        f"{len(ground_truths)} truths but {len(detections)} detections"
-    )
-    order = sorted(range(len(ground_truths)), key=lambda i: ground_truths[i].image_id)
-    assert len({ground_truth.image_id for ground_truth in ground_truths}) == len(ground_truths), (
-        "an image was evaluated twice"
-    )
-    ground_truths = [ground_truths[i] for i in order]
-    found = _Boxes.concatenate([_best(detections[i]) for i in order])
+    pairs = sorted(zip(ground_truths, detections, strict=True), key=lambda pair: pair[0].image_id)
+    ground_truths = [ground_truth for ground_truth, _ in pairs]
+    assert len({one.image_id for one in ground_truths}) == len(pairs), "an image was evaluated twice"
+    found = _Boxes.concatenate([_best(one) for _, one in pairs])
     labels = _Boxes.concatenate([(t.boxes_xyxy, np.ones(len(t.classes)), t.classes) for t in ground_truths])
     for boxes in (found, labels):
         assert boxes.classes.size == 0 or 0 <= boxes.classes.min() <= boxes.classes.max() < num_classes
 
     num_labels = np.bincount(labels.classes, minlength=num_classes)
-    num_images = np.bincount(
-        np.unique(np.stack([labels.images, labels.classes]), axis=1)[1], minlength=num_classes
-    )
+    images_and_classes = np.unique(np.stack([labels.images, labels.classes]), axis=1)
+    num_images = np.bincount(images_and_classes[1], minlength=num_classes)
     has_labels = num_labels > 0
     found = found.where(has_labels[found.classes])  # others count neither for COCO nor in the mean F1
-    precision_curves, is_true_positive = _run_coco(
-        ground_truths, labels, found, class_names
-    )  # (T, R, K), (D,)
+    # (T, R, K), (D,)
+    precision_curves, is_true_positive = _run_coco(ground_truths, labels, found, class_names)
     ap = precision_curves.mean(axis=1)  # (T, K)
     confidence, precision, recall = _at_best_f1(found.scores, found.classes, is_true_positive, num_labels)
 
@@ -136,8 +122,7 @@ def evaluate(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Boxes:
+class _Boxes(NamedTuple):
     """The boxes of all images: image by image, within an image best first."""
 
     images: np.ndarray  # (N,) int64, position of the image
@@ -147,40 +132,27 @@ class _Boxes:
 
     @classmethod
     def concatenate(cls, parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Boxes:
-        counts = [len(classes) for _, _, classes in parts]
-        return cls(
-            np.repeat(np.arange(len(parts)), np.asarray(counts, np.int64)),
-            np.concatenate(
-                [np.zeros((0, 4)), *(np.reshape(boxes, (-1, 4)) for boxes, _, _ in parts)], dtype=np.float64
-            ),
-            np.concatenate([np.zeros(0), *(scores for _, scores, _ in parts)], dtype=np.float64),
-            np.concatenate([np.zeros(0, np.int64), *(classes for _, _, classes in parts)], dtype=np.int64),
-        )
+        counts = np.array([len(classes) for _, _, classes in parts], np.int64)
+        nothing = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        boxes, scores, classes = (np.concatenate(column) for column in zip(nothing, *parts, strict=True))
+        return cls(np.repeat(np.arange(len(parts)), counts), boxes, scores, classes)
 
     def where(self, mask: np.ndarray) -> _Boxes:
         return _Boxes(self.images[mask], self.boxes_xyxy[mask], self.scores[mask], self.classes[mask])
 
     def annotations(self) -> list[dict[str, Any]]:
-        """As COCO has them. Ids start at 1, since its matching takes 0 for "no match"."""
+        """Return COCO annotations. Ids start at 1: its matching uses 0 for "no match"."""
         size_wh = self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]
-        columns = (
-            self.images.tolist(),
-            self.classes.tolist(),
-            np.concatenate([self.boxes_xyxy[:, :2], size_wh], axis=1).tolist(),
-            size_wh.prod(axis=1).tolist(),
-            self.scores.tolist(),
-        )
+        columns = {
+            "id": range(1, 1 + len(self.classes)),
+            "image_id": self.images.tolist(),
+            "category_id": self.classes.tolist(),
+            "bbox": np.concatenate([self.boxes_xyxy[:, :2], size_wh], axis=1).tolist(),
+            "area": size_wh.prod(axis=1).tolist(),
+            "score": self.scores.tolist(),
+        }
         return [
-            {
-                "id": i,
-                "image_id": image,
-                "category_id": klass,
-                "bbox": box,
-                "area": area,
-                "iscrowd": 0,
-                "score": score,
-            }
-            for i, (image, klass, box, area, score) in enumerate(zip(*columns, strict=True), start=1)
+            dict(zip(columns, row, strict=True), iscrowd=0) for row in zip(*columns.values(), strict=True)
         ]
 
 
@@ -192,21 +164,18 @@ def _best(detections: Detections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _run_coco(
     ground_truths: Sequence[GroundTruth], labels: _Boxes, found: _Boxes, class_names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (10 IoUs, 101 recalls, K), 0 for a class without labels; whether each found box is right at IoU 0.5."""
+    """Return the precision (10 IoUs, 101 recalls, K), 0 without labels, and whether each detection is right at IoU 0.5."""
     num_classes = len(class_names)
     if not len(labels.classes) or not len(found.classes):
         return np.zeros((10, 101, num_classes)), np.zeros(len(found.classes), bool)
     images = [{"id": i, "height": t.size_hw[0], "width": t.size_hw[1]} for i, t in enumerate(ground_truths)]
     categories = [{"id": k, "name": name} for k, name in enumerate(class_names)]
-    sides = [
-        COCO(
-            {"images": images, "categories": categories, "annotations": boxes.annotations()},
-            print_function=_quiet,
-        )
-        for boxes in (labels, found)
-    ]
+    sides = []
+    for boxes in (labels, found):
+        content = {"images": images, "categories": categories, "annotations": boxes.annotations()}
+        sides.append(COCO(content, print_function=_quiet))
     run = COCOeval_faster(*sides, iouType="bbox", print_function=_quiet)
-    run.params.maxDets = [MAX_DETECTIONS]  # per image and class: never cuts, as `_best` already did
+    run.params.maxDets = [MAX_DETECTIONS]  # per image and class: never cuts, since `_best` did
     run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]  # a quarter of COCO's default work
     run.evaluate()
     run.accumulate()
@@ -215,10 +184,10 @@ def _run_coco(
 
 
 def _true_positives(ious: dict[tuple[int, int], Any], found: _Boxes) -> np.ndarray:
-    """COCO's greedy matching at IoU 0.5: the best box first, each takes the free label it overlaps most.
+    """Match as COCO does at IoU 0.5: greedily, the best box first, each takes the free label it overlaps most.
 
-    faster-coco-eval tells matches too (`eval["matched"]`), but those of all thresholds in one: a box that
-    loses its label at 0.5 and wins it at 0.8, where the winner no longer qualifies, would count as right.
+    faster-coco-eval's own matches (`eval["matched"]`) mix all thresholds: a box that loses its label at 0.5 and wins
+    it at 0.8, where the winner no longer qualifies, would count as right.
 
     Args:
         ious: by (image, class) the (D, G) IoUs, detections best first; empty where there is nothing to compare.
@@ -244,13 +213,13 @@ def _true_positives(ious: dict[tuple[int, int], Any], found: _Boxes) -> np.ndarr
 def _at_best_f1(
     scores: np.ndarray, classes: np.ndarray, is_true_positive: np.ndarray, num_labels: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """The score at which F1 = 2 TP / (found + labels), averaged over classes with labels, is best.
+    """Find the score at which F1 = 2 TP / (found + labels), averaged over classes with labels, is best.
 
-    Of equally good scores the lowest. Found boxes are of classes with labels only.
+    Of equally good scores it takes the lowest. Detections are of classes with labels only.
 
     Returns:
-        that score, and precision and recall per class (K,) of the boxes with at least it; a class of
-        which none is found there has precision 0.
+        The score, and precision and recall per class (K,) of the boxes of at least that score; precision is 0 for a
+        class without such boxes.
     """
     order = np.argsort(-scores, kind="stable")
     scores, classes, right = scores[order], classes[order], is_true_positive[order]
@@ -270,4 +239,4 @@ def _at_best_f1(
 
 
 def _quiet(*_: object) -> None:
-    """Instead of the prints of pycocotools."""
+    """Replace the prints of pycocotools."""

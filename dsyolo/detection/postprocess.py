@@ -1,8 +1,9 @@
-"""From a network's decoded boxes to detections: score threshold, NMS, and prediction that survives a full device."""
+"""From images to detections: prediction that survives running out of memory, score threshold and NMS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,20 +11,20 @@ from dsyolo.base.batch import Detections
 from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.detection.boxes import cxcywh_to_xyxy, nms
 
-# Before NMS; its cost is bounded by this times the detections kept. An untrained network passes them by the thousands.
+# Before NMS, whose cost is bounded by this times the detections kept. An untrained network gives thousands.
 MAX_CANDIDATES = 5_000
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) -> decoded (B, boxes, 5 + K)
 
 
 class PostProcessor:
-    """Detections from decoded boxes.
+    """Turns decoded boxes into detections.
 
     Args:
-        score_threshold: least objectness x class probability.
-        iou_threshold: of the suppression within a class.
+        score_threshold: minimum objectness x class probability.
+        iou_threshold: of NMS within a class.
         max_detections: per image.
-        multi_label: a box may be reported under several classes, as validation wants it; else under its best.
+        multi_label: report a box under every class above the threshold, as validation needs; else under the best one.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class PostProcessor:
         self.max_detections, self.multi_label = max_detections, multi_label
 
     def __call__(self, decoded: torch.Tensor) -> Detections:
-        """The detections of one image in pixels of the network's input.
+        """Return the detections of one image, in pixels of the network's input.
 
         Args:
             decoded: (boxes, 5 + K): centre, size, objectness, class probabilities.
@@ -55,55 +56,55 @@ class PostProcessor:
         if len(score) > MAX_CANDIDATES:
             score, best = score.topk(MAX_CANDIDATES)
             box, kind = box[best], kind[best]
-        boxes = cxcywh_to_xyxy(decoded[box, :4]).cpu().numpy()
-        score, kind = score.cpu().numpy(), kind.cpu().numpy()
-        keep = nms(boxes, score, kind, self.iou_threshold, self.max_detections)
-        return Detections(boxes[keep], score[keep], kind[keep])
+        columns = (cxcywh_to_xyxy(decoded[box, :4]), score, kind)
+        boxes, scores_np, classes = (column.cpu().numpy() for column in columns)
+        keep = nms(boxes, scores_np, classes, self.iou_threshold, self.max_detections)
+        return Detections(boxes[keep], scores_np[keep], classes[keep])
 
 
 class OomSafePredictor:
-    """Predicts with half as many images at a time where memory runs out, and keeps to it.
+    """Halves the number of images at a time when memory runs out, for good.
 
     Args:
-        predict: needs no other rank.
-        tell: gets a line.
-        free: gives memory back that nobody uses.
+        predict: must not need other ranks.
+        warn: called with a message.
+        free: releases cached memory.
     """
 
-    def __init__(self, predict: Predict, tell: Callable[[str], None], free: Callable[[], None]) -> None:
-        self._predict, self._tell, self._free = predict, tell, free
-        self._most: int | None = None
+    def __init__(self, predict: Predict, warn: Callable[[str], None], free: Callable[[], None]) -> None:
+        self._predict, self._warn, self._free = predict, warn, free
+        self._limit: int | None = None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """As `predict`.
+        """Predict as `predict` does.
 
         Raises:
-            RuntimeError, MemoryError: of one image too.
+            RuntimeError, MemoryError: memory runs out even with one image, or `predict` fails otherwise.
         """
         while True:
-            most = min(self._most or len(images), len(images))
+            limit = min(self._limit or len(images), len(images))
             try:
-                parts = [self._predict(part) for part in images.split(most)]
+                parts = [self._predict(part) for part in images.split(limit)]
                 return torch.cat(parts) if len(parts) > 1 else parts[0]
             except (RuntimeError, MemoryError) as error:
-                if most == 1 or not is_out_of_memory(error):
+                if limit == 1 or not is_out_of_memory(error):
                     raise
             self._free()
-            self._most = most // 2
-            self._tell(
-                f"WARNING: out of memory with {most} images to validate at a time: from now on {self._most}. "
-                f"--val_batch_size {self._most} does without the try."
+            self._limit = limit // 2
+            self._warn(
+                f"WARNING: out of memory with {limit} images to validate at a time: from now on {self._limit}. "
+                f"Set --val_batch_size {self._limit} to avoid this."
             )
 
 
 class PlainPredictor:
-    """Predicts with a network as it is, without an engine: for weights files.
+    """Predicts with a network without an engine, for weights files.
 
     Args:
         network: in eval mode; moved to the device, channels-last.
     """
 
-    def __init__(self, network, device: torch.device) -> None:
+    def __init__(self, network: Any, device: torch.device) -> None:
         self._network = network.to(device, memory_format=torch.channels_last)
         self._device = device
 

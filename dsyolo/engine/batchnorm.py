@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -16,15 +17,12 @@ def synchronise_batchnorm(network: nn.Module, group: torch_dist.ProcessGroup | N
     """Make every BatchNorm of `network` normalise over the ranks of `group` in training.
 
     So R ranks with m images each train as one with R x m. Parameters and buffers keep their names. All ranks of the
-    group must run the same forwards and backwards in the same order. With activation checkpointing a forward runs twice,
-    on all of them.
-
-    Args:
-        group: the replicas of `network`; None: all ranks.
+    group (None: all ranks) must run the same forwards and backwards in the same order.
     """
     for module in network.modules():
         if isinstance(module, BatchNorm):
-            module.normalise = partial(batch_norm, group=group)
+            normalise = partial(batch_norm, group=group)
+            module.normalise = normalise  # type: ignore[method-assign]  # as `BatchNorm.normalise` allows
 
 
 def batch_norm(
@@ -41,29 +39,25 @@ def batch_norm(
 ) -> torch.Tensor:
     """Compute `F.batch_norm` over the batches of all ranks of `group`. Gradients of weight and bias are this rank's.
 
-    Args:
-        x: (B, C, H, W), of any floating type; the others are (C,) float32.
-        training: False normalises by the running statistics, without communication.
+    `x` is (B, C, H, W) of any floating type; the other tensors are (C,) float32.
     """
     size = torch_dist.get_world_size(group)
     if not training or size == 1:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    group = group or torch_dist.group.WORLD
     if x.device.type == "cpu":
-        return _CpuSyncBatchNorm.apply(
-            x, running_mean, running_var, weight, bias, momentum, eps, group or torch_dist.group.WORLD
-        )
+        return _CpuSyncBatchNorm.apply(x, running_mean, running_var, weight, bias, momentum, eps, group)
     from torch.nn.modules._functions import SyncBatchNorm  # torch's kernels; it has none for a CPU
 
-    return SyncBatchNorm.apply(
-        x, weight, bias, running_mean, running_var, eps, momentum, group or torch_dist.group.WORLD, size
-    )
+    return SyncBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, group, size)
 
 
 class _CpuSyncBatchNorm(torch.autograd.Function):
     """One collective forward, one backward; in fp32, with the ranks' statistics combined in fp64."""
 
     @staticmethod
-    def forward(ctx, x, running_mean, running_var, weight, bias, momentum, eps, group):
+    def forward(ctx: Any, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        running_mean, running_var, weight, bias, momentum, eps, group = others
         count, mean, var = _global_statistics(x, group)
         if running_mean is not None:
             running_mean.lerp_(mean.float(), momentum)
@@ -74,7 +68,7 @@ class _CpuSyncBatchNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """For y = w x_hat + b: dx = w / std (dy - mean(dy) - x_hat mean(dy x_hat)), means over all ranks."""
         x, mean, inverse_std, weight = ctx.saved_tensors
         grad = grad.float()

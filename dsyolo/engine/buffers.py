@@ -7,15 +7,12 @@ from torch import nn
 
 
 class Buffers:
-    """All float buffers of a network as views of one flat fp32 tensor.
+    """All float buffers of `network` as views of one flat fp32 tensor. Do not move or cast the network afterwards.
 
     So averaging them over ranks is one small collective a step, and their EMA one operation.
 
-    Args:
-        network: its buffers are moved; do not move or cast it afterwards.
-
     Attributes:
-        flat: (elements,) float32, all of them in the order of `named_buffers`.
+        flat: (elements,) float32, in the order of `named_buffers`.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -15,19 +15,8 @@ from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.step_timer import COMMUNICATION, StepTimer
 
 NAMES = (
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "all_gather_into_tensor",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "all_to_all_single",
-    "send",
-    "recv",
-    "isend",
-    "irecv",
-    "barrier",
+    *("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "barrier"),
+    *("all_gather", "all_gather_into_tensor", "all_to_all_single", "send", "recv", "isend", "irecv"),
 )
 
 
@@ -35,7 +24,7 @@ class CommTimer:
     """Times the collectives of steps as communication, waiting for other ranks included.
 
     Attributes:
-        sizes: bytes so far, by function: of the whole tensors, and of all ranks' parts together in a gather.
+        sizes: bytes so far by function, of the whole tensors: in a gather, of all ranks' parts together.
         calls: collectives so far.
     """
 
@@ -43,30 +32,34 @@ class CommTimer:
         self._timer = timer
         self.calls = 0
         self.sizes: Counter[str] = Counter()
-        self._plain = {name: getattr(torch_dist, name) for name in NAMES}
-        for name, plain in self._plain.items():
+        self._replaced = contextlib.ExitStack()
+        for name in NAMES:
+            plain = getattr(torch_dist, name)
+            self._replaced.callback(setattr, torch_dist, name, plain)
             setattr(torch_dist, name, self._timed(name, plain))
-        self._rebound = contextlib.ExitStack()
-        self._rebound.enter_context(internals.rebound_collectives())
+        self._replaced.enter_context(internals.rebound_collectives())
 
     def close(self) -> None:
-        """Restore the wrapped functions."""
-        for name, plain in self._plain.items():
-            setattr(torch_dist, name, plain)
-        self._rebound.close()
+        self._replaced.close()
+
+    def sent_bytes(self, ranks: int) -> float:
+        """Return the bytes that one of N ranks sent, if every collective was a ring (Patarasu and Yuan 2009).
+
+        An all-reduce sends 2 (N - 1) / N of its tensor; a gather, scatter, or reduction to one rank half of that.
+        """
+        ring = (ranks - 1) / ranks
+        return ring * sum((2 if name == "all_reduce" else 1) * size for name, size in self.sizes.items())
 
     def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        timer = self._timer
-
         @functools.wraps(plain)
         def timed(*args: Any, **settings: Any) -> Any:
-            if not timer.inside:
+            if not self._timer.inside:
                 return plain(*args, **settings)
             self.calls += 1
             self.sizes[name] += max(map(_bytes_of, (*args, *settings.values())), default=0)
-            with timer.phase(COMMUNICATION):
+            with self._timer.phase(COMMUNICATION):
                 work = plain(*args, **settings)
-            return work if work is None or isinstance(work, int) else _Timed(work, timer)
+            return work if work is None or isinstance(work, int) else _Timed(work, self._timer)
 
         return timed
 
@@ -95,12 +88,9 @@ class CommsLog:
     """DeepSpeed's comms logger, on for one step only, since it waits for the device at every collective."""
 
     def __init__(self) -> None:
-        self._is_ours = (
-            not internals.comms_logger_is_on()
-        )  # else the JSON has switched it on for the whole run
+        self._is_ours = not internals.comms_logger_is_on()  # else the JSON has it on for the whole run
 
     def start(self) -> None:
-        """Start logging."""
         if self._is_ours:
             internals.set_comms_logger(True)
 

@@ -1,24 +1,19 @@
 """Every private or undocumented name of DeepSpeed that dsyolo reads or replaces, each behind one function.
 
-All names are as of DeepSpeed 0.19.8. The rest of `engine/` uses DeepSpeed's documented API and these functions only.
-`tests/engine/test_deepspeed_internals.py` asserts each name and says which feature depends on it: after an upgrade of
-DeepSpeed, run it first.
-
-In all functions `engine` is what `deepspeed.initialize` returned, and `optimizer` its `optimizer`: ZeRO's wrapper of the
-torch optimizer, or at stage 0 the torch optimizer itself.
+All names are as of DeepSpeed 0.19.8. The rest of `engine/` uses DeepSpeed's documented API and these functions.
+After an upgrade run `tests/engine/test_deepspeed_internals.py` first: it asserts each name, and names the feature
+that depends on it. `engine` is what `deepspeed.initialize` returned, `optimizer` its ZeRO wrapper of the torch
+optimizer, or at stage 0 the torch optimizer itself; `parameter` an nn.Parameter with what DeepSpeed added to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-
-# ---- start and logging
 
 
 def disable_shared_memory_op() -> None:
@@ -31,19 +26,19 @@ def disable_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def quiet_logger() -> None:
-    """Log warnings and errors of DeepSpeed only, and not the warning about optimizers that are tested here."""
+def route_logger() -> None:
+    """Hand DeepSpeed's lines to the program's log handlers, if it has any. Otherwise DeepSpeed prints its warnings."""
     logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
     logger.addFilter(_is_relevant)
+    if logging.getLogger().handlers:
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.INFO)  # DeepSpeed's own level is WARNING
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    # DeepSpeed warns about all but Adam's kinds under ZeRO; SGD is compared to plain torch in tests/support/parity.py.
+    # It warns about all but Adam's kinds under ZeRO; SGD is compared to plain torch in tests/support/parity.py.
     return "untested optimizer" not in record.getMessage()
-
-
-# ---- communication
 
 
 def replace_reductions(reduce_scatter_tensor: Callable[..., None], reduce: Callable[..., None]) -> None:
@@ -60,20 +55,13 @@ def rebound_collectives() -> Iterator[None]:
     It keeps references to two of them from its construction, which a replacement in torch.distributed does not reach.
     """
     backend = _comm().cdb
-    kept = {name: getattr(backend, name) for name in _KEPT_FUNCTIONS}
-    for name, own in _KEPT_FUNCTIONS.items():
-        setattr(backend, name, getattr(torch.distributed, own))
+    kept = backend.all_gather_function, backend.reduce_scatter_function
+    backend.all_gather_function = torch.distributed.all_gather_into_tensor
+    backend.reduce_scatter_function = torch.distributed.reduce_scatter_tensor
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(backend, name, function)
-
-
-_KEPT_FUNCTIONS = {
-    "all_gather_function": "all_gather_into_tensor",
-    "reduce_scatter_function": "reduce_scatter_tensor",
-}
+        backend.all_gather_function, backend.reduce_scatter_function = kept
 
 
 def comms_logger_is_on() -> bool:
@@ -106,9 +94,6 @@ def _comm() -> Any:
     return comm
 
 
-# ---- the step
-
-
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
     """Return the torch optimizer inside ZeRO's wrapper; at stage 0 there is no wrapper."""
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
@@ -121,15 +106,12 @@ def replace_step(optimizer: Any, step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def replace_clipping(engine: Any, clip: Callable[[], None]) -> None:
-    """Make the engine clip by `clip` at stage 0.
-
-    DeepSpeed's own waits for the device, does not report the norm, and ignores a pipeline's other stages.
-    """
+    """Make the engine clip by `clip` at stage 0: its own waits for the device and ignores other pipeline stages."""
     engine.clip_fp32_gradients = clip
 
 
 def set_overflow(optimizer: Any, overflow: bool) -> None:
-    """Tell the engine at stage 0 whether the step was skipped: it reads the attribute as of ZeRO's optimizers."""
+    """Mark the step as skipped at stage 0: the engine reads this attribute, which only ZeRO's optimizers have."""
     optimizer.overflow = overflow
 
 
@@ -155,9 +137,6 @@ def accumulate_in_partition(engine: Any) -> None:
     if engine.zero_optimization_stage() == 2 and not optimizer.cpu_offload:
         assert callable(optimizer._use_compact_grad_partition_buffer), "as of DeepSpeed 0.19.8"
         optimizer._use_compact_grad_partition_buffer = lambda group: True
-
-
-# ---- loss scale of fp16
 
 
 def autocast_scaler(engine: Any) -> torch.amp.GradScaler | None:
@@ -187,48 +166,38 @@ def load_scaler_state(scaler: Any, state: Mapping[str, float]) -> None:
     scaler.cur_hysteresis = int(state.get("hysteresis", scaler.delayed_shift))
 
 
-# ---- partitions
-
-
-class FragmentAddress(NamedTuple):
-    """A run of elements of a parameter, and its place in one of this rank's flat fp32 masters."""
-
-    group: int  # index of the master
-    start: int  # first element in the parameter, flattened
-    offset: int  # first element in the master
-    numel: int
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: Any) -> tuple[int, ...]:
     """Return the shape of the whole parameter, of which ZeRO 3 leaves an empty tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def flat_masters(engine: Any) -> list[torch.Tensor]:
     """Return the flat fp32 tensors that the torch optimizer steps at ZeRO 1 to 3, one per group."""
-    sharded = engine.zero_optimization_stage() == 3
-    optimizer = engine.optimizer
-    return list(
-        optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
-    )
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return list(engine.optimizer.single_partition_of_fp32_groups)
 
 
-def fragment_address(engine: Any, parameter: nn.Parameter, rank: int) -> FragmentAddress | None:
-    """Return which elements of `parameter` are in this rank's masters at ZeRO 1 to 3; None: other ranks have all."""
+def fragment_address(engine: Any, parameter: Any, rank: int) -> tuple[int, int, int, int] | None:
+    """Return which elements of `parameter` are in this rank's masters at ZeRO 1 to 3; None: other ranks have all.
+
+    Returns:
+        (index of the master, first element in the flattened parameter, first element in the master, elements)
+    """
     if engine.zero_optimization_stage() < 3:
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return FragmentAddress(mapping.param_group_index, source.start, place.start, place.numel)
+        return mapping.param_group_index, source.start, place.start, place.numel
     optimizer = engine.optimizer
     group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = rank * padded  # the last ranks' parts are padding
     numel = min(padded, parameter.ds_numel - start)
-    return FragmentAddress(group, start, offset, numel) if numel > 0 else None
+    return (group, start, offset, numel) if numel > 0 else None
 
 
-def shard(parameter: nn.Parameter) -> torch.Tensor:
+def shard(parameter: Any) -> torch.Tensor:
     """Return this rank's part under ZeRO 3, flat and in the precision of computing."""
     return parameter.ds_tensor
 
@@ -244,11 +213,8 @@ def persistent_parameters_sharded(optimizer: Any) -> Iterator[None]:
         persistent[0].all_gather(persistent)
 
 
-# ---- offload: after tensors have moved, the views that DeepSpeed made of them must be made again
-
-
 def relink_masters(optimizer: Any) -> None:
-    """Renew the views of the masters and the optimizer's states at ZeRO 1 and 2."""
+    """Renew DeepSpeed's views of the masters and the optimizer's states at ZeRO 1 and 2, after these have moved."""
     optimizer._link_all_hp_params()
 
 
@@ -268,47 +234,25 @@ def relink_shards(optimizer: Any) -> None:
         optimizer._unflatten_partitioned_parameters(group)
 
 
-# ---- memory
+def memory_held(optimizer: Any, parameters: Sequence[Any], keys: Sequence[torch.Tensor]) -> tuple[list, ...]:
+    """Return four nested lists of tensors: weights, gradients, buckets, and all that is left.
+
+    Args:
+        keys: the tensors that the torch optimizer steps.
+    """
+    # ZeRO 3 keeps a shard of each parameter, and small parameters whole beside it.
+    sharded = [[p.ds_tensor, p.data if p.ds_persist else None] for p in parameters if hasattr(p, "ds_tensor")]
+    weights = sharded or [p.data for p in parameters]
+    # `grad_accum`: accumulated in another precision. Each stage has some of the optimizer's attributes.
+    gradients: list[Any] = [[t.grad, getattr(t, "grad_accum", None)] for t in (*parameters, *keys)]
+    names = ["grads_in_partition", "averaged_gradients", "all_grad_tensors"]
+    names += ["grad_partitions_flat_buffer", "accumulated_grads_in_cpu"]
+    gradients += [getattr(optimizer, name, None) for name in names]
+    buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    return weights, gradients, buckets, [[p.data for p in parameters], *vars(optimizer).values()]
 
 
-def weights_held(parameter: nn.Parameter) -> list[torch.Tensor]:
-    """Return what this rank holds of a parameter: ZeRO 3 keeps its shard, and small parameters whole beside it."""
-    if not hasattr(parameter, "ds_tensor"):
-        return [parameter.data]
-    return [parameter.ds_tensor, *([parameter.data] if parameter.ds_persist else [])]
-
-
-def bucket_buffers(optimizer: Any) -> list[Any]:
-    """Return the buffers (nested) in which gradients are reduced; none at stage 0."""
-    return [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
-
-
-def gradient_buffers(optimizer: Any, tensors: Iterable[torch.Tensor]) -> list[Any]:
-    """Return where (nested) the gradients of `tensors` are kept: each stage has some of these attributes."""
-    beside = [getattr(tensor, "grad_accum", None) for tensor in tensors]  # accumulated in another precision
-    return [beside, *(getattr(optimizer, name, None) for name in _GRADIENT_BUFFERS)]
-
-
-def all_attributes(optimizer: Any) -> list[Any]:
-    """Return everything else that ZeRO's wrapper holds."""
-    return list(vars(optimizer).values())
-
-
-_GRADIENT_BUFFERS = (
-    "grads_in_partition",
-    "averaged_gradients",
-    "all_grad_tensors",
-    "grad_partitions_flat_buffer",
-    "accumulated_grads_in_cpu",
-)
-
-
-# ---- pipeline
-
-
-def replace_instructions(
-    engine: Any, wrap: Callable[[str, Callable[..., None]], Callable[..., None]]
-) -> None:
+def replace_instructions(engine: Any, wrap: Callable[[str, Callable], Callable]) -> None:
     """Replace the methods that the pipeline's schedule runs: `wrap(name, method)`, name as in `schedule.ForwardPass`."""
     engine._INSTRUCTION_MAP = {
         kind: wrap(kind.__name__, method) for kind, method in type(engine)._INSTRUCTION_MAP.items()
@@ -332,10 +276,10 @@ def without_sum_over_stages(optimizer: Any) -> Iterator[None]:
 
 
 def stage_group(engine: Any) -> Any:
-    """Return the process group of this rank's replica: one rank of each stage."""
+    """Return the process group of one rank of each stage, through which micro-batches pass."""
     return engine.mpu.get_pipe_parallel_group()
 
 
-def replica_group(engine: Any) -> Any:
-    """Return the process group of all replicas of this rank's stage."""
+def dp_group(engine: Any) -> Any:
+    """Return the process group of the ranks that train this rank's stage, each with data of its own."""
     return engine.mpu.get_data_parallel_group()

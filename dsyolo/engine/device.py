@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsyolo.cluster.world import World, cores_of_rank
 
 
+def accelerator() -> Any:
+    """Return DeepSpeed's accelerator. Importing it takes a second, so not before it is needed."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
 def total_memory(local_rank: int) -> int:
     """Return the memory of this rank's accelerator in bytes."""
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator().total_memory(local_rank)
-
-
-def empty_cache() -> None:
-    """Return unused memory of the accelerator's allocator to the device."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().empty_cache()
+    return accelerator().total_memory(local_rank)
 
 
 def current_device() -> torch.device:
     """Return the device that this rank computes on."""
-    from deepspeed.accelerator import get_accelerator
-
-    return torch.device(get_accelerator().current_device_name())
+    return torch.device(accelerator().current_device_name())
 
 
 def pins_memory() -> bool:
     """Whether batches are copied to an accelerator, from pinned memory."""
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator().device_name() != "cpu"
+    return accelerator().device_name() != "cpu"
 
 
 def num_workers(world: World, workers: int | None) -> int:

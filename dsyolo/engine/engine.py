@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 
 from dsyolo.base.batch import Batch, StepStats, Targets
 from dsyolo.cluster.collectives import all_gather_objects, all_reduce_sum, broadcast
-from dsyolo.cluster.world import World
+from dsyolo.cluster.world import ParallelDims, World
 from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.buffers import Buffers
+from dsyolo.engine.device import current_device
 from dsyolo.engine.loss_scale import LossScale
 from dsyolo.engine.optimizer import Schedule
-from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, NoStepTimer, StepTimer
+from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, StepTimer
 
 _LOSS_EVENT = "Train/Samples/train_loss"
 
@@ -23,8 +25,8 @@ _LOSS_EVENT = "Train/Samples/train_loss"
 class Engine:
     """Trains `network` under DeepSpeed.
 
-    Invariant: a step's gradient is that of the loss over the global batch, however it is split into micro-batches and
-    ranks. Between steps, parameters and buffers are equal on all ranks.
+    Invariant: a step's gradient is that of the loss over the global batch, however that is split into micro-batches
+    and ranks. Between steps, parameters and buffers are equal on all ranks.
 
     Args:
         network: maps uint8 images to raw maps; gets the weights and buffers of rank 0.
@@ -32,12 +34,9 @@ class Engine:
         optimizer: over the network's parameters, with learning rate 0.
         schedule: sets the optimizer's values before every step.
         deepspeed_json: for `deepspeed.initialize`.
+        place: among the data-parallel ranks and the pipeline's stages.
         accumulation: micro-batches of a rank in one step.
         statistics_move: BatchNorm's statistics follow each rank's own batches, and so must be averaged.
-
-    Attributes:
-        network: what this rank trains, under the parameters' own names.
-        buffers: those of `network`.
     """
 
     def __init__(
@@ -47,25 +46,27 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         *,
-        deepspeed_json: Mapping[str, object],
+        deepspeed_json: Mapping[str, Any],
         world: World,
+        place: ParallelDims,
         accumulation: int,
-        statistics_move: bool = True,
+        statistics_move: bool,
     ) -> None:
-        from deepspeed.accelerator import get_accelerator
+        import deepspeed
 
-        internals.quiet_logger()
-        self.device = torch.device(get_accelerator().current_device_name())
-        self.world = world
-        self.accumulation = accumulation
-        self.schedule = schedule
+        self.device = current_device()
+        self.world, self.place = world, place
+        self.dp_rank, self.dp_size = place.dp_rank, place.dp_size
+        self.accumulation, self.schedule = accumulation, schedule
         self.loss = loss.to(self.device)
         self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
         self.network = network.to(self.device)
-        self.deepspeed = self._initialize(optimizer)
+        settings = {"optimizer": optimizer, "config": dict(deepspeed_json)}
+        self.deepspeed: Any = deepspeed.initialize(model=self._module(), **settings)[0]
         internals.accumulate_in_partition(self.deepspeed)
+        self._undo_averaging = accumulation * self.dp_size  # DeepSpeed divides by both, and the loss is a sum
         self._norm: torch.Tensor | None = None
-        self._timer: StepTimer | NoStepTimer = NoStepTimer()
+        self._phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
         if self.deepspeed.zero_optimization_stage() == 0:
             internals.replace_clipping(self.deepspeed, self._clip_gradients)
             self._take_step = internals.replace_step(self.deepspeed.optimizer, self._step_if_finite)
@@ -76,16 +77,10 @@ class Engine:
         self.loss_scale = LossScale(self.deepspeed)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
-        """Take one optimizer step from this rank's micro-batches. If its gradients are not finite, change nothing.
+        """Take one optimizer step from this rank's micro-batches, after `step` others in the whole run.
 
-        That check is the only wait for the device in a step; at ZeRO 1 to 3 it is DeepSpeed's own.
-
-        Args:
-            batches: `accumulation` micro-batches.
-            step: optimizer steps done so far in the whole run.
-
-        Returns:
-            the statistics of the global batch, and the learning rate of the weights.
+        If its gradients are not finite, change nothing. That check is the only wait for the device in a step; at ZeRO 1
+        to 3 it is DeepSpeed's own. Return the statistics of the global batch, and the learning rate of the weights.
         """
         assert len(batches) == self.accumulation
         self.deepspeed.train()
@@ -94,31 +89,30 @@ class Engine:
         losses = torch.zeros(3, device=self.device)
         for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
             losses += self._add_gradients(batch.images, targets)
-            with self._timer.phase(OPTIMIZER):
+            with self._phase(OPTIMIZER):
                 self.deepspeed.step()
         return self._stats(losses, len(batches[0].images), buffers_before), lr
 
     def _add_gradients(self, images: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Accumulate the gradients of one micro-batch. Its maps are freed with the graph, before the next one's exist."""
-        phase = self._timer.phase
-        with phase(COPY):
+        with self._phase(COPY):
             images = self.to_device_images(images)
-        with phase(FORWARD):
+        with self._phase(FORWARD):
             maps = self.deepspeed(images)
             total, parts = self.loss(maps, targets)
-        with phase(BACKWARD):
-            self.deepspeed.backward(total * self._undo_averaging())
+        with self._phase(BACKWARD):
+            self.deepspeed.backward(total * self._undo_averaging)
         return parts
 
     def set_timer(self, timer: StepTimer) -> None:
-        """Time the phases of every step from now on."""
-        self._timer = timer
+        self._phase = timer.phase
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Return decoded boxes (B, boxes, 5 + K) on the device. Under ZeRO 3 all ranks must call it equally often."""
         self.deepspeed.eval()
-        return self.network.decode(self.deepspeed(self.to_device_images(images)))
+        network: Any = self.network  # a DetectionNetwork here; a stage of one has no decode
+        return network.decode(self.deepspeed(self.to_device_images(images)))
 
     def to_device_images(self, images: torch.Tensor) -> torch.Tensor:
         """Copy uint8 images (B, 3, H, W) to the device, channels-last, without waiting."""
@@ -129,25 +123,12 @@ class Engine:
         return all_gather_objects(item)
 
     @property
-    def dp_size(self) -> int:
-        """Return the number of replicas, among which a step's images are divided."""
-        return self.world.size
-
-    @property
-    def dp_rank(self) -> int:
-        """Return which replica this rank is part of."""
-        return self.world.rank
-
-    @property
     def dp_group(self) -> Any:
-        """Return the process group of the replicas; None for all ranks."""
+        """Return the process group of the data-parallel ranks; None for all ranks."""
         return None
 
-    def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
-        import deepspeed
-
-        config = dict(self.deepspeed_json)
-        return deepspeed.initialize(model=self.network, optimizer=optimizer, config=config)[0]
+    def _module(self) -> nn.Module:
+        return self.network
 
     def _clip_gradients(self) -> None:
         self._norm = self._total_norm()
@@ -160,10 +141,11 @@ class Engine:
 
     def _step_if_finite(self) -> None:
         """Step at ZeRO 0; ZeRO's own optimizers check by themselves."""
-        scaled = self.loss_scale.can_skip
-        if not scaled and not self.deepspeed.gradient_clipping():
-            self._norm = self._total_norm()
-        overflow = not scaled and not bool(self._norm.isfinite())
+        overflow = False
+        if not self.loss_scale.can_skip:
+            if self._norm is None or not self.deepspeed.gradient_clipping():
+                self._norm = self._total_norm()
+            overflow = not bool(self._norm.isfinite())
         internals.set_overflow(self.deepspeed.optimizer, overflow)
         if not overflow:
             self._take_step()
@@ -178,42 +160,36 @@ class Engine:
         return tensor.to(self.device, non_blocking=True)
 
     def _scale_batchnorm_momentum(self) -> float | None:
-        """Make BatchNorm's statistics move on N replicas as on one that sees all micro-batches one after the other.
+        """Make BatchNorm's statistics move on N data-parallel ranks as on one that sees their micro-batches in turn.
 
-        There each micro-batch moves them by the momentum m: s <- (1 - m) s + m x. Micro-batches go round the replicas,
-        so here one moves them by 1 - (1 - m)^N, and replica i counts in the average by m (1 - m)^(N - 1 - i) over the
-        sum of these weights. This is exact, not an approximation.
-
-        Returns:
-            this replica's weight; None for a single replica.
+        There each micro-batch moves them by the momentum m: s <- (1 - m) s + m x. So here one moves them by
+        1 - (1 - m)^N, and rank i counts in the average by m (1 - m)^(N - 1 - i) over the sum of these weights, which
+        is exact. Return this rank's weight; None where it is alone.
         """
         n = self.dp_size
         if n == 1:
             return None
         norms = [module for module in self.network.modules() if isinstance(module, nn.BatchNorm2d)]
         m = norms[0].momentum if norms else 0.5  # a stage without any still takes part in the collective
+        assert m is not None
+        assert all(norm.momentum == m for norm in norms), "one momentum for all"
         for norm in norms:
-            assert norm.momentum == m, "one momentum for all"
             norm.momentum = 1 - (1 - m) ** n
         return m * (1 - m) ** (n - 1 - self.dp_rank) / (1 - (1 - m) ** n)
 
     def _counted_targets(self, batches: Sequence[Batch]) -> list[Targets]:
         """Return the targets on the device, with the global batch's matches per level and images as their counts."""
         own = [torch.cat((b.targets.num_matches, b.targets.num_images[None])) for b in batches]
-        with self._timer.phase(COPY):
+        with self._phase(COPY):
             counts = all_reduce_sum(self._to_device(torch.stack(own).sum(0)), self.dp_group)
             return [
-                Targets(*(self._to_device(t) for t in batch.targets[:-2]), counts[:-1], counts[-1])
-                for batch in batches
+                Targets._make((*map(self._to_device, b.targets[:-2]), counts[:-1], counts[-1]))
+                for b in batches
             ]
 
     def _write_own_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
         """Write DeepSpeed's events but its loss, which is per step and not per image, and there in a pipeline only."""
         self._write_events([event for event in events if event[0] != _LOSS_EVENT])
-
-    def _undo_averaging(self) -> int:
-        """Return the factor that undoes DeepSpeed's division by accumulation and replicas: the loss is a sum."""
-        return self.accumulation * self.dp_size
 
     def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
         """Return a step's statistics, and settle the buffers. `losses` (3,) are this rank's share."""
@@ -229,4 +205,4 @@ class Engine:
         if (samples := internals.monitor_samples(self.deepspeed)) is not None:
             # waits for the device, as DeepSpeed's own events do
             self._write_events([(_LOSS_EVENT, losses.sum().item(), samples)])
-        return StepStats(losses, norm, self._undo_averaging() * micro_batch, applied)
+        return StepStats(losses, norm, self._undo_averaging * micro_batch, applied)

@@ -1,8 +1,8 @@
 """Reductions over gloo that send only what the other rank needs.
 
 Gloo's own reduce-scatter sends as much as an all-reduce. Bytes sent per rank, relative to the tensor, measured on 2 and 4
-ranks: 1.00 and 1.50 for gloo's reduce-scatter, 1.09 and 0.94 for a reduce of each share to its rank, 0.50 and 0.75 here.
-ZeRO 1 to 3 reduce all gradients so. NCCL needs none of this.
+ranks: 1.00 and 1.50 for gloo's reduce-scatter, 0.50 and 0.75 here. ZeRO 1 to 3 reduce all gradients so. NCCL needs none
+of this.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from dsyolo.engine import deepspeed_internals as internals
 
@@ -10,14 +11,11 @@ from dsyolo.engine import deepspeed_internals as internals
 class LossScale:
     """The scaler of a DeepSpeed engine: its own (`fp16.enabled`), torch's (fp16 autocast at ZeRO 0), or none.
 
-    Args:
-        engine: as returned by `deepspeed.initialize`.
-
     Attributes:
         can_skip: there is a scaler; it skips a step whose gradients are not finite, and halves the scale.
     """
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._torch = internals.autocast_scaler(engine)
         self._own = internals.dynamic_scaler(engine)

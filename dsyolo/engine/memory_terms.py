@@ -33,10 +33,8 @@ class MemoryEstimate(NamedTuple):
     host: MemoryTerms = MemoryTerms()
 
     @property
-    def together(self) -> MemoryTerms:
-        """Return the terms of device and host together."""
+    def combined(self) -> MemoryTerms:
         return MemoryTerms(*(a + b for a, b in zip(self.device, self.host, strict=True)))
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        """Return bytes by place and term."""
         return {"device": self.device._asdict(), "host": self.host._asdict()}

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
 
@@ -30,22 +31,20 @@ FIRST_STATE: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
 }
 
 
-class OffloadFolders(NamedTuple):
-    """Folders for the optimizer's states and for the parameters; None: no offload to a folder."""
-
-    optimizer: str | None
-    parameters: str | None
-
-
 def move_to_folders(
-    folders: OffloadFolders, engine, partitions: Partitions, ema_tensors: Sequence[torch.Tensor], world: World
+    folders: tuple[str | None, str | None],
+    engine: Any,
+    partitions: Partitions,
+    ema_tensors: Sequence[torch.Tensor],
+    world: World,
 ) -> None:
     """Move what DeepSpeed offloaded to host memory into files. Values, names and tensor identities stay.
 
-    Every rank has one file per folder. It is unlinked once it is mapped, so nothing is left behind however the run ends.
-    It is allocated here as a whole, so that a full disk shows now and not in the middle of a step.
+    Every rank has one file per folder, which is unlinked once it is mapped, so nothing is left behind. It is allocated
+    as a whole, so that a full disk shows now and not in the middle of a step.
 
     Args:
+        folders: for the optimizer's states and for the parameters; None: they are not offloaded to a folder.
         engine: what `deepspeed.initialize` returned, with offload to the CPU.
         ema_tensors: the average of the masters.
 
@@ -53,30 +52,24 @@ def move_to_folders(
         UserError: on every rank; a folder cannot be written, or has not enough room.
     """
     optimizer = engine.optimizer
+    states_folder, parameters_folder = folders
     problems: list[str] = []
-    if folders.optimizer:
+    masters = [tensor for partition in partitions.flat for tensor in (partition.key, partition.master)]
+    if states_folder:
         names, scalars = FIRST_STATE[type(partitions.optimizer).__name__]
         states = partitions.make_state(names, scalars)
-        masters = [
-            tensor for key, partition in partitions.optimizer_keys() for tensor in (key, partition.master)
-        ]
         tensors = [*masters, *ema_tensors, *(tensor for name in names for tensor in states[name])]
-        _move(tensors, folders.optimizer, world, problems)
+        _move(tensors, states_folder, world, problems)
         if partitions.stage in (1, 2):
             internals.relink_masters(optimizer)
-    if folders.parameters:
+    if parameters_folder:
         flats = internals.flat_shards(optimizer)
-        shared = {
-            flat.data_ptr() for flat in flats
-        }  # with the masters, if weights are fp32 on the same device
-        masters = [tensor for pair in partitions.optimizer_keys() for tensor in (pair[0], pair[1].master)]
-        _move([*flats, *(m for m in masters if m.data_ptr() in shared)], folders.parameters, world, problems)
+        # Fp32 weights on the same device share their memory with the masters.
+        shared = {flat.data_ptr() for flat in flats}
+        _move([*flats, *(m for m in masters if m.data_ptr() in shared)], parameters_folder, world, problems)
         internals.relink_shards(optimizer)
-    of_all_ranks = all_gather_objects(problems)
-    if any(of_all_ranks):
-        raise UserError(
-            "Offload to a folder cannot start", [line for lines in of_all_ranks for line in lines]
-        )
+    if found := list(chain(*all_gather_objects(problems))):
+        raise UserError("Offload to a folder cannot start", found)
 
 
 def _move(tensors: Sequence[torch.Tensor], folder: str, world: World, problems: list[str]) -> None:
@@ -88,7 +81,14 @@ def _move(tensors: Sequence[torch.Tensor], folder: str, world: World, problems: 
             places[tensor.data_ptr()] = size
             size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     try:
-        mapped = _mapped_file(folder, size, world.rank)
+        descriptor, path = tempfile.mkstemp(prefix=f"dsyolo-rank{world.rank}-", suffix=".offload", dir=folder)
+        try:
+            # A sparse file, as truncate makes it, would raise SIGBUS in the middle of a step on a full disk.
+            os.posix_fallocate(descriptor, 0, max(size, 1))
+            mapped = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        finally:
+            os.close(descriptor)
+            os.unlink(path)
     except OSError as error:
         free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
         need = f"rank {world.rank} needs {size / 2**20:.1f} MiB there, and {free / 2**20:.1f} MiB are free"
@@ -99,15 +99,3 @@ def _move(tensors: Sequence[torch.Tensor], folder: str, world: World, problems: 
         place = mapped[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         place.copy_(tensor.detach())
         tensor.data = place
-
-
-def _mapped_file(folder: str, size: int, rank: int) -> torch.Tensor:
-    """Return `size` bytes (uint8) of a new, unlinked file. Raise OSError if the folder has no room."""
-    descriptor, path = tempfile.mkstemp(prefix=f"dsyolo-rank{rank}-", suffix=".offload", dir=folder)
-    try:
-        # A sparse file, as truncate makes it, would raise SIGBUS in the middle of a step on a full disk.
-        os.posix_fallocate(descriptor, 0, max(size, 1))
-        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    finally:
-        os.close(descriptor)
-        os.unlink(path)

@@ -31,9 +31,7 @@ def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object])
     """
     # A pipeline stage may lack a kind.
     groups = [{"params": p, "name": kind} for kind, p in parameter_groups(network).items() if p]
-    settings = {
-        key: value for key, value in params.items() if key not in ("lr", "weight_decay", "torch_adam")
-    }
+    settings = {key: params[key] for key in params.keys() - {"lr", "weight_decay", "torch_adam"}}
     return getattr(torch.optim, name)(groups, lr=0.0, weight_decay=0.0, **settings)
 
 
@@ -93,15 +91,14 @@ class Schedule:
         # Without momentum SGD keeps no state, so there is nothing to warm up.
         first = self.momentum if self.is_adam or not self.momentum else self.warmup_momentum
         momentum = _mix(first, self.momentum, warm)
+        weight_decay = self.weight_decay * self.global_batch / NOMINAL_BATCH
         for group in optimizer.param_groups:
             kind = group["name"]
             start = self.warmup_bias_lr if kind == "biases" and not self.is_adam else 0.0
             group["lr"] = _mix(start, goal, warm)
             if not self.is_adam:
                 group["momentum"] = momentum
-            group["weight_decay"] = (
-                self.weight_decay * self.global_batch / NOMINAL_BATCH if kind == "weights" else 0.0
-            )
+            group["weight_decay"] = weight_decay if kind == "weights" else 0.0
         return _mix(0.0, goal, warm)
 
 

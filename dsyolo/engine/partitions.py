@@ -1,12 +1,12 @@
 """The part of each parameter that this rank owns, whatever the ZeRO stage.
 
-A flat partition is one of the flat fp32 tensors that the torch optimizer steps, with its fragments of parameters.
 EMA, checkpoints and a run's weights are made of flat partitions only.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -25,16 +25,16 @@ class Fragment(NamedTuple):
     """A run of elements of the flattened parameter `name`, and its position in the flat partition."""
 
     name: str
-    start: int  # in the parameter
-    offset: int  # in the master
-    numel: int
+    in_parameter: slice
+    in_master: slice
 
 
 class FlatPartition(NamedTuple):
-    """An fp32 master tensor of this rank and its fragments of parameters."""
+    """One of the flat fp32 tensors that the torch optimizer steps, with its fragments of parameters."""
 
-    master: torch.Tensor
-    fragments: tuple[Fragment, ...]
+    key: torch.Tensor  # of the torch optimizer's state
+    master: torch.Tensor  # the same memory
+    fragments: list[Fragment]
 
 
 class Partitions:
@@ -43,7 +43,9 @@ class Partitions:
     Attributes:
         flat: the flat partitions, in the order of the optimizer's groups.
         shapes: of every parameter of the whole network, by name.
-        replicated: each replica has everything (ZeRO 0).
+        replicated: each data-parallel rank has everything (ZeRO 0).
+        has_all: this one has all values, so that gathering needs no communication.
+        contributes: adds its values to what is gathered; of several ranks with the same values only one does.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,82 +55,76 @@ class Partitions:
         self.shapes = {name: internals.full_shape(p) for name, p in self._params.items()}
         self.replicated = self.stage == 0
         self._all = self  # of which this may be a part: see `to_average`
+        self.has_all, self.contributes = self.replicated, True
         self.optimizer = internals.torch_optimizer(engine.deepspeed)
         self.flat = self._whole() if self.replicated else self._partitioned()
 
     def _whole(self) -> list[FlatPartition]:
         return [
-            FlatPartition(p.detach(), (Fragment(name, 0, 0, p.numel()),)) for name, p in self._params.items()
+            FlatPartition(p, p.detach(), [Fragment(name, slice(p.numel()), slice(p.numel()))])
+            for name, p in self._params.items()
         ]
 
     def _partitioned(self) -> list[FlatPartition]:
         engine, rank = self._engine.deepspeed, torch.distributed.get_rank()
-        masters = internals.flat_masters(engine)
-        fragments: list[list[Fragment]] = [[] for _ in masters]
+        flat = [FlatPartition(master, master.detach(), []) for master in internals.flat_masters(engine)]
         for name, p in self._params.items():
             if found := internals.fragment_address(engine, p, rank):
-                fragments[found.group].append(Fragment(name, found.start, found.offset, found.numel))
-        return [FlatPartition(m.detach(), tuple(f)) for m, f in zip(masters, fragments, strict=True)]
-
-    def optimizer_keys(self) -> list[tuple[torch.nn.Parameter, FlatPartition]]:
-        """Return the tensors that key the torch optimizer's state, each with its flat partition."""
-        keys = self._params.values() if self.replicated else internals.flat_masters(self._engine.deepspeed)
-        return list(zip(keys, self.flat, strict=True))
+                group, start, offset, numel = found
+                fragment = Fragment(name, slice(start, start + numel), slice(offset, offset + numel))
+                flat[group].fragments.append(fragment)
+        return flat
 
     def to_average(self) -> Partitions:
-        """Return what this rank averages for the EMA: all it owns, or its share where all replicas own the same."""
+        """Return what this rank averages for the EMA: all it owns, or its share where others own the same."""
         if not self.replicated or self._engine.dp_size == 1:
             return self
         ranks, rank = self._engine.dp_size, self._engine.dp_rank
         total = sum(partition.master.numel() for partition in self.flat)
         first, last = total * rank // ranks, total * (rank + 1) // ranks
         part = copy.copy(self)
+        part.has_all, part.contributes = False, True
         part.flat, begin = [], 0
-        for partition in self.flat:
-            end = begin + partition.master.numel()
+        for key, master, (fragment,) in self.flat:
+            end = begin + master.numel()
             start, stop = max(first, begin) - begin, min(last, end) - begin
             if start < stop:
-                fragment = Fragment(partition.fragments[0].name, start, 0, stop - start)
-                part.flat.append(FlatPartition(partition.master.view(-1)[start:stop], (fragment,)))
+                own = Fragment(fragment.name, slice(start, stop), slice(stop - start))
+                part.flat.append(FlatPartition(key, master.view(-1)[start:stop], [own]))
             begin = end
         return part
 
-    def gather(
-        self, tensors: Sequence[torch.Tensor], names: Sequence[str] | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Gather each parameter's values from `tensors`, one tensor per flat partition and shaped like its master.
+    def gather(self, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each parameter's name and fp32 values, in the order of `shapes`.
 
         Every rank must run this to its end. A yielded tensor is valid until the next one.
 
-        Yields:
-            (name, fp32 tensor of the parameter's shape), in the order of `names` (default: all).
+        Args:
+            tensors: one per flat partition, shaped like its master.
         """
         where: dict[str, list[tuple[Fragment, torch.Tensor]]] = {}
         for partition, tensor in zip(self.flat, tensors, strict=True):
             for fragment in partition.fragments:
                 where.setdefault(fragment.name, []).append((fragment, tensor))
-        for bucket in self._buckets(names or list(self.shapes)):
-            if self._has_all():
-                yield from ((name, where[name][0][1]) for name in bucket)
-                continue
-            numels = [torch.Size(self.shapes[name]).numel() for name in bucket]
-            flat = torch.zeros(sum(numels), dtype=torch.float32, device=self._device())
+        if self.has_all:
+            yield from ((name, where[name][0][1]) for name in self.shapes)
+            return
+        for bucket in self._buckets():
+            numels = [math.prod(self.shapes[name]) for name in bucket]
+            flat = torch.zeros(sum(numels), dtype=torch.float32, device=self._engine.device)
             views = flat.split(numels)
             for name, view in zip(bucket, views, strict=True):
-                for fragment, tensor in where.get(name, ()) if self._contributes() else ():
-                    part = tensor.reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
-                    view[fragment.start : fragment.start + fragment.numel] = part
+                for fragment, tensor in where.get(name, ()) if self.contributes else ():
+                    view[fragment.in_parameter] = tensor.reshape(-1)[fragment.in_master]
             all_reduce_sum(flat)
-            yield from (
-                (name, view.view(self.shapes[name])) for name, view in zip(bucket, views, strict=True)
-            )
+            yield from ((name, v.view(self.shapes[name])) for name, v in zip(bucket, views, strict=True))
 
     def scatter(self, tensors: Sequence[torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
         """Write this rank's fragments of `read(name)` into `tensors`, one per flat partition."""
         for partition, tensor in zip(self.flat, tensors, strict=True):
             for fragment in partition.fragments:
-                part = read(fragment.name).reshape(-1)[fragment.start : fragment.start + fragment.numel]
-                tensor.view(-1)[fragment.offset : fragment.offset + fragment.numel].copy_(part)
+                values = read(fragment.name).reshape(-1)[fragment.in_parameter]
+                tensor.view(-1)[fragment.in_master].copy_(values)
 
     @contextmanager
     def swap_parameters(self, tensors: Sequence[torch.Tensor], buffers: torch.Tensor) -> Iterator[None]:
@@ -156,46 +152,42 @@ class Partitions:
 
         Under ZeRO 0 in fp32 the network's parameters are the masters: there the caller must keep a copy of them.
         """
-        if self.stage == 3:
-            self._copy_sharded_to_model(tensors)
+        if self.stage < 3:
+            for name, value in self.gather(tensors):
+                if name in self._params:
+                    self._params[name].data.copy_(value)
             return
-        for name, value in self.gather(tensors):
-            if name in self._params:
-                self._params[name].data.copy_(value)
-
-    def _copy_sharded_to_model(self, tensors: Sequence[torch.Tensor]) -> None:
         with internals.persistent_parameters_sharded(self._engine.deepspeed.optimizer):
             for partition, tensor in zip(self.flat, tensors, strict=True):
                 for fragment in partition.fragments:
-                    own = internals.shard(self._params[fragment.name]).data
-                    own[: fragment.numel].copy_(tensor[fragment.offset : fragment.offset + fragment.numel])
+                    values = tensor[fragment.in_master]
+                    internals.shard(self._params[fragment.name]).data[: len(values)].copy_(values)
 
     def masters(self) -> list[torch.Tensor]:
-        """Return the masters, one per flat partition."""
         return [partition.master for partition in self.flat]
 
     def state(self) -> dict[str, list[torch.Tensor]]:
         """Return the optimizer's tensors by name, one per flat partition; empty before the first step."""
         state: dict[str, list[torch.Tensor]] = {}
-        for key, partition in self.optimizer_keys():
-            for name, value in self.optimizer.state[key].items():
+        for partition in self.flat:
+            for name, value in self.optimizer.state[partition.key].items():
                 if torch.is_tensor(value) and value.shape == partition.master.shape:
                     state.setdefault(name, []).append(value)
         return {name: values for name, values in state.items() if len(values) == len(self.flat)}
 
     def scalars(self) -> dict[str, float]:
         """Return the optimizer's numbers, such as Adam's step: state that has not a master's shape."""
-        key, partition = self.optimizer_keys()[0]
+        first = self.flat[0]
         return {
             name: float(value)
-            for name, value in self.optimizer.state[key].items()
-            if value is not None and not (torch.is_tensor(value) and value.shape == partition.master.shape)
+            for name, value in self.optimizer.state[first.key].items()
+            if value is not None and not (torch.is_tensor(value) and value.shape == first.master.shape)
         }
 
     def make_state(self, names: Sequence[str], scalars: Mapping[str, float]) -> dict[str, list[torch.Tensor]]:
         """Create the optimizer's state where there is none before its first step, to be filled from a checkpoint."""
-        for key, partition in self.optimizer_keys():
-            own = self.optimizer.state[key]
+        for partition in self.flat:
+            own = self.optimizer.state[partition.key]
             for name in names:
                 if own.get(name) is None:  # else it may be mapped to a file
                     own[name] = torch.zeros_like(partition.master)
@@ -203,10 +195,11 @@ class Partitions:
                 own[name] = torch.tensor(value)
         return self.state()
 
-    def _buckets(self, names: Sequence[str]) -> Iterator[list[str]]:
-        bucket, size = [], 0
-        for name in names:
-            numel = torch.Size(self.shapes[name]).numel()
+    def _buckets(self) -> Iterator[list[str]]:
+        bucket: list[str] = []
+        size = 0
+        for name, shape in self.shapes.items():
+            numel = math.prod(shape)
             if bucket and size + numel > GATHER_ELEMENTS:
                 yield bucket
                 bucket, size = [], 0
@@ -214,14 +207,3 @@ class Partitions:
             size += numel
         if bucket:
             yield bucket
-
-    def _has_all(self) -> bool:
-        """Whether this rank has every value, so that gathering needs no communication."""
-        return self.replicated and self._all is self
-
-    def _contributes(self) -> bool:
-        """Whether this rank adds its values when they are gathered; of replicas only one does."""
-        return True
-
-    def _device(self) -> torch.device:
-        return self._engine.device

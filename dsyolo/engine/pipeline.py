@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,27 +23,19 @@ from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, StepTim
 
 
 class PipelineEngine(Engine):
-    """Trains one stage of a network; the other stages, and replicas of all of them, are on other ranks.
+    """Trains one stage of a network. Other ranks have the other stages, or the same one with other images.
 
-    Invariant: as `Engine`'s. A replica's micro-batches pass through its stages.
+    Invariant: as `Engine`'s. The micro-batches of a data-parallel rank pass through its stages.
 
     Args:
         stage: this rank's slice of the network; it returns flat tensors, the last stage raw maps.
         whole: the whole network on the meta device: its names, shapes and decoding, without memory.
-        place: this rank's stage and replica.
-        others: as for `Engine`. The optimizer is over the stage's parameters.
+        others, settings: as for `Engine`. The optimizer is over the stage's parameters.
     """
 
-    def __init__(
-        self,
-        stage: nn.Module,
-        whole: nn.Module,
-        *others: Any,
-        place: ParallelDims,
-        **settings: Any,
-    ) -> None:
-        self.place, self.whole = place, whole
-        self._whole_on_device: nn.Module | None = None
+    def __init__(self, stage: nn.Module, whole: nn.Module, *others: Any, **settings: Any) -> None:
+        self.whole = whole
+        self._whole_on_device: Any = None
         super().__init__(stage, *others, **settings)
         self._losses = torch.zeros(3, device=self.device)
         if self.deepspeed.zero_optimization_stage() == 1:
@@ -51,18 +43,14 @@ class PipelineEngine(Engine):
             self._norm_of_stage = internals.replace_global_norm(optimizer, self._norm_of_stages)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
-        """Take one optimizer step, as `Engine.train_step`; the first and the last stage get the same micro-batches.
-
-        Args:
-            batches: `accumulation` micro-batches of this replica; stages between those two do not read them.
-        """
+        """Take one optimizer step, as `Engine.train_step`. Only the first and the last stage read `batches`, the same ones."""
         lr = self.schedule.apply(self.deepspeed.optimizer, step)
         buffers_before = self.buffers.flat.clone()
         self._losses.zero_()
-        images: list[torch.Tensor | None] = [None] * self.accumulation
-        labels: list[Targets | None] = [None] * self.accumulation
+        images: Sequence[torch.Tensor | None] = [None] * self.accumulation
+        labels: Sequence[Targets | None] = [None] * self.accumulation
         if self.place.is_first_stage:
-            with self._timer.phase(COPY):
+            with self._phase(COPY):
                 images = [self.to_device_images(batch.images) for batch in batches]
         if self.place.is_last_stage:
             labels = self._counted_targets(batches)
@@ -73,19 +61,14 @@ class PipelineEngine(Engine):
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Predict with the whole network: only inside `StagePartitions.swap_parameters`."""
-        assert self._whole_on_device is not None
-        with self._compute():
+        with self._autocast():
             return self._whole_on_device.decode(self._whole_on_device(self.to_device_images(images)))
 
     def set_timer(self, timer: StepTimer) -> None:
         """Time the phases. Waiting for a neighbour stage cannot be separated from its sending: both are communication."""
         super().set_timer(timer)
-        phase_of = {
-            "LoadMicroBatch": COPY,
-            "ForwardPass": FORWARD,
-            "BackwardPass": BACKWARD,
-            "OptimizerStep": OPTIMIZER,
-        }
+        phase_of = {"LoadMicroBatch": COPY, "ForwardPass": FORWARD}
+        phase_of |= {"BackwardPass": BACKWARD, "OptimizerStep": OPTIMIZER}
 
         def timed(name: str, instruction: Callable[..., None]) -> Callable[..., None]:
             def run(*args: Any, **settings: Any) -> None:
@@ -100,8 +83,8 @@ class PipelineEngine(Engine):
     def with_whole(self) -> Iterator[nn.Module]:
         """Yield the whole network on this rank's device, for the weights of all stages; freed at the end.
 
-        So every rank validates a share of the images. Passing them through the stages would leave all but one stage
-        waiting, and without gradients a whole detector takes less memory than its training stage.
+        So every rank validates a share of the images, and no stage waits for another. Without gradients the whole
+        takes less memory than a stage in training.
         """
         self._whole_on_device = copy.deepcopy(self.whole).to_empty(device=self.device).eval()
         dtype = next(self.network.parameters()).dtype
@@ -113,38 +96,21 @@ class PipelineEngine(Engine):
             self._whole_on_device = None
 
     @property
-    def dp_size(self) -> int:
-        return self.place.dp_size
-
-    @property
-    def dp_rank(self) -> int:
-        return self.place.dp_rank
-
-    @property
     def dp_group(self) -> Any:
-        return internals.replica_group(self.deepspeed)
+        return internals.dp_group(self.deepspeed)
 
-    def _initialize(self, optimizer: torch.optim.Optimizer) -> Any:
-        import deepspeed
+    def _module(self) -> nn.Module:
         from deepspeed.pipe import PipelineModule
 
+        own, num_stages = self.place.pp_rank, self.place.pp_size
+        layers = [self.network if stage == own else nn.Identity() for stage in range(num_stages)]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
-            module = PipelineModule(
-                [
-                    self.network if i == self.place.pp_rank else nn.Identity()
-                    for i in range(self.place.pp_size)
-                ],
-                num_stages=self.place.pp_size,
-                loss_fn=self._loss,
-                partition_method="uniform",  # one of these layers is one stage
-            )
-        config = dict(self.deepspeed_json)
-        return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+            return PipelineModule(layers, num_stages, loss_fn=self._loss, partition_method="uniform")
 
     def _loss(self, maps: tuple[torch.Tensor, ...], labels: Sequence[torch.Tensor]) -> torch.Tensor:
         total, parts = self.loss(maps, Targets(*labels))
         self._losses += parts
-        return total * self._undo_averaging()
+        return total * self._undo_averaging
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(tensor, internals.stage_group(self.deepspeed))
@@ -152,8 +118,7 @@ class PipelineEngine(Engine):
     def _norm_of_stages(self) -> torch.Tensor:
         """Return the gradient norm over all stages.
 
-        ZeRO 1's own sums over stages group by group. A stage without BatchNorm has fewer groups, and the other stages
-        would wait for it for ever.
+        ZeRO 1's own sums over stages group by group: the others would wait for ever for a stage with fewer groups.
         """
         with internals.without_sum_over_stages(self.deepspeed.optimizer):
             own = torch.as_tensor(self._norm_of_stage(), dtype=torch.float32, device=self.device)
@@ -162,11 +127,11 @@ class PipelineEngine(Engine):
     def _make_buffers(self) -> Buffers:
         return StageBuffers(self.network, self.whole, self.place)
 
-    def _compute(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager:
         """Return the autocast context that DeepSpeed runs its forward passes in."""
         if self.deepspeed.torch_autocast_enabled():
             return torch.autocast(self.device.type, dtype=self.deepspeed.torch_autocast_dtype())
-        return contextlib.nullcontext()
+        return nullcontext()
 
 
 class StageBuffers(Buffers):
@@ -207,6 +172,7 @@ class StagePartitions(Partitions):
     def __init__(self, engine: PipelineEngine) -> None:
         super().__init__(engine)
         self._engine: PipelineEngine = engine
+        self.has_all, self.contributes = False, not self.replicated or engine.dp_rank == 0
         self.shapes = {name: tuple(p.shape) for name, p in engine.whole.named_parameters()}
 
     @contextmanager
@@ -222,9 +188,3 @@ class StagePartitions(Partitions):
 
     def swap_trained_parameters(self) -> AbstractContextManager[None]:
         return self.swap_parameters(self.masters(), self._engine.buffers.flat)
-
-    def _has_all(self) -> bool:
-        return False
-
-    def _contributes(self) -> bool:
-        return not self.replicated or self._all is not self or self._engine.dp_rank == 0

@@ -1,18 +1,20 @@
 """Divides the time of a step into phases: data, copy, forward, backward, communication, optimizer, other.
 
-Nothing here waits for a device. On a CPU a phase ends when its work ends. On an accelerator its ends are events on the
-stream, read after the device has passed them, so time of the host is not counted twice.
+Nothing here waits for a device: on an accelerator a phase's ends are events on the stream, read after it has passed them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, TypeVar
+from contextlib import contextmanager
+from itertools import count, pairwise
+from typing import Any, NamedTuple, TypeVar
+
+from dsyolo.engine.device import accelerator, pins_memory
 
 T = TypeVar("T")
+Marks = list[tuple[str, Any]]  # (phase, stamp of its begin)
 
 DATA, COPY, FORWARD, BACKWARD = "data", "copy", "forward", "backward"
 COMMUNICATION, OPTIMIZER, OTHER = "communication", "optimizer", "other"
@@ -25,48 +27,28 @@ class StepTimes(NamedTuple):
     step: int  # 1-based
     seconds: dict[str, float]  # by phase; they sum up to the step
 
-    @property
-    def whole_s(self) -> float:
-        return sum(self.seconds.values())
 
-
-class Clock(Protocol):
-    """Takes time stamps, and measures between two of them."""
+class HostClock:
+    """The host's clock, for computing on the CPU."""
 
     def now(self) -> Any:
-        """Return a stamp; None if this moment has none."""
+        """Return a time stamp; None if this moment has none."""
+        return time.perf_counter()
 
     def between(self, first: Any, second: Any) -> float:
         """Return the seconds between two stamps that have passed."""
+        return second - first
 
     def has_passed(self, stamp: Any) -> bool:
         """Whether `between` needs no wait for this stamp."""
+        return True
 
     def wait(self, stamp: Any) -> None:
         """Wait until the stamp has passed."""
 
 
-class HostClock:
-    """The host's clock, for computing on the CPU."""
-
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def between(self, first: float, second: float) -> float:
-        return second - first
-
-    def has_passed(self, stamp: float) -> bool:
-        return True
-
-    def wait(self, stamp: float) -> None: ...
-
-
-class DeviceClock:
-    """Events on the computing stream. Work on other streams gets no stamps.
-
-    Args:
-        accelerator: as DeepSpeed's `get_accelerator` returns it.
-    """
+class DeviceClock(HostClock):
+    """Events on the computing stream of DeepSpeed's `accelerator`. Work on other streams gets no stamps."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -89,57 +71,30 @@ class DeviceClock:
         stamp.synchronize()
 
 
-class NoStepTimer:
-    """Measures nothing."""
-
-    inside = False
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Wrap a part of a step."""
-        return nullcontext()
-
-    def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """Return `steps` unchanged."""
-        return steps
-
-
 class StepTimer:
-    """Divides the time of steps among phases. A nested phase is subtracted from the one around it.
+    """Divides the time of every n-th step among phases. A nested phase is subtracted from the one around it."""
 
-    Args:
-        every: measure every n-th step.
-    """
-
-    def __init__(self, clock: Clock, every: int = 1) -> None:
+    def __init__(self, clock: HostClock, every: int = 1) -> None:
         self._clock, self._every = clock, every
-        self._marks: list[tuple[str, Any]] = []  # (phase, stamp of its begin)
+        self._marks: Marks = []
         self._open = [OTHER]  # phases under way, innermost last
-        self._waiting: list[
-            tuple[int, list[tuple[str, Any]]]
-        ] = []  # steps that the device has not finished, perhaps
+        self._waiting: list[tuple[int, Marks]] = []  # steps that the device may not have finished
         self._done: list[StepTimes] = []
         self._measures = False
-        self._step, self.inside = 0, False  # the step, and whether it is under way
+        self._step, self.inside = 0, False  # whether the step is under way
 
     def steps(self, steps: Iterator[T], start: int) -> Iterator[T]:
-        """Yield from `steps`. A step ends when the next one is requested.
-
-        Args:
-            start: steps done before.
-        """
-        step, steps = start, iter(steps)
-        self._measures = False
-        self._begin(step + 1)
-        while True:
+        """Yield from `steps`, of which `start` were done before. A step ends when the next one is requested."""
+        steps, self._measures = iter(steps), False
+        for step in count(start + 1):
+            self._begin(step)
             with self.phase(DATA):
                 batches = next(steps, None)
             if batches is None:
                 return
-            step += 1
             self._step, self.inside = step, True
             yield batches
             self._end()
-            self._begin(step + 1)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -153,10 +108,7 @@ class StepTimer:
             self._mark(self._open[-1])
 
     def take(self) -> list[StepTimes]:
-        """Return the steps measured since the last call, after waiting for the device to finish them.
-
-        The last step of a run, after which no other is requested, ends here.
-        """
+        """Return the steps measured since the last call, after waiting for the device. The last step of a run ends here."""
         if self.inside:
             self._end()
         if self._waiting:
@@ -192,9 +144,6 @@ class StepTimer:
             self._done.append(StepTimes(step, seconds))
 
 
-def clock_of_device() -> Clock:
+def clock_of_device() -> HostClock:
     """Return the clock of this rank's device."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    return HostClock() if accelerator.device_name() == "cpu" else DeviceClock(accelerator)
+    return DeviceClock(accelerator()) if pins_memory() else HostClock()

@@ -1,11 +1,11 @@
-"""Runs a node without keeping what lies between its input and its output: backward runs it again for that.
+"""Activation checkpointing of a node: keep its inputs alone, and run it again in the backward pass.
 
 Invariant: weights, gradients and buffers are those of a plain run, bit for bit, on the same machine.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -15,40 +15,26 @@ from torch.utils.checkpoint import checkpoint
 from dsyolo.models.blocks import BatchNorm
 
 
-def run_recomputed(module: nn.Module, inputs: tuple[torch.Tensor, ...], *, offload: bool) -> torch.Tensor:
-    """`module(*inputs)`, keeping of its activations the inputs alone, in host memory where `offload`.
+def run_checkpointed(module: nn.Module, inputs: tuple[torch.Tensor, ...], *, offload: bool) -> torch.Tensor:
+    """Return `module(*inputs)`, and keep only its inputs for the backward pass; in host memory if `offload`.
 
-    There is no randomness in a network, so the generators' states are not kept; and nothing here waits for
-    the device.
+    A network draws no random numbers, so the generators' states are not saved. Nothing here waits for the device.
     """
-
-    def call() -> torch.Tensor:
+    # These hooks see only the inputs: inside, the checkpoint has its own.
+    with saved_tensors_hooks(_to_host, _to_device) if offload else nullcontext():
         return checkpoint(
             module,
             *inputs,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (_Nothing(), _Repetition(module)),
+            context_fn=lambda: (nullcontext(), _FrozenStatistics(module)),
         )
 
-    if not offload:
-        return call()
-    with saved_tensors_hooks(
-        _to_host, _to_device
-    ):  # meets the inputs alone: the checkpoint has its own inside
-        return call()
 
+class _FrozenStatistics:
+    """Keeps the BatchNorms of `module` from moving their statistics again, which the first pass moved.
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-class _Repetition:
-    """While it is entered, the BatchNorms of `module` leave their statistics, which the first pass moved.
-
-    It can be entered again: a backward pass over a kept graph repeats the forward pass once more.
+    It can be entered again: a second backward pass over a retained graph runs the forward pass once more.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -58,15 +44,13 @@ class _Repetition:
         for norm in self.norms:
             norm.moves_statistics = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for norm in self.norms:
             norm.moves_statistics = True
 
 
 def _to_host(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-    # torch's own save_on_cpu waits for the copy and loses the strides of channels-last.
+    # torch's save_on_cpu waits for the copy and loses the strides of channels-last.
     pinned = tensor.device.type != "cpu"
     copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
     return tensor.device, copy.copy_(tensor, non_blocking=pinned)

@@ -1,4 +1,4 @@
-"""Counts the bytes of activations that training keeps, exactly and without computing any, and chooses what to recompute.
+"""Counts the activations that training keeps, exactly and without computing them, and chooses the nodes to checkpoint.
 
 The network runs on fake tensors (shapes without memory) while hooks see what autograd saves in each node.
 """
@@ -7,76 +7,74 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.spec import Precision
 from dsyolo.models.network import Network
 
+N = TypeVar("N", bound=Network)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NodeBytes(NamedTuple):
-    """What one node keeps. Storages bear numbers: one that several nodes keep has the same number in each."""
+    """The storages that one node keeps, by number. A storage that several nodes keep has one number."""
 
     name: str
     inputs: frozenset[int]  # storages that it reads
-    saved: frozenset[int]  # storages that autograd saves in it, those of its inputs among them
+    saved: frozenset[int]  # storages that autograd saves in it, including those of its inputs
     outputs: frozenset[int]
-    casts: frozenset[int] = frozenset()  # of `saved`, copies of its weights that autocast made
+    casts: frozenset[int] = frozenset()  # those of `saved` that are autocast's copies of its weights
 
 
 class Activations(NamedTuple):
-    """What autograd saves in a network: activations, casts of weights, statistics of batches.
+    """What autograd saves in a network: activations, casts of weights, batch statistics.
 
-    Not counted: parameters, buffers, the images, and what the loss keeps.
+    Parameters, buffers, images and what the loss keeps are not counted.
     """
 
     sizes: Mapping[int, int]  # bytes of each storage
     nodes: tuple[NodeBytes, ...]
-    blocks: frozenset[str]  # the nodes that can be recomputed: `Network.blocks`
+    blocks: frozenset[str]  # nodes worth checkpointing: `Network.blocks`
 
     def bytes_of(self, storages: Iterable[int]) -> int:
-        """Their sizes, each once."""
+        """Return their size, counting each once."""
         return sum(self.sizes[storage] for storage in set(storages))
 
-    def own_bytes(self) -> dict[str, int]:
-        """By node: what it saves beside its inputs, and so gains by recomputing."""
-        return {node.name: self.bytes_of(node.saved - node.inputs) for node in self.nodes}
+    def peak_bytes(self, checkpointed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
+        """Return the most that is kept at once.
 
-    def peak_bytes(self, recomputed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
-        """The most that is kept at once.
-
-        Before the backward pass of a node, the nodes before it keep what they saved, or their inputs alone
-        where they are recomputed, and it has its own, saved or computed again. At the end of the forward
-        pass autocast still holds its casts of all weights, those of recomputed nodes too.
+        Before the backward pass of a node, the nodes before it keep what they saved, or only their inputs if they
+        are checkpointed, and the node itself has all of its own. At the end of the forward pass autocast still
+        holds its casts of all weights, including those of checkpointed nodes.
 
         Args:
-            offload: the inputs of recomputed nodes wait in host memory, which is not counted.
+            offload: the inputs of checkpointed nodes wait in host memory, which is not counted.
         """
         kept: frozenset[int] = frozenset()
         peak = 0
         for node in self.nodes:
             peak = max(peak, self.bytes_of(kept | node.saved))
-            kept |= _kept(node, node.name in recomputed, offload)
+            kept |= _kept(node, node.name in checkpointed, offload)
         return max(peak, self._bytes_at_turn(kept))
 
-    def kept_bytes(self, recomputed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
-        """What waits for the backward pass."""
-        return self.bytes_of(chain(*(_kept(n, n.name in recomputed, offload) for n in self.nodes)))
+    def kept_bytes(self, checkpointed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
+        """Return what waits for the backward pass."""
+        return self.bytes_of(chain(*(_kept(n, n.name in checkpointed, offload) for n in self.nodes)))
 
     def fewest(self, budget_bytes: int, *, offload: bool = False) -> frozenset[str] | None:
-        """The smallest set of nodes whose recomputation keeps the peak within the budget, None where none does.
+        """Return the fewest nodes to checkpoint so that the peak fits the budget; None if it never does.
 
-        Node by node, of all choices with as many recomputed nodes the one that keeps least goes on: what the
-        later nodes add does not depend on it.
+        Node by node, of all choices with equally many checkpointed nodes only the one that keeps least is followed:
+        what later nodes add does not depend on the choice.
         """
         best: dict[int, tuple[frozenset[int], frozenset[str]]] = {0: (frozenset(), frozenset())}
         for node in self.nodes:
@@ -95,97 +93,94 @@ class Activations(NamedTuple):
         return best[min(fitting)][1] if fitting else None
 
     def _bytes_at_turn(self, kept: frozenset[int]) -> int:
-        """Between the forward and the backward pass."""
+        """Return what is kept between the forward and the backward pass."""
         return self.bytes_of(kept.union(*(node.casts for node in self.nodes)))
 
 
-def _kept(node: NodeBytes, is_recomputed: bool, offload: bool) -> frozenset[int]:
-    if not is_recomputed:
+def _kept(node: NodeBytes, is_checkpointed: bool, offload: bool) -> frozenset[int]:
+    if not is_checkpointed:
         return node.saved
     return frozenset() if offload else node.inputs
 
 
 class ActivationPlan(NamedTuple):
-    """Which nodes are recomputed, and what a rank then keeps for a micro-batch."""
+    """Which nodes are checkpointed, and what a rank then keeps for a micro-batch."""
 
     counted: Activations
-    recomputed: frozenset[str] = frozenset()
+    checkpointed: frozenset[str] = frozenset()
     offload: bool = False
 
     @property
     def peak_bytes(self) -> int:
-        """Of the whole network, as planned."""
+        """The peak of the whole network, as planned."""
         return self.stage_bytes([node.name for node in self.counted.nodes])
 
     def stage_bytes(
-        self, names: Iterable[str], in_flight: int = 1, recomputed: frozenset[str] | None = None
+        self, names: Iterable[str], in_flight: int = 1, checkpointed: frozenset[str] | None = None
     ) -> int:
-        """The most that a pipeline's stage of these nodes keeps.
+        """Return the most that a pipeline stage of these nodes keeps.
 
         Args:
             in_flight: micro-batches whose forward pass has ended before the backward pass of the first begins.
-            recomputed: other nodes than the planned ones.
+            checkpointed: instead of the planned nodes.
         """
-        recomputed = self.recomputed if recomputed is None else recomputed
+        checkpointed = self.checkpointed if checkpointed is None else checkpointed
         own = frozenset(names)
         part = self.counted._replace(nodes=tuple(n for n in self.counted.nodes if n.name in own))
-        waiting = part.kept_bytes(recomputed, offload=self.offload) * (in_flight - 1)
-        return waiting + part.peak_bytes(recomputed, offload=self.offload)
+        waiting = part.kept_bytes(checkpointed, offload=self.offload) * (in_flight - 1)
+        return waiting + part.peak_bytes(checkpointed, offload=self.offload)
 
     def host_bytes(self, names: Iterable[str], in_flight: int = 1) -> int:
-        """Of the same stage, what waits in host memory: the inputs of recomputed nodes, each with its own copy."""
-        own = frozenset(names) & self.recomputed if self.offload else frozenset()
+        """Return what the stage keeps in host memory: a copy of the inputs of each checkpointed node."""
+        own = frozenset(names) & self.checkpointed if self.offload else frozenset()
         copies = (self.counted.bytes_of(node.inputs) for node in self.counted.nodes if node.name in own)
         return in_flight * sum(copies)
 
     def explain(self) -> str:
-        """A line for the start of a run."""
+        """Return a line for the start of a run."""
         line = f"activations: {self.peak_bytes / 2**30:.2f} GiB a micro-batch"
-        if not self.recomputed:
+        if not self.checkpointed:
             return line
-        of = f"{len(self.recomputed)} of {len(self.counted.blocks)} blocks"
+        of = f"{len(self.checkpointed)} of {len(self.counted.blocks)} blocks"
         return f"{line}, recomputing {of}; {self.counted.peak_bytes() / 2**30:.2f} GiB without"
 
 
 def choose(activations: Activations, recompute: str | int, *, offload: bool) -> ActivationPlan:
-    """The plan for `recompute`: none, blocks, or the bytes of a budget.
+    """Return the plan for `recompute`: "none", "blocks", or a budget in bytes.
 
     Raises:
-        UserError: nothing fits the budget.
+        UserError: even with all blocks checkpointed the budget is too small.
     """
-    names: frozenset[str] | None = frozenset()
-    if recompute == "blocks":
-        names = activations.blocks
-    elif isinstance(recompute, int):
-        names = activations.fewest(recompute, offload=offload)
-    if names is None:
+    if isinstance(recompute, str):
+        names = activations.blocks if recompute == "blocks" else frozenset[str]()
+        return ActivationPlan(activations, names, offload)
+    fewest = activations.fewest(recompute, offload=offload)
+    if fewest is None:
         plain = activations.peak_bytes()
         least = activations.peak_bytes(activations.blocks, offload=offload)
         kept = f"a micro-batch keeps {_gib(least)} with all blocks recomputed, and {_gib(plain)} with none"
         remedy = f"Set it to {_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
-        raise UserError(
-            "The activations do not fit their budget",
-            [f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."],
-        )
-    return ActivationPlan(activations, names, offload)
+        problem = f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."
+        raise UserError("The activations do not fit their budget", [problem])
+    return ActivationPlan(activations, fewest, offload)
 
 
 def _gib(size: int) -> str:
-    """Rounded up, so that it can be given as a budget."""
+    """Format a size, rounded up so that it can be given as a budget."""
     return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 
 def count_activations(
     network: Network, images_shape: tuple[int, int, int, int], precision: Precision
 ) -> Activations:
-    """What autograd saves in a forward pass of `network` in training, node by node.
+    """Count what autograd saves in a forward pass of `network` in training, node by node.
+
+    The fake tensors are on the CPU: fake GPU tensors would start a CUDA context. Autocast treats both alike in all
+    operations of the network.
 
     Args:
-        network: its tensors may be on any device, meta included: they are not read.
+        network: on any device, meta included: its tensors are not read.
         images_shape: (B, 3, H, W), of uint8.
-
-    The fake tensors are a CPU's: those of a GPU would start its context. In all operations of the network
-    autocast treats both alike.
     """
     return count_each(network, [images_shape], precision)[0]
 
@@ -193,9 +188,9 @@ def count_activations(
 def count_each(
     network: Network, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
 ) -> list[Activations]:
-    """As `count_activations`, for images of several shapes, on one copy of the network.
+    """Count as `count_activations` does, for several shapes of images on one copy of the network.
 
-    Storages are numbered in the order in which they come, which is the same for any number of images.
+    Storages are numbered in the order of their first use, which is the same for any number of images.
     """
     with FakeTensorMode():
         fake = fake_copy(network, DTYPES[precision.params]).train()
@@ -216,7 +211,7 @@ def _count(
             saved: list[torch.Tensor] = []
             with saved_tensors_hooks(saved.append, _unused):
                 boundary = fake.run(boundary, i, i + 1)
-            outputs = ledger.numbers(_tensors(boundary[-1]))
+            outputs = ledger.numbers(tree_leaves(boundary[-1]))
             kernels = {p.shape for p in fake.get_submodule(name).parameters() if p.ndim > 1}
             casts = ledger.numbers(t for t in saved if t.shape in kernels and t.dtype == dtype)
             nodes.append(NodeBytes(name, inputs, ledger.numbers(saved), outputs, casts))
@@ -224,41 +219,41 @@ def _count(
 
 
 class _Ledger:
-    """Numbers storages, and keeps them, so that no two get the same number. Those given first are left out."""
+    """Numbers storages. It keeps them alive, so that no two get one number.
+
+    Args:
+        uncounted: tensors whose storages are left out.
+    """
 
     def __init__(self, uncounted: Iterable[torch.Tensor]) -> None:
         self.sizes: dict[int, int] = {}
-        self._names: dict[int, int] = {}  # its number, by where it lies
+        self._numbers: dict[int, int] = {}  # by address
         self._uncounted = {tensor.untyped_storage()._cdata for tensor in uncounted}
         self._kept: list[torch.UntypedStorage] = []
 
     def numbers(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
         storages = [tensor.untyped_storage() for tensor in tensors]
-        found = set()
+        numbers = set()
         for storage in storages:
             if storage._cdata not in self._uncounted:
-                number = self._names.setdefault(storage._cdata, len(self._names))
+                number = self._numbers.setdefault(storage._cdata, len(self._numbers))
                 self.sizes[number] = storage.nbytes()
-                found.add(number)
+                numbers.add(number)
         self._kept += storages
-        return frozenset(found)
+        return frozenset(numbers)
 
 
 def _unused(packed: Any) -> Any:
-    raise AssertionError("nothing goes backward here")
+    raise AssertionError("no backward pass runs here")
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    yield from (value,) if isinstance(value, torch.Tensor) else value
-
-
-def fake_copy(network: Network, weights_dtype: torch.dtype) -> Network:
-    """`network` with fake tensors in the places of its own, which are not copied. Nothing is recomputed in it."""
+def fake_copy(network: N, weights_dtype: torch.dtype) -> N:
+    """Return a copy of `network` with fake tensors in place of its own, and no node checkpointed."""
     fakes: dict[int, Any] = {}
     for tensor in chain(network.parameters(), network.buffers()):
         is_weight = isinstance(tensor, nn.Parameter)
         fake = torch.empty(tensor.shape, dtype=weights_dtype if is_weight else tensor.dtype)
         fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
     result = copy.deepcopy(network, fakes)
-    result.recompute = frozenset()
+    result.checkpointed = frozenset()
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,12 @@ class BatchNorm(nn.BatchNorm2d):
     """BatchNorm in fp32 whatever the precision of its input and of its parameters.
 
     Under DeepSpeed's `bf16.enabled` the parameters are bf16 and the statistics fp32, which torch's own
-    module refuses on a CPU. `num_batches_tracked` keeps its place in weight files but is not counted:
-    with a fixed momentum nobody reads it, and counting costs a kernel per layer.
+    module refuses on a CPU. `num_batches_tracked` stays in weight files but is not updated: with a fixed
+    momentum nothing reads it, and updating it costs a kernel per layer.
 
     Attributes:
-        frozen: in training too, normalise with the running statistics and do not move them.
-        moves_statistics: false while a forward pass is repeated for its gradients (`recompute.py`).
+        frozen: normalise with the running statistics in training too, and do not update them.
+        moves_statistics: False while activation checkpointing repeats a forward pass.
     """
 
     moves_statistics = True
@@ -28,30 +29,23 @@ class BatchNorm(nn.BatchNorm2d):
         super().__init__(num_channels, eps=1e-3, momentum=0.03)
         self.frozen = False
 
-    def normalise(self, *args) -> torch.Tensor:
-        """`F.batch_norm`; an attribute may stand in for it (engine/batchnorm.py)."""
-        return F.batch_norm(*args)  # looked up now: DeepSpeed's profiler puts another in its place
+    def normalise(self, *args: Any) -> torch.Tensor:
+        """Call `F.batch_norm`; engine/batchnorm.py replaces this method."""
+        return F.batch_norm(*args)  # looked up at each call: DeepSpeed's profiler replaces it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean, var = self.running_mean, self.running_var
-        if self.training and not self.moves_statistics:
-            # Copies take the movement. Neither None nor a momentum of 0 would do: autograd must save as many
-            # tensors as in the first pass, and 0 times an infinity is no number.
+        if self.training and not self.moves_statistics and mean is not None and var is not None:
+            # Update copies instead. None would make autograd save fewer tensors than in the first pass, and a
+            # momentum of 0 would turn an infinity into NaN.
             mean, var = mean.clone(), var.clone()
-        return self.normalise(
-            x,
-            mean,
-            var,
-            self.weight.float(),
-            self.bias.float(),
-            self.training and not self.frozen,
-            self.momentum,
-            self.eps,
-        )
+        moves = self.training and not self.frozen
+        weight, bias = self.weight.float(), self.bias.float()
+        return self.normalise(x, mean, var, weight, bias, moves, self.momentum, self.eps)
 
 
 def freeze_batchnorm(network: nn.Module) -> None:
-    """Makes every BatchNorm of `network` keep its statistics."""
+    """Freeze the statistics of every BatchNorm of `network`."""
     for module in network.modules():
         if isinstance(module, BatchNorm):
             module.frozen = True
@@ -73,9 +67,9 @@ class Conv(nn.Module):
 
 
 class Stem(Conv):
-    """The first Conv, 6x6 with stride 2: it also brings uint8 images to [0, 1].
+    """The first Conv, 6x6 with stride 2. It also scales uint8 images to [0, 1].
 
-    Images travel as uint8, a quarter of the bytes; a float input is taken as already in [0, 1].
+    Images travel as uint8, a quarter of the bytes; float images must be in [0, 1] already.
     """
 
     def __init__(self, c1: int, c2: int) -> None:
@@ -87,7 +81,7 @@ class Stem(Conv):
 
 
 class Bottleneck(nn.Module):
-    """Conv 1x1, Conv 3x3, plus the input when `shortcut`. Keeps its shape."""
+    """Conv 1x1, Conv 3x3, plus the input if `shortcut`. Keeps the shape."""
 
     def __init__(self, channels: int, shortcut: bool) -> None:
         super().__init__()
@@ -116,7 +110,7 @@ class C3(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Spatial pyramid pooling, fast: three chained 5x5 max-pools see as far as pools of 5, 9 and 13."""
+    """Spatial pyramid pooling, fast: three chained 5x5 max-pools equal pools of 5, 9 and 13."""
 
     def __init__(self, c1: int, c2: int) -> None:
         super().__init__()
@@ -140,21 +134,21 @@ class Upsample(nn.Module):
 
 
 class Concat(nn.Module):
-    """Joins its inputs along the channels."""
+    """Concatenates its inputs along the channels."""
 
     def forward(self, *xs: torch.Tensor) -> torch.Tensor:
         return torch.cat(xs, 1)
 
 
 class Detect(nn.Module):
-    """One 1x1 convolution per level, to raw maps of (B, A, H, W, 5 + K): x, y, w, h, objectness, classes.
+    """One 1x1 convolution per level, to raw maps (B, A, H, W, 5 + K): x, y, w, h, objectness, classes.
 
     Args:
         channels: of the levels' inputs, finest level first.
         anchors_px: (L, A, 2) widths and heights in pixels: a tensor, or nested sequences.
         strides: pixels per cell of each level.
 
-    The biases start at the prior of the spec: about 8 objects in an image of 640 px, classes of 0.6 / K.
+    The biases start at the prior of docs/yolov5.md: about 8 objects in an image of 640 px, class probabilities of 0.6 / K.
     """
 
     def __init__(
@@ -171,9 +165,9 @@ class Detect(nn.Module):
         num_outputs = 5 + num_classes
         self.m = nn.ModuleList(nn.Conv2d(c, self.num_anchors * num_outputs, 1) for c in channels)
         self.register_buffer("anchors", anchors_px / torch.tensor(strides).view(-1, 1, 1))
-        for conv, stride in zip(self.m, strides, strict=True):
-            with torch.no_grad():
-                bias = conv.bias.view(self.num_anchors, num_outputs)
+        with torch.no_grad():
+            for conv, stride in zip(self.m, strides, strict=True):
+                bias = conv.get_parameter("bias").view(self.num_anchors, num_outputs)
                 bias[:, 4] += math.log(8 / (640 / stride) ** 2)
                 bias[:, 5:] += math.log(0.6 / (num_classes - 0.99999))
 

@@ -1,4 +1,4 @@
-"""What a forward pass without gradients takes at once, counted on fake tensors."""
+"""Peak memory of a forward pass without gradients, counted on fake tensors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dsyolo.models.detection_network import DetectionNetwork
 def inference_bytes(
     network: DetectionNetwork, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
 ) -> list[int]:
-    """For uint8 images of each shape, the most bytes of tensors that are alive at once from the images to decoded boxes.
+    """Return for each shape of uint8 images the peak bytes of tensors, from the images to decoded boxes.
 
-    Weights and images are left out; copies of weights that autocast keeps are counted.
+    Weights and images are not counted; autocast's copies of weights are.
     """
     with FakeTensorMode():
         fake = fake_copy(network, DTYPES[precision.params]).eval()
@@ -31,28 +31,28 @@ def inference_bytes(
 def _count(fake: DetectionNetwork, images_shape: tuple[int, int, int, int], precision: Precision) -> int:
     images = torch.empty(images_shape, dtype=torch.uint8)
     dtype = DTYPES[precision.compute] if precision.is_autocast else None
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=precision.is_autocast), _Alive() as alive:
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=precision.is_autocast), _LiveBytes() as live:
         fake.decode(fake(images))
-    return alive.most
+    return live.peak
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, from then on until nobody holds them."""
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.most = 0
+        self.peak = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {_place(tensor) for tensor in _tensors((args, kwargs))}
+        before = {_address(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            if _place(tensor) not in before and _place(tensor) not in self._sizes:
+            if _address(tensor) not in before and _address(tensor) not in self._sizes:
                 storage = tensor.untyped_storage()
                 self._sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self._sizes.pop, storage._cdata)
-        self.most = max(self.most, sum(self._sizes.values()))
+        self.peak = max(self.peak, sum(self._sizes.values()))
         return result
 
 
@@ -60,5 +60,5 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def _place(tensor: torch.Tensor) -> int:
+def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata

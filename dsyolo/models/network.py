@@ -1,18 +1,18 @@
 """A network as a sequence of named nodes: the only graph logic.
 
-Between two nodes travels the carry: the tensors that some later node still reads, in the order in which
-they were made. So any slice of the sequence is a pipeline stage, and nothing lives longer than it is read.
+Between two nodes live the boundary activations: the outputs that some later node still reads, in the order in
+which they were made. So any slice of the sequence is a pipeline stage, and no output lives longer than needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dsyolo.models.activation_checkpointing import run_recomputed
+from dsyolo.models.activation_checkpointing import run_checkpointed
 from dsyolo.models.blocks import BatchNorm
 
 
@@ -28,49 +28,44 @@ class Node(NamedTuple):
 
 
 class NodeLink(NamedTuple):
-    """How one node meets the carry."""
+    """How one node uses the boundary activations before it."""
 
-    reads: tuple[int, ...]  # positions in the incoming carry
-    keeps: tuple[int, ...]  # positions that live on; the node's own output is appended
+    reads: tuple[int, ...]  # positions among them
+    keeps: tuple[int, ...]  # positions that stay alive; the node's own output is appended
 
 
 def connect(nodes: Sequence[Node], source: str = "images") -> tuple[NodeLink, ...]:
-    """Works out by liveness what each node reads of the carry and what it passes on.
+    """Find by liveness which boundary activations each node reads and which it passes on.
 
-    Invariant: after node i the carry holds exactly the outputs that a node after i reads, and after the last
-    node its output alone.
+    Invariant: the boundary activations after node i are exactly the outputs that a node after i reads; after the
+    last node, its output alone.
 
     Raises:
-        AssertionError: a name is used twice, read before it is made, or never read.
+        AssertionError: a name is used twice, read before it exists, or never read.
     """
     names = [node.name for node in nodes]
-    nodes = [
-        node._replace(reads=node.reads or (before,))
-        for node, before in zip(nodes, [source, *names], strict=False)
-    ]
+    reads = [node.reads or (before,) for node, before in zip(nodes, [source, *names], strict=False)]
     assert len(set(names) | {source}) == len(nodes) + 1, "a node's name is used twice"
-    last_read = {name: i for i, node in enumerate(nodes) for name in node.reads}
+    last_read = {read: i for i, own in enumerate(reads) for read in own}
     boundary, links = [source], []
-    for i, node in enumerate(nodes):
-        assert set(node.reads) <= set(boundary), (
-            f"{node.name} reads {node.reads}, but only {boundary} are alive"
-        )
-        keeps = tuple(k for k, name in enumerate(boundary) if last_read.get(name, -1) > i)
-        links.append(NodeLink(tuple(boundary.index(name) for name in node.reads), keeps))
-        boundary = [boundary[k] for k in keeps] + [node.name]
+    for i, (name, own) in enumerate(zip(names, reads, strict=True)):
+        assert set(own) <= set(boundary), f"{name} reads {own}, but only {boundary} are alive"
+        keeps = tuple(k for k, alive in enumerate(boundary) if last_read.get(alive, -1) > i)
+        links.append(NodeLink(tuple(boundary.index(read) for read in own), keeps))
+        boundary = [boundary[k] for k in keeps] + [name]
     unread = set(names[:-1]) - last_read.keys()
     assert not unread, f"{sorted(unread)} are made and never read"
     return tuple(links)
 
 
 class Network(nn.Module):
-    """Runs the nodes in order. Parameters bear the nodes' names, whole or in stages.
+    """Runs the nodes in order. Parameter names start with the node's name, in the whole network and in stages.
 
     Args:
         nodes: the sequence; the last one makes the output.
 
     Attributes:
-        recompute: names of nodes that keep their inputs alone for backward, and then run again.
+        checkpointed: names of the nodes under activation checkpointing: they keep only their inputs.
         offload_inputs: whether those inputs wait in host memory.
     """
 
@@ -78,16 +73,15 @@ class Network(nn.Module):
         super().__init__()
         self.links = connect(nodes)
         self.order = tuple(node.name for node in nodes)
-        self.recompute: frozenset[str] = frozenset()
+        self.checkpointed: frozenset[str] = frozenset()
         self.offload_inputs = False
         for node in nodes:
             self.add_module(node.name, node.module)
 
     def blocks(self) -> frozenset[str]:
-        """Return the nodes that keep activations inside, and so gain by being recomputed.
+        """Return the names of the nodes worth checkpointing: those that keep activations besides their inputs.
 
-        Those with parameters; of the last node, which has no node behind it to keep its inputs for, only with a
-        BatchNorm: convolutions alone keep nothing but their inputs.
+        Nodes with parameters; the last node only if it has a BatchNorm, as plain convolutions keep only inputs.
         """
         *inner, last = self.order
         found = {name for name in inner if any(True for _ in self.get_submodule(name).parameters())}
@@ -96,17 +90,17 @@ class Network(nn.Module):
         return frozenset(found)
 
     def run(self, boundary: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple:
-        """The carry after nodes `start` .. `stop` - 1, from the carry before them."""
+        """Run nodes `start` .. `stop` - 1; return the boundary activations after them, from those before them."""
         for name, link in zip(self.order[start:stop], self.links[start:stop], strict=True):
             module, inputs = self.get_submodule(name), tuple(boundary[k] for k in link.reads)
-            if name in self.recompute and torch.is_grad_enabled():
-                out = run_recomputed(module, inputs, offload=self.offload_inputs)
+            if name in self.checkpointed and torch.is_grad_enabled():
+                out = run_checkpointed(module, inputs, offload=self.offload_inputs)
             else:
                 out = module(*inputs)
             boundary = (*(boundary[k] for k in link.keeps), out)
         return boundary
 
-    def forward(self, images: torch.Tensor):
-        """The last node's output for `images`."""
+    def forward(self, images: torch.Tensor) -> Any:
+        """Return the last node's output for `images`."""
         (out,) = self.run((images,), 0, len(self.order))
         return out

@@ -1,6 +1,6 @@
-"""Where a network is cut into pipeline stages: by counted work and by what crosses, never by parameters.
+"""Cuts a network into pipeline stages, balanced by counted work and communication.
 
-In a detector the parameters sit at stride 32 and the work at stride 2 to 8.
+Not by parameters: a detector has those at stride 32, and its work at strides 2 to 8.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ from dsyolo.models.flops import NodeCost
 
 
 class Balance(NamedTuple):
-    """Of a kind of device, in floating-point operations of a forward pass."""
+    """What memory and communication cost on a kind of device, in FLOPs of a forward pass."""
 
-    per_element: float  # an element read or written costs as much as so many
-    per_boundary: float  # an element sent to the next stage, and its gradient back, costs as much as so many
+    per_element: float  # reading or writing an element
+    per_boundary: float  # sending an element to the next stage, and its gradient back
 
 
 # Fitted to forward and backward of every node of yolov5s, 4 x 320 px, one thread of an AMD EPYC, 2026-11-23:
-# 20.4 in fp32, 20.1 in bf16 autocast (benchmarks/pipeline.py); crossings by gloo at 1.5 GB/s, 28 GFLOP/s.
+# 20.4 in fp32, 20.1 in bf16 autocast (benchmarks/pipeline.py); boundaries by gloo at 1.5 GB/s, 28 GFLOP/s.
 CPU = Balance(20, 150)
-# By data sheets, not measured: H100 SXM at 400 TFLOP/s of 990, 3.35 TB/s, NVLink at 300 GB/s, bf16.
+# From data sheets, not measured: H100 SXM at 400 TFLOP/s of 990, 3.35 TB/s, NVLink at 300 GB/s, bf16.
 ACCELERATOR = Balance(200, 1800)
 
 
 def balanced_cuts(costs: Sequence[NodeCost], stages: int, balance: Balance) -> tuple[int, ...]:
-    """The cuts that make the slowest stage fastest; among equals those across which least travels.
+    """Return the cuts that make the slowest stage fastest; among equals, those with the least communication.
 
     Args:
         costs: of the network's nodes, at the size and batch that will be trained.
         stages: at least 1, at most as many as there are nodes with parameters.
 
     Returns:
-        the index of the first node of every stage but the first.
+        The index of the first node of every stage but the first.
     """
     num = len(costs)
     works = [cost.flops + balance.per_element * cost.elements for cost in costs]
-    crossing = [0.0, *(balance.per_boundary * boundary_elements(costs, i) for i in range(1, num)), 0.0]
+    boundary = [0.0, *(balance.per_boundary * boundary_elements(costs, i) for i in range(1, num)), 0.0]
 
     @cache
     def best(start: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        """(cost of the slowest stage, all crossings, cuts) of the nodes from `start` in `left` stages."""
+        """Return (cost of the slowest stage, cost of all boundaries, cuts) of the nodes from `start` in `left` stages."""
         if left == 1:
-            own = sum(works[start:]) + crossing[start] if _has_parameters(costs[start:]) else math.inf
+            own = sum(works[start:]) + boundary[start] if _has_parameters(costs[start:]) else math.inf
             return own, 0.0, ()
-        choices = [(math.inf, 0.0, ())]
+        choices: list[tuple[float, float, tuple[int, ...]]] = [(math.inf, 0.0, ())]
         for stop in range(start + 1, num - left + 2):
             if _has_parameters(costs[start:stop]):
-                own = sum(works[start:stop]) + crossing[start] + crossing[stop]
-                slowest, crossings, cuts = best(stop, left - 1)
-                choices.append((max(own, slowest), crossing[stop] + crossings, (stop, *cuts)))
+                own = sum(works[start:stop]) + boundary[start] + boundary[stop]
+                slowest, sent, cuts = best(stop, left - 1)
+                choices.append((max(own, slowest), boundary[stop] + sent, (stop, *cuts)))
         return min(choices)
 
     return best(0, stages)[2]
 
 
 def boundary_elements(costs: Sequence[NodeCost], cut: int) -> int:
-    """Elements that one micro-batch sends over the border before node `cut`."""
+    """Return the number of elements that one micro-batch sends over the boundary before node `cut`."""
     return sum(math.prod(shape) for shape in costs[cut - 1].boundary)
 
 
@@ -71,10 +71,10 @@ def stage_table(
     bytes_each: int,
     activations: Sequence[int],
 ) -> str:
-    """What each stage holds, does and sends for a micro-batch, a line each.
+    """Return a table of what each stage holds, computes and sends for a micro-batch.
 
     Args:
-        bytes_each: of an element that crosses.
+        bytes_each: size of an element of the boundary activations.
         activations: bytes that autograd keeps in each stage.
     """
     bounds = [0, *cuts, len(costs)]

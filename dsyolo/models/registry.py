@@ -58,7 +58,7 @@ def build_model(name: str, num_classes: int) -> DetectionNetwork:
 
 @cache
 def meta_network(name: str, num_classes: int) -> DetectionNetwork:
-    """Return the network on the meta device, without memory, to count on. It is built once: change nothing of it."""
+    """Return the network on the meta device, for counting. It is built once and shared: do not change it."""
     with torch.device("meta"):
         return build_model(name, num_classes)
 
@@ -107,7 +107,7 @@ def refuse_image_size(name: str, image_size_px: int) -> None:
 def _builder(reference: str, _folder: Path) -> Callable[[int], Any]:
     """Load the function once in a process, so that its classes stay the same."""
     with torch.device("cpu"):  # tensors that the file makes must not become those of a meta build
-        build = load_object(reference, "model")
+        build = load_object(reference, "--model")
     if not callable(build):
         raise _error(reference, f"{build!r} is no function", "Name a function build(num_classes)")
     return build
@@ -160,10 +160,10 @@ def _check(reference: str, network: DetectionNetwork) -> None:
         raise _error(reference, rule, f"It must be ({len(strides)}, A, 2), in cells")
     for name, module in network.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, BatchNorm):
-            rule = f"{name} is a {type(module).__name__} of torch, whose statistics move twice in a recomputed block"
+            rule = f"{name} is a {type(module).__name__} of torch, whose statistics move twice in a checkpointed block"
             raise _error(reference, rule, "Use dsyolo.models.blocks.BatchNorm")
         if isinstance(module, _DropoutNd):
-            rule = f"{name} is a {type(module).__name__}, and a recomputed block would draw anew"
+            rule = f"{name} is a {type(module).__name__}, and a checkpointed block would draw other numbers"
             raise _error(reference, rule, "Leave it out")
     in_nodes = [p for node in network.order for p in network.get_submodule(node).parameters()]
     if len(in_nodes) != len({id(p) for p in in_nodes}) or len(in_nodes) != len(list(network.parameters())):

@@ -1,6 +1,6 @@
-"""Weights in and out: names as YOLOv5's own files have them, and safetensors files with what a network needs.
+"""Weights files: safetensors with the metadata to rebuild the network, and the parameter names of YOLOv5's own files.
 
-Only safetensors are read: nothing in such a file can run.
+Only safetensors are read: such a file cannot run code.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +29,7 @@ PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 class WeightsInfo(BaseModel):
-    """What a weights file says beside the tensors: all that is needed to rebuild the network."""
+    """The metadata of a weights file: what is needed, besides the tensors, to rebuild the network."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +40,7 @@ class WeightsInfo(BaseModel):
 
 
 def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames `model.<index>.<rest>` to `<node>.<rest>`. The family is told by the highest index.
+    """Rename `model.<index>.<rest>` to `<node>.<rest>`. The highest index decides on the family.
 
     Raises:
         ValueError: a name is not of YOLOv5's form.
@@ -57,141 +57,117 @@ def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {f"{table[i].name}.{rest}": state_dict[name] for name, (i, rest) in indices.items()}
 
 
-def to_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames `<node>.<rest>` to `model.<index>.<rest>`, the inverse of `from_yolov5`.
-
-    Raises:
-        ValueError: a name belongs to no node of the family.
-    """
-    nodes = {name.partition(".")[0] for name in state_dict}
-    table = P6 if nodes & ({row.name for row in P6} - {row.name for row in P5}) else P5
-    index = {row.name: i for i, row in enumerate(table)}
-    unknown = sorted(nodes - index.keys())
-    if unknown:
-        raise ValueError(f"no layer of YOLOv5 is called {', '.join(unknown)}")
-    renamed = {}
-    for name, tensor in state_dict.items():
-        node, _, rest = name.partition(".")
-        renamed[f"model.{index[node]}.{rest}"] = tensor
-    return renamed
-
-
 def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: WeightsInfo) -> None:
-    """Writes the tensors as they are under the network's own names, by a rename, so that a reader sees all or nothing."""
+    """Write the tensors as they are, under the network's own names. A rename puts the file in place: complete or not at all."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, part, metadata={METADATA_KEY: info.model_dump_json()})
-        part.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
+        # safetensors creates files that only the owner may read
+        part.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # there only where something failed, as on a full disk
+        part.unlink(missing_ok=True)  # left only by a failure, such as a full disk
 
 
 GivenWeights: TypeAlias = tuple[dict[str, torch.Tensor], WeightsInfo | None]
 
 
 def read_weights(path: Path) -> GivenWeights:
-    """The tensors of a safetensors file under the network's own names, and its info where there is one.
-
-    Reads files of dsyolo and files with YOLOv5's names alike.
+    """Read a safetensors file, of dsyolo or with YOLOv5's names; return tensors under our names, and the metadata if any.
 
     Raises:
-        UserError: no such file, not safetensors, a pickled file, names of another network, or NaN in it.
+        UserError: the file is missing, damaged, pickled, of another network, or contains NaN or infinity.
     """
-    headline = f"{path} cannot be used as weights"
-    if path.is_dir():
-        raise UserError(
-            headline, ["it is a folder. Give a .safetensors file, as a run leaves it in weights/."]
-        )
-    if not path.is_file():
-        raise UserError(headline, ["there is no such file. Nothing is downloaded: put the file there."])
-    _refuse_pickled(path, headline)
-    if path.stat().st_size > MOST_BYTES:
-        rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and the largest network has 0.6"
-        raise UserError(headline, [f"{rule}. It is no file of a detector's weights alone."])
+    _refuse_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             types = {name: file.get_slice(name).get_dtype() for name in names}
             if other := [name for name, type_ in types.items() if type_ not in DTYPES]:
                 rule = f"{other[0]} is of type {types[other[0]]}, and weights are {', '.join(DTYPES)}"
-                raise UserError(headline, [f"{rule}. Save them in fp32."])
+                raise _unusable(path, f"{rule}. Save them in fp32.")
             tensors = {name: file.get_tensor(name) for name in names}
             text = (file.metadata() or {}).get(METADATA_KEY)
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            headline, [f"it is not a whole safetensors file ({error}). Take another copy."]
-        ) from None
+        raise _unusable(path, f"it is not a whole safetensors file ({error}). Take another copy.") from None
     damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if damaged:
         what = f"{len(damaged)} of its {len(tensors)} tensors hold NaN or infinity ({damaged[0]} ...)"
         remedy = "The training that wrote it diverged: take earlier weights, or train with a lower lr"
-        raise UserError(headline, [f"{what}. {remedy}."])
-    if all(name.startswith("model.") for name in tensors):
-        try:
-            tensors = from_yolov5(tensors)
-        except ValueError as error:
-            raise UserError(headline, [f"{error}."]) from None
+        raise _unusable(path, f"{what}. {remedy}.")
     try:
+        if all(name.startswith("model.") for name in tensors):
+            tensors = from_yolov5(tensors)
         return tensors, None if text is None else WeightsInfo.model_validate_json(text)
     except ValidationError as error:
         what = shortened(str(error))
-        raise UserError(headline, [f"its metadata is damaged ({what}). Take another copy."]) from None
+        raise _unusable(path, f"its metadata is damaged ({what}). Take another copy.") from None
+    except ValueError as error:
+        raise _unusable(path, f"{error}.") from None
 
 
-def _refuse_pickled(path: Path, headline: str) -> None:
+def _unusable(path: Path, problem: str) -> UserError:
+    return UserError(f"{path} cannot be used as weights", [problem])
+
+
+def _refuse_file(path: Path) -> None:
+    if path.is_dir():
+        raise _unusable(
+            path, "it is a folder. Give a .safetensors file, such as RUN/weights/best.safetensors."
+        )
+    if not path.is_file():
+        raise _unusable(path, "there is no such file, and nothing is downloaded. Check the path.")
     what = f"{path.suffix} files are pickled" if path.suffix in PICKLED_SUFFIXES else ""
     if not what and (found := pickled(path)):
-        what = f"it is {found}, whatever its name says"
+        what = f"it is {found}, despite its name"
     if what:
         remedy = (
-            "Where you trust it, convert it once in the environment that wrote it: "
+            "If you trust it, convert it once in the environment that wrote it: "
             "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
         )
-        rule = "reading one may run code from it; only safetensors is read"
-        raise UserError(headline, [f"{what}, and {rule}. {remedy}"])
+        raise _unusable(
+            path, f"{what}, and reading one may run code from it; only safetensors is read. {remedy}"
+        )
+    if path.stat().st_size > MOST_BYTES:
+        rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and a detector's weights at most {MOST_BYTES / 2**30:.0f}"
+        raise _unusable(path, f"{rule}. Give a file that holds the weights alone.")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor on the host holds neither NaN nor infinity."""
-    # Ten times as fast as isfinite().all(): 0.4 s for the largest variant. NaN is the least and the most of all.
+    """Whether a tensor on the host has neither NaN nor infinity."""
+    # Ten times as fast as isfinite().all(): 0.4 s for the largest variant. aminmax passes NaN on.
     return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
 
 
 def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None = None) -> str:
-    """Start `network` from the tensors of `path` whose names and shapes fit; return a line that says how many did.
+    """Load into `network` the tensors of `path` whose names and shapes fit; return a line for the log.
 
     A detector of other classes fits in all but its last layer, which is what fine-tuning wants. A network of the
     user's own takes what it shares with any other.
 
     Args:
-        read: what `read_weights` gave, where the file was read already.
+        read: what `read_weights` returned, if the file was read already.
 
     Raises:
-        UserError: as `read_weights`; or it is of another variant, or too few of the tensors fit.
+        UserError: as `read_weights`; or the file is of another variant, or too few tensors fit.
     """
     tensors, info = read or read_weights(path)
-    headline = f"{path} cannot be used as weights"
     is_own = not is_known(network.variant)
     if info is not None and info.variant != network.variant and not is_own:
-        remedy = f"Give --model {info.variant}, or other weights"
-        raise UserError(
-            headline, [f"it is of {info.variant}, but this run trains {network.variant}. {remedy}."]
-        )
+        rule = f"it is of {info.variant}, but this run trains {network.variant}"
+        raise _unusable(path, f"{rule}. Give --model {info.variant}, or other weights.")
     own = network.state_dict()
     fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
     if not fits or (2 * len(fits) < len(own) and not is_own):
         rule = f"{len(fits)} of the {len(own)} tensors of {network.variant} are in it"
-        remedy = (
-            "Nodes must have its names and shapes" if is_own else f"Give the weights of {network.variant}"
-        )
-        raise UserError(headline, [f"{rule}. {remedy}."])
+        remedy = "Nodes must have its names and shapes" if is_own else f"Give weights of {network.variant}"
+        raise _unusable(path, f"{rule}. {remedy}.")
     network.load_state_dict(fits, strict=False)
     line = f"{path}: {len(fits)} of {len(own)} tensors taken"
     fresh = dict.fromkeys(name.partition(".")[0] for name in own if name not in fits)
     if fresh:
-        line += f"; from random values start {', '.join(fresh)}"
+        line += f"; random values for {', '.join(fresh)}"
     if fresh.keys() - {network.head} and not is_own:
         line += f". These are not the weights of a {network.variant}"
     return line
@@ -208,19 +184,16 @@ def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, Wei
         UserError: as `read_weights`; no metadata; tensors that do not fit it; or `model` is missing, or another one.
     """
     tensors, info = read_weights(path)
-    headline = f"{path} cannot be used as weights"
     if info is None:
-        remedy = "Give a file that dsyolo wrote: a training that starts from these weights writes one"
-        raise UserError(headline, [f"it says nothing of variant and classes. {remedy}."])
-    model = _model_of(info.variant, model, headline)
+        remedy = "Give a file that dsyolo wrote, such as that of a run started with --weights"
+        raise _unusable(path, f"it has no metadata on variant and classes. {remedy}.")
+    model = _model_of(info.variant, model, path)
     try:
-        with torch.device("meta"):  # before memory is taken for as many classes as the file says
+        with torch.device("meta"):  # before allocating memory for as many classes as the file claims
             expected = build_model(model, len(info.names)).state_dict()
-        if wrong := [
-            n for n, tensor in tensors.items() if n in expected and tensor.shape != expected[n].shape
-        ]:
-            shapes = [tuple(one[wrong[0]].shape) for one in (tensors, expected)]
-            raise ValueError(f"{wrong[0]} is {shapes[0]} and not {shapes[1]}")
+        for name, tensor in tensors.items():
+            if name in expected and tensor.shape != expected[name].shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)} and not {tuple(expected[name].shape)}")
         network = build_model(model, len(info.names))
         network.load_state_dict(tensors)
     except UserError:
@@ -229,35 +202,27 @@ def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, Wei
         remedy = (
             "Take another copy" if is_known(model) else f"Give the {info.variant} that it was trained with"
         )
-        raise UserError(headline, [f"its tensors do not fit its metadata ({error}). {remedy}."]) from None
+        raise _unusable(path, f"its tensors do not fit its metadata ({error}). {remedy}.") from None
     return network.eval(), info
 
 
-def _model_of(variant: str, model: str | None, headline: str) -> str:
-    """The model to build for weights of `variant`: a variant that is known, or else what the user gave.
-
-    Raises:
-        UserError: the user gave none for weights of his own network, or another one.
-    """
+def _model_of(variant: str, model: str | None, path: Path) -> str:
+    """Return the model to build for weights of `variant`: a known variant, or else what the user gave."""
+    name = shortened(variant)
     if not is_known(variant) and not is_reference(variant):
-        known = ", ".join(VARIANTS)
-        raise UserError(headline, [f"its metadata says {shortened(variant)}, but the variants are {known}."])
+        raise _unusable(path, f"its metadata says {name}, but the variants are {', '.join(VARIANTS)}.")
     if model is None and not is_known(variant):
-        rule = f"it is of {shortened(variant)}, a network of somebody's own, and its code is not in the file"
-        raise UserError(
-            headline, [f"{rule}. Name the file that builds it, as in --model {shortened(variant)}."]
-        )
+        rule = f"it is of {name}, a user's own network, and a weights file holds no code"
+        raise _unusable(path, f"{rule}. Name the file that builds it: --model {name}.")
     if model is not None and saved_name(model) != variant:
-        raise UserError(
-            headline, [f"it is of {shortened(variant)}, but --model {model} was given. Correct one."]
-        )
+        raise _unusable(path, f"it is of {name}, but --model {model} was given. Correct one.")
     return model or variant
 
 
 def describe(network: DetectionNetwork, names: Sequence[str], image_size_px: int) -> WeightsInfo:
-    """The info to save beside the tensors of `network`."""
+    """Return the metadata to save with the tensors of `network`."""
     strides = torch.tensor(network.strides, dtype=torch.float32).view(-1, 1, 1)
-    anchors = (network.anchors.detach().float().cpu() * strides).tolist()
+    anchors_px: Any = (network.anchors.detach().float().cpu() * strides).tolist()
     return WeightsInfo(
-        variant=network.variant, names=tuple(names), image_size_px=image_size_px, anchors_px=anchors
+        variant=network.variant, names=tuple(names), image_size_px=image_size_px, anchors_px=anchors_px
     )

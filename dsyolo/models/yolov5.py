@@ -14,7 +14,7 @@ from dsyolo.models.network import Node
 
 
 class LayerRow(NamedTuple):
-    """A line of a family's table. Without `reads` a node reads the one before it."""
+    """One row of a family's table. Without `reads`, a node reads the one before it."""
 
     name: str
     kind: type[nn.Module]
@@ -44,11 +44,7 @@ _P4_BACKBONE = (
     _down("conv4", 512),
     _c3("p4", 512, 9, shortcut=True),
 )
-P5 = (
-    *_P4_BACKBONE,
-    _down("conv5", 1024),
-    _c3("p5", 1024, 3, shortcut=True),
-    LayerRow("sppf", SPPF, 1024),
+_P4_NECK = (
     LayerRow("lat5", Conv, 512),
     LayerRow("up5", Upsample),
     LayerRow("join4", Concat, reads=("up5", "p4")),
@@ -62,6 +58,13 @@ P5 = (
     _c3("out4", 512),
     _down("down4", 512),
     LayerRow("merge5", Concat, reads=("down4", "lat5")),
+)
+P5 = (
+    *_P4_BACKBONE,
+    _down("conv5", 1024),
+    _c3("p5", 1024, 3, shortcut=True),
+    LayerRow("sppf", SPPF, 1024),
+    *_P4_NECK,
     _c3("out5", 1024),
     LayerRow("detect", Detect, reads=("out3", "out4", "out5")),
 )
@@ -76,19 +79,7 @@ P6 = (
     LayerRow("up6", Upsample),
     LayerRow("join5", Concat, reads=("up6", "p5")),
     _c3("fuse5", 768),
-    LayerRow("lat5", Conv, 512),
-    LayerRow("up5", Upsample),
-    LayerRow("join4", Concat, reads=("up5", "p4")),
-    _c3("fuse4", 512),
-    LayerRow("lat4", Conv, 256),
-    LayerRow("up4", Upsample),
-    LayerRow("join3", Concat, reads=("up4", "p3")),
-    _c3("out3", 256),
-    _down("down3", 256),
-    LayerRow("merge4", Concat, reads=("down3", "lat4")),
-    _c3("out4", 512),
-    _down("down4", 512),
-    LayerRow("merge5", Concat, reads=("down4", "lat5")),
+    *_P4_NECK,
     _c3("out5", 768),
     _down("down5", 768),
     LayerRow("merge6", Concat, reads=("down5", "lat6")),
@@ -114,7 +105,7 @@ VARIANTS = tuple(f"yolov5{size}{family}" for family in ("", "6") for size in DEP
 
 
 def family(variant: str) -> tuple[LayerRow, ...]:
-    """The table that `variant` is built from."""
+    """Return the table that `variant` is built from."""
     return P6 if variant.endswith("6") else P5
 
 
@@ -124,20 +115,20 @@ def has_parameters(variant: str) -> tuple[bool, ...]:
 
 
 def level_strides(variant: str) -> tuple[int, ...]:
-    """Pixels per cell of the variant's levels, finest first."""
+    """Return the pixels per cell of the variant's levels, finest first."""
     return (8, 16, 32, 64) if variant.endswith("6") else (8, 16, 32)
 
 
 def anchors_px(variant: str) -> torch.Tensor:
-    """(L, A, 2) float32, the anchors that the variant starts with, in pixels."""
+    """Return the anchors that the variant starts with, (L, A, 2) float32 in pixels."""
     return torch.tensor(ANCHORS_P6_PX if variant.endswith("6") else ANCHORS_P5_PX, dtype=torch.float32)
 
 
 def build_yolov5(variant: str, num_classes: int) -> DetectionNetwork:
-    """Builds a network with torch's default initialisation of convolutions, in train mode.
+    """Build a network in train mode, with torch's default initialisation of convolutions.
 
     Args:
-        variant: `yolov5n` ... `yolov5x6`; the bare `n` ... `x6` will do.
+        variant: `yolov5n` ... `yolov5x6`, or just `n` ... `x6`.
         num_classes: K, at least 1.
 
     Raises:

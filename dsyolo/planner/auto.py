@@ -1,4 +1,4 @@
-"""Plans what a DeepSpeed JSON leaves to the machine: all of it (`--deepspeed_config auto`), or values that are "auto"."""
+"""Plans what a run leaves to the machine: all of it (`--deepspeed_config auto`), or a JSON's values that are "auto"."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dsyolo.planner.search import HEADROOM, Ranking, search
 from dsyolo.planner.strategy import RECOMPUTES, StrategySettings
 
 PRECISION_BLOCKS = ("bf16", "fp16", "torch_autocast")
-AGAIN = 0.6  # of the memory that the first plan needed: what is planned for after memory ran out
-NAME = f"--deepspeed_config {AUTO}"  # of a configuration that no file gives
+AGAIN = 0.6  # after memory ran out: the share of the first plan's peak that the next one is made for
+NAME = f"--deepspeed_config {AUTO}"  # of a configuration without a file
 
 
 def plan_config(
@@ -39,7 +39,7 @@ def plan_config(
 
     Args:
         source: the JSON, some of whose values are "auto"; None: all is planned.
-        saved_batch: global batch of the run that goes on.
+        saved_batch: the global batch of the run that is resumed.
 
     Raises:
         UserError: nothing fits, or the JSON cannot be used.
@@ -70,7 +70,7 @@ def _plan_all(
     one = best.settings
     line = (
         f"planned for {hardware.ranks} x {hardware.memory_bytes / GIB:.1f} GiB ({hardware.device.name}){room}: "
-        f"{one.in_words()} in {one.precision.name}, {one.micro_batch} images x {one.accumulation} x {one.dp_size}"
+        f"{one.describe()} in {one.precision.name}, {one.micro_batch} images x {one.accumulation} x {one.dp_size}"
     )
     lines = [line, terms(best)]
     val_images = max(1, best.val_images)
@@ -82,19 +82,19 @@ def _plan_all(
 def _best(
     run: RunConfig, hardware: Hardware, profile: ModelProfile, batch: int
 ) -> tuple[StrategyEstimate, str]:
-    """Return the strategy to train by, and the memory that it was planned for where memory ran out before.
+    """Return the best strategy and, if memory ran out before, the memory that it is planned for.
 
     Raises:
         UserError: nothing fits.
     """
     chosen = read_recompute(run.recompute)
     recomputes = RECOMPUTES if chosen is None else (chosen,)
+    precisions = _precisions(hardware)
 
-    def ranked(machine: Hardware) -> Ranking:
-        planner = Planner(profile, machine, ema=run.ema)
-        return search(planner, batch, "SGD", _precisions(machine), recomputes)
+    def ranked(hardware: Hardware) -> Ranking:
+        return search(Planner(profile, hardware, ema=run.ema), batch, "SGD", precisions, recomputes)
 
-    best, what = ranked(hardware).best, ""
+    best, text = ranked(hardware).best, ""
     reserved = hardware.memory_bytes - hardware.usable_bytes
     rule = (
         f"nothing fits {hardware.memory_bytes / GIB:.2f} GiB a rank, of which the process itself takes "
@@ -102,17 +102,19 @@ def _best(
     )
     if best and run.halve_micro_batch:
         room = int(AGAIN * best.peak_bytes / (1 - HEADROOM)) + reserved
-        what = f", for {room / GIB:.1f} GiB of each, as memory ran out"
+        text = f", for {room / GIB:.1f} GiB of each, as memory ran out"
         rule = f"memory ran out, and no plan needs less than the {best.peak_bytes / GIB:.2f} GiB that it ran out with"
         again = ranked(hardware._replace(memory_bytes=room))
         smaller = [one for one in again.others[:1] if one.peak_bytes < best.peak_bytes]
         best = again.best or next(iter(smaller), None)
     if best is None:
-        remedy = "Take a smaller --imgsz or --model, fewer ranks on a machine, or look at dsyolo plan"
+        remedy = (
+            "Take a smaller --imgsz or --model, or fewer ranks on a machine; `dsyolo plan` shows what fits"
+        )
         raise UserError(
             "No plan for this machine", [f"--deepspeed_config: auto given, but {rule}. {remedy}."]
         )
-    return best, what
+    return best, text
 
 
 def _precisions(hardware: Hardware) -> list[Precision]:
@@ -133,7 +135,7 @@ def _fill_values(
     profile: ModelProfile,
     saved_batch: int | None,
 ) -> PlannedConfig:
-    """Plan sizes of batches, take the precision from the device, and give every other value dsyolo's own."""
+    """Plan batch sizes, take the precision from the device, and fill all else with dsyolo's defaults."""
     content, paths = copy.deepcopy(dict(source.content or {})), source.left_open
     _fill_precision(hardware, content, paths)
     if {("optimizer", "params"), ("optimizer", "params", "weight_decay")} & set(paths):
@@ -160,7 +162,7 @@ def _fill_values(
 
 
 def _fill(content: dict[str, Any], path: Sequence[str], used: Mapping[str, Any]) -> str:
-    """Put what is used at a path into the JSON; return it as text."""
+    """Copy the value at a path of `used` into the JSON; return it as text."""
     *blocks, key = path
     value: Any = used
     for name in path:
@@ -175,21 +177,21 @@ def _fill(content: dict[str, Any], path: Sequence[str], used: Mapping[str, Any])
 
 
 def _fill_precision(hardware: Hardware, content: dict[str, Any], paths: Sequence[tuple[str, ...]]) -> None:
-    """By what the device has, and the ZeRO stage: weights in half precision need 1 at least, autocast to fp16 needs 0."""
+    """Decide by device and ZeRO stage: half-precision weights need ZeRO 1 at least, autocast to fp16 needs ZeRO 0."""
     has_bf16, on_gpu = hardware.device.has_bf16, hardware.accelerator != "cpu"
     zero = content.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     best = "float16" if on_gpu and not has_bf16 and stage == 0 else "bfloat16"  # of autocast
     asked = [name for name in PRECISION_BLOCKS if (name,) in paths or (name, "enabled") in paths]
     for name in asked:
-        is_on = not any(_is_on(content, other) for other in PRECISION_BLOCKS if other != name)
-        if name == "torch_autocast":
-            is_on = (
-                is_on and content.get(name, {}).get("dtype", best) == best and (has_bf16 or best == "float16")
-            )
+        block = content.get(name, {})
+        if any(_is_on(content, other) for other in PRECISION_BLOCKS if other != name):
+            is_on = False
+        elif name == "torch_autocast":
+            is_on = block.get("dtype", best) == best and (has_bf16 or best == "float16")
         else:
-            is_on = is_on and stage != 0 and has_bf16 == (name == "bf16") and (on_gpu or name == "bf16")
-        content[name] = {**content.get(name, {}), "enabled": is_on}
+            is_on = stage != 0 and has_bf16 == (name == "bf16") and (on_gpu or name == "bf16")
+        content[name] = {**block, "enabled": is_on}
     autocast = content.get("torch_autocast")
     if isinstance(autocast, dict) and ("torch_autocast" in asked or ("torch_autocast", "dtype") in paths):
         autocast.setdefault("dtype", best)
@@ -201,12 +203,12 @@ def _is_on(content: Mapping[str, Any], name: str) -> bool:
 
 
 def _with_planned_batch(ds: DeepSpeedConfig, planner: Planner, *, halve: bool) -> DeepSpeedConfig:
-    """Take the largest micro-batch that fits with headroom, of those that divide a replica's share; 1 where none does.
+    """Take the largest micro-batch that fits with headroom and divides a rank's share; 1 if none does.
 
-    In a pipeline there are two micro-batches for each stage where the share has so many: with fewer its stages wait.
+    A pipeline gets two micro-batches a stage, if the share has so many images: with fewer its stages wait.
 
     Args:
-        halve: then half of it.
+        halve: take half of it.
 
     Raises:
         UserError: it cannot be halved.
@@ -229,16 +231,18 @@ def _with_planned_batch(ds: DeepSpeedConfig, planner: Planner, *, halve: bool) -
 
 
 def _settings_of(ds: DeepSpeedConfig) -> StrategySettings:
-    on_host = {None: None, "cpu": "cpu", "nvme": "cpu"}
+    optimizer, params = (
+        "cpu" if device else None for device in ds.parallelism.offload.devices
+    )  # nvme as cpu
     return StrategySettings(
         ds.zero_stage,
-        on_host[ds.parallelism.offload.optimizer],
-        on_host[ds.parallelism.offload.params],
+        optimizer,
+        params,
         ds.parallelism.recompute,
         ds.precision,
         ds.micro_batch,
         ds.accumulation,
         ds.stages,
-        ds.data_parallel_size,
+        ds.dp_size,
         ds.optimizer.type,
     )

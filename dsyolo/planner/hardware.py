@@ -1,7 +1,7 @@
-"""Stated figures of devices and links, and how they are written on a command line.
+"""Data-sheet figures of devices and links, and how to write them on a command line.
 
-The peaks are those of the vendors' data sheets, dense, with sums in fp32. What a convolutional network reaches of them is
-an assumption (`REACHED`), as is the share of the memory that training can use.
+Peaks are dense, with fp32 accumulation. What a convolutional network reaches of them is an assumption, as is the memory
+that training can use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REACHED_FLOPS, REACHED_BANDWIDTH = 0.4, 0.7  # of the peaks; assumptions
 RESERVED_BYTES = int(0.6 * GIB)  # of a GPU: context of CUDA, libraries, NCCL's buffers; an assumption
 HOST_BYTES_S = 12e9  # of a GPU to the host's memory and back, PCIe 4 x16 in practice; an assumption
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 class Device(NamedTuple):
@@ -49,15 +49,8 @@ DEVICES: Mapping[str, Device] = {
         Device("H200", 141, 67, 989, True, 4800e9, 450e9),
     )
 }
-TYPICAL = (
-    "T4",
-    "A10",
-    "V100",
-    "A100-40",
-    "L40S",
-    "A100-80",
-    "H200",
-)  # for a size of memory alone, the smallest that has it
+# Where only a size of memory is given, the smallest of these that has it.
+TYPICAL = ("T4", "A10", "V100", "A100-40", "L40S", "A100-80", "H200")
 
 
 class Hardware(NamedTuple):
@@ -66,7 +59,7 @@ class Hardware(NamedTuple):
     Attributes:
         gpus: of each node.
         memory_bytes: of each GPU.
-        host_bytes: memory of each node; None: not told, and then not judged.
+        host_bytes: memory of each node; None: unknown, and not checked.
         network_bytes_s: between nodes, each way.
     """
 
@@ -87,19 +80,19 @@ class Hardware(NamedTuple):
         return self.memory_bytes - RESERVED_BYTES
 
     def is_on_one_node(self, first: int, ranks: int) -> bool:
-        """Whether so many neighbours are, from the rank `first` on. Ranks go through one node after the other."""
+        """Whether `ranks` consecutive ranks from `first` on share a node. Ranks fill one node after the other."""
         return first // self.gpus == (first + ranks - 1) // self.gpus
 
     def ring_bytes_s(self, first: int, ranks: int) -> float:
-        """Of the slowest link of a ring over these neighbours: it goes once into each node and once out of it."""
+        """Return the slowest link of a ring over these ranks: the ring enters and leaves each node once."""
         inside = self.device.link_bytes_s
         return inside if self.is_on_one_node(first, ranks) else min(inside, self.network_bytes_s)
 
     def border_bytes_s(self, stage: int, dp_size: int) -> float:
-        """Of each pair of GPUs from a stage of a pipeline to the next one, while all replicas send.
+        """Return the rate from a pipeline stage to the next, of each pair of GPUs while all pairs send.
 
-        A stage's replicas are neighbours (`place_in`), so their partners are `replicas` ranks away. Pairs that leave a
-        node share its network.
+        The ranks of a stage are consecutive, so their partners are `dp_size` ranks away. Pairs on two nodes share the
+        network.
         """
         inside = self.device.link_bytes_s
         if self.nodes == 1:
@@ -111,12 +104,12 @@ class Hardware(NamedTuple):
         return min(inside, self.network_bytes_s / max(leaving.values())) if leaving else inside
 
     def flops(self, precision: Precision) -> float:
-        """Floating-point operations a second that are assumed to be reached."""
+        """Return the FLOP/s that are assumed to be reached."""
         peak = self.device.tflops_fp32 if precision.compute == "fp32" else self.device.tflops_half
         return peak * 1e12 * REACHED_FLOPS
 
     def explain(self) -> str:
-        """What is assumed, in a line."""
+        """Return the assumptions as a line."""
         device = self.device
         inside = f"{device.tflops_half:g} TFLOP/s in half precision, {device.tflops_fp32:g} in fp32"
         moves = f"{device.memory_bytes_s / 1e9:.0f} GB/s memory, {device.link_bytes_s / 1e9:.0f} GB/s between GPUs"
@@ -126,24 +119,23 @@ class Hardware(NamedTuple):
 
 
 def typical_device(memory_bytes: int) -> Device:
-    """For so much memory, where no device was named."""
+    """Return the device to assume for a size of memory."""
     fitting = [DEVICES[name] for name in TYPICAL if DEVICES[name].memory_gib * GIB >= 0.95 * memory_bytes]
     return fitting[0] if fitting else DEVICES["H200"]
 
 
 def device_named(name: str, memory_bytes: float | None = None) -> Device | None:
-    """The device of a name as drivers tell it, such as "NVIDIA A100-SXM4-80GB"; None: it is not in the table.
+    """Return the device of a driver's name, such as "NVIDIA A100-SXM4-80GB"; None: it is not in the table.
 
     Args:
-        memory_bytes: tells variants apart; None: the first of them.
+        memory_bytes: distinguishes variants; None: the first of them.
     """
-    words = name.upper().replace("RTX ", "RTX")
-    families = {key: key.split("-")[0] for key in DEVICES}
+    upper = name.upper().replace("RTX ", "RTX")
     # No letter or digit before it, and no digit behind: an A100 is no A10, an L40S no L4.
     known = [
-        DEVICES[key]
-        for key, family in families.items()
-        if re.search(rf"(?<![A-Z0-9]){family}(?![0-9])", words)
+        device
+        for key, device in DEVICES.items()
+        if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![0-9])", upper)
     ]
     if memory_bytes is None:
         return known[0] if known else None
@@ -151,24 +143,16 @@ def device_named(name: str, memory_bytes: float | None = None) -> Device | None:
 
 
 def read_bytes(text: str) -> int:
-    """24GiB, 24GB, 512MiB: bytes.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return the bytes of 24GiB, 24GB or 512MiB; raise ValueError with what the text must be."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)B?", text.strip().upper())
-    value = float(match[1]) * {**UNITS, **BINARY}[match[2]] if match else 0
+    value = float(match[1]) * UNITS[match[2]] if match else 0
     if value <= 0:
         raise ValueError("an amount such as 24GiB or 24GB")
     return int(value)
 
 
 def read_gpus(text: str) -> tuple[int, int]:
-    """8x24GiB: (8, bytes of each).
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return the number and the bytes of each of 8x24GiB; raise ValueError with what the text must be."""
     count, cross, each = text.partition("x")
     if not (cross and count.isdecimal() and int(count)):
         raise ValueError("a number of GPUs and the memory of each, such as 8x24GiB")
@@ -176,11 +160,7 @@ def read_gpus(text: str) -> tuple[int, int]:
 
 
 def read_rate(text: str) -> float:
-    """25GB/s, or 200Gb/s and 200Gbit/s, which are bits: bytes a second.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return the bytes a second of 25GB/s or 200Gbit/s; raise ValueError with what the text must be."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(B|b|[Bb]it)(?:/s|ps)", text.strip())
     value = float(match[1]) * UNITS[match[2].upper()] / (1 if match[3] == "B" else 8) if match else 0
     if value <= 0:

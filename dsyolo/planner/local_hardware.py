@@ -1,27 +1,31 @@
-"""The machine that a run finds: its memory for each rank, and what it is."""
+"""The hardware of this machine: its devices, their memory for each rank, and their peak FLOP/s, which MFU refers to."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from dsyolo.cluster.world import World
+from dsyolo.config.spec import Precision
 from dsyolo.engine.device import total_memory
 from dsyolo.planner.hardware import GIB, Device, Hardware, device_named, typical_device
 
 CPU_SHARE = 0.8  # of a machine's memory that training may take
-# Of one thread of an AMD EPYC, measured: 28 GFLOP/s in a network, twice as much in bf16 where it has instructions for it.
+# Measured on one thread of an AMD EPYC: 28 GFLOP/s in a network, twice as much in bf16 if it has instructions for it.
 CPU_TFLOPS, CPU_BYTES_S, CPU_LINK_BYTES_S = 0.07, 20e9, 1.5e9
-GRAIN = GIB // 4  # of what is told of a rank's memory, so that all ranks tell the same
-AMPERE = (8, 0)  # the first generation of NVIDIA's with bf16; AMD's numbers begin above it
+GRAIN = GIB // 4  # a rank's memory is rounded down to it, so that all ranks see the same
+AMPERE = (8, 0)  # NVIDIA's first generation with bf16; AMD's numbers are all above it
+SIDE, TRIES = 1024, 10  # a product of square matrices takes 2 SIDE^3 operations, some 20 ms of a core
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) -> Hardware:
-    """As this rank sees it; other machines are taken to be the same."""
-    # Where machines have different numbers of ranks all see the same this way, and hold every link for the slowest.
+    """Return the hardware of the run, assuming that other machines are like this one."""
+    # Machines with different numbers of ranks all see the same this way: every link is as slow as the network.
     gpus = 1 if world.size % world.local_size else world.local_size
     nodes = world.size // gpus
     if accelerator == "cpu":
@@ -36,7 +40,7 @@ def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) 
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or of the container that this process is in."""
+    """Return the memory of this machine, or of the container that this process is in."""
     total = psutil.virtual_memory().total
     for path in LIMITS:
         try:
@@ -49,14 +53,51 @@ def host_bytes() -> int:
 
 
 def _gpu_has_bf16(world: World) -> bool:
-    """By its generation: torch would say yes of older ones too, on which it is emulated."""
+    """Whether the GPU's generation has bf16: torch also says yes for older ones, which emulate it."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(world.local_rank) >= AMPERE
 
 
 def _has_bf16() -> bool:
-    """Whether this CPU has instructions for it: without them torch computes it slower than fp32."""
+    """Whether this CPU has bf16 instructions: without them bf16 is slower than fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class Peak(NamedTuple):
+    """The peak of one rank's device, and where it comes from."""
+
+    flops_per_s: float
+    source: str
+
+
+def peak_of_gpu(name: str, precision: Precision) -> Peak | None:
+    """Return the dense peak by the data sheet; None for a GPU that is not in the table."""
+    device = device_named(name)
+    if device is None:
+        return None
+    # cuDNN may use TF32 for convolutions in fp32 (torch's default), so this figure for fp32 is a low one.
+    tflops = device.tflops_fp32 if precision.compute == "fp32" else device.tflops_half
+    return Peak(tflops * 1e12, f"data sheet of {device.name}: {tflops:g} TFLOP/s")
+
+
+def peak_of_cpu(precision: Precision) -> Peak:
+    """Measure the fastest of some matrix products on this rank's threads.
+
+    Half precision is also tried in fp32, which is faster if the CPU has no instructions for bf16.
+    """
+    dtypes = [torch.float32] if precision.compute == "fp32" else [torch.float32, torch.bfloat16]
+    rate, dtype = max((_measured(dtype), str(dtype).removeprefix("torch.")) for dtype in dtypes)
+    return Peak(rate, f"a product of {SIDE}x{SIDE} matrices in {dtype}: {rate / 1e9:.0f} GFLOP/s")
+
+
+def _measured(dtype: torch.dtype) -> float:
+    a = torch.ones(SIDE, SIDE, dtype=dtype)
+    times = []
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(times)

@@ -1,4 +1,4 @@
-"""What a network needs for an image, counted once and then known for every size of micro-batch."""
+"""What a network needs for an image, counted once for every size of micro-batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsyolo.models.registry import meta_network
 
 
 class ModelProfile:
-    """Of one network and size of images.
+    """The memory and work of one network on images of one size.
 
     Args:
         model: variant.
@@ -34,50 +34,47 @@ class ModelProfile:
         self._inferred: dict[Precision, tuple[int, int]] = {}  # bytes of each image, and beside them
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return 3, self.image_size_px, self.image_size_px
+    def _two_and_three(self) -> list[tuple[int, int, int, int]]:
+        return [(images, 3, self.image_size_px, self.image_size_px) for images in (2, 3)]
 
     def activations(self, images: int, precision: Precision) -> Activations:
-        """What `count_activations` counts for a micro-batch of `images`: every storage is linear in them.
+        """Return what `count_activations` gives for a micro-batch of `images`.
 
-        So it is counted for two and for three of them (one alone may be of another layout), and drawn through both.
+        Every storage is linear in them, so two and three are counted and extrapolated; one alone may have another layout.
         """
         precision = precision.with_bf16()
         if precision not in self._pairs:
-            shapes = [(images, *self.image_shape) for images in (2, 3)]
-            self._pairs[precision] = tuple(count_each(self.network, shapes, precision))
+            two, three = count_each(self.network, self._two_and_three, precision)
+            self._pairs[precision] = two, three
         two, three = self._pairs[precision]
-        sizes = {
-            number: size + (images - 2) * (three.sizes[number] - size) for number, size in two.sizes.items()
-        }
+        sizes = {key: size + (images - 2) * (three.sizes[key] - size) for key, size in two.sizes.items()}
         return two._replace(sizes=sizes)
 
     def most_inferred(self, free_bytes: int, precision: Precision) -> int:
-        """The most images of which a forward pass without gradients takes no more; every tensor is linear in them."""
+        """Return how many images a forward pass without gradients can take in `free_bytes`."""
         precision = precision.with_bf16()
         if precision not in self._inferred:
-            shapes = [(images, *self.image_shape) for images in (2, 3)]
-            two, three = inference_bytes(self.network, shapes, precision)
+            two, three = inference_bytes(self.network, self._two_and_three, precision)
             self._inferred[precision] = three - two, 3 * two - 2 * three
         each, fixed = self._inferred[precision]
         return max(0, (free_bytes - fixed) // each)
 
     @cached_property
     def costs(self) -> list[NodeCost]:
-        """Of one image, forward."""
-        return node_costs(self.network, (1, *self.image_shape))
+        """The forward costs of one image, by node."""
+        return node_costs(self.network, (1, 3, self.image_size_px, self.image_size_px))
 
     @property
     def flops(self) -> int:
-        """Of one image, forward: two a multiply-add."""
+        """The forward FLOPs of one image: two a multiply-add."""
         return sum(cost.flops for cost in self.costs)
 
     def loss_bytes(self, images: int, precision: Precision) -> int:
-        """What the loss holds between the forward and the backward pass of the network.
+        """Return what the loss holds between the forward and the backward pass of the network.
 
-        The maps' gradients, in the maps' type, all at once, since the loss goes backward before the network does; the
-        largest of them once more while the gradient of its objectness is added to that of its boxes and classes; and
-        logits and targets of objectness in fp32.
+        The gradients of all maps in the maps' type, as the loss goes backward before the network does; the largest once
+        more, while the gradient of its objectness is added to that of boxes and classes; and logits and targets of
+        objectness in fp32.
         """
         num_anchors = self.network.anchors.shape[1]
         cells = [(self.image_size_px // s) ** 2 * num_anchors * images for s in self.network.strides]
@@ -87,10 +84,10 @@ class ModelProfile:
 
 
 class StageProfile(NamedTuple):
-    """Of a pipeline; of one stage it is the whole network."""
+    """One stage of a pipeline; without a pipeline, the whole network."""
 
     nodes: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]  # elements of each parameter, in the optimizer's groups
     flops: int  # of one image, forward
     elements: int  # read and written for it
-    crossing: int  # elements of it that go on to the next stage
+    boundary: int  # elements of it that go to the next stage

@@ -1,8 +1,7 @@
-"""A ranking as a table, in words and as JSON."""
+"""A ranking as a table, as a recommendation and as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from dsyolo.config.run_config import RunConfig
@@ -10,84 +9,74 @@ from dsyolo.planner.hardware import GIB, Hardware
 from dsyolo.planner.predict import StrategyEstimate
 from dsyolo.planner.search import AS_FAST, HEADROOM, Ranking
 
-# Peaks of the memory that torch's allocator reserved, in GB, as published for YOLOv5's own loop: 16 images a GPU, fp16 AMP,
-# SGD, an average of the weights; and what this model gives for them (tests/planner/test_plan.py).
-PUBLISHED_GB: Mapping[tuple[str, int], float] = {
-    ("yolov5n", 640): 1.5,
-    ("yolov5m", 640): 5.0,
-    ("yolov5l", 640): 8.1,
-    ("yolov5x", 640): 12.2,
-    ("yolov5s6", 1280): 10.5,
-    ("yolov5l6", 1280): 30.5,
-}
-HONEST = (
-    "exact: parameters, gradients, optimizer, EMA and activations, counted as a run counts and measures them.",
-    "a model: buckets (at their most), loss, images, workspace (64 MiB), 0.6 GiB kept free for CUDA; six published peaks of YOLOv5 are met within 5 %.",
-    "a model: times. They order strategies; on other machines they may be off by a factor of two.",
+CAVEATS = (
+    "exact: parameters, gradients, optimizer, EMA and activations, by the code by which a run counts them.",
+    "modelled: buckets (at their largest), loss, images, workspace (64 MiB), 0.6 GiB kept free for CUDA; six published "
+    "peaks of YOLOv5 are met within 5 %.",
+    "modelled: times. They order strategies, but may be off by a factor of two on your machine.",
 )
 
 
 def table(ranking: Ranking, most: int = 40) -> str:
-    """The best of each way of spreading, a line each."""
+    """Return a line for the best of each family."""
     shown = ranking.families()[:most]
-    width = max([8, *(len(one.settings.in_words()) for one in shown)])
+    width = max([8, *(len(one.settings.describe()) for one in shown)])
     head = (
         f"{'':2}  {'strategy':{width}} {'precision':13} {'micro x acc x ranks':>19} {'peak GiB':>8} {'host GiB':>8} "
-        f"{'sent GB':>7} {'step s':>7} {'images/s':>8} {'of it % *':>13}  fits"
+        f"{'sent GB':>7} {'step s':>7} {'images/s':>8} {'% of step *':>13}  fits"
     )
     lines = [head]
     for number, one in enumerate(shown, 1):
         s = one.settings
         sizes = f"{s.micro_batch} x {s.accumulation} x {s.dp_size}"
         lines.append(
-            f"{number:2}  {s.in_words():{width}} {s.precision.name:13} {sizes:>19} {one.peak_bytes / GIB:8.2f} "
-            f"{one.host_bytes / GIB:8.1f} {one.wire / 1e9:7.2f} {one.times.step:7.3f} {one.images_s:8.0f} {shares(one):>13}  "
+            f"{number:2}  {s.describe():{width}} {s.precision.name:13} {sizes:>19} {one.peak_bytes / GIB:8.2f} "
+            f"{one.host_bytes / GIB:8.1f} {one.comm_bytes / 1e9:7.2f} {one.times.step:7.3f} {one.images_s:8.0f} {shares(one):>13}  "
             f"{one.why_not or 'yes'}"
         )
-    lines.append("* computing / communication / waiting of a pipeline's stages / offload")
+    lines.append("* compute / communication / pipeline bubble / offload")
     return "\n".join(lines)
 
 
 def shares(strategy: StrategyEstimate) -> str:
-    """Of a step's time, in percent, by what takes it."""
+    """Return the shares of a step's time, in percent, in the order of `Times`."""
     return " / ".join(f"{100 * seconds / strategy.times.step:.0f}" for seconds in strategy.times)
 
 
 def terms(strategy: StrategyEstimate) -> str:
-    """Of the GPU that needs most, in a line."""
+    """Return the memory of the GPU that needs most, as a line."""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in strategy.terms.items() if size)
     return f"peak {strategy.peak_bytes / GIB:.2f} GiB: {parts}"
 
 
 def recommendation(ranking: Ranking, hardware: Hardware) -> str:
-    """Which one, and why the others lose."""
+    """Return which strategy to take, and why the others lose."""
     best = ranking.best
     if best is None:
         return nothing_fits(ranking, hardware)
     s, free = best.settings, hardware.usable_bytes - best.peak_bytes
-    share = [
-        f"{name} {seconds / best.times.step:.0%}" for name, seconds in best.times._asdict().items() if seconds
-    ]
+    split = best.times._asdict().items()
+    share = [f"{name} {seconds / best.times.step:.0%}" for name, seconds in split if seconds]
     lines = [
-        f"Take {s.in_words()} in {s.precision.name}, {s.micro_batch} images a GPU x {s.accumulation} accumulation "
+        f"Take {s.describe()} in {s.precision.name}, {s.micro_batch} images a GPU x {s.accumulation} accumulation "
         f"x {s.dp_size}: {best.images_s:.0f} images/s ({', '.join(share)}), {free / GIB:.1f} GiB free.",
         terms(best) + ".",
     ]
     if option := val_option(best):
         images = "1 image" if best.val_images == 1 else f"{best.val_images} images"
         lines.append(f"At most {images} can be validated at a time: give{option}.")
-    lines += [f"  {one.settings.in_words()}: {why(one, best)}" for one in ranking.families()[1:]]
+    lines += [f"  {one.settings.describe()}: {why(one, best)}" for one in ranking.families()[1:]]
     return "\n".join(lines)
 
 
 def val_option(best: StrategyEstimate) -> str:
-    """What its command needs so that validation fits; empty where it does by itself."""
+    """Return the option that makes validation fit; empty if it fits by default."""
     usual = RunConfig.model_fields["val_batch_size"].default
     return f" --val_batch_size {best.val_images}" if best.val_images < usual else ""
 
 
 def why(one: StrategyEstimate, best: StrategyEstimate) -> str:
-    """Why `one` is not the best."""
+    """Return why `one` is not the best."""
     if not one.fits:
         return f"{one.why_not}, at {one.settings.micro_batch} images a GPU."
     slower = one.times.step / best.times.step - 1
@@ -98,34 +87,35 @@ def why(one: StrategyEstimate, best: StrategyEstimate) -> str:
     if slower < -AS_FAST:
         return f"{-slower:.0%} faster, but leaves less than {HEADROOM:.0%} of the memory free."
     if slower < AS_FAST or gap <= 0:
-        return f"as fast, and {room} where none is needed."
-    words = {
-        "compute": "by computing again"
-        if one.settings.recompute != "none"
-        else f"in {one.settings.precision.name}",
-        "communication": "by communication",
-        "bubble": "by stages that wait",
-        "offload": "by the way to the host and its optimizer",
+        return f"same speed; {room}{' that you do not need' if saved >= 0 else ''}."
+    recomputes = one.settings.recompute != "none"
+    bottlenecks = {
+        "compute": "recomputation" if recomputes else f"computing in {one.settings.precision.name}",
+        "communication": "communication",
+        "bubble": "the pipeline bubble",
+        "offload": "offload",
     }
-    return f"{slower:.0%} slower, most {words[reason]}; {room}."
+    return f"{slower:.0%} slower, mostly because of {bottlenecks[reason]}; {room}."
 
 
 def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
-    """The nearest, and what would help."""
+    """Return the strategy that is nearest to fitting, and what would help."""
     if not ranking.others:
-        return "No strategy exists for these ranks and this global batch: it must be a multiple of the ranks."
+        return (
+            "No strategy exists for these ranks and this global batch, which must be a multiple of the ranks."
+        )
     nearest = ranking.others[0]
     need = (nearest.peak_bytes + hardware.memory_bytes - hardware.usable_bytes) / GIB
     return (
         f"Nothing fits {hardware.ranks} GPU{'s' * (hardware.ranks > 1)} of {hardware.memory_bytes / GIB:.1f} GiB. The nearest is "
-        f"{nearest.settings.in_words()} in {nearest.settings.precision.name} with {nearest.settings.micro_batch} images a GPU: "
+        f"{nearest.settings.describe()} in {nearest.settings.precision.name} with {nearest.settings.micro_batch} images a GPU: "
         f"{nearest.why_not}. {terms(nearest)}.\n"
-        f"It would run with {need:.1f} GiB a GPU. Otherwise take a smaller --imgsz or --model, or more GPUs."
+        f"It would run with {need:.1f} GiB a GPU. Or take a smaller --imgsz or --model, or more GPUs."
     )
 
 
 def to_json(ranking: Ranking) -> list[dict[str, Any]]:
-    """All strategies: those that fit by rank, then the others."""
+    """Return all strategies: those that fit in the order of the ranking, then the others."""
     return [
         {
             "rank": number,
@@ -138,7 +128,7 @@ def to_json(ranking: Ranking) -> list[dict[str, Any]]:
             "terms_gib": {name: size / GIB for name, size in one.terms.items()},
             "host_gib": one.host_bytes / GIB,
             "val_images": one.val_images,
-            "wire_bytes_per_step": one.wire,
+            "comm_bytes_per_step": one.comm_bytes,
             "step_s": {**one.times._asdict(), "step": one.times.step},
             "images_per_s": one.images_s,
             "fits": one.fits,

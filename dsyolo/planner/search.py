@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsyolo.config.spec import Precision
 from dsyolo.planner.predict import Planner, StrategyEstimate
 from dsyolo.planner.strategy import RECOMPUTES, StrategySettings, settings
 
 HEADROOM = 0.05  # of a GPU's memory that a recommendation leaves free: predictions are off by as much
-AS_FAST = 0.01  # strategies whose steps differ by less are equally fast: then the simpler one is taken
+AS_FAST = 0.01  # strategies whose steps differ by less are equally fast, and the simpler one is taken
 
 
 class Ranking(NamedTuple):
@@ -24,7 +24,7 @@ class Ranking(NamedTuple):
         return self.fitting[0] if self.fitting else None
 
     def families(self) -> list[StrategyEstimate]:
-        """The best of each way of spreading, whatever its precision and micro-batch, in the order of the ranking."""
+        """Return the best of each family, in the order of the ranking."""
         found: dict[tuple, StrategyEstimate] = {}
         for strategy in (*self.fitting, *self.others):
             found.setdefault(strategy.settings.family, strategy)
@@ -38,11 +38,15 @@ def search(
     precisions: Sequence[Precision],
     recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Ranking:
-    """Predicts all; where a size fits with all blocks recomputed and not with none, the fewest blocks are looked for too."""
+    """Predict all strategies, and rank them.
+
+    Where a micro-batch fits with all blocks recomputed but not with none, the fewest blocks are added.
+    """
+    usable_bytes = planner.hardware.usable_bytes
     found: dict[StrategySettings, StrategyEstimate] = {}
     # By kind: the last size that was looked at, and whether a device has room for it.
     fitting: dict[StrategySettings, tuple[int, bool]] = {}
-    for one in settings(planner.hardware.ranks, global_batch, optimizer, tuple(precisions), recomputes):
+    for one in settings(planner.hardware.ranks, global_batch, optimizer, precisions, recomputes):
         if one.offload_optimizer and planner.hardware.accelerator == "cpu":
             continue  # from a host to itself
         kind = one._replace(micro_batch=0, accumulation=0, recompute="none")
@@ -50,31 +54,26 @@ def search(
         if size != one.micro_batch and not fits:
             continue  # nor does a larger one
         found[one] = planner.predict(one)
-        has_room = found[one].peak_bytes <= planner.hardware.usable_bytes
+        has_room = found[one].peak_bytes <= usable_bytes
         fitting[kind] = one.micro_batch, has_room or (size == one.micro_batch and fits)
-    for one in _between(planner, found):
-        found[one] = planner.predict(one)
-    return rank(found.values(), planner.hardware.usable_bytes)
+    found |= {one: planner.predict(one) for one in _with_fewest_blocks(planner, found)}
+    return rank(found.values(), usable_bytes)
 
 
 def rank(strategies: Iterable[StrategyEstimate], usable_bytes: int) -> Ranking:
-    """The fastest first, and of equally fast ones the simplest; those with headroom before those without."""
-    strategies = list(strategies)
-    fitting = [s for s in strategies if s.fits]
-    roomy = [s for s in fitting if s.peak_bytes <= (1 - HEADROOM) * usable_bytes]
-    tight = [s for s in fitting if s.peak_bytes > (1 - HEADROOM) * usable_bytes]
-    others = [s for s in strategies if not s.fits]
-    return Ranking(
-        [*_by_speed(roomy), *_by_speed(tight)], sorted(others, key=lambda s: (s.peak_bytes, s.times.step))
-    )
+    """Rank the fastest first, of equally fast ones the simplest; those with headroom before those without."""
+    strategies, limit = list(strategies), (1 - HEADROOM) * usable_bytes
+    roomy = [one for one in strategies if one.fits and one.peak_bytes <= limit]
+    tight = [one for one in strategies if one.fits and one.peak_bytes > limit]
+    others = [one for one in strategies if not one.fits]
+    others.sort(key=lambda one: (one.peak_bytes, one.times.step))
+    return Ranking([*_by_speed(roomy), *_by_speed(tight)], others)
 
 
 def _by_speed(strategies: list[StrategyEstimate]) -> list[StrategyEstimate]:
-    if not strategies:
-        return []
-    fastest = min(s.times.step for s in strategies)
+    fastest = min((one.times.step for one in strategies), default=0.0)
 
-    def key(strategy: StrategyEstimate) -> tuple:
+    def key(strategy: StrategyEstimate) -> tuple[Any, ...]:
         one = strategy.settings
         slower = max(0, int((strategy.times.step / fastest - 1) / AS_FAST))
         parts = bool(one.offload_optimizer), one.pipeline_stages > 1, one.recompute != "none"
@@ -83,7 +82,9 @@ def _by_speed(strategies: list[StrategyEstimate]) -> list[StrategyEstimate]:
     return sorted(strategies, key=key)
 
 
-def _between(planner: Planner, found: dict[StrategySettings, StrategyEstimate]) -> list[StrategySettings]:
+def _with_fewest_blocks(
+    planner: Planner, found: dict[StrategySettings, StrategyEstimate]
+) -> list[StrategySettings]:
     result = []
     for one, strategy in found.items():
         recomputing = found.get(one._replace(recompute="blocks"))

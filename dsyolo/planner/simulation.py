@@ -1,6 +1,6 @@
-"""A training on many ranks, on paper: the stream of samples, shares of memory, traffic and checkpoints of every rank.
+"""A training on many ranks, on paper: the samples, memory, traffic and checkpoints of every rank.
 
-Each figure comes out of the code that trains: `StepSampler`, `DeepSpeedConfig`, `predict`, `comm_bytes`, `balanced_owners`.
+Each figure comes from the code that trains: `StepSampler`, `DeepSpeedConfig`, `predict`, `comm_bytes`, `balanced_owners`.
 """
 
 from __future__ import annotations
@@ -11,86 +11,82 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from dsyolo.cluster.world import balanced_owners
 from dsyolo.config.deepspeed.config import check
 from dsyolo.data.sampler import StepSampler
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.detection_network import DetectionNetwork
-from dsyolo.models.registry import build_model
+from dsyolo.models.registry import meta_network
 from dsyolo.planner.comm_volume import comm_bytes
 from dsyolo.planner.memory_estimate import RankLoad, predict
 
-KINDS_SAVED = 3  # fp32 weights, momentum and EMA of every parameter
+STATES_SAVED = 3  # fp32 weights, momentum and EMA of every parameter
 
 
 class Coverage(NamedTuple):
-    """What the ranks' samplers give in the steps that touch the first epoch."""
+    """How often the samplers of all ranks give an image in the steps that touch the first epoch."""
 
     steps: int
-    least: int  # times that an image of the epoch came
+    least: int
     most: int
 
 
-class Scale(NamedTuple):
-    """A ZeRO stage on a number of ranks."""
+class SimulatedScale(NamedTuple):
+    """A ZeRO stage on a number of ranks, in bytes.
+
+    Attributes:
+        states: of parameters, gradients, optimizer and EMA: of the least and the most loaded rank.
+        formula: the ZeRO paper's states, plus the EMA and the vectors that ZeRO 3 keeps whole.
+        sent: in a step.
+        saved: of a checkpoint, written by the least and the most loaded rank.
+    """
 
     ranks: int
     zero_stage: int
     global_batch: int
     coverage: Coverage
-    states: tuple[
-        int, int
-    ]  # bytes of parameters, gradients, optimizer and EMA: of the least and most loaded rank
-    formula: float  # the ZeRO paper's, with the average, and the vectors that ZeRO 3 keeps whole
+    states: tuple[int, int]
+    formula: float
     buckets: int
-    sent: int  # bytes of a step
+    sent: int
     sent_formula: float
-    saved: tuple[int, int]  # bytes of a checkpoint that the least and the most loaded rank write
+    saved: tuple[int, int]
 
     def to_json(self) -> dict[str, Any]:
-        """Flat, in bytes."""
         return {**self._asdict(), "coverage": self.coverage._asdict()}
 
 
 def simulate(
     model: str, num_classes: int, num_images: int, ranks: Sequence[int], global_batch: int, micro_batch: int
-) -> list[Scale]:
-    """Of every number of ranks, ZeRO 0 to 3 in fp32 weights.
+) -> list[SimulatedScale]:
+    """Simulate ZeRO 0 to 3 with fp32 weights on each number of ranks.
 
     Args:
-        global_batch: rounded up to a micro-batch for each rank, or several.
+        global_batch: rounded up to whole micro-batches for each rank.
     """
-    with torch.device("meta"):
-        network = build_model(model, num_classes)
+    network = meta_network(model, num_classes)
     found = []
     for num in ranks:
-        batch = -(-global_batch // (num * micro_batch)) * num * micro_batch
+        batch = math.ceil(global_batch / (num * micro_batch)) * num * micro_batch
         coverage = cover(num_images, batch, micro_batch, num)
         saved = _saved(network, num)
-        found += [_scale(network, stage, num, batch, micro_batch, coverage, saved) for stage in range(4)]
+        found += [_simulate(network, stage, num, batch, micro_batch, coverage, saved) for stage in range(4)]
     return found
 
 
 def cover(num_images: int, global_batch: int, micro_batch: int, ranks: int) -> Coverage:
-    """Asks the sampler of every rank what it gives, and counts how often each image of epoch 0 comes."""
+    """Count how often each image of epoch 0 comes, over the samplers of all ranks."""
     counts = np.zeros(num_images, np.int64)
-    steps = StepSampler(num_images, 0, global_batch, micro_batch, 0, ranks).epoch_start_step(1)
-    for rank in range(ranks):
-        stream = StepSampler(num_images, 0, global_batch, micro_batch, rank, ranks)
-        drawn = [
-            index
-            for step in range(steps)
-            for group in stream.micro_batches(step)
-            for epoch, index in group
-            if epoch == 0
-        ]
-        np.add.at(counts, drawn, 1)
+    samplers = [StepSampler(num_images, 0, global_batch, micro_batch, rank, ranks) for rank in range(ranks)]
+    steps = samplers[0].epoch_start_step(1)
+    for sampler in samplers:
+        groups = (group for step in range(steps) for group in sampler.micro_batches(step))
+        np.add.at(counts, [index for group in groups for epoch, index in group if epoch == 0], 1)
     return Coverage(steps, int(counts.min()), int(counts.max()))
 
 
-def _scale(
+def _simulate(
     network: DetectionNetwork,
     stage: int,
     ranks: int,
@@ -98,7 +94,7 @@ def _scale(
     micro_batch: int,
     coverage: Coverage,
     saved: tuple[int, int],
-) -> Scale:
+) -> SimulatedScale:
     source = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -109,46 +105,42 @@ def _scale(
     elements = sum(numels)
     zero = ds.deepspeed_json(elements, cpu=False)["zero_optimization"]
     groups = tuple(tuple(p.numel() for p in group) for group in parameter_groups(network).values() if group)
-    accounts = [
-        predict(RankLoad(groups, 0, 0, 0, dp_rank, ranks, True), ds, zero)
-        for dp_rank in (0, ranks // 2, ranks - 1)
-    ]
-    states = [account.together.states for account in accounts]
-    sent = comm_bytes(zero, numels, ranks, ds.accumulation)
-    ring = (ranks - 1) / ranks * 4 * elements
-    times = {2: 1 + ds.accumulation, 3: 3 * ds.accumulation}.get(stage, 2)
-    return Scale(
+    loads = [RankLoad(groups, 0, 0, 0, dp_rank, ranks, True) for dp_rank in (0, ranks // 2, ranks - 1)]
+    estimates = [predict(load, ds, zero) for load in loads]
+    states = [estimate.combined.states for estimate in estimates]
+    passes = {2: 1 + ds.accumulation, 3: 3 * ds.accumulation}.get(stage, 2)
+    return SimulatedScale(
         ranks,
         stage,
         batch,
         coverage,
         (min(states), max(states)),
         _formula(stage, numels, ranks, zero),
-        accounts[0].device.buckets,
-        int(sent),
-        times * ring,
+        estimates[0].device.buckets,
+        int(comm_bytes(zero, numels, ranks, ds.accumulation)),
+        passes * (ranks - 1) / ranks * 4 * elements,
         saved,
     )
 
 
 def _formula(stage: int, numels: Sequence[int], ranks: int, zero: dict[str, Any]) -> float:
-    """Bytes of states: SGD with momentum, fp32, the average shared.
+    """Return the bytes of states with SGD's momentum in fp32 and a sharded EMA.
 
-    Of ZeRO 3 with the vectors that stay whole, each filled up to a multiple of the ranks.
+    ZeRO 3 adds the vectors that stay whole, each padded to a multiple of the ranks.
     """
     elements = sum(numels)
-    whole = {0: 12, 1: 8, 2: 4, 3: 0}[stage] * elements
-    shared = {0: 4, 1: 12, 2: 16, 3: 20}[stage] * elements / ranks
+    whole = (12, 8, 4, 0)[stage] * elements
+    sharded = (4, 12, 16, 20)[stage] * elements / ranks
     if stage == 3:
         threshold = zero["stage3_param_persistence_threshold"]
         whole = 4 * sum(math.ceil(numel / ranks) * ranks for numel in numels if numel <= threshold)
-    return whole + shared
+    return whole + sharded
 
 
 def _saved(network: DetectionNetwork, ranks: int) -> tuple[int, int]:
-    """Bytes of a checkpoint's tensors by the rank that writes them: whole names go to the rank with the least."""
+    """Return the least and the most bytes of a checkpoint's tensors that a rank writes."""
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     loads: Counter[int] = Counter()
     for name, rank in balanced_owners(list(sizes.items()), ranks).items():
-        loads[rank] += 4 * KINDS_SAVED * sizes[name]
+        loads[rank] += 4 * STATES_SAVED * sizes[name]
     return min(loads.values()) if len(loads) == ranks else 0, max(loads.values())

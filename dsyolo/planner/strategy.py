@@ -1,8 +1,9 @@
-"""One way of spreading a training, as settings and as the DeepSpeed JSON that asks for it."""
+"""One strategy for a training, as settings and as the DeepSpeed JSON that asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.batch_sizes import MOST_IMAGES, batch_json, divisors
@@ -10,16 +11,9 @@ from dsyolo.config.deepspeed.optimizers import recipe_params
 from dsyolo.config.spec import BatchPlan, Precision
 
 OPTIMIZERS = ("SGD", "AdamW")
-# (ZeRO stage, device of the optimizer, device of the parameters)
-SHARDING = (
-    (0, None, None),
-    (1, None, None),
-    (2, None, None),
-    (3, None, None),
-    (1, "cpu", None),
-    (2, "cpu", None),
-    (3, "cpu", "cpu"),
-)
+# ZeRO stage, device of the optimizer, device of the parameters
+SHARDINGS: list[tuple[int, str | None, str | None]] = [(stage, None, None) for stage in range(4)]
+SHARDINGS += [(1, "cpu", None), (2, "cpu", None), (3, "cpu", "cpu")]
 PIPELINES = (2, 4)
 RECOMPUTES = ("none", "blocks")
 
@@ -44,94 +38,93 @@ class StrategySettings(NamedTuple):
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """What the sizes of micro-batches and precisions are variations of."""
+        """What strategies that differ only in micro-batch, precision or budget have in common."""
         recomputes = self.recompute != "none"
         return self.zero_stage, self.offload_optimizer, self.offload_param, recomputes, self.pipeline_stages
 
     def deepspeed_json(self) -> dict[str, Any]:
-        """What `--deepspeed_config` takes."""
+        """Return what `--deepspeed_config` takes."""
         offload = {"offload_optimizer": self.offload_optimizer, "offload_param": self.offload_param}
-        zero = {"stage": self.zero_stage, **{key: {"device": to} for key, to in offload.items() if to}}
-        recompute = self.recompute if isinstance(self.recompute, str) else gib(self.recompute)
-        return {
+        content: dict[str, Any] = {
             **batch_json(BatchPlan(self.micro_batch, self.accumulation, self.dp_size)),
             **self.precision.deepspeed_json(),
-            "zero_optimization": zero,
-            **({"activation_checkpointing": {"recompute": recompute}} if recompute != "none" else {}),
-            **(
-                {"pipeline": {"stages": self.pipeline_stages, "partition": "balanced"}}
-                if self.pipeline_stages > 1
-                else {}
-            ),
-            "optimizer": {"type": self.optimizer, "params": recipe_params(self.optimizer)},
-            "gradient_clipping": 10.0,
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                **{key: {"device": device} for key, device in offload.items() if device},
+            },
         }
-
-    def in_words(self) -> str:
-        """Without sizes of batches."""
-        words = [f"ZeRO {self.zero_stage}"]
-        if self.pipeline_stages > 1:
-            words.insert(0, f"pipeline {self.pipeline_stages} x {self.dp_size}")
-        if self.offload_optimizer:
-            words.append("offload" if self.offload_param is None else "offload of all")
         if self.recompute != "none":
-            words.append("recompute" if self.recompute == "blocks" else "recompute in part")
-        return ", ".join(words)
+            budget = self.recompute if isinstance(self.recompute, str) else _gib(self.recompute)
+            content["activation_checkpointing"] = {"recompute": budget}
+        if self.pipeline_stages > 1:
+            content["pipeline"] = {"stages": self.pipeline_stages, "partition": "balanced"}
+        content["optimizer"] = {"type": self.optimizer, "params": recipe_params(self.optimizer)}
+        return {**content, "gradient_clipping": 10.0}
+
+    def describe(self) -> str:
+        """Return the strategy in words, without batch sizes."""
+        parts = [f"ZeRO {self.zero_stage}"]
+        if self.pipeline_stages > 1:
+            parts.insert(0, f"pipeline {self.pipeline_stages} x {self.dp_size}")
+        if self.offload_optimizer:
+            parts.append("offload" if self.offload_param is None else "offload of all")
+        if self.recompute != "none":
+            parts.append("recompute" if self.recompute == "blocks" else "recompute in part")
+        return ", ".join(parts)
 
 
-def gib(size: int | str) -> str:
-    """Bytes as the JSON takes them, rounded up."""
-    return f"{-(-int(size) * 1000 // 2**30) / 1000:.3f}GiB"
+def _gib(size: int) -> str:
+    """Return bytes as the JSON takes them, rounded up."""
+    return f"{-(-size * 1000 // 2**30) / 1000:.3f}GiB"
 
 
 def settings(
     ranks: int,
     global_batch: int,
     optimizer: str,
-    precisions: tuple[Precision, ...],
+    precisions: Sequence[Precision],
     recomputes: Sequence[str | int] = RECOMPUTES,
 ) -> Iterator[StrategySettings]:
-    """All strategies that are looked at: those that need something of their ranks and batch, where they have it.
+    """Yield every strategy to consider: all that these ranks and this batch allow.
 
-    A micro-batch is any divisor of a replica's share of the global batch. In a pipeline there are two micro-batches for
-    each stage at least: with fewer its stages wait for most of the time.
+    A micro-batch is a divisor of a rank's share of the global batch. A pipeline gets at least two micro-batches a stage:
+    with fewer, its stages wait most of the time.
     """
     for stages in (1, *PIPELINES):
-        if ranks % stages or ranks < stages:
-            continue
-        dp_size = ranks // stages
-        if global_batch % dp_size:
+        dp_size, rest = divmod(ranks, stages)
+        if rest or not dp_size or global_batch % dp_size:
             continue
         share = global_batch // dp_size
-        micro_batches = divisors(share, MOST_IMAGES)
-        for zero_stage, of_optimizer, of_param in SHARDING:
-            if stages > 1 and (zero_stage > 1 or of_optimizer):
+        for (zero_stage, of_optimizer, of_param), precision in product(SHARDINGS, precisions):
+            if not _is_possible(zero_stage, of_optimizer, precision, stages, dp_size):
                 continue
-            for precision in precisions:
-                is_half = precision.params_bytes == 2
-                if dp_size == 1 and zero_stage > is_half and not of_optimizer:
-                    continue  # nobody to share with
-                # DeepSpeed never lowers the scale of fp16 autocast from ZeRO 1 on, and has no ZeRO 0 for half weights
-                if precision.name == "autocast_fp16" and (zero_stage or stages > 1):
-                    continue
-                if is_half and not zero_stage:
-                    continue
-                for micro_batch in micro_batches:
-                    accumulation = share // micro_batch
-                    if stages > 1 and accumulation < 2 * stages:
-                        continue
-                    for recompute in recomputes:
-                        if stages > 1 and not isinstance(recompute, str):
-                            continue  # a budget is one for the whole network
-                        yield StrategySettings(
-                            zero_stage,
-                            of_optimizer,
-                            of_param,
-                            recompute,
-                            precision,
-                            micro_batch,
-                            accumulation,
-                            stages,
-                            dp_size,
-                            optimizer,
-                        )
+            for micro_batch, recompute in product(divisors(share, MOST_IMAGES), recomputes):
+                accumulation = share // micro_batch
+                if stages > 1 and (accumulation < 2 * stages or not isinstance(recompute, str)):
+                    continue  # a budget is one for the whole network
+                yield StrategySettings(
+                    zero_stage,
+                    of_optimizer,
+                    of_param,
+                    recompute,
+                    precision,
+                    micro_batch,
+                    accumulation,
+                    stages,
+                    dp_size,
+                    optimizer,
+                )
+
+
+def _is_possible(
+    zero_stage: int, offload: str | None, precision: Precision, stages: int, dp_size: int
+) -> bool:
+    is_half = precision.params_bytes == 2
+    if stages > 1 and (zero_stage > 1 or offload):
+        return False
+    if dp_size == 1 and zero_stage > is_half and not offload:
+        return False  # nobody to share with
+    # DeepSpeed never lowers the scale of fp16 autocast from ZeRO 1 on, and has no ZeRO 0 for half weights
+    if precision.name == "autocast_fp16" and (zero_stage or stages > 1):
+        return False
+    return bool(zero_stage) or not is_half

@@ -52,32 +52,27 @@ def build(
     groups = []
     for scaling, strategy in dict.fromkeys((one.scaling, one.strategy) for one in wanted):
         own = [one for one in wanted if (one.scaling, one.strategy) == (scaling, strategy)]
-        base = _base(own, wanted, measured)
+        ran = [(one, one.case) for one in wanted if one.scaling == scaling and one.case in measured]
+        base = _base(strategy, [(one, case) for one, case in ran if case])
         rows = [_row(one, measured, failed, base) for one in own]
         sizes = {row.wanted.ranks: row.measured.rounds_s for row in rows if row.measured}
         groups.append(Group(strategy, scaling, rows, fit(scaling, sizes)))
     return Report(settings, notes, groups)
 
 
-def _base(
-    own: Sequence[Wanted], wanted: Sequence[Wanted], measured: Mapping[ScalingCase, CaseResult]
-) -> Wanted | None:
+def _base(strategy: str, ran: Sequence[tuple[Wanted, ScalingCase]]) -> Wanted | None:
     """Return the size that others are compared with: the strategy's smallest one.
 
     A pipeline cannot run on one rank, so that its base is a strategy without stages, if possible one of the same
     precision and recompute.
     """
-    ran = [one for one in own if one.case in measured]
-    if ran and ran[0].case and ran[0].case.stages > 1:
-        computes = ran[0].computes
-        plain = [
-            one
-            for one in wanted
-            if one.scaling == own[0].scaling and one.case in measured and one.case and one.case.stages == 1
-        ]
-        ran = sorted(plain, key=lambda one: len(computes.differences(one.computes))) or ran
-        ran = [one for one in ran if one.computes == ran[0].computes]
-    return min(ran, key=lambda one: one.ranks, default=None)
+    own = [(one, case) for one, case in ran if one.strategy == strategy]
+    if own and own[0][1].stages > 1:
+        differences = own[0][0].computes.differences
+        plain = [(one, case) for one, case in ran if case.stages == 1]
+        own = sorted(plain, key=lambda pair: len(differences(pair[0].computes))) or own
+        own = [pair for pair in own if pair[0].computes == own[0][0].computes]
+    return min((one for one, _ in own), key=lambda one: one.ranks, default=None)
 
 
 def _row(

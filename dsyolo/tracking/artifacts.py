@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from dsyolo.base.atomic_file import write_file
 from dsyolo.base.batch import Detections, GroundTruth
 from dsyolo.detection.metrics import Metrics
 from dsyolo.models.weights import WeightsInfo, save_weights
@@ -23,6 +23,8 @@ from dsyolo.tracking.plots import draw, grid, save
 
 log = logging.getLogger(__name__)
 GRID_IMAGES, GRID_COLUMNS, CELL_PX = 12, 4, 400
+WEIGHTS = ("weights/best.safetensors", "weights/last.safetensors")
+REPORTED = (*WEIGHTS, "predictions.jpg", "results.png", "metrics.jsonl")
 SHOWN_SCORE = 0.25  # detections below it would only cover the picture
 
 
@@ -63,13 +65,13 @@ class RunArtifacts:
     def _begin(self) -> None:
         (self.folder / "weights").mkdir(parents=True, exist_ok=True)
         for name, text in self._settings.items():
-            _write(self.folder / name, text)
+            write_file(self.folder / name, text.encode())
 
     def save_weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
         """Write weights/last.safetensors, and best.safetensors if it is; return the problem if that fails."""
         if not (self.folder / "config.yaml").exists():
             warnings.warn(
-                f"{self.folder} was removed while the run was in it: it begins anew there.", stacklevel=2
+                f"{self.folder} was removed during the run, and is made again from now on.", stacklevel=2
             )
             with contextlib.suppress(OSError):  # reported below
                 self._begin()
@@ -79,7 +81,7 @@ class RunArtifacts:
                 save_weights(path, state, self._info)
             except (OSError, SafetensorError) as error:
                 why = getattr(error, "strerror", None) or error
-                return f"{path} could not be written: {why}. What was there before is kept."
+                return f"{path} could not be written: {why}. The file that was there is kept."
         return None
 
     def validated(
@@ -96,14 +98,8 @@ class RunArtifacts:
         for ground_truth, detections in pairs:
             shown = detections.scores > SHOWN_SCORE
             detections = Detections(*(values[shown] for values in detections))
-            cells.append(
-                draw(
-                    self._load_rgb(ground_truth.image_id),
-                    detections,
-                    self._info.names,
-                    ground_truth=ground_truth,
-                )
-            )
+            image_rgb = self._load_rgb(ground_truth.image_id)
+            cells.append(draw(image_rgb, detections, self._info.names, ground_truth=ground_truth))
         path = self.folder / "predictions.jpg"
         save(path, grid(cells, columns=GRID_COLUMNS, cell_px=CELL_PX))
         self._picture(path)
@@ -118,26 +114,13 @@ class RunArtifacts:
 
     def report(self) -> None:
         """Log the best validation and where things are."""
-        names = (
-            "weights/best.safetensors",
-            "weights/last.safetensors",
-            "predictions.jpg",
-            "results.png",
-            "metrics.jsonl",
-        )
-        there = [f"{self.folder / name}" for name in names if (self.folder / name).exists()]
+        there = [f"{self.folder / name}" for name in REPORTED if (self.folder / name).exists()]
         log.info("best validation:\n%s\n\n%s", self._table, "\n".join(there))
 
 
 def _try_to_write(path: Path, text: str) -> None:
     """Write a file that the run can do without."""
     try:
-        _write(path, text)
+        write_file(path, text.encode())
     except OSError as error:
         warnings.warn(f"{path} could not be written: {error.strerror}. The run goes on.", stacklevel=3)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)

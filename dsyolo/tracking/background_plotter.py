@@ -1,4 +1,4 @@
-"""Draws pictures beside the training, so that no rank waits for them."""
+"""Draws pictures in a thread, so that no rank waits for them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Callable
 class BackgroundPlotter:
     """One drawing thread. Only the latest version of each picture waits; what waits at the end is drawn then.
 
-    A picture that fails costs a warning: it is nothing to stop a run for.
+    A picture that fails costs a warning, and does not stop the run.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[str, Callable[[], None]] = {}
         self._is_busy = self._is_closed = False
         self._changed = threading.Condition()
-        # a daemon, so that it does not keep a broken program alive
+        # A daemon, so that it does not keep a broken program alive
         self._thread = threading.Thread(target=self._work, name="background-plotter", daemon=True)
 
     def draw(self, name: str, work: Callable[[], None]) -> None:
-        """Run `work` soon, instead of what waits under that name; after `close`, run it at once."""
+        """Run `work` soon, in place of what waits under that name; after `close`, run it at once."""
         with self._changed:
             if not self._is_closed and self._is_started():
                 self._waiting[name] = work
@@ -33,7 +33,7 @@ class BackgroundPlotter:
         if self._thread.ident is None:
             try:
                 self._thread.start()
-            except RuntimeError:  # memory for its stack is not to be had
+            except RuntimeError:  # no memory for its stack
                 return False
         return True
 

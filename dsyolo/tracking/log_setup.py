@@ -1,4 +1,4 @@
-"""Sets up Python's `logging` for one rank: a console on the main process, a file in the run's folder on every rank."""
+"""Python's `logging` for one rank: a console on the main process, a file in the run's folder on every rank."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
 class RunLog:
     """The handlers of this rank, from construction to the end of the process.
 
-    The console shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's own
-    lines go to the file alone until `show_deepspeed` is called.
+    The console shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's lines,
+    which engine/process_group.py hands over, go to the file alone until `show_deepspeed` is called.
 
     Args:
-        rank: of this process; ranks but 0 have warnings alone on the console.
+        rank: of this process; all but rank 0 show only warnings on the console.
     """
 
     def __init__(self, rank: int) -> None:
@@ -36,22 +36,14 @@ class RunLog:
         console = _Console(is_main=rank == 0)
         console.addFilter(self._add_rank)
         console.addFilter(self._is_for_console)
-        root = logging.getLogger()
-        root.setLevel(logging.WARNING)  # of other packages
+        logging.basicConfig(level=logging.WARNING, handlers=[console, self._file], force=True)
         log.setLevel(logging.DEBUG)  # what the console does not show is in the file
         others.setLevel(logging.INFO)
-        for handler in root.handlers[:]:
-            root.removeHandler(handler)
-        root.addHandler(console)
-        root.addHandler(self._file)
-        logging.raiseExceptions = False  # a full disk is no reason to pour tracebacks over the terminal
+        logging.raiseExceptions = False  # a full disk must not flood the terminal with tracebacks
         warnings.showwarning = _log_warning
 
     def open_file(self, folder: Path) -> None:
-        """Write what was logged so far, and all that comes, to `logs/rank_0000.log` in the run's folder.
-
-        A file that cannot be written costs a warning.
-        """
+        """Write all that was and will be logged to `logs/rank_0000.log` in the run's folder; warn if that fails."""
         path = folder / LOGS / f"rank_{self._rank:04d}.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,15 +59,8 @@ class RunLog:
         root.removeHandler(self._file)
         root.addHandler(file)
 
-    def adopt_deepspeed(self) -> None:
-        """Take over DeepSpeed's logger, which has a console of its own. Call it once deepspeed is imported."""
-        theirs = logging.getLogger("DeepSpeed")
-        for handler in theirs.handlers[:]:
-            theirs.removeHandler(handler)
-        theirs.propagate = True
-
     def show_deepspeed(self) -> None:
-        """Let DeepSpeed's lines on the console from now on, as a JSON with `steps_per_print` asks for."""
+        """Show DeepSpeed's lines on the console from now on, as a JSON with `steps_per_print` asks for."""
         self._shows_deepspeed = True
 
     def _add_rank(self, record: logging.LogRecord) -> bool:
@@ -89,7 +74,7 @@ class RunLog:
 
 
 class _Console(logging.Handler):
-    """Standard output, above a progress bar where there is one; errors go to standard error."""
+    """Standard output, above a progress bar if there is one; errors go to standard error."""
 
     def __init__(self, *, is_main: bool) -> None:
         super().__init__(logging.INFO if is_main else logging.WARNING)
@@ -119,7 +104,7 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Log a warning of ours by its text; others' are for the file, with their place."""
+    """Log the text of our own warnings; others go to the file only, with their place."""
     if category is UserWarning and PACKAGE in Path(filename).parents:
         log.warning("%s", message)
     else:

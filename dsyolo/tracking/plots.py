@@ -8,11 +8,13 @@ from __future__ import annotations
 import colorsys
 import os
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from dsyolo.base.atomic_file import write_file
 from dsyolo.base.batch import Detections, GroundTruth
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -23,8 +25,8 @@ CAP_HEIGHT = 21.0  # pixels of a capital letter of FONT at scale 1
 def colour(klass: int) -> tuple[int, int, int]:
     """Return the RGB of a class, the same in every picture.
 
-    Hues go round by the golden ratio, so that neighbouring classes differ most however many there are;
-    saturation and value alternate, for the classes whose hues come close again.
+    Hues step by the golden ratio, so that neighbouring classes differ most; saturation and value alternate, for the
+    classes whose hues come close again.
     """
     hue = (0.58 + klass * 0.618033988749895) % 1.0
     saturation, value = ((0.85, 0.95), (0.60, 1.0), (0.95, 0.70))[klass // 8 % 3]
@@ -46,7 +48,7 @@ def draw(
         detections: in pixels of `image_rgb`.
         ground_truth: its boxes are drawn below, in black and white dashes, without text.
     """
-    picture = np.ascontiguousarray(image_rgb).copy()
+    picture = np.array(image_rgb, order="C")
     line_px = max(round(sum(picture.shape[:2]) * 0.0018), 1)
     for box in [] if ground_truth is None else ground_truth.boxes_xyxy:
         _dashed_box(picture, box, max(line_px // 2, 1))
@@ -56,17 +58,13 @@ def draw(
         cv2.rectangle(picture, (x1, y1), (x2, y2), colour(int(detections.classes[i])), line_px)
     for i in worst_first:  # texts last: a box crossing a text makes it unreadable
         klass = int(detections.classes[i])
-        _text(
-            picture,
-            f"{class_names[klass]} {detections.scores[i]:.2f}",
-            detections.boxes_xyxy[i],
-            colour(klass),
-        )
+        text = f"{class_names[klass]} {detections.scores[i]:.2f}"
+        _text(picture, text, detections.boxes_xyxy[i], colour(klass))
     return picture
 
 
 def grid(images: Sequence[np.ndarray], *, columns: int, cell_px: int, gap_px: int = 6) -> np.ndarray:
-    """Return the images row by row on white, each with its long side at `cell_px`; a row is as high as its highest image.
+    """Return the images row by row on white, each with its long side at `cell_px`; a row is as high as its highest one.
 
     Args:
         images: each (H, W, 3) uint8, of any size; at least one.
@@ -90,7 +88,7 @@ def grid(images: Sequence[np.ndarray], *, columns: int, cell_px: int, gap_px: in
 
 
 def save(path: str | os.PathLike[str], image_rgb: np.ndarray) -> None:
-    """Write .jpg or .png, by a rename: whoever looks at the file sees a whole picture.
+    """Write .jpg or .png.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -98,7 +96,7 @@ def save(path: str | os.PathLike[str], image_rgb: np.ndarray) -> None:
     path = Path(path)
     ok, data = cv2.imencode(path.suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
     assert ok, f"{path}: OpenCV cannot write {path.suffix}"
-    _write(path, data.tobytes())
+    write_file(path, data.tobytes())
 
 
 def save_curves(
@@ -139,7 +137,7 @@ def save_curves(
     figure.supxlabel("epoch", fontsize=9, y=0.05 * inch_y)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    _write(Path(path), buffer.getvalue())
+    write_file(Path(path), buffer.getvalue())
 
 
 def _corners(box_xyxy: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -150,13 +148,11 @@ def _corners(box_xyxy: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
 def _dashed_box(picture: np.ndarray, box_xyxy: np.ndarray, line_px: int) -> None:
     (x1, y1), (x2, y2) = _corners(box_xyxy)
     cv2.rectangle(picture, (x1, y1), (x2, y2), (0, 0, 0), line_px)
-    dash_px = 5 * line_px
-    for x in range(x1, x2, 2 * dash_px):
-        for y in (y1, y2):
-            cv2.line(picture, (x, y), (min(x + dash_px, x2), y), (255, 255, 255), line_px)
-    for y in range(y1, y2, 2 * dash_px):
-        for x in (x1, x2):
-            cv2.line(picture, (x, y), (x, min(y + dash_px, y2)), (255, 255, 255), line_px)
+    dash_px, white = 5 * line_px, (255, 255, 255)
+    for x, y in product(range(x1, x2, 2 * dash_px), (y1, y2)):
+        cv2.line(picture, (x, y), (min(x + dash_px, x2), y), white, line_px)
+    for x, y in product((x1, x2), range(y1, y2, 2 * dash_px)):
+        cv2.line(picture, (x, y), (x, min(y + dash_px, y2)), white, line_px)
 
 
 def _text(picture: np.ndarray, text: str, box_xyxy: np.ndarray, rgb: tuple[int, int, int]) -> None:
@@ -172,9 +168,8 @@ def _text(picture: np.ndarray, text: str, box_xyxy: np.ndarray, rgb: tuple[int, 
     cv2.rectangle(picture, (left, top), (left + plate_w, top + plate_h), rgb, cv2.FILLED)
     bright = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 140  # luma, ITU-R BT.601
     origin = (left + below // 2, top + text_h + below // 2)
-    cv2.putText(
-        picture, text, origin, FONT, scale, (0, 0, 0) if bright else (255, 255, 255), stroke_px, cv2.LINE_AA
-    )
+    ink = (0, 0, 0) if bright else (255, 255, 255)
+    cv2.putText(picture, text, origin, FONT, scale, ink, stroke_px, cv2.LINE_AA)
 
 
 def _fit(image_rgb: np.ndarray, side_px: int) -> np.ndarray:
@@ -182,9 +177,3 @@ def _fit(image_rgb: np.ndarray, side_px: int) -> np.ndarray:
     scale = side_px / max(height, width)
     size_wh = max(round(width * scale), 1), max(round(height * scale), 1)
     return cv2.resize(image_rgb, size_wh, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(data)
-    os.replace(partial, path)

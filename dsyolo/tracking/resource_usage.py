@@ -6,13 +6,59 @@ import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
-from dsyolo.tracking.nvml import GpuUse
-
 GAUGE_INTERVAL_S = 0.5  # at least, between two readings of what is not a counter
+
+
+class GpuUse(NamedTuple):
+    """The driver's last sample, which spans 1/6 to 1 s."""
+
+    busy: float  # share of the time in which some kernel ran
+    memory_busy: float  # share of the time in which memory was read or written
+    memory_bytes: int  # of all processes
+    power_w: float
+
+
+class Gpu:
+    """One GPU, read from NVIDIA's driver.
+
+    Args:
+        nvml: as `load_nvml` returns it.
+        uuid: as torch has it. An index will not do: CUDA_VISIBLE_DEVICES and the driver count differently.
+    """
+
+    def __init__(self, nvml: Any, uuid: str) -> None:
+        self._nvml, self._handle = nvml, None
+        with contextlib.suppress(nvml.NVMLError):
+            self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+
+    def use(self) -> GpuUse | None:
+        """Return what the GPU does now; None if the driver does not report it, as on some virtual GPUs."""
+        if self._handle is None:
+            return None
+        try:
+            rates = self._nvml.nvmlDeviceGetUtilizationRates(self._handle)
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+            milliwatts = self._nvml.nvmlDeviceGetPowerUsage(self._handle)
+        except self._nvml.NVMLError:
+            return None
+        return GpuUse(rates.gpu / 100, rates.memory / 100, memory.used, milliwatts / 1000)
+
+
+def load_nvml() -> Any | None:
+    """Return the initialized module `pynvml`; None without nvidia-ml-py or a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
 
 
 class ResourceUsage:
@@ -33,11 +79,13 @@ class ResourceUsage:
         """Return counters since the machine or the process started, and what is in use now."""
         seen: dict[str, Any] = {"cpu_s": self._own_cpu_s()}
         if self._of_machine:
-            times = psutil.cpu_times()
+            times = psutil.cpu_times()._asdict()
+            # Linux counts guests' time in user and nice as well.
+            idle_s = sum(times.get(name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
             net = psutil.net_io_counters(pernic=True)
             inside = net.pop("lo", None)
             seen |= {
-                "machine_cpu_s": sum(times) - times.idle - getattr(times, "iowait", 0.0) - _guest_s(times),
+                "machine_cpu_s": sum(times.values()) - idle_s,
                 "sent": sum(nic.bytes_sent for nic in net.values()),
                 "received": sum(nic.bytes_recv for nic in net.values()),
                 "inside": inside.bytes_sent if inside else 0,
@@ -60,8 +108,3 @@ class ResourceUsage:
                 times = process.cpu_times()
                 total += times.user + times.system
         return total
-
-
-def _guest_s(times: Any) -> float:
-    """Return guests' time, which Linux counts in user and nice as well."""
-    return getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)

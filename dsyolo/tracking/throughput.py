@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from dsyolo.engine.comm_timer import CommsLog, CommTimer
 from dsyolo.engine.memory_profile import MemoryMeasurement
-from dsyolo.engine.memory_terms import MemoryTerms
 from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimes
 from dsyolo.tracking.resource_usage import ResourceUsage
 
@@ -70,16 +69,16 @@ class StepDetails:
             self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
 
     def _look(self, collectives: CommTimer) -> None:
-        counted = {
+        self._seen[self._step] = {
             "at": time.time(),
             "collectives": collectives.calls,
             "collective_bytes": collectives.sizes.total(),
+            **self._usage.look(),
         }
-        self._seen[self._step] = counted | self._usage.look()
 
 
 def measured_every(log_every: int, steps_of_epoch: int) -> int:
-    """Return n to measure every n-th step: at least one in every epoch, which may have a step less than the first."""
+    """Return n to measure every n-th step: at least one in each epoch, even if it has a step less than the first."""
     return min(log_every, max(1, steps_of_epoch // 2))
 
 
@@ -98,18 +97,17 @@ def shares(ranks: Sequence[Mapping[str, float]], flops: float, peak_flops_per_s:
         key: sum(sums[name] / whole for sums, whole in zip(ranks, wholes, strict=True)) / len(ranks)
         for name, key in SHARES.items()
     }
-    seconds = sum(wholes) / len(wholes)
     if peak_flops_per_s:
-        figures["mfu"] = flops / seconds / peak_flops_per_s
+        figures["mfu"] = flops / (sum(wholes) / len(wholes)) / peak_flops_per_s
     return figures
 
 
 def peak_figures(measured: Sequence[MemoryMeasurement]) -> dict[str, float]:
     """Return the peak and the maximum of each term, in GiB, of the rank that needs most."""
-    most = max(measured, key=lambda one: one.peak or one.terms.together.total)
-    terms: MemoryTerms = most.terms.together
+    most = max(measured, key=lambda one: one.peak or one.terms.combined.total)
     peak = {} if most.peak is None else {"peak_gib": most.peak / 2**30}
-    return peak | {f"peak_{name}_gib": size / 2**30 for name, size in terms._asdict().items()}
+    terms = most.terms.combined._asdict()
+    return peak | {f"peak_{name}_gib": size / 2**30 for name, size in terms.items()}
 
 
 def describe(row: Mapping[str, float]) -> str:

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dsyolo.base.batch import StepStats
+from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.detection.metrics import Metrics
 from dsyolo.engine.memory_profile import process_memory_gib
 from dsyolo.tracking.background_plotter import BackgroundPlotter
@@ -31,54 +32,43 @@ PANELS = {  # of results.png: by title the lines, each a name and its key in an 
     "images/s": {"images/s": "images_per_s"},
     "peak memory (GiB)": {"memory": "memory_gib"},
 }
-PLOT_SHARE = 0.01  # of the run's time for drawing results.png, which takes the training's cores
+PLOT_SHARE = 0.01  # of the run's time may go into drawing results.png, which takes the training's cores
 log = logging.getLogger(__name__)
 
 
-class TrainStateLike(Protocol):
-    """Where a run is. `epoch` is 0-based and the current one, also in `Tracker.epoch`, which ends it."""
-
-    step: int  # optimizer steps done
-    total_steps: int
-    epoch: int
-    epochs: int
-    images_seen: int
-
-
 class RunTracker:
-    """Keeps the figures of a run on the main process, and hands them to writers, log, progress bar and curves.
+    """Passes the figures of a run to writers, log, progress bar and curves.
 
     It alone decides when a step is read back from the device: every `log_every` steps, since each reading waits for it.
 
     Attributes:
-        plotter: draws pictures of the run; they are all there once the tracker is closed.
-        mfu: the share of the peak FLOP/s that so many images/s use, None where it is not known.
+        plotter: draws pictures of the run; all are there once the tracker is closed.
+        mfu: the share of the peak FLOP/s that so many images/s use, None if it is not known.
 
     Args:
         folder: of the run; exists.
-        start: where the run starts. In `metrics.jsonl` what lies after it is dropped, so that the file of a
-            resumed run reads like that of one never interrupted.
+        start: where the run starts. Later rows of `metrics.jsonl` are dropped: see `JsonlWriter`.
         log_every: optimizer steps between two readings of the losses; the first and the last step are always read.
-        state: what `state()` gave when the checkpoint that is resumed from was written.
+        state: what `state()` returned for the checkpoint of a resumed run.
         memory_gib: returns the peak memory to report.
-        writers: get every row beside metrics.jsonl.
+        writers: get every row, as metrics.jsonl does.
     """
 
     def __init__(
         self,
         folder: Path,
-        start: TrainStateLike,
+        start: TrainState,
         *,
         log_every: int = 10,
         state: Mapping[str, Any] | None = None,
         memory_gib: Callable[[], float] = process_memory_gib,
         writers: Sequence[Writer] = (),
     ) -> None:
-        state = dict(state or {})
         self.folder = Path(folder)
         self.log_every = log_every
         self.memory_gib = memory_gib
         self.mfu: Callable[[float], float | None] = lambda images_per_s: None
+        self.plotter = BackgroundPlotter()
         self._rows = JsonlWriter(self.folder / "metrics.jsonl", step=start.step, epoch=start.epoch)
         self._writers: list[Writer] = [self._rows, *writers]
         self._has_terminal = sys.stderr.isatty()
@@ -91,25 +81,27 @@ class RunTracker:
         )
         self._loss_sum: torch.Tensor | None = None  # (3,) on the device, of this epoch's steps
         self._num_summed = 0
-        if state.get("num_summed"):
+        if state and state.get("num_summed"):
             self._loss_sum, self._num_summed = torch.tensor(state["loss_sum"]), state["num_summed"]
         self._lr, self._step = 0.0, start.step
-        self.plotter = BackgroundPlotter()
         self._next_plot = 0.0
         self._num_skipped = 0  # since the last logged step
         self._closed = False
         self.begin(start)
 
-    def begin(self, progress: TrainStateLike) -> None:
-        """Start to count time: what lay before, as a checkpoint, is not training's."""
+    def begin(self, progress: TrainState) -> None:
+        """Start the clock: what came before, such as a checkpoint, is not training time."""
         self._in_epoch = _Window(progress)
         self._since_log = _Window(progress)
 
-    def step(self, progress: TrainStateLike, stats: StepStats, lr: float, data_wait_s: float) -> None:
-        """Take an optimizer step; `data_wait_s` is how long it waited for its batches."""
+    def step(self, progress: TrainState, stats: StepStats, lr: float, data_wait_s: float) -> None:
+        """Record an optimizer step, which waited `data_wait_s` for its batches."""
         self._lr, self._step = lr, progress.step
         if stats.was_applied:  # a skipped step's may be NaN
-            self._sum(stats.losses.detach())
+            losses = stats.losses.detach()  # summed on the device: one small kernel, no wait
+            before = torch.zeros_like(losses) if self._loss_sum is None else self._loss_sum.to(losses.device)
+            self._loss_sum = before + losses
+            self._num_summed += 1
         self._in_epoch.step(progress, data_wait_s)
         self._since_log.step(progress, data_wait_s)
         self._num_skipped += not stats.was_applied
@@ -117,7 +109,7 @@ class RunTracker:
         if progress.step == 1 or progress.step % self.log_every == 0 or progress.step == progress.total_steps:
             self._log_step(progress, stats)
 
-    def _log_step(self, progress: TrainStateLike, stats: StepStats) -> None:
+    def _log_step(self, progress: TrainState, stats: StepStats) -> None:
         losses = _losses(stats.losses.tolist())  # waits for the device
         self._in_epoch.stop()  # only now is the step done
         self._since_log.stop()
@@ -130,17 +122,16 @@ class RunTracker:
         steps_per_s = self._since_log.steps / max(self._since_log.seconds, 1e-9)
         self._since_log = _Window(progress)
         self._write("step", progress, row)
-        level = (
-            logging.DEBUG if self._has_terminal else logging.INFO
-        )  # there the bar shows it: for the file alone
+        # On a terminal the bar shows it, and the line is for the file alone.
+        level = logging.DEBUG if self._has_terminal else logging.INFO
         log.log(level, "%s", _step_line(progress, row, steps_per_s, self.mfu(row["images_per_s"])))
         self._bar.set_description(f"epoch {progress.epoch + 1}/{progress.epochs}", refresh=False)
         self._bar.set_postfix_str(_describe(row), refresh=False)
 
     def epoch(
-        self, progress: TrainStateLike, metrics: Metrics | None, figures: Mapping[str, float] | None = None
+        self, progress: TrainState, metrics: Metrics | None, figures: Mapping[str, float] | None = None
     ) -> None:
-        """Take an epoch and its validation (None: there was none); `figures` are others' for its row."""
+        """Record the end of `progress.epoch` and its validation, if any; `figures` are others' for its row."""
         now = time.perf_counter()
         row: dict[str, Any] = {}
         if self._loss_sum is not None and self._num_summed:
@@ -160,7 +151,7 @@ class RunTracker:
             self.plotter.draw("results.png", self._plot)
         self.begin(progress)
 
-    def _write(self, kind: str, progress: TrainStateLike, row: dict[str, Any]) -> None:
+    def _write(self, kind: str, progress: TrainState, row: dict[str, Any]) -> None:
         for writer in self._writers:
             writer.write({"kind": kind, "step": progress.step, "epoch": progress.epoch, **row})
 
@@ -170,7 +161,7 @@ class RunTracker:
             writer.picture("predictions", path, self._step)
 
     def state(self) -> dict[str, Any]:
-        """Return what the tracker of the resumed run needs, for the checkpoint's JSON."""
+        """Return what a resumed run's tracker needs, for the checkpoint's JSON."""
         loss_sum = self._loss_sum.tolist() if self._loss_sum is not None else [0.0] * 3
         state: dict[str, Any] = {"run_id": None, "loss_sum": loss_sum, "num_summed": self._num_summed}
         for writer in self._writers:
@@ -188,33 +179,26 @@ class RunTracker:
         for writer in self._writers:
             writer.close()
 
-    def _sum(self, losses: torch.Tensor) -> None:
-        """Add a step's losses on the device: one small kernel, no wait."""
-        previous = torch.zeros_like(losses) if self._loss_sum is None else self._loss_sum.to(losses.device)
-        self._loss_sum = previous + losses
-        self._num_summed += 1
-
     def _plot(self) -> None:
         start = time.perf_counter()
         rows = [row for row in self._rows.read() if row["kind"] == "epoch"]
         if rows:
-            save_curves(
-                self.folder / "results.png", {title: _curves(rows, names) for title, names in PANELS.items()}
-            )
-        took_s = time.perf_counter() - start
-        self._next_plot = time.perf_counter() + took_s / PLOT_SHARE
+            panels = {title: _curves(rows, names) for title, names in PANELS.items()}
+            save_curves(self.folder / "results.png", panels)
+        now = time.perf_counter()
+        self._next_plot = now + (now - start) / PLOT_SHARE
 
 
 class _Window:
     """Counts images, steps, seconds and data waits since its construction."""
 
-    def __init__(self, progress: TrainStateLike) -> None:
+    def __init__(self, progress: TrainState) -> None:
         self.start = self.last = time.perf_counter()
         self.steps = 0
         self._images_before = self._images = progress.images_seen
         self._data_wait_s = 0.0
 
-    def step(self, progress: TrainStateLike, data_wait_s: float) -> None:
+    def step(self, progress: TrainState, data_wait_s: float) -> None:
         self.steps += 1
         self._images = progress.images_seen
         self._data_wait_s += data_wait_s
@@ -248,10 +232,7 @@ def _curves(rows: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, t
     return curves
 
 
-def _step_line(
-    progress: TrainStateLike, row: Mapping[str, float], steps_per_s: float, mfu: float | None
-) -> str:
-    """Return a step's line for a log without a terminal."""
+def _step_line(progress: TrainState, row: Mapping[str, float], steps_per_s: float, mfu: float | None) -> str:
     left_s = round((progress.total_steps - progress.step) / max(steps_per_s, 1e-9))
     parts = [
         f"epoch {progress.epoch + 1}",
@@ -270,7 +251,7 @@ def _describe(row: Mapping[str, float]) -> str:
     parts = [f"{name} {row[name]:.4f}" for name in LOSSES if name in row]
     if "map50" in row:
         parts.append(f"mAP50 {row['map50']:.4f}  mAP50-95 {row['map50_95']:.4f}")
-    if not describe_throughput(row):  # which tells it with more
+    if not describe_throughput(row):  # which has more of it
         parts.append(f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait_share']:.0%}")
     parts.append(f"{row['memory_gib']:.2f} GiB")
     if "skipped_steps" in row:

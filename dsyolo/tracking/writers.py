@@ -1,4 +1,4 @@
-"""Writers: where the figures of a run go. metrics.jsonl and Weights & Biases are here; a user's own are given by --writer."""
+"""Writers, which take the figures of a run: metrics.jsonl and Weights & Biases. --writer adds a user's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from dsyolo.base.atomic_file import write_file
+
+PLACE = ("kind", "step", "epoch")
 VALIDATION_FIGURES = ("precision", "recall", "map50", "map75", "map50_95", "fitness")
 
 
@@ -27,7 +30,7 @@ class Writer:
         """Take a picture that was drawn; called by the thread that draws."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on after a resume; it is kept in the checkpoint's JSON."""
+        """Return what a resumed run's writer needs; it is kept in the checkpoint's JSON."""
         return {}
 
     def close(self) -> None:
@@ -35,7 +38,7 @@ class Writer:
 
 
 class SafeWriter(Writer):
-    """A writer that never stops the training: at its first failure it warns and is left out from then on.
+    """A writer that never stops the training: at its first failure it warns, and is off from then on.
 
     Args:
         name: of the service, for the warning.
@@ -71,7 +74,7 @@ class SafeWriter(Writer):
         try:
             with self._lock:  # pictures come from the thread that draws them
                 return call(*args)
-        except Exception as error:  # the service's own, requests', OSError, protobuf's: whatever it is
+        except Exception as error:  # whatever the service raises
             self._writer = None
             what = f"{type(error).__name__}: {error}"
             warnings.warn(f"{self._name} failed, and the run goes on without it. {what}", stacklevel=3)
@@ -84,26 +87,21 @@ class JsonlWriter(Writer):
     Args:
         path: of the file; may exist.
         step: that the run starts after; 0 for a new run.
-        epoch: that the run starts in. Rows that lie after the start are dropped (they are about to be done
-            again), so that the file of a resumed run reads like that of one never interrupted.
+        epoch: that the run starts in. Later rows are dropped, as they are about to be written again: the file of a
+            resumed run reads like that of one never interrupted.
     """
 
     def __init__(self, path: Path, *, step: int, epoch: int) -> None:
         self.path = path
-        kept = [
-            row
-            for row in self.read()
-            if (row["epoch"] < epoch if row["kind"] == "epoch" else row["step"] <= step)
-        ]
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text("".join(_line(row) for row in kept))
-        partial.replace(path)
+        rows = self.read()
+        kept = [r for r in rows if (r["epoch"] < epoch if r["kind"] == "epoch" else r["step"] <= step)]
+        write_file(path, "".join(map(_line, kept)).encode())
         self._file = path.open("ab", buffering=0)
         self._waiting = b""  # rows that a full disk did not take yet
         self._warned = False
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """A disk that is full costs a warning: the row is written with one of the next, when there is room again."""
+        """Write a row. A full disk costs a warning: the row is written with a later one, once there is room."""
         self._waiting += _line(row).encode()
         try:
             if not os.fstat(self._file.fileno()).st_nlink:  # it was removed
@@ -117,10 +115,8 @@ class JsonlWriter(Writer):
             self._warned = True
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows; a line that a kill cut short, or that somebody else wrote, is left out."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(errors="replace").splitlines()
+        """Return all rows, without lines that a kill cut short or that somebody else wrote."""
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         return [row for row in map(_row, lines) if row is not None]
 
     def close(self) -> None:
@@ -130,14 +126,14 @@ class JsonlWriter(Writer):
 def _row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # the latter of brackets by the thousands
+    except (ValueError, RecursionError):  # the latter for brackets by the thousands
         return None
-    places = [row.get("step"), row.get("epoch")] if isinstance(row, dict) and "kind" in row else [None]
-    return row if all(isinstance(place, int) for place in places) else None
+    is_row = isinstance(row, dict) and "kind" in row
+    return row if is_row and all(isinstance(row.get(key), int) for key in ("step", "epoch")) else None
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """What is not finite (a loss that diverged) becomes null: JSON has no NaN."""
+    """Return a row as JSON, with null for what is not finite, as JSON has no NaN."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(plain, allow_nan=False) + "\n"
 
@@ -148,7 +144,7 @@ class WandbWriter(Writer):
     Args:
         folder: W&B's own folder `wandb` is made in it.
         mode: online or offline.
-        run_id: of the W&B run to go on in; None begins one.
+        run_id: of the W&B run to continue; None begins one.
     """
 
     def __init__(
@@ -164,6 +160,7 @@ class WandbWriter(Writer):
         import wandb  # here, as it takes a second or two
 
         self._image = wandb.Image
+        settings = wandb.Settings(console="off", quiet=True, init_timeout=60, login_timeout=30)
         self._run = wandb.init(
             project=project,
             name=name,
@@ -172,18 +169,17 @@ class WandbWriter(Writer):
             mode=mode,
             id=run_id,  # None: W&B draws one
             resume="allow",
-            settings=wandb.Settings(console="off", quiet=True, init_timeout=60, login_timeout=30),
+            settings=settings,
         )
-        # An axis of our own: W&B's refuses the steps that a resumed run does a second time.
+        # Our own axis: W&B's refuses the steps that a resumed run repeats.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        figures = dict(row)
-        kind, place = figures.pop("kind"), {key: figures.pop(key) for key in ("step", "epoch")}
-        other = "train" if kind == "step" else "epoch"
+        other = "train" if row["kind"] == "step" else "epoch"
+        figures = {key: value for key, value in row.items() if key not in PLACE}
         named = {f"{'val' if key in VALIDATION_FIGURES else other}/{key}": v for key, v in figures.items()}
-        self._run.log({**place, **named})
+        self._run.log({"step": row["step"], "epoch": row["epoch"], **named})
 
     def picture(self, name: str, path: Path, step: int) -> None:
         self._run.log({name: self._image(str(path)), "step": step})

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import load_object
@@ -18,10 +18,7 @@ from dsyolo.checkpoint.manifest import read_manifest
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import collectives
 from dsyolo.cluster.communicator import ClusterCommunicator
-from dsyolo.cluster.preemption import PreemptionHandler
-from dsyolo.cluster.run_lock import RunLock
 from dsyolo.cluster.shared_fs import check_shared
-from dsyolo.cluster.watchdog import Watchdog
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
 from dsyolo.data.sampler import StepSampler
@@ -29,7 +26,6 @@ from dsyolo.detection.postprocess import OomSafePredictor, Predict
 from dsyolo.engine import device
 from dsyolo.engine.memory_profile import peak_memory_gib
 from dsyolo.tracking.artifacts import RunArtifacts
-from dsyolo.tracking.log_setup import RunLog
 from dsyolo.tracking.tracker import RunTracker
 from dsyolo.tracking.writers import SafeWriter, WandbWriter, Writer
 from dsyolo.trainer.data_parts import DataParts, build_data, index_splits
@@ -45,6 +41,7 @@ from dsyolo.trainer.hooks.metrics_hook import MetricsHook
 from dsyolo.trainer.hooks.preemption_hook import PreemptionHook
 from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
 from dsyolo.trainer.run_folder import lock_folder
+from dsyolo.trainer.session import Session
 from dsyolo.trainer.trainer import Trainer
 
 SAME = ("epochs", "num_images", "global_batch", "seed")  # of TrainState, when a run is resumed
@@ -56,15 +53,6 @@ DEEPSPEED_OUTPUT = (
     "wall_clock_breakdown",
 )
 log = logging.getLogger(__name__)
-
-
-class Session(NamedTuple):
-    """What this process has joined and opened before anything is built."""
-
-    watchdog: Watchdog
-    preemption: PreemptionHandler
-    run_lock: RunLock
-    run_log: RunLog
 
 
 def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> Trainer:
@@ -177,7 +165,7 @@ def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None
 
 def _user_classes(references: str | None, option: str) -> dict[str, Any]:
     names = [name.strip() for name in (references or "").split(",") if name.strip()]
-    return {name: load_object(name, option) for name in names}
+    return {name: load_object(name, f"--{option}") for name in names}
 
 
 def _user_hooks(references: str | None) -> list[Hook]:
@@ -197,7 +185,9 @@ def _predictor(spec: RunSpec, world: World, parts: EngineParts) -> Predict:
     """
     if spec.ds.zero_stage == 3:
         return parts.engine.predict
-    return OomSafePredictor(parts.engine.predict, lambda line: log.warning("%s", line), device.empty_cache)
+    return OomSafePredictor(
+        parts.engine.predict, lambda line: log.warning("%s", line), device.accelerator().empty_cache
+    )
 
 
 def _main_process_parts(

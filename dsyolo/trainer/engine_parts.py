@@ -17,7 +17,7 @@ from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.buffers import named_buffers
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
-from dsyolo.engine.offload import OffloadFolders, move_to_folders
+from dsyolo.engine.offload import move_to_folders
 from dsyolo.engine.optimizer import Schedule, lr_factor
 from dsyolo.engine.parallelize import Parallelized, parallelize
 from dsyolo.engine.partitions import Partitions
@@ -36,7 +36,7 @@ class EngineParts(NamedTuple):
 
     engine: Engine
     partitions: Partitions
-    ema: Ema | NoEma
+    ema: Ema
     checkpointer: Checkpointer
     info: WeightsInfo
     load: RankLoad
@@ -63,7 +63,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
     """Build the engine around the network, and what keeps its state."""
     config, ds = spec.config, spec.ds
     threads = set_threads(world, config.threads)
-    network.recompute = spec.activations.recomputed
+    network.checkpointed = spec.activations.checkpointed
     network.offload_inputs = ds.parallelism.offload.activations
     num_parameters = sum(p.numel() for p in network.parameters())
     settings = {name: getattr(config.recipe, name) for name in LOSS_SETTINGS}
@@ -84,12 +84,11 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
         activations=spec.activations,
     )
     engine, partitions = parallelized.engine, parallelized.partitions
-    ema: Ema | NoEma = NoEma(partitions, engine.buffers)
+    ema: Ema = NoEma(partitions, engine.buffers)
     if config.ema:
         ema = Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)
     if any(ds.parallelism.offload.folders):
-        folders = OffloadFolders(*ds.parallelism.offload.folders)
-        move_to_folders(folders, engine.deepspeed, partitions, ema.tensors, world)
+        move_to_folders(ds.parallelism.offload.folders, engine.deepspeed, partitions, ema.tensors, world)
     checkpoints = spec.folder / "checkpoints"
     checkpointer = Checkpointer(checkpoints, engine, partitions, ema, world, keep=config.keep_checkpoints)
     if world.is_main_process:
@@ -133,7 +132,7 @@ def _explain(spec: RunSpec, schedule: Schedule) -> list[str]:
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
         lines.append(f"lr: {schedule.lr:g}, {what}")
     if spec.config.sync_batchnorm:
-        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.data_parallel_size} images")
+        lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.dp_size} images")
     return lines
 
 

@@ -68,7 +68,7 @@ pathlib.Path("done").touch()
 def test_sigterm_to_deepspeed_saves_though_it_passes_nothing_on_and_nobody_reads(place):
     """The launcher ends at once, and its ranks go on: they must see it, and outlive the broken pipe until then."""
     process = subprocess.Popen(
-        launch(place, "orphans", free_port(), epochs=200),
+        launch(place, "orphans", epochs=200),
         env=environment(place),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

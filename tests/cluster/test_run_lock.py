@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -59,12 +60,13 @@ def test_a_folder_is_had_by_one_process_and_free_once_that_is_killed(tmp_path):
     assert f"process {os.getpid()} on " in (tmp_path / claim.FILE).read_text()
 
 
-def test_whoever_waits_gets_it_or_gives_up_when_asked(tmp_path, capsys):
+def test_whoever_waits_gets_it_or_gives_up_when_asked(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     with Holder(tmp_path) as holder:
         begin = time.monotonic()
         with pytest.raises(UserError):
             RunLock(tmp_path).take(60, is_over=lambda: time.monotonic() > begin + 0.3)
-        assert "waiting for it, 60 s at most" in capsys.readouterr().out
+        assert "waiting for it, 60 s at most" in caplog.text
         holder.stdin.write("end\n")
         holder.stdin.close()
         RunLock(tmp_path).take(20)

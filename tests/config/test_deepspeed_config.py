@@ -73,7 +73,7 @@ def test_shipped_files(path: Path, world_size: int) -> None:
     accelerator = "cuda" if path.stem == "fp16" else "cpu"
     stages = 2 if path.stem.startswith("pipeline2") else 1
     config = resolve(path, world_size * stages, accelerator, layers=LAYERS)
-    assert (config.stages, config.data_parallel_size) == (stages, world_size)
+    assert (config.stages, config.dp_size) == (stages, world_size)
     # the demo's data set is small: it takes small batches, and no accumulation; a pipeline wants many
     expected = {
         "demo": (16, 16 // world_size, 1),
@@ -468,7 +468,7 @@ def test_pipeline_divides_the_ranks_of_a_batch() -> None:
     block = {"stages": 2, "partition": [9]}
     given = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16, "pipeline": block}
     config = resolve(given, 4, layers=LAYERS)
-    assert (config.stages, config.parallelism.partition, config.data_parallel_size, config.accumulation) == (
+    assert (config.stages, config.parallelism.partition, config.dp_size, config.accumulation) == (
         2,
         (9,),
         2,

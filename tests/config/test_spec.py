@@ -15,7 +15,7 @@ from dsyolo.config.spec import PRECISIONS, BatchPlan, Precision
 
 
 def test_a_batch_carries_its_arithmetic() -> None:
-    batch = BatchPlan(micro=8, accumulation=3, replicas=2)
+    batch = BatchPlan(micro=8, accumulation=3, dp_size=2)
     assert (batch.share, batch.global_batch) == (24, 48)
     assert batch.with_micro(12) == BatchPlan(12, 2, 2)
     assert check(batch_json(batch), world_size=2, accelerator="cpu").batch == batch

@@ -1,4 +1,4 @@
-"""The scan, its cache, and images as training loads them."""
+"""The index, its cache, and images as training loads them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import pytest
 from image_files import NUM_CLASSES, add, encoded, picture, with_exif
 
 from dsyolo.base.errors import UserError
-from dsyolo.data import images, labels
-from dsyolo.data import index as scanned
-from dsyolo.data import index_builder as scan_module
+from dsyolo.data import images, index_builder, labels
+from dsyolo.data import index as index_module
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.index_builder import build_index, read_image_record
@@ -109,7 +108,9 @@ def test_an_image_whose_rows_are_all_bad_is_no_background(tmp_path):
     found = read(tmp_path)
     assert len(found) == 1
     assert found.num_backgrounds == 0
-    assert reasons(found) == [("bad.txt", labels.UNKNOWN_CLASS)] * 3 + [("bad.jpg", scan_module.NO_ROW_LEFT)]
+    assert reasons(found) == [("bad.txt", labels.UNKNOWN_CLASS)] * 3 + [
+        ("bad.jpg", index_builder.NO_ROW_LEFT)
+    ]
     assert [len(rows) for rows in found.unknown_classes().values()] == [2, 1]
 
 
@@ -119,7 +120,7 @@ def test_missing_and_repeated_images_of_a_list(tmp_path):
     listing.write_text(f"{good}\n./images/gone.jpg\n./images/good.jpg\n")
     found = build_index([listing], NUM_CLASSES, tmp_path / "cache", progress=False)
     assert len(found) == 1
-    assert reasons(found) == [("good.jpg", scan_module.LISTED_TWICE), ("gone.jpg", images.NOT_FOUND)]
+    assert reasons(found) == [("good.jpg", index_builder.LISTED_TWICE), ("gone.jpg", images.NOT_FOUND)]
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):
@@ -146,12 +147,12 @@ def test_backgrounds_and_polygons(tmp_path):
     assert sample.polygons[1] is None
 
 
-def test_scan_file_is_what_scan_is_made_of(tmp_path):
+def test_records_make_the_index(tmp_path):
     names = [f"{i}.jpg" for i in range(5)]
     paths = [str(add(tmp_path, name)) for name in names]
-    alone = scanned.assemble_index([read_image_record(path, NUM_CLASSES) for path in paths], NUM_CLASSES)
+    alone = index_module.assemble_index([read_image_record(path, NUM_CLASSES) for path in paths], NUM_CLASSES)
     together = read(tmp_path, workers=3)
-    for name in scanned.ARRAYS:
+    for name in index_module.ARRAYS:
         np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
 
 
@@ -191,7 +192,7 @@ def test_the_long_side_is_exact_and_boxes_scale_with_the_image(tmp_path, suffix,
     assert green[1] > 200 > 60 > max(green[0], green[2])
 
 
-def test_truth_is_in_pixels_of_the_file(tmp_path):
+def test_ground_truth_is_in_pixels_of_the_file(tmp_path):
     add(tmp_path, "a.png")
     found = read(tmp_path)
     size_hw, boxes_xyxy, classes = DetectionDataset(found, 32).ground_truth(0)
@@ -202,7 +203,7 @@ def test_truth_is_in_pixels_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["removed", "truncated", "resized"])
-def test_a_file_that_changes_after_the_scan_becomes_grey_with_one_warning(tmp_path, change):
+def test_a_file_that_changes_after_indexing_becomes_grey_with_one_warning(tmp_path, change):
     path = add(tmp_path, "a.jpg")
     dataset = DetectionDataset(read(tmp_path), 64)
     data = path.read_bytes()
@@ -235,9 +236,9 @@ def test_ram_keeps_images_up_to_its_budget_and_changes_nothing(tmp_path):
     Path(found.path(0)).unlink()
     Path(found.path(2)).unlink()
     assert kept.load(0).image.max() > 200  # from memory
-    with pytest.warns(UserWarning, match="can no longer be read"):
+    with pytest.warns(UserWarning, match="has changed since it was indexed"):
         kept.load(2)  # beyond the budget
-    with pytest.warns(UserWarning, match="can no longer be read"):
+    with pytest.warns(UserWarning, match="has changed since it was indexed"):
         pickle.loads(pickle.dumps(kept)).load(0)  # the memory stays behind
     assert len(pickle.dumps(kept)) < 20_000
 
@@ -249,19 +250,19 @@ def test_ram_keeps_images_up_to_its_budget_and_changes_nothing(tmp_path):
 def reads(monkeypatch):
     """Counts the images that are really read."""
     count = []
-    check = scan_module.check_image
-    monkeypatch.setattr(scan_module, "check_image", lambda path: count.append(path) or check(path))
+    check = index_builder.check_image
+    monkeypatch.setattr(index_builder, "check_image", lambda path: count.append(path) or check(path))
     return count
 
 
-def test_the_second_scan_comes_from_the_cache_problems_and_all(tmp_path, reads):
+def test_the_second_index_comes_from_the_cache_problems_and_all(tmp_path, reads):
     add(tmp_path, "a.jpg", label="1 0.1 0.2 0.5 0.2 0.3 0.6\n9 0.5 0.5 0.1 0.1\n")
     add(tmp_path, "b.jpg", b"bad")
     first, second = read(tmp_path), read(tmp_path)
     assert len(reads) == 2
     assert first.problems == second.problems
     assert second.num_classes == NUM_CLASSES
-    for name in scanned.ARRAYS:
+    for name in index_module.ARRAYS:
         before, after = getattr(first, name), getattr(second, name)
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
@@ -289,7 +290,7 @@ def test_any_change_of_the_files_reads_again(tmp_path, reads, change):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_cache_is_told_and_rebuilt(tmp_path, reads, damage):
+def test_a_damaged_cache_is_reported_and_rebuilt(tmp_path, reads, damage):
     add(tmp_path, "a.jpg")
     first = read(tmp_path)
     (cache_file,) = (tmp_path / "cache").iterdir()  # nothing but the one file: temporaries are gone

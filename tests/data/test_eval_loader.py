@@ -1,4 +1,4 @@
-"""The validation loader: the same batches on any number of ranks, and a truth that leads back to the file's pixels."""
+"""The validation loader: the same batches on any number of ranks, and a ground truth that leads back to the file's pixels."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_rectangles_are_small_multiples_of_the_stride():
 
 
 @pytest.mark.parametrize("rectangular", [True, False])
-def test_the_truth_says_where_boxes_are_in_the_input_and_how_they_go_back(rectangular):
+def test_the_ground_truth_has_where_boxes_are_in_the_input_and_how_they_go_back(rectangular):
     for batch in eval_batches(batch_size=4, rectangular=rectangular):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         for image, ground_truth in zip(batch.images, batch.ground_truths, strict=True):

@@ -1,4 +1,4 @@
-"""The stream of samples and the training loader: which image comes when, on which rank, whoever makes it."""
+"""The sampler and the training loader: which image comes when, on which rank, whoever makes it."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def dataset(tmp_path_factory) -> DetectionDataset:
     return DetectionDataset(found, SIZE_PX)
 
 
-# ---- the stream
+# ---- the sampler
 
 
-def groups(stream: StepSampler, first: int, stop: int) -> list[list[tuple[int, int]]]:
-    return [group for step in range(first, stop) for group in stream.micro_batches(step)]
+def groups(sampler: StepSampler, first: int, stop: int) -> list[list[tuple[int, int]]]:
+    return [group for step in range(first, stop) for group in sampler.micro_batches(step)]
 
 
 @pytest.mark.parametrize(("num_images", "global_batch", "micro"), RUNS)
 def test_every_image_comes_once_an_epoch(num_images, global_batch, micro):
-    stream = StepSampler(num_images, 3, global_batch, micro, 0, 1)
+    sampler = StepSampler(num_images, 3, global_batch, micro, 0, 1)
     epochs = 6
-    stop = stream.epoch_start_step(epochs)
-    seen = [sample for group in groups(stream, 0, stop) for sample in group]
+    stop = sampler.epoch_start_step(epochs)
+    seen = [sample for group in groups(sampler, 0, stop) for sample in group]
     counts = Counter(seen)
     assert set(counts.values()) == {1}
     assert {s for s in counts if s[0] < epochs} == {(e, i) for e in range(epochs) for i in range(num_images)}
@@ -64,13 +64,13 @@ def test_every_image_comes_once_an_epoch(num_images, global_batch, micro):
 
 @pytest.mark.parametrize(("num_images", "global_batch", "micro"), RUNS)
 def test_the_steps_of_epochs_follow_each_other_without_gap(num_images, global_batch, micro):
-    stream = StepSampler(num_images, 3, global_batch, micro, 0, 1)
-    assert stream.epoch_start_step(0) == 0
+    sampler = StepSampler(num_images, 3, global_batch, micro, 0, 1)
+    assert sampler.epoch_start_step(0) == 0
     for epoch in range(1, 8):
-        first = stream.epoch_start_step(epoch)
-        assert first >= stream.epoch_start_step(epoch - 1)
-        assert stream.at(first * global_batch)[0] >= epoch  # nothing older is left
-        assert stream.at((first - 1) * global_batch)[0] < epoch
+        first = sampler.epoch_start_step(epoch)
+        assert first >= sampler.epoch_start_step(epoch - 1)
+        assert sampler.at(first * global_batch)[0] >= epoch  # nothing older is left
+        assert sampler.at((first - 1) * global_batch)[0] < epoch
 
 
 @pytest.mark.parametrize(("num_images", "global_batch", "micro"), [(23, 8, 2), (5, 16, 4), (3, 8, 1)])
@@ -81,7 +81,7 @@ def test_ranks_share_the_same_groups(num_images, global_batch, micro):
             StepSampler(num_images, 3, global_batch, micro, rank, world_size) for rank in range(world_size)
         ]
         for step in range(5):
-            parts = [list(stream.micro_batches(step)) for stream in ranks]
+            parts = [list(sampler.micro_batches(step)) for sampler in ranks]
             assert {len(part) for part in parts} == {global_batch // micro // world_size}
             dealt = [group for turn in zip(*parts, strict=True) for group in turn]
             per_step = global_batch // micro
@@ -90,8 +90,8 @@ def test_ranks_share_the_same_groups(num_images, global_batch, micro):
 
 def test_the_order_is_of_the_seed_and_the_epoch():
     def order(seed: int, epoch: int) -> list[int]:
-        stream = StepSampler(40, seed, 4, 4, 0, 1)
-        return [stream.at(epoch * 40 + place)[1] for place in range(40)]
+        sampler = StepSampler(40, seed, 4, 4, 0, 1)
+        return [sampler.at(epoch * 40 + place)[1] for place in range(40)]
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(*which)) for which in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
@@ -129,10 +129,10 @@ def make_loader(
 def run(loader: TrainLoader, epochs: range, start: int | None = None) -> list[list[Batch]]:
     """The micro-batches of each step, as the loop of the entry asks for them."""
     steps: list[list[Batch]] = []
-    first = loader._stream.epoch_start_step(epochs[0]) if start is None else start
+    first = loader._sampler.epoch_start_step(epochs[0]) if start is None else start
     for epoch in epochs:
         steps += loader.steps(epoch, first)
-        first = max(first, loader._stream.epoch_start_step(epoch + 1))
+        first = max(first, loader._sampler.epoch_start_step(epoch + 1))
     loader.close()
     return steps
 
@@ -201,11 +201,11 @@ def test_another_seed_makes_other_batches(dataset):
 def test_an_image_is_another_sample_in_every_epoch(dataset):
     """At batch size 1 without mosaics, the sample of one image is compared over epochs."""
     loader = make_loader(dataset, micro=1)
-    stream = loader._stream
+    sampler = loader._sampler
     seen: dict[int, list[torch.Tensor]] = {}
     for step, batches in enumerate(run(loader, range(2))):
         for (_, index), batch in zip(
-            [sample for group in stream.micro_batches(step) for sample in group], batches, strict=True
+            [sample for group in sampler.micro_batches(step) for sample in group], batches, strict=True
         ):
             seen.setdefault(index, []).append(batch.images)
     assert len(seen) == 12
@@ -215,9 +215,9 @@ def test_an_image_is_another_sample_in_every_epoch(dataset):
 def test_a_batch_holds_the_images_and_targets_of_its_samples(dataset):
     """Without augmentation the batch can be made by hand."""
     loader = make_loader(dataset, how=Augmentation())
-    stream = loader._stream
+    sampler = loader._sampler
     for step, batches in enumerate(run(loader, range(1))):
-        for group, batch in zip(stream.micro_batches(step), batches, strict=True):
+        for group, batch in zip(sampler.micro_batches(step), batches, strict=True):
             assert batch.images.shape == (2, 3, SIZE_PX, SIZE_PX)
             assert batch.images.dtype == torch.uint8
             rows = []
@@ -322,15 +322,15 @@ def hang_the_first():
         time.sleep(60)
 
 os.register_at_fork(after_in_child=hang_the_first)
-print(sum(int(batch) for batch in DataLoader(range(10), batch_size=None, **workers.of_loader(2))))
+print(sum(int(batch) for batch in DataLoader(range(10), batch_size=None, **workers.worker_options(2))))
 """
 
 
-@pytest.mark.parametrize(("num_hung", "said"), [(0, "45"), (2, "45"), (3, "3 workers of the loader in turn")])
-def test_a_worker_that_hangs_in_its_fork_is_forked_again(tmp_path, num_hung, said):
+@pytest.mark.parametrize(("num_hung", "message"), [(0, "45"), (2, "45"), (3, "3 loader workers in turn")])
+def test_a_worker_that_hangs_in_its_fork_is_forked_again(tmp_path, num_hung, message):
     command = [sys.executable, "-c", FORKS_THAT_HANG, str(tmp_path), str(num_hung)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
-    assert said in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert len(list(tmp_path.iterdir())) == num_hung
     for name in tmp_path.iterdir():
         assert not Path("/proc", name.name).exists()

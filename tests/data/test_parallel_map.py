@@ -14,14 +14,13 @@ from ranks import run_ranks
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.communicator import ClusterCommunicator
 from dsyolo.cluster.preemption import Preempted
-from dsyolo.data import index_builder as scan_module
-from dsyolo.data import parallel_map as crew_module
+from dsyolo.data import index_builder, parallel_map
 from dsyolo.data.index import ARRAYS, DatasetIndex
 from dsyolo.data.index_builder import build_index
 from dsyolo.engine import process_group
 
-NUM_FILES = 5 * crew_module.CHUNK + 7  # more chunks than ranks, and one that is not full
-TIMEOUT_S = 4.0  # of a meeting, in the test of a slow disk
+NUM_FILES = 5 * parallel_map.CHUNK + 7  # more chunks than ranks, and one that is not full
+TIMEOUT_S = 4.0  # of an exchange, in the test of a slow disk
 SLOW_S = 3 * TIMEOUT_S
 WAITS = "reading the data set, waiting for the other ranks"
 
@@ -41,7 +40,7 @@ def listing(tmp_path_factory):
     return root / "list.txt"
 
 
-def told(found: DatasetIndex) -> dict:
+def contents(found: DatasetIndex) -> dict:
     return {name: getattr(found, name) for name in ARRAYS} | {"problems": found.problems}
 
 
@@ -54,18 +53,18 @@ def assert_same(first: dict, second: dict) -> None:
 
 
 def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None = None, slow_s: float = 0.0):
-    """What this rank gets the first and the second time, how many images it read each time, and what it told.
+    """What this rank gets the first and the second time, how many images it read each time, and its progress messages.
 
     Args:
-        timeout_s: of a meeting.
-        slow_s: the first file of rank 1 takes so long; then, as a proof, a meeting for which it comes as late.
+        timeout_s: of an exchange.
+        slow_s: the first file of rank 1 takes so long; then, as a proof, an exchange for which it is as late.
     """
-    reads, said = [], []
-    check = scan_module.check_image
+    reads, messages = [], []
+    check = index_builder.check_image
     # every rank stands for a machine of its own, with a cache of its own
     world = process_group.init_process_group()._replace(local_rank=0, local_size=1)
     timeout = timedelta(seconds=timeout_s) if timeout_s else None
-    communicator = ClusterCommunicator(world, said.append, lambda: False, timeout)
+    communicator = ClusterCommunicator(world, messages.append, lambda: False, timeout)
 
     def counted(path):
         reads.append(path)
@@ -73,7 +72,7 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
             time.sleep(slow_s)
         return check(path)
 
-    scan_module.check_image = counted
+    index_builder.check_image = counted
     source = sources[min(world.rank, len(sources) - 1)]
     results = []
     try:
@@ -87,11 +86,11 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
                 progress=False,
                 communicator=communicator,
             )
-            results.append((told(found), len(reads)))
+            results.append((contents(found), len(reads)))
     except UserError as error:
         return str(error)
     finally:
-        scan_module.check_image = check
+        index_builder.check_image = check
     proof = ""
     if slow_s:
         time.sleep(slow_s if world.rank == 1 else 0)
@@ -99,12 +98,12 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
             communicator.exchange(None)
         except RuntimeError as error:
             proof = str(error)
-    return results, said, proof
+    return results, messages, proof
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_get_bit_for_bit_what_one_process_gets(tmp_path, listing, size):
-    alone = told(build_index([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
+    alone = contents(build_index([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
     assert len({problem.reason for problem in alone["problems"]}) > 4
     first, second = zip(
         *(results for results, *_ in run_ranks(size, read_together, [listing], tmp_path)), strict=True
@@ -113,7 +112,7 @@ def test_ranks_get_bit_for_bit_what_one_process_gets(tmp_path, listing, size):
         assert_same(found, dict(alone))
     reads = [num for _, num in first]
     assert sum(reads) == NUM_FILES + 1  # every file once, the missing one too
-    assert max(reads) - min(reads) <= crew_module.CHUNK
+    assert max(reads) - min(reads) <= parallel_map.CHUNK
     assert [num for _, num in second] == [0] * size  # from the cache
 
 
@@ -122,7 +121,7 @@ def test_a_machine_without_the_cache_gets_it_from_one_that_has_it(tmp_path, list
     for results, *_ in run_ranks(2, read_together, [listing], tmp_path):
         for found, num_read in results:
             assert num_read == 0
-            assert_same(found, told(alone))
+            assert_same(found, contents(alone))
     assert [path.name for path in (tmp_path / "of0").iterdir()] == [
         path.name for path in (tmp_path / "of1").iterdir()
     ]
@@ -130,17 +129,17 @@ def test_a_machine_without_the_cache_gets_it_from_one_that_has_it(tmp_path, list
 
 def test_a_file_that_takes_longer_than_any_timeout_holds_up_nobody(tmp_path, listing):
     ranks = run_ranks(2, read_together, [listing], tmp_path, TIMEOUT_S, SLOW_S)
-    alone = told(build_index([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
+    alone = contents(build_index([listing], NUM_CLASSES, tmp_path / "alone", progress=False))
     for results, *_ in ranks:
         assert_same(results[0][0], dict(alone))
-    said, proofs = [said for _, said, _ in ranks], [proof for *_, proof in ranks]
-    assert "imed out" in proofs[0]  # the same wait within a meeting is what must not be
-    # a watch takes the rank that has told the least for the late one
-    assert said[0].index(WAITS) < said[1].index(WAITS)
+    messages, proofs = [one for _, one, _ in ranks], [proof for *_, proof in ranks]
+    assert "imed out" in proofs[0]  # the same wait within an exchange is what must not be
+    # the watchdog takes the rank with the fewest messages for the late one
+    assert messages[0].index(WAITS) < messages[1].index(WAITS)
 
 
 @pytest.mark.parametrize("what", ["missing", "another"])
-def test_ranks_that_see_other_files_are_told_on_all_of_them(tmp_path, listing, what):
+def test_ranks_that_see_other_files_are_refused_on_all_of_them(tmp_path, listing, what):
     other = tmp_path / "other.txt"
     if what == "another":
         other.write_text("\n".join(listing.read_text().splitlines()[5:]))
@@ -148,18 +147,19 @@ def test_ranks_that_see_other_files_are_told_on_all_of_them(tmp_path, listing, w
     for text in texts:
         if what == "missing":
             assert "other.txt: no such folder" in text
-            assert "This is what rank 1 found." in text
+            assert "Rank 1 reported this." in text
         else:
             assert (
-                f": rank 0 finds {NUM_FILES + 1:,} images and rank 1 {NUM_FILES - 4:,}. Every machine" in text
+                f": rank 0 finds {NUM_FILES + 1:,} images and rank 1 finds {NUM_FILES - 4:,}. Every host"
+                in text
             )
             assert "same paths" in text
 
 
-def stopped_in_a_scan(source: Path, cache_dir: Path) -> tuple[bool, int]:
+def stopped_while_indexing(source: Path, cache_dir: Path) -> tuple[bool, int]:
     """Rank 1 is asked to stop while it reads; whether this rank stops too, and how many images it read."""
     asked, reads = [], []
-    check = scan_module.check_image
+    check = index_builder.check_image
     world = process_group.init_process_group()._replace(local_rank=0, local_size=1)
     communicator = ClusterCommunicator(world, lambda _: None, lambda: bool(asked), timedelta(seconds=60))
 
@@ -170,7 +170,7 @@ def stopped_in_a_scan(source: Path, cache_dir: Path) -> tuple[bool, int]:
         time.sleep(0.1)
         return check(path)
 
-    scan_module.check_image = slow
+    index_builder.check_image = slow
     try:
         build_index(
             [source],
@@ -183,12 +183,12 @@ def stopped_in_a_scan(source: Path, cache_dir: Path) -> tuple[bool, int]:
     except Preempted:
         return True, len(reads)
     finally:
-        scan_module.check_image = check
+        index_builder.check_image = check
     return False, len(reads)
 
 
-def test_a_scan_stops_on_all_ranks_soon_after_one_was_asked_to(tmp_path, listing):
-    for has_stopped, num_read in run_ranks(2, stopped_in_a_scan, listing, tmp_path):
+def test_indexing_stops_on_all_ranks_soon_after_one_was_asked_to(tmp_path, listing):
+    for has_stopped, num_read in run_ranks(2, stopped_while_indexing, listing, tmp_path):
         assert has_stopped
-        assert num_read < 100  # in the two seconds until they meet
-    assert not list(tmp_path.rglob("scan-*"))
+        assert num_read < 100  # in the two seconds until an exchange
+    assert not list(tmp_path.rglob("index-*"))

@@ -82,7 +82,7 @@ def test_a_complete_sample_is_kept_and_other_content_refused(tmp_path):
         draw_sample(tmp_path / "s", num_images=5, image_size=(64, 64))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds other things"):
+    with pytest.raises(UserError, match="it is not empty"):
         draw_sample(tmp_path / "other", num_images=4)
     assert (tmp_path / "other" / "mine.txt").read_text() == "keep"
 
@@ -94,7 +94,7 @@ def test_a_drawing_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_out_of_range_are_told_at_once(tmp_path):
+def test_settings_out_of_range_are_refused_at_once(tmp_path):
     with pytest.raises(UserError, match="cannot be drawn") as caught:
         draw_sample(tmp_path / "s", num_images=1, val_share=0.0, seed=-1, image_size=(32, 256))
     assert len(caught.value.problems) == 4

@@ -38,8 +38,8 @@ def rows(targets: Targets, level: int = 0) -> set[tuple]:
     return set(found)
 
 
-def claimed(x: float, y: float) -> set[tuple[int, int]]:
-    """(column, row) of the cells that a label of one cell's size with this centre claims."""
+def assigned(x: float, y: float) -> set[tuple[int, int]]:
+    """(column, row) of the cells that a label of one cell's size with this centre is assigned to."""
     targets = assign([(0, 0, x, y, 1, 1)])
     cells = targets.cells[0, : int(targets.num_matches[0])].tolist()
     return {(cell % GRID, cell // GRID) for cell in cells}
@@ -63,8 +63,8 @@ def claimed(x: float, y: float) -> set[tuple[int, int]]:
         ((1.5, 2.5), {(1, 2)}),  # the very middle of a cell: neither half
     ],
 )
-def test_a_label_claims_its_cell_and_the_neighbours_it_is_near(centre, expected):
-    assert claimed(*centre) == expected
+def test_a_label_is_assigned_to_its_cell_and_the_neighbours_it_is_near(centre, expected):
+    assert assigned(*centre) == expected
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_label_claims_its_cell_and_the_neighbours_it_is_near(centre, expected)
     ],
 )
 def test_a_centre_exactly_on_a_border(centre, expected):
-    assert claimed(*centre) == expected
+    assert assigned(*centre) == expected
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_centre_exactly_on_a_border(centre, expected):
     [((0.0, 0.0), (0, 0)), ((4.0, 4.0), (3, 3)), ((4.0, 0.0), (3, 0)), ((0.0, 4.0), (0, 3))],
 )
 def test_a_centre_on_the_image_border_is_clamped_into_the_map(centre, expected):
-    assert claimed(*centre) == {expected}
+    assert assigned(*centre) == {expected}
 
 
 def test_a_map_may_be_wider_than_high():
@@ -223,7 +223,7 @@ def test_a_batch_is_its_images_one_after_the_other(seed):
 
 @given(x=st.floats(0, 128, width=32), y=st.floats(0, 128, width=32))
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_every_claimed_offset_is_one_that_the_decoding_can_say(x, y):
+def test_every_assigned_offset_is_one_that_the_decoding_can_reach(x, y):
     """centre = 2 s - 0.5 + cell: between -0.5 and 1.5 cells from the corner."""
     boxes = np.array([[x, y, 30, 30]], np.float32)
     targets = YOLO(np.zeros(1, np.int64), np.zeros(1, np.int64), boxes, 1, (128, 128))

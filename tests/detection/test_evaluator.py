@@ -24,7 +24,7 @@ def rows(*boxes: tuple[float, ...]) -> torch.Tensor:
 # ---- Finder
 
 
-def test_finder_by_hand():
+def test_post_processing_by_hand():
     decoded = rows(
         (20, 20, 10, 10, 0.8, 0.5, 0.0, 0.0),  # 0.4 of class 0
         (60, 60, 20, 40, 0.9, 0.1, 1.0, 0.0),  # 0.9 of class 1; 0.09 of class 0
@@ -123,7 +123,7 @@ def ground_truths(count: int = 10, seed: int = 0) -> list[GroundTruth]:
     return made
 
 
-def batches_of(all_truths: list[GroundTruth], batch_size: int = 2) -> list[EvalBatch]:
+def batches_of(all_ground_truths: list[GroundTruth], batch_size: int = 2) -> list[EvalBatch]:
     """Each image is filled with its own number, so that `Oracle` knows it again."""
     return [
         EvalBatch(
@@ -132,15 +132,17 @@ def batches_of(all_truths: list[GroundTruth], batch_size: int = 2) -> list[EvalB
             .expand(-1, 3, SIZE_PX, SIZE_PX),
             tuple(part),
         )
-        for part in (all_truths[i : i + batch_size] for i in range(0, len(all_truths), batch_size))
+        for part in (
+            all_ground_truths[i : i + batch_size] for i in range(0, len(all_ground_truths), batch_size)
+        )
     ]
 
 
 class Oracle:
     """Predicts the labels in pixels of the input, moved by `shift_px`, with scores from the image and the box."""
 
-    def __init__(self, all_truths: list[GroundTruth], shift_px: float = 0.0) -> None:
-        self.ground_truths = {ground_truth.image_id: ground_truth for ground_truth in all_truths}
+    def __init__(self, all_ground_truths: list[GroundTruth], shift_px: float = 0.0) -> None:
+        self.ground_truths = {ground_truth.image_id: ground_truth for ground_truth in all_ground_truths}
         self.shift_px, self.calls = shift_px, 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -165,12 +167,12 @@ def alone(item):
     return [item]
 
 
-FINDER = PostProcessor(0.001, 0.6)
+POST_PROCESS = PostProcessor(0.001, 0.6)
 
 
 def test_boxes_come_back_in_pixels_of_the_original_images():
     made = ground_truths()
-    found = detect_all(Oracle(made), batches_of(made), FINDER)
+    found = detect_all(Oracle(made), batches_of(made), POST_PROCESS)
     assert [ground_truth.image_id for ground_truth, _ in found] == list(range(10))
     for ground_truth, one in found:
         assert len(one.classes) == len(ground_truth.classes)
@@ -183,7 +185,7 @@ def test_boxes_come_back_in_pixels_of_the_original_images():
 
 def test_boxes_are_clipped_to_the_original_image():
     made = ground_truths()
-    for ground_truth, one in detect_all(Oracle(made, shift_px=60), batches_of(made), FINDER):
+    for ground_truth, one in detect_all(Oracle(made, shift_px=60), batches_of(made), POST_PROCESS):
         high, wide = ground_truth.size_hw
         assert (one.boxes_xyxy >= 0).all()
         assert (one.boxes_xyxy <= [wide, high, wide, high]).all()
@@ -193,14 +195,14 @@ def test_a_batch_that_fills_up_is_run_and_not_counted():
     made = ground_truths()
     batches = batches_of(made)
     oracle = Oracle(made)
-    found = detect_all(oracle, [*batches, EvalBatch(batches[0].images, ())], FINDER)
+    found = detect_all(oracle, [*batches, EvalBatch(batches[0].images, ())], POST_PROCESS)
     assert oracle.calls == len(batches) + 1  # every rank runs the network as often
     assert len(found) == 10
 
 
 def test_perfect_predictions_are_worth_one():
     made = ground_truths()
-    metrics, _ = validate(Oracle(made), batches_of(made), FINDER, NAMES, alone)
+    metrics, _ = validate(Oracle(made), batches_of(made), POST_PROCESS, NAMES, alone)
     assert metrics.map50_95 == pytest.approx(1, abs=0.01)
     assert metrics.map50 == metrics.precision == metrics.recall == pytest.approx(1)
     assert (metrics.num_images, metrics.num_labels) == (10, sum(len(t.classes) for t in made))
@@ -209,7 +211,8 @@ def test_perfect_predictions_are_worth_one():
 def test_shifted_predictions_are_worth_less_at_high_iou_first():
     made = ground_truths()
     near, far = (
-        validate(Oracle(made, shift), batches_of(made), FINDER, NAMES, alone)[0] for shift in (1.5, 12.0)
+        validate(Oracle(made, shift), batches_of(made), POST_PROCESS, NAMES, alone)[0]
+        for shift in (1.5, 12.0)
     )
     assert far.map50_95 < near.map50_95 < 0.95
     assert near.map50_95 < near.map50
@@ -219,7 +222,7 @@ def test_shifted_predictions_are_worth_less_at_high_iou_first():
 def test_ranks_see_the_metrics_of_one(num_ranks):
     made = ground_truths()
     batches = batches_of(made)
-    expected, everything = validate(Oracle(made, 2.0), batches, FINDER, NAMES, alone)
+    expected, everything = validate(Oracle(made, 2.0), batches, POST_PROCESS, NAMES, alone)
     assert 0 < expected.map50_95 < 1
     rounds = -(-len(batches) // num_ranks)
     filler = EvalBatch(batches[0].images, ())
@@ -227,7 +230,7 @@ def test_ranks_see_the_metrics_of_one(num_ranks):
         [batches[k] if k < len(batches) else filler for k in range(rank, rounds * num_ranks, num_ranks)]
         for rank in range(num_ranks)
     ]
-    shares = [detect_all(Oracle(made, 2.0), own, FINDER) for own in dealt]
+    shares = [detect_all(Oracle(made, 2.0), own, POST_PROCESS) for own in dealt]
     assert sum(map(len, shares)) == 10
     for rank in range(num_ranks):
 
@@ -235,7 +238,7 @@ def test_ranks_see_the_metrics_of_one(num_ranks):
             assert [t.image_id for t, _ in item] == [t.image_id for t, _ in shares[rank]]
             return shares
 
-        metrics, found = validate(Oracle(made, 2.0), dealt[rank], FINDER, NAMES, gather)
+        metrics, found = validate(Oracle(made, 2.0), dealt[rank], POST_PROCESS, NAMES, gather)
         assert metrics == expected
         assert [t.image_id for t, _ in found] == [t.image_id for t, _ in everything]
         for (_, one), (_, other) in zip(found, everything, strict=True):

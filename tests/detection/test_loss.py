@@ -35,7 +35,7 @@ def random_maps(num_images: int, seed: int = 0, num_classes: int = NUM_CLASSES) 
 
 
 def random_labels(num_images: int, seed: int = 0, num_labels: int = 30) -> tuple[np.ndarray, ...]:
-    """Image 1 has none; many are alike, so that some claim one anchor of one cell."""
+    """Image 1 has none; many are alike, so that some share one anchor of one cell."""
     rng = np.random.default_rng(seed)
     images = np.sort(rng.integers(0, num_images, num_labels))
     images[images == 1] = 0
@@ -137,7 +137,7 @@ def test_the_order_of_matches_does_not_matter():
         len(level[weight > 0]) - len(level[weight > 0].unique())
         for level, weight in zip(targets.cells, targets.weights, strict=True)
     ]
-    assert sum(shared) > 3  # several matches claim one anchor of one cell
+    assert sum(shared) > 3  # several matches share one anchor of one cell
     order = torch.randperm(targets.cells.shape[1], generator=torch.Generator().manual_seed(0))
     mixed = targets._replace(**{name: getattr(targets, name)[:, order] for name in Targets._fields[:4]})
     assert_same(run(loss, maps, targets), run(loss, maps, mixed))

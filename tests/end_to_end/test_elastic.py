@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from runs import CONFIG, ROOT, arguments, environment, losses
+from runs import CONFIG, ROOT, arguments, environment, launcher, losses
 
 from dsyolo.cluster import preemption as stop
 from dsyolo.data.sampler import StepSampler
@@ -44,23 +44,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(
-    place: Path, name: str, num_ranks: int, port: int, stop_at: str | None
-) -> subprocess.CompletedProcess:
+def run(place: Path, name: str, num_ranks: int, stop_at: str | None) -> subprocess.CompletedProcess:
     """The same command line on any ranks; alone without the launcher."""
     notes = place / f"notes_{name}"
     notes.mkdir(exist_ok=True)
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus",
-        str(num_ranks),
-        "--master_port",
-        str(port),
-    ]
     settings = {"data": place / "data.yaml", "epochs": 1, "imgsz": SIZE_PX, **dict.fromkeys(NOTHING_DRAWN, 0)}
     return subprocess.run(
         [
-            *(launcher if num_ranks > 1 else [sys.executable]),
+            *(launcher(num_ranks) if num_ranks > 1 else [sys.executable]),
             str(ROOT / "tests/support/noting.py"),
             *arguments(place, name, **settings),
             "--freeze_batchnorm",  # else rounding grows tenfold every other step
@@ -84,10 +75,10 @@ def noted(place: Path, name: str) -> list[dict]:
 )
 def test_other_and_other_ranks_see_every_image_once(place, parts):
     whole, changing = f"whole{len(parts)}", f"parts{len(parts)}"
-    done = run(place, whole, 2, 29791, None)
+    done = run(place, whole, 2, None)
     assert done.returncode == 0, done.stdout + done.stderr
-    for number, (num_ranks, stop_at) in enumerate(parts):
-        done = run(place, changing, num_ranks, 29792 + number, stop_at)
+    for num_ranks, stop_at in parts:
+        done = run(place, changing, num_ranks, stop_at)
         assert done.returncode == (stop.STATUS if stop_at else 0), done.stdout + done.stderr
     for name in (whole, changing):
         seen = Counter(grey for note in noted(place, name) for grey in note["greys"])
@@ -103,9 +94,9 @@ def test_other_and_other_ranks_see_every_image_once(place, parts):
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_batch_is_told_with_those_that_do(place):
-    done = run(place, "three", 1, 0, "0:2")
+    done = run(place, "three", 1, "0:2")
     assert done.returncode == stop.STATUS, done.stdout + done.stderr
-    done = run(place, "three", 3, 29797, None)
+    done = run(place, "three", 3, None)
     assert done.returncode != 0
     assert "4 when it was saved, and 3 ranks do not divide it. Use 1, 2 or 4 ranks." in done.stderr
 

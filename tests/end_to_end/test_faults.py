@@ -28,7 +28,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(place):
     done = subprocess.run(
-        launch(place, "undisturbed", 29741),
+        launch(place, "undisturbed"),
         env=environment(place),
         capture_output=True,
         text=True,
@@ -41,12 +41,12 @@ def undisturbed(place):
 class Started:
     """A run through the launcher on two ranks, to be disturbed."""
 
-    def __init__(self, place: Path, name: str, port: int, *words: str, **options: object) -> None:
+    def __init__(self, place: Path, name: str, *words: str, **options: object) -> None:
         self.folder = place / "runs" / name
         self.log = place / f"{name}.log"
         self._file = self.log.open("a")
         self.process = subprocess.Popen(
-            launch(place, name, port, *words, **options),
+            launch(place, name, *words, **options),
             env=environment(place),
             stdout=self._file,
             stderr=subprocess.STDOUT,
@@ -94,7 +94,7 @@ def assert_same_run(got: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undisturbed, rank):
-    run = Started(place, f"term{rank}", 29742 + rank, "--resume", "auto", epochs=3)
+    run = Started(place, f"term{rank}", "--resume", "auto", epochs=3)
     run.wait_for_step(1)
     os.kill(run.ranks()[rank], signal.SIGTERM)
     assert run.end(60) == stop.STATUS, run.log.read_text()
@@ -103,7 +103,7 @@ def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undi
     step = json.loads((saved / "progress.json").read_text())["progress"]["step"]
     assert 1 < step < 9
     assert len(losses(place, run.folder.name)) == step
-    again = Started(place, f"term{rank}", 29742 + rank, "--resume", "auto", epochs=3)
+    again = Started(place, f"term{rank}", "--resume", "auto", epochs=3)
     assert again.end(120) == 0, again.log.read_text()
     assert_same_run(run.folder, undisturbed)
 
@@ -118,7 +118,7 @@ def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undi
 )
 def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed, rank, sent):
     name = f"lost{rank}{sent.name}"
-    run = Started(place, name, 29745 + rank + (sent == signal.SIGSTOP) * 2)
+    run = Started(place, name)
     run.wait_for_step(4)  # there is a checkpoint of step 3
     pids = run.ranks()
     begin = time.monotonic()
@@ -131,7 +131,7 @@ def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed,
     assert said.count(f"rank {rank} (process {pids[rank]} on ") == 1, said
     assert re.search("Its last place: .+\\.\n *File ", said), said
     assert not any(psutil.pid_exists(pid) for pid in pids), said
-    again = Started(place, name, 29745 + rank, "--resume", "auto")
+    again = Started(place, name, "--resume", "auto")
     assert again.end(120) == 0, again.log.read_text()
     assert_same_run(run.folder, undisturbed)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import traffic
 from hosts import INTERFACE, Cluster, why_not
+from ranks import free_port
 from runs import CONFIG, ROOT, TRAIN, arguments, environment, losses, make_place, rows
 
 WHY_NOT = why_not()
@@ -35,9 +36,16 @@ def cluster(place):
         yield cluster
 
 
-def on_one_host(place: Path, name: str, port: int, **options: object) -> str:
+def on_one_host(place: Path, name: str, **options: object) -> str:
     """Two ranks here; without a launcher, which takes longer to import than the training."""
-    command = [sys.executable, str(ROOT / "launch/ranks.py"), "--ranks", "2", "--master_port", str(port)]
+    command = [
+        sys.executable,
+        str(ROOT / "launch/ranks.py"),
+        "--ranks",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += [str(TRAIN), *arguments(place, name, epochs=EPOCHS, **options)]
     done = subprocess.run(
         command, env=environment(place), capture_output=True, text=True, timeout=200, cwd=place
@@ -120,7 +128,7 @@ with Cluster(2) as cluster:
 
 @pytest.fixture(scope="module")
 def zero2(place):
-    return on_one_host(place, "zero2", 29761)
+    return on_one_host(place, "zero2")
 
 
 def test_zero2_by_hostfile_is_the_training_of_one_host(place, cluster, zero2):
@@ -157,7 +165,7 @@ def test_a_pipeline_by_hostfile_is_the_training_of_one_host(place, cluster):
     words = arguments(place, "stages_on_two", epochs=EPOCHS, **config)
     said = finished(started(cluster, [*cluster.deepspeed(), str(TRAIN), *words], place))
     assert "pipeline: 2 stages" in said
-    assert_same(place, "stages_on_two", on_one_host(place, "stages_on_one", 29762, **config))
+    assert_same(place, "stages_on_two", on_one_host(place, "stages_on_one", **config))
 
 
 def test_torchrun_on_two_hosts_is_the_training_of_one_host(place, cluster, zero2):
@@ -204,7 +212,7 @@ def test_a_folder_that_hosts_do_not_share_is_told_before_anything_is_read(place,
     project.mkdir()
     cluster.run(1, f"mount -t tmpfs tmpfs {project}")
     words = arguments(place, "apart", project=project)
-    process = started(cluster, [*cluster.deepspeed(), str(TRAIN), *words], place)
+    process = started(cluster, [*cluster.deepspeed(), "--master_port", "29763", str(TRAIN), *words], place)
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0
     assert said.count("apart is not one folder for all hosts") == 1, said
@@ -216,7 +224,7 @@ def test_a_folder_that_hosts_do_not_share_is_told_before_anything_is_read(place,
 def test_sigterm_to_deepspeed_saves_on_all_hosts(place, cluster):
     """It ends pdsh, and with it whoever reads what ranks print, before they hear of it."""
     words = [*arguments(place, "stopped", epochs=200), "--resume", "auto"]
-    process = started(cluster, [*cluster.deepspeed(), "--master_port", "29763", str(TRAIN), *words], place)
+    process = started(cluster, [*cluster.deepspeed(), str(TRAIN), *words], place)
     metrics, end = place / "runs/stopped/metrics.jsonl", time.monotonic() + 100
     while not (metrics.exists() and '"kind": "epoch", "step": 3,' in metrics.read_text()):
         assert process.poll() is None, process.communicate()[0]

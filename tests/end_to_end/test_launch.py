@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ranks import free_port
 from runs import ROOT, arguments, environment, losses, make_place
 
 from dsyolo.cluster import preemption as stop
@@ -177,7 +178,7 @@ def test_slurm_requeues_what_was_stopped_and_goes_on(place):
 
 
 def test_ranks_pass_sigterm_on_and_end_with_its_status(place):
-    command = [sys.executable, str(LAUNCH / "ranks.py"), "--ranks", "2", "--master_port", "29771"]
+    command = [sys.executable, str(LAUNCH / "ranks.py"), "--ranks", "2", "--master_port", str(free_port())]
     command += [str(ROOT / "dsyolo/train.py"), *arguments(place, "ranks", epochs=5)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=environment(place), cwd=place, **pipes)

@@ -79,10 +79,10 @@ def address_space(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak")), 0)
 
 
-def on(ranks: int, place: Path, name: str, port: int, **options: object) -> list[str]:
+def on(ranks: int, place: Path, name: str, **options: object) -> list[str]:
     if ranks == 1:
         return [sys.executable, str(TRAIN), *arguments(place, name, **OPTIONS, **options)]
-    return launch(place, name, port, **OPTIONS, **options)
+    return launch(place, name, **OPTIONS, **options)
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit of memory can be set")
@@ -90,10 +90,10 @@ def on(ranks: int, place: Path, name: str, port: int, **options: object) -> list
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
     half, whole = config(place, 8 // ranks), config(place, 16 // ranks)
-    status, said, most = run(place, on(ranks, place, f"half{ranks}", 29781, deepspeed_config=half))
+    status, said, most = run(place, on(ranks, place, f"half{ranks}", deepspeed_config=half))
     assert status == 0, said
     gap = GIB // (2 * ranks)  # of the GiB that eight images of 640 px more take
-    status, said, _ = run(place, on(ranks, place, f"oom{ranks}", 29783, deepspeed_config=whole), most + gap)
+    status, said, _ = run(place, on(ranks, place, f"oom{ranks}", deepspeed_config=whole), most + gap)
     assert status == 0, said
     assert 1 <= said.count(f"ran out of memory with {16 // ranks} images in a micro-batch") <= ranks
     assert f"{8 // ranks} and 2 accumulation steps; the global batch stays 16" in said
@@ -102,10 +102,10 @@ def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
 
 
 def test_a_second_time_ends_the_run_with_a_remedy(place):
-    words = on(1, place, "twice", 0, deepspeed_config=config(place, 16))
+    words = on(1, place, "twice", deepspeed_config=config(place, 16))
     status, said, most = run(place, [*words, "--epochs", "1", "--imgsz", "64"])
     assert status == 0, said
-    words = on(1, place, "again", 0, deepspeed_config=config(place, 16))
+    words = on(1, place, "again", deepspeed_config=config(place, 16))
     status, said, _ = run(place, words, most + GIB // 8)
     assert status == watchdog.STATUS, said
     assert said.count("ran out of memory") == 2

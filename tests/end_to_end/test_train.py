@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(place):
     """A whole run through the launcher on two ranks."""
-    command = launch(place, "whole", 29711)
+    command = launch(place, "whole")
     done = subprocess.run(
         command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
     )
@@ -63,6 +63,15 @@ def test_a_run_leaves_what_the_readme_says(place, two_ranks):
     assert checkpoints == sorted({best, "step_00000006", "step_00000009"})
     assert "mAP50-95" in two_ranks.stdout
     assert "best.safetensors" in two_ranks.stdout
+
+
+def test_what_deepspeed_logs_is_in_the_files_of_the_ranks_alone(place, two_ranks):
+    for rank in (0, 1):
+        log = (place / f"runs/whole/logs/rank_{rank:04d}.log").read_text(encoding="utf-8")
+        theirs = re.findall(rf"^.* INFO rank {rank}: DeepSpeed: .*$", log, re.MULTILINE)
+        assert theirs, log
+    assert "DeepSpeed: " not in two_ranks.stdout + two_ranks.stderr
+    assert "[INFO]" not in two_ranks.stdout + two_ranks.stderr  # as DeepSpeed's own console has it
 
 
 def test_a_run_tells_what_memory_it_was_expected_to_need_and_needed(place, two_ranks):
@@ -132,7 +141,7 @@ def test_recomputed_activations_change_nothing_but_memory(place, one_rank):
 
 def test_killed_in_an_epoch_and_resumed_it_ends_bit_for_bit_the_same(place, two_ranks):
     log = (place / "killed.log").open("w")
-    command = launch(place, "killed", 29712)
+    command = launch(place, "killed")
     process = subprocess.Popen(
         command, env=environment(place), stdout=log, stderr=log, cwd=place, start_new_session=True
     )
@@ -147,7 +156,7 @@ def test_killed_in_an_epoch_and_resumed_it_ends_bit_for_bit_the_same(place, two_
         with contextlib.suppress(ProcessLookupError):  # the launcher's ranks have sessions of their own
             os.kill(pid, signal.SIGKILL)
     assert len(losses(place, "killed")) < 9
-    command = launch(place, "killed", 29713, "--resume")
+    command = launch(place, "killed", "--resume")
     done = subprocess.run(
         command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
     )
@@ -231,7 +240,7 @@ def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
 
 def test_through_the_launcher_a_mistake_is_told_once_with_status_2(place):
     options = {"deepspeed_config": _broken_json(place, grandient_clipping=1)}
-    command = launch(place, "mistake", 29714, **options)
+    command = launch(place, "mistake", **options)
     done = subprocess.run(
         command, env=environment(place), capture_output=True, text=True, timeout=120, cwd=place
     )

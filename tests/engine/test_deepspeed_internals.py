@@ -268,9 +268,11 @@ NOT_DEEPSPEEDS = {
     "_buffers",
     "_cdata",
     "_current_frames",
+    "_exit",
     "_foreach_lerp_",
     "_functions",
     "_internal",
+    "_make",
     "_replace",
 }
 # `deepspeed.` itself, and its documented modules and functions.

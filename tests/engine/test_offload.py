@@ -64,7 +64,7 @@ def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[
             "ema": training.whole(ema.partitions, ema.tensors),
             "states": {name: training.whole(partitions, tensors) for name, tensors in states.items()},
             "files_left": os.listdir(files),
-            "masters": [lies_in(key, spans) for key, _ in partitions.optimizer_keys()],
+            "masters": [lies_in(partition.key, spans) for partition in partitions.flat],
             "holdings": [lies_in(master, spans) for master in partitions.masters()],
             "state": [lies_in(t, spans) for tensors in states.values() for t in tensors],
             "average": [lies_in(t, spans) for t in ema.tensors],

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from yolov5_names import to_yolov5
 
 from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.loss import DetectionLoss
-from dsyolo.models.weights import from_yolov5, to_yolov5
+from dsyolo.models.weights import from_yolov5
 from dsyolo.models.yolov5 import VARIANTS, anchors_px, build_yolov5, level_strides
 
 GOLDEN = Path(__file__).parent / "data"

@@ -1,4 +1,4 @@
-"""Recomputed activations: bit-equal to a plain run, alone and under the engine on real ranks."""
+"""Activation checkpointing: bit-equal to a plain run, alone and under the engine on real ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_step(
     net = training.network()
     for p in net.parameters():
         p.data = p.data.to(weights)
-    net.recompute, net.offload_inputs = net.blocks() if names is None else names, offload
+    net.checkpointed, net.offload_inputs = net.blocks() if names is None else names, offload
     for module in net.modules():
         if isinstance(module, BatchNorm) and frozen:
             module.eval()
@@ -96,7 +96,7 @@ def count_runs(net: Network) -> dict[str, int]:
 
 def test_only_what_is_named_runs_again_and_only_for_gradients():
     net = training.network()
-    net.recompute = SOME
+    net.checkpointed = SOME
     counts = count_runs(net)
     images = training.batch(0, 0).images
     sum(m.mean() for m in net(images)).backward()
@@ -106,10 +106,10 @@ def test_only_what_is_named_runs_again_and_only_for_gradients():
     assert counts == {name: 3 if name in SOME else 2 for name in net.order}
 
 
-def test_a_slice_of_the_network_recomputes_as_the_whole_does():
+def test_a_slice_of_the_network_checkpoints_as_the_whole_does():
     def gradients(cuts: list[int], names: frozenset[str]) -> dict[str, torch.Tensor]:
         net = training.network()
-        net.recompute = names
+        net.checkpointed = names
         boundary: tuple = (training.batch(0, 0).images,)
         for start, stop in zip([0, *cuts], [*cuts, len(net.order)], strict=True):
             boundary = net.run(boundary, start, stop)
@@ -132,15 +132,15 @@ QUICK = (2, 5)
 
 
 def train_twice(folder: str, chosen: list[int]) -> dict[int, tuple[dict, dict]]:
-    """For each chosen JSON what a run with nothing recomputed and one with all blocks recomputed give."""
+    """For each chosen JSON the results of a run without and of one with checkpointed blocks."""
     results = {}
     for i in chosen:
         json, pair = JSONS[i], []
-        for recomputes in (False, True):
+        for checkpoints in (False, True):
             engine, partitions, ema, _ = training.build(folder=Path(folder, str(i)), **json)
             counts = count_runs(engine.network)
-            if recomputes:
-                engine.network.recompute = engine.network.blocks()
+            if checkpoints:
+                engine.network.checkpointed = engine.network.blocks()
             losses = training.train(engine, ema, 0, 2)
             pair.append(
                 {
@@ -158,11 +158,11 @@ def train_twice(folder: str, chosen: list[int]) -> dict[int, tuple[dict, dict]]:
 
 @pytest.fixture(scope="module")
 def two_ranks(request, tmp_path_factory):
-    return run_ranks(2, train_twice, str(tmp_path_factory.mktemp("recompute")), asked(request, "i"))
+    return run_ranks(2, train_twice, str(tmp_path_factory.mktemp("checkpointing")), asked(request, "i"))
 
 
 @pytest.mark.parametrize("i", long_but(QUICK, range(len(JSONS))), ids=[str(json) for json in JSONS])
 def test_ranks_train_the_same_under_every_stage_to_the_last_bit(two_ranks, i):
     for rank in range(2):
-        plain, recomputed = two_ranks[rank][i]
-        assert differing(recomputed, plain) == ["runs"]
+        plain, checkpointed = two_ranks[rank][i]
+        assert differing(checkpointed, plain) == ["runs"]

@@ -21,6 +21,11 @@ from dsyolo.models.yolov5 import build_yolov5
 SOME = frozenset({"stem", "p3", "sppf", "out4"})
 
 
+def own_bytes(counted: Activations) -> dict[str, int]:
+    """Return by node what it saves besides its inputs."""
+    return {node.name: counted.bytes_of(node.saved - node.inputs) for node in counted.nodes}
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("variant", "size_px", "batch"), [("yolov5n", 160, 3), ("yolov5n", 320, 2), ("yolov5s", 160, 2)]
@@ -30,7 +35,7 @@ def test_counted_bytes_are_those_that_the_allocator_gave_out(variant, size_px, b
     counted = count_activations(network, tuple(images.shape), Precision.named(precision))
     step(network, images, precision)
     for names in (frozenset(), SOME, network.blocks()):
-        network.recompute = names
+        network.checkpointed = names
         measured, _ = allocations(lambda: forward(network, images, precision))
         assert kept(counted, names) == pytest.approx(measured, rel=0.02)
         _, peak = allocations(lambda: step(network, images, precision))
@@ -60,8 +65,8 @@ def test_what_a_pass_without_gradients_takes_is_what_the_allocator_gave_out(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_of_two_bytes_have_activations_of_two_bytes(precision):
     network = build_yolov5("yolov5n", 3)
-    whole = count_activations(network, (2, 3, 64, 64), Precision.named("fp32")).own_bytes()
-    half = count_activations(network, (2, 3, 64, 64), Precision.named(precision)).own_bytes()
+    whole = own_bytes(count_activations(network, (2, 3, 64, 64), Precision.named("fp32")))
+    half = own_bytes(count_activations(network, (2, 3, 64, 64), Precision.named(precision)))
     # not in half: statistics of batches, and BatchNorm's weights are copied to fp32
     assert half["p2"] == pytest.approx(whole["p2"] / 2, rel=0.02)
     assert next(network.parameters()).dtype == torch.float32
@@ -71,20 +76,20 @@ def test_real_weights_are_neither_needed_nor_touched():
     with torch.device("meta"):
         empty = build_yolov5("yolov5n", 3)
     network = build_yolov5("yolov5n", 3)
-    network.recompute = SOME
+    network.checkpointed = SOME
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shape = (1, 3, 64, 64)
     counted = count_activations(network, shape, Precision.named("fp32"))
-    assert counted.own_bytes() == count_activations(empty, shape, Precision.named("fp32")).own_bytes()
+    assert own_bytes(counted) == own_bytes(count_activations(empty, shape, Precision.named("fp32")))
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert network.recompute == SOME
+    assert network.checkpointed == SOME
 
 
 def test_a_conv_by_hand():
     network = Network([Node("one", Stem(3, 8), ("images",)), Node("two", Conv(8, 8), ("one",))])
     counted = count_activations(network, (2, 3, 10, 10), Precision.named("fp32"))
     plane, statistics = 2 * 25 * 4, 2 * 8 * 4
-    own = counted.own_bytes()
+    own = own_bytes(counted)
     # the convolution's input, cast to float; its output; what enters SiLU; mean and deviation of the batch
     assert own["one"] == 3 * 4 * plane + 2 * 8 * plane + statistics
     assert own["two"] == 2 * 8 * plane + statistics
@@ -150,7 +155,7 @@ def test_a_shared_storage_is_counted_once():
         NodeBytes("c", frozenset({3, 5}), frozenset({3, 5, 6}), frozenset()),
     )
     counted = Activations(dict.fromkeys(range(1, 7), 10), nodes, frozenset("abc"))
-    assert counted.own_bytes() == {"a": 20, "b": 10, "c": 10}
+    assert own_bytes(counted) == {"a": 20, "b": 10, "c": 10}
     assert counted.peak_bytes() == 60
     assert counted.peak_bytes(frozenset("a")) == 40
     assert counted.peak_bytes(frozenset("ab")) == 30
@@ -163,14 +168,14 @@ def test_plans():
     plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
     assert choose(counted, "none", offload=False) == (counted, frozenset(), False)
     assert choose(counted, "none", offload=False).peak_bytes == plain
-    assert choose(counted, "blocks", offload=False).recomputed == counted.blocks
+    assert choose(counted, "blocks", offload=False).checkpointed == counted.blocks
     assert choose(counted, "blocks", offload=False).peak_bytes == least
-    assert choose(counted, plain, offload=False).recomputed == frozenset()
+    assert choose(counted, plain, offload=False).checkpointed == frozenset()
     plan = choose(counted, least, offload=False)
     assert plan.peak_bytes == least
     assert plan.explain().endswith("of 6 blocks; 0.00 GiB without")
     with pytest.raises(UserError) as caught:
         choose(counted, 1000, offload=False)
     (line,) = caught.value.problems
-    assert choose(counted, int(0.001 * 2**30), offload=False).recomputed  # the remedy works
+    assert choose(counted, int(0.001 * 2**30), offload=False).checkpointed  # the remedy works
     assert line.startswith("recompute: 9.313e-07GiB given, but a micro-batch keeps 0.001GiB with all blocks")

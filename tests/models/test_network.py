@@ -20,7 +20,7 @@ def node(name: str, *reads: str, module: nn.Module | None = None) -> Node:
     return Node(name, module or nn.Identity(), reads)
 
 
-def carries(nodes: list[Node]) -> list[list[str]]:
+def boundaries(nodes: list[Node]) -> list[list[str]]:
     """What is alive after each node, by name, as the links have it."""
     boundary, alive = ["images"], []
     for one, link in zip(nodes, connect(nodes), strict=True):
@@ -42,11 +42,11 @@ def test_liveness_of_a_small_graph_by_hand():
         NodeLink(reads=(1,), keeps=(0,)),  # b, c -> b, d
         NodeLink(reads=(0, 1), keeps=()),  # b, d -> e
     )
-    assert carries(nodes) == [["a"], ["a", "b"], ["b", "c"], ["b", "d"], ["e"]]
+    assert boundaries(nodes) == [["a"], ["a", "b"], ["b", "c"], ["b", "d"], ["e"]]
 
 
 def test_the_input_lives_until_it_is_last_read():
-    assert carries([node("a", "images"), node("b", "a", "images"), node("c", "b")]) == [
+    assert boundaries([node("a", "images"), node("b", "a", "images"), node("c", "b")]) == [
         ["images", "a"],
         ["b"],
         ["c"],
@@ -78,19 +78,19 @@ def test_graphs_that_cannot_be_are_refused(nodes, message):
         connect(nodes)
 
 
-# ---- the carry of the real networks
+# ---- the boundary activations of the real networks
 
 
-def table_carries(variant: str) -> dict[str, list[str]]:
+def table_boundaries(variant: str) -> dict[str, list[str]]:
     nodes, previous = [], "images"
     for row in family(variant):
         nodes.append(node(row.name, *(row.reads or (previous,))))
         previous = row.name
-    return dict(zip([one.name for one in nodes], carries(nodes), strict=True))
+    return dict(zip([one.name for one in nodes], boundaries(nodes), strict=True))
 
 
-def test_carries_of_the_p5_networks():
-    alive = table_carries("yolov5n")
+def test_boundary_activations_of_the_p5_networks():
+    alive = table_boundaries("yolov5n")
     sizes = [len(names) for names in alive.values()]
     # layers 0 to 4 are a chain; from there p3, then p4 wait for the way up, lat5 and lat4 for the way down
     assert sizes == [1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 3, 3, 3, 4, 3, 3, 4, 3, 3, 4, 3, 3, 1]
@@ -102,8 +102,8 @@ def test_carries_of_the_p5_networks():
     assert alive["out5"] == ["out3", "out4", "out5"]
 
 
-def test_carries_of_the_p6_networks():
-    alive = table_carries("yolov5n6")
+def test_boundary_activations_of_the_p6_networks():
+    alive = table_boundaries("yolov5n6")
     assert [len(names) for names in alive.values()][:5] == [1, 1, 1, 1, 1]
     assert max(map(len, alive.values())) == 5
     assert alive["p6"] == ["p3", "p4", "p5", "p6"]
@@ -133,7 +133,7 @@ def images():
 def test_any_cut_gives_the_output_of_the_whole(network, images):
     whole = network(images)
     last = len(network.order)
-    alive = list(table_carries("yolov5n").values())
+    alive = list(table_boundaries("yolov5n").values())
     for cut in range(1, last):
         boundary = network.run((images,), 0, cut)
         assert len(boundary) == len(alive[cut - 1])

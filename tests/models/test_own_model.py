@@ -102,7 +102,7 @@ def test_counted_activations_are_those_that_the_allocator_gave_out(precision):
     counted = count_activations(network, tuple(images.shape), Precision.named(precision))
     step(network, images, precision)
     for names in (frozenset(), frozenset({"stem", "attention3"}), network.blocks()):
-        network.recompute = names
+        network.checkpointed = names
         measured, _ = allocations(lambda: forward(network, images, precision))
         assert kept(counted, names) == pytest.approx(measured, rel=0.02)
     plan = choose(counted, counted.peak_bytes(counted.blocks), offload=False)
@@ -120,16 +120,16 @@ def test_a_plan_knows_an_own_network():
     )
 
 
-def test_recomputed_blocks_change_no_bit(own_training):
+def test_checkpointed_blocks_change_no_bit(own_training):
     def one_step(names: frozenset[str]) -> dict[str, torch.Tensor]:
         network = own_network()
-        network.recompute = names
+        network.checkpointed = names
         images = training.batch(0, 0).images.contiguous(memory_format=torch.channels_last)
         sum(level.square().mean() for level in network(images)).backward()
         return {name: p.grad for name, p in network.named_parameters()} | dict(network.named_buffers())
 
-    plain, recomputed = one_step(frozenset()), one_step(own_network().blocks())
-    assert not [name for name in plain if not plain[name].equal(recomputed[name])]
+    plain, checkpointed = one_step(frozenset()), one_step(own_network().blocks())
+    assert not [name for name in plain if not plain[name].equal(checkpointed[name])]
 
 
 def train_two_stages(folder: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def test_a_run_trains_resumes_and_its_weights_are_validated(tmp_path):
     assert found.returncode == 0, found.stderr
     refused = dsyolo(place, "val", "--weights", weights, "--data", data)
     assert refused.returncode == 2
-    assert "it is of my_net.py:build, a network of somebody's own" in refused.stderr
+    assert "it is of my_net.py:build, a user's own network" in refused.stderr
     assert "--model my_net.py:build" in refused.stderr
     # what a run's folder names is not run
     link.write_text("raise SystemExit('it ran')")
@@ -323,7 +323,7 @@ def test_an_own_network_starts_from_what_it_shares_with_a_yolov5(tmp_path):
     save_weights(path, theirs.state_dict(), describe(theirs, list("abcde"), 64))
     network = own_network()
     line = load_into(network, path)
-    assert "from random values start " in line
+    assert "random values for " in line
     assert "attention3" in line
     assert network.state_dict()["p3.cv1.conv.weight"].equal(theirs.state_dict()["p3.cv1.conv.weight"])
     other = tmp_path / "other.safetensors"

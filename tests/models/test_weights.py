@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from yolov5_names import to_yolov5
 
 from dsyolo.base.errors import UserError
 from dsyolo.models.weights import (
@@ -17,7 +18,6 @@ from dsyolo.models.weights import (
     read_weights,
     rebuild,
     save_weights,
-    to_yolov5,
 )
 from dsyolo.models.yolov5 import anchors_px, build_yolov5
 
@@ -74,7 +74,7 @@ def test_a_file_with_the_names_of_yolov5_is_read_under_ours(variant, tmp_path):
     total = len(tensors)
     assert f"{total} of {total} tensors" in load_into(target, path)
     assert all(t.equal(target.state_dict()[name]) for name, t in source.state_dict().items())
-    with pytest.raises(UserError, match="says nothing of variant and classes"):
+    with pytest.raises(UserError, match="has no metadata on variant and classes"):
         rebuild(path)
 
 
@@ -112,10 +112,10 @@ def test_other_classes_take_all_but_the_last_layer(network, saved):
     torch.manual_seed(7)
     other = build_yolov5("yolov5n", 5)
     first = {name: t.clone() for name, t in other.state_dict().items()}
-    told = load_into(other, saved)
+    line = load_into(other, saved)
     total = len(first)
     # three levels, weight and bias
-    assert told == f"{saved}: {total - 6} of {total} tensors taken; from random values start detect"
+    assert line == f"{saved}: {total - 6} of {total} tensors taken; random values for detect"
     source = network.state_dict()
     for name, tensor in other.state_dict().items():
         kept = name.startswith("detect.m.")
@@ -128,13 +128,13 @@ def test_weights_of_another_variant_are_refused(saved, variant):
     assert f"this run trains {variant}. Give --model yolov5n" in line
 
 
-def test_weights_of_part_of_a_network_are_told_from_those_of_all_of_it(network, tmp_path):
+def test_weights_of_part_of_a_network_are_distinguished_from_those_of_all_of_it(network, tmp_path):
     """Files with YOLOv5's own names do not say their variant, and half of an n6 is an n."""
     path = tmp_path / "theirs.safetensors"
     save_file(to_yolov5(network.state_dict()), path)
-    told = load_into(build_yolov5("yolov5n6", len(NAMES)), path)
-    assert "from random values start conv5, p5, " in told
-    assert told.endswith("These are not the weights of a yolov5n6")
+    line = load_into(build_yolov5("yolov5n6", len(NAMES)), path)
+    assert "random values for conv5, p5, " in line
+    assert line.endswith("These are not the weights of a yolov5n6")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

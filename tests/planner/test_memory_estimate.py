@@ -79,7 +79,7 @@ def measure(folder: str, cases: list[str]) -> dict[str, tuple]:
                 training.train(engine, ema, step, step + 1)
         if is_first:
             assert len(found) == 2  # in the second step, and in the first one of the later epoch
-            assert found[0][0].terms.together.states == found[1][0].terms.together.states
+            assert found[0][0].terms.combined.states == found[1][0].terms.combined.states
         ds = resolved(zero_block, json, optimizer, engine.world.size)
         wanted = predict(
             load_of(engine.dp_rank, engine.dp_size), ds, engine.deepspeed_json["zero_optimization"]
@@ -159,12 +159,12 @@ def test_the_verdict_names_what_is_saved():
 
 def test_a_shortage_is_told_of_the_place_where_it_is():
     gib = 2**30
-    account = MemoryEstimate(MemoryTerms(activations=3 * gib), MemoryTerms(optimizer=2 * gib))
-    assert shortage([account] * 2, 4 * gib, 5 * gib) == ""
-    assert "3.00 GiB of a rank's device, which has 2.00" in shortage([account] * 2, 2 * gib, 5 * gib)
-    assert "4.00 GiB of the machine, which has 3.00" in shortage([account] * 2, 4 * gib, 3 * gib)
-    assert "10.00 GiB of the machine, which has 9.00" in shortage([account] * 2, None, 9 * gib)
-    assert "auto" in shortage([account], None, 0)
+    estimate = MemoryEstimate(MemoryTerms(activations=3 * gib), MemoryTerms(optimizer=2 * gib))
+    assert shortage([estimate] * 2, 4 * gib, 5 * gib) == ""
+    assert "3.00 GiB of a rank's device, which has 2.00" in shortage([estimate] * 2, 2 * gib, 5 * gib)
+    assert "4.00 GiB of the machine, which has 3.00" in shortage([estimate] * 2, 4 * gib, 3 * gib)
+    assert "10.00 GiB of the machine, which has 9.00" in shortage([estimate] * 2, None, 9 * gib)
+    assert "auto" in shortage([estimate], None, 0)
 
 
 def test_a_run_that_will_not_fit_is_warned_of(tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_that_will_not_fit_is_warned_of(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "WARNING: this run is expected to need" in done.stdout
+    assert "WARNING rank 0: this run is expected to need" in done.stdout
     assert "dsyolo plan" in done.stdout
 
 
@@ -188,7 +188,7 @@ def test_the_table_has_a_column_for_each_term_and_their_sum():
     lines = table(
         [("one", MemoryTerms(*(2**20 * i for i in range(1, 7)))), ("the other", MemoryTerms())]
     ).splitlines()
-    assert lines[0].split() == ["memory,", "MiB", *MemoryTerms._fields, "together"]
+    assert lines[0].split() == ["memory,", "MiB", *MemoryTerms._fields, "total"]
     assert lines[1].split() == ["one", "1.0", "2.0", "3.0", "4.0", "5.0", "6.0", "21.0"]
     assert lines[2].split()[2:] == ["0.0"] * 7
 
@@ -233,16 +233,16 @@ def test_what_ranks_hold_is_what_was_predicted(ranks, world_size, case):
     for rank in ranks[world_size]:
         wanted, found = rank[case]
         for term in ("parameters", "gradients", "optimizer", "ema"):
-            got, expected = getattr(found.terms.together, term), getattr(wanted.together, term)
+            got, expected = getattr(found.terms.combined, term), getattr(wanted.combined, term)
             # In which order gradients of several groups fill a list is not predicted.
             rel = 0.1 if (case, term) == ("ZeRO 2, gradients in a list", "gradients") else 0.02
             assert got == pytest.approx(expected, rel=rel), (case, term)
-        assert found.terms.together.states == pytest.approx(wanted.together.states, rel=0.03)
-        assert found.peak < 1.1 * found.terms.together.total
+        assert found.terms.combined.states == pytest.approx(wanted.combined.states, rel=0.03)
+        assert found.peak < 1.1 * found.terms.combined.total
         # ZeRO 0's bucket is there between the backward pass and the step alone; weights that ZeRO 3 gathers come and go,
         # and while they come they lie there twice.
         if "ZeRO 0" not in case:
-            assert found.terms.together.buckets == pytest.approx(wanted.together.buckets, rel=0.35, abs=64)
+            assert found.terms.combined.buckets == pytest.approx(wanted.combined.buckets, rel=0.35, abs=64)
         assert found.terms.device.activations > 0
         assert (
             found.peak >= wanted.device.parameters + wanted.device.optimizer + found.terms.device.activations

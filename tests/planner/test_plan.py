@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import free_port, long_but
+from dry_run import dry_run, dry_run_case
+from ranks import long_but
 from runs import environment, launch, make_place
 
 from dsyolo import cli, train
 from dsyolo.base.errors import UserError
 from dsyolo.cluster.world import World
 from dsyolo.config.cli_args import parse
-from dsyolo.config.deepspeed.config import check
+from dsyolo.config.deepspeed.config import UNNAMED, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
@@ -27,16 +28,23 @@ from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine
 from dsyolo.planner.auto import plan_config
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
-from dsyolo.planner.dry_run import dry_run, dry_run_case
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
 from dsyolo.planner.local_hardware import hardware_here
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner
-from dsyolo.planner.ranking_report import PUBLISHED_GB
 from dsyolo.planner.search import search
 from dsyolo.planner.simulation import cover, simulate
 from dsyolo.planner.strategy import StrategySettings, settings
 
+# Peak GB that torch's allocator reserved, as published for YOLOv5's own loop: 16 images a GPU, fp16 AMP, SGD, EMA.
+PUBLISHED_GB = {
+    ("yolov5n", 640): 1.5,
+    ("yolov5m", 640): 5.0,
+    ("yolov5l", 640): 8.1,
+    ("yolov5x", 640): 12.2,
+    ("yolov5s6", 1280): 10.5,
+    ("yolov5l6", 1280): 30.5,
+}
 PLAIN = StrategySettings(0, None, None, "none", Precision.named("autocast_fp16"), 16, 1, 1, 1, "SGD")
 
 
@@ -108,10 +116,10 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
 
 
 def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_are():
-    """Each stage's replicas are neighbours: on two nodes of two GPUs a stage each, whose activations cross."""
+    """The ranks of a stage are neighbours: on two nodes of two GPUs each node has a stage, whose activations cross."""
     pipeline = StrategySettings(1, None, None, "none", Precision.named("fp32"), 4, 4, 2, 1, "SGD")
     found = Planner(ModelProfile("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
-    assert found.wire / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
+    assert found.comm_bytes / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
     work = ModelProfile("yolov5s", 80, 320)
     a10 = Hardware(DEVICES["A10"], 2, 2, 24 * GIB, None, 1e9)
     wide = pipeline._replace(dp_size=2, accumulation=8)
@@ -353,7 +361,7 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
         for one in (whole, whole.model_copy(update={"halve_micro_batch": True}))
     )
     sizes = [check(one.ds.source, world_size=2, accelerator="cuda") for one in (first, again)]
-    assert sizes == [replace(one.ds, path=None) for one in (first, again)]
+    assert sizes == [replace(one.ds, path=UNNAMED) for one in (first, again)]
     assert [(ds.micro_batch, ds.accumulation) for ds in sizes] == [(32, 1), (16, 2)]
 
 
@@ -503,7 +511,7 @@ def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
 
 def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
     place = make_place(tmp_path)
-    words = launch(place, "auto", free_port(), deepspeed_config="auto", epochs=1)
+    words = launch(place, "auto", deepspeed_config="auto", epochs=1)
     done = subprocess.run(
         words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=120
     )
@@ -537,7 +545,7 @@ def test_on_thousands_of_ranks_every_image_comes_once_and_states_are_the_formula
 @pytest.mark.parametrize("zero_stage", range(4))
 @pytest.mark.parametrize("ranks", long_but([4096], [8, 100, 4096]))
 def test_the_engine_that_trains_holds_and_sends_what_is_expected_of_thousands_of_ranks(ranks, zero_stage):
-    (found,) = dry_run([dry_run_case("yolov5n", 80, zero_stage, ranks)])
+    (found,) = dry_run([dry_run_case("yolov5n", zero_stage, ranks)])
     (paper,) = [
         one for one in simulate("yolov5n", 80, 20_001, [ranks], ranks, 1) if one.zero_stage == zero_stage
     ]

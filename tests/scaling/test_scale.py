@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from hosts import Cluster, why_not
+from ranks import free_port
 from runs import CONFIG, ROOT, begin, environment, make_place
 
 from dsyolo import cli
@@ -454,7 +455,7 @@ def test_trainings_are_run_and_reported(tmp_path):
     (place / "pipe.json").write_text(json.dumps({"train_batch_size": 2, "pipeline": {"stages": 2}}))
     zero = {"stage": 2, "reduce_bucket_size": "auto"}
     (place / "ds.json").write_text(json.dumps({**CONFIG, "zero_optimization": zero}))
-    options = ["--ranks", "1,2", "--strategies", "ds.json,pipe.json", "--master_port", "29960"]
+    options = ["--ranks", "1,2", "--strategies", "ds.json,pipe.json", "--master_port", str(free_port())]
     done = subprocess.run(
         scale(place, *options), cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
     )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ranks import free_port
+
 from dsyolo.data.synthetic import draw_sample
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,6 @@ def begin(place: Path, command: Sequence[str], **settings: Any) -> subprocess.Po
 
 def environment(place: Path) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # the ranks of tests that run one after the other must not meet at one port
     return {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(place / "cache"), "DS_ACCELERATOR": "cpu"}
 
 
@@ -64,9 +65,14 @@ def alone(place: Path, name: str, *words: str, **options: object) -> subprocess.
     )
 
 
-def launch(place: Path, name: str, port: int, *words: str, **options: object) -> list[str]:
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-    return [*launcher, str(TRAIN), *arguments(place, name, **options), *words]
+def launcher(num_ranks: int = 2) -> list[str]:
+    """The command that launches ranks, which meet at a port that is free now."""
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    return [deepspeed, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+
+
+def launch(place: Path, name: str, *words: str, **options: object) -> list[str]:
+    return [*launcher(), str(TRAIN), *arguments(place, name, **options), *words]
 
 
 def rows(place: Path, name: str, kind: str) -> list[dict]:

@@ -87,7 +87,7 @@ class Site:
                 command = [*self.cluster.deepspeed(), "--master_port", str(self.port), str(TRAIN), *words]
                 self.process = self.cluster.popen(command, **streams)
             else:
-                command = launch(self.place, self.name, self.port, "--resume", "auto", **options)
+                command = launch(self.place, self.name, "--resume", "auto", **options)
                 self.process = subprocess.Popen(
                     command, env=environment(self.place), start_new_session=True, **streams
                 )
@@ -243,7 +243,7 @@ def cut_the_newest_checkpoint(site: Site, rng: random.Random) -> Callable[[], No
 
 
 def spoil_the_cache(site: Site, rng: random.Random) -> Callable[[], None]:
-    for cache in (site.place / "cache").rglob("scan-*.npz"):
+    for cache in (site.place / "cache").rglob("index-*.npz"):
         content = bytearray(cache.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         cache.write_bytes(content)

@@ -146,7 +146,7 @@ def build(
     from dsyolo.engine import process_group
     from dsyolo.engine.batchnorm import synchronise_batchnorm
     from dsyolo.engine.ema import Ema
-    from dsyolo.engine.offload import OffloadFolders, move_to_folders
+    from dsyolo.engine.offload import move_to_folders
     from dsyolo.engine.parallelize import parallelize
 
     world = world_from_environment()
@@ -179,8 +179,7 @@ def build(
         synchronise_batchnorm(engine.network, engine.dp_group)
     ema = Ema(partitions, engine.buffers, EMA_DECAY, EMA_TAU)
     if any(ds.parallelism.offload.folders):
-        folders = OffloadFolders(*ds.parallelism.offload.folders)
-        move_to_folders(folders, engine.deepspeed, partitions, ema.tensors, world)
+        move_to_folders(ds.parallelism.offload.folders, engine.deepspeed, partitions, ema.tensors, world)
     return engine, partitions, ema, Checkpointer(folder, engine, partitions, ema, world)
 
 

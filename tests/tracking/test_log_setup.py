@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dsyolo.engine.deepspeed_internals import route_logger
 from dsyolo.tracking.log_setup import RunLog
 
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
@@ -65,10 +66,8 @@ def test_lines_of_deepspeed_go_to_the_file_until_they_are_asked_for(tmp_path: Pa
     run_log.open_file(tmp_path)
     theirs = logging.getLogger("DeepSpeed")
     level = theirs.level
-    theirs.setLevel(logging.INFO)
-    own = logging.StreamHandler(sys.stdout)
-    theirs.addHandler(own)
-    run_log.adopt_deepspeed()
+    theirs.addHandler(logging.StreamHandler(sys.stdout))
+    route_logger()
     theirs.info("DeepSpeedEngine configuration")
     assert capsys.readouterr().out == ""
     theirs.warning("odd")

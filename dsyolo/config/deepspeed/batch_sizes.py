@@ -1,11 +1,12 @@
-"""The arithmetic of batches: global batch = micro-batch x accumulation x replicas. All of it is here."""
+"""The arithmetic of batches: global batch = micro-batch x accumulation x data-parallel ranks. All of it is here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from dsyolo.config.messages import counted
 from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.spec import BatchPlan
 
@@ -35,8 +36,8 @@ def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
     pipeline = content.get("pipeline", {})
     stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
     has_stages = isinstance(stages, int) and stages > 0
-    replicas = max(1, ranks // stages) if has_stages else ranks
-    unit = replicas * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
+    dp_size = max(1, ranks // stages) if has_stages else ranks
+    unit = dp_size * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
     return -(-NOMINAL_BATCH // unit) * unit
 
 
@@ -46,18 +47,18 @@ def divisors(number: int, most: int | None = None) -> list[int]:
     return [n for n in sorted({*small, *(number // n for n in small)}) if most is None or n <= most]
 
 
-def fitted(global_batch: int, micro: int | None, steps: int | None, replicas: int) -> BatchPlan:
-    """Return a plan of a global batch that `replicas` divide, from the largest micro-batch that fits.
+def fitted(global_batch: int, micro: int | None, steps: int | None, dp_size: int) -> BatchPlan:
+    """Return a plan of a global batch that `dp_size` divides, from the largest micro-batch that fits.
 
     Args:
         micro: the most images of a micro-batch; None: as `steps` has it, or else the whole share.
         steps: the accumulation that is wanted, where the share can be divided so.
     """
-    share = global_batch // replicas
+    share = global_batch // dp_size
     if micro is None:
         micro = share // steps if steps and share % steps == 0 else share
     micro = divisors(share, micro)[-1]
-    return BatchPlan(micro, share // micro, replicas)
+    return BatchPlan(micro, share // micro, dp_size)
 
 
 def halved(batch: BatchPlan, problems: list[str]) -> BatchPlan | None:
@@ -89,13 +90,13 @@ def batch_plan(
     if any(key in source and key not in sane for key in BATCH_KEYS):
         return None  # refused itself
     train, micro, steps = batch_sizes(sane)
-    replicas = world_size // stages
-    ranks = f"{replicas} {'data-parallel ' if stages > 1 else ''}rank{'s' if replicas > 1 else ''}"
+    dp_size = world_size // stages
+    ranks = counted(dp_size, "data-parallel rank" if stages > 1 else "rank")
     if saved_batch and train in (None, saved_batch) and (micro or train):
-        if saved_batch % replicas == 0:
-            return fitted(saved_batch, micro, steps, replicas)
+        if saved_batch % dp_size == 0:
+            return fitted(saved_batch, micro, steps, dp_size)
         rule = f"{saved_batch} when it was saved, and {ranks} do not divide it"
-        problems.append(f"train_batch_size: {rule}. Use {_dividing(saved_batch, replicas, stages)}.")
+        problems.append(f"train_batch_size: {rule}. Use {_dividing(saved_batch, dp_size, stages)}.")
     elif train is None and micro is None:
         rule = "missing, and so is train_micro_batch_size_per_gpu"
         problems.append(
@@ -105,9 +106,12 @@ def batch_plan(
         problems.append(f"{BATCH_KEYS[1]}: {micro} given, but it may be {MOST_IMAGES} at most. Set it lower.")
     elif train is None:
         assert micro is not None
-        return BatchPlan(micro, steps or 1, replicas)
+        return BatchPlan(micro, steps or 1, dp_size)
     else:
-        batch = _derived(train, micro, steps, replicas)
+        if micro is None:
+            batch = BatchPlan(train // dp_size // (steps or 1), steps or 1, dp_size)
+        else:
+            batch = BatchPlan(micro, train // micro // dp_size if steps is None else steps, dp_size)
         fault = _fault(train, batch, ranks, stages, given_micro=micro is not None)
         if not fault:
             return batch
@@ -115,42 +119,31 @@ def batch_plan(
     return None
 
 
-def _derived(train: int, micro: int | None, steps: int | None, replicas: int) -> BatchPlan:
-    if micro is None:
-        return BatchPlan(train // replicas // (steps or 1), steps or 1, replicas)
-    return BatchPlan(micro, train // micro // replicas if steps is None else steps, replicas)
-
-
 def _fault(train: int, batch: BatchPlan, ranks: str, stages: int, *, given_micro: bool) -> str:
     """Return the rule that a derived batch breaks, and the remedy; empty where it breaks none."""
-    micro, steps, replicas, total = batch.micro, batch.accumulation, batch.replicas, batch.global_batch
+    micro, steps, dp_size, total = batch.micro, batch.accumulation, batch.dp_size, batch.global_batch
     if total == train:
         if micro <= MOST_IMAGES:
             return ""
         return f"{micro} a rank at once may be {MOST_IMAGES} at most. Give {BATCH_KEYS[1]}, or set it lower."
     if steps == 0:
-        least = micro * replicas
-        lower = f"{BATCH_KEYS[1]} to {train // replicas}"
-        if train % replicas:
-            lower = f"use {_dividing(train, replicas, stages)} with a {BATCH_KEYS[1]} that fits"
+        least = micro * dp_size
+        lower = f"{BATCH_KEYS[1]} to {train // dp_size}"
+        if train % dp_size:
+            lower = f"use {_dividing(train, dp_size, stages)} with a {BATCH_KEYS[1]} that fits"
         return f"{micro} per GPU x {ranks} = {least} already. Set it to {least}, or {lower}."
     if given_micro:
         remedy = f"Set it to {total}, or leave it out."
     else:
-        remedy = f"Set it to {f'{total} or ' if total else ''}{total + steps * replicas}."
-        if train % replicas:
-            remedy += f" Or use {_dividing(train, replicas, stages)}."
+        remedy = f"Set it to {f'{total} or ' if total else ''}{total + steps * dp_size}."
+        if train % dp_size:
+            remedy += f" Or use {_dividing(train, dp_size, stages)}."
     return f"{micro} per GPU x {steps} accumulation x {ranks} = {total}. {remedy}"
 
 
-def _dividing(batch: int, replicas: int, stages: int) -> str:
-    """Return numbers of ranks near `replicas` x `stages` that divide a batch, as text."""
+def _dividing(batch: int, dp_size: int, stages: int) -> str:
+    """Return numbers of ranks near `dp_size` x `stages` that divide a batch, as text."""
     fitting = divisors(batch)
-    below, above = ([n for n in fitting if (n > replicas) == up] for up in (False, True))
-    return _listed([str(n * stages) for n in (*below[-4:], *above[:1])])
-
-
-def _listed(numbers: Sequence[str]) -> str:
-    *first, last = numbers
-    listed = ", ".join(first)
-    return f"{listed}{' or ' if first else ''}{last} rank{'s' if last != '1' else ''}"
+    below, above = ([n for n in fitting if (n > dp_size) == up] for up in (False, True))
+    *first, last = [str(n * stages) for n in (*below[-4:], *above[:1])]
+    return f"{', '.join(first)}{' or ' if first else ''}{last} rank{'s' if last != '1' else ''}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
-from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, sane_part
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_strictly, sane_part
 from dsyolo.config.deepspeed.rules import (
     activations,
     data_types,
@@ -24,14 +24,12 @@ from dsyolo.config.deepspeed.rules import (
     pipeline,
     precision,
 )
+from dsyolo.config.messages import counted
 from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision
 
 GRADIENT_CLIPPING = 10.0  # the recipe's; DeepSpeed's own default, 1.0, would be silently another training
-OWN_BLOCKS = (
-    "optimizer",
-    "pipeline",
-    "activation_checkpointing",
-)  # read by dsyolo; DeepSpeed gets objects instead
+# Read by dsyolo; DeepSpeed gets objects instead.
+OWN_BLOCKS = ("optimizer", "pipeline", "activation_checkpointing")
 
 # A bucket is allocated whole. A sixth of the elements holds the largest weight of every variant (yolov5n's and
 # yolov5s's are a sixth), so that no gradient needs a copy of its own, and what is full can travel during backward.
@@ -42,47 +40,38 @@ MIN_BUCKET_ELEMENTS = 2**20  # 4 MB: smaller messages cost more time than their 
 # needs. One reduction for each owner sends what is needed, in more messages: for shares of 1 MB and more.
 MIN_SHARE_ELEMENTS = 2**18
 PRINTING_KEYS = ("steps_per_print", "dump_state", "memory_breakdown", "comms_logger")
+UNNAMED = "The DeepSpeed configuration"  # where no file gives it
 NO_PRINT = 10**9  # steps between DeepSpeed's own lines; dsyolo's tracker prints
 
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """A checked DeepSpeed JSON on a given number of ranks, with everything resolved that DeepSpeed derives.
+    """A checked DeepSpeed JSON on a given number of ranks, with everything resolved that DeepSpeed derives."""
 
-    Attributes:
-        path: of the file, for messages.
-        gradient_clipping: largest norm of the gradient; 0: none.
-        source: the JSON as given.
-    """
-
-    path: str | None
+    path: str  # of the file, for messages
     world_size: int
     batch: BatchPlan
     precision: Precision
     optimizer: OptimizerSpec
     parallelism: Parallelism
-    gradient_clipping: float
-    source: Mapping[str, Any]
+    gradient_clipping: float  # largest norm of the gradient; 0: none
+    source: Mapping[str, Any]  # the JSON as given
 
     @property
     def global_batch(self) -> int:
-        """Images in an optimizer step."""
         return self.batch.global_batch
 
     @property
     def micro_batch(self) -> int:
-        """Images of a rank in a forward pass."""
         return self.batch.micro
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in an optimizer step."""
         return self.batch.accumulation
 
     @property
-    def data_parallel_size(self) -> int:
-        """Ranks that hold the same parameters."""
-        return self.batch.replicas
+    def dp_size(self) -> int:
+        return self.batch.dp_size
 
     @property
     def zero_stage(self) -> int:
@@ -90,19 +79,13 @@ class DeepSpeedConfig:
 
     @property
     def stages(self) -> int:
-        """Stages of the pipeline; 1: none."""
         return self.parallelism.stages
 
     @property
     def num_gradient_types(self) -> int:
         """Types of gradients that are sent: ZeRO has a bucket for each."""
-        return 2 if self._sends_low_precision else 1
-
-    @property
-    def _sends_low_precision(self) -> bool:
-        return self.precision.is_autocast and bool(
-            self.source["torch_autocast"].get("lower_precision_safe_modules")
-        )
+        autocast = self.source["torch_autocast"] if self.precision.is_autocast else {}
+        return 2 if autocast.get("lower_precision_safe_modules") else 1
 
     def deepspeed_json(self, num_parameters: int, *, cpu: bool) -> dict[str, Any]:
         """Return what `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
@@ -143,7 +126,7 @@ class DeepSpeedConfig:
         bucket = min(max(num_parameters // BUCKETS, MIN_BUCKET_ELEMENTS), MAX_BUCKET_ELEMENTS)
         zero.setdefault("reduce_bucket_size", _even(min(bucket, num_parameters)))
         zero.setdefault("allgather_bucket_size", min(_even(num_parameters), MAX_BUCKET_ELEMENTS))  # no memory
-        is_small = num_parameters // self.data_parallel_size < MIN_SHARE_ELEMENTS
+        is_small = num_parameters // self.dp_size < MIN_SHARE_ELEMENTS
         zero.setdefault("use_multi_rank_bucket_allreduce", is_small)
         if self.zero_stage == 3:
             # At 10^9, the defaults of "live" and "reuse" keep every weight of a detector whole from its first
@@ -165,7 +148,7 @@ class DeepSpeedConfig:
             text = f"convolutions and weights in {kinds.params}, gradients summed in {kinds.grads}; master weights, {always}"
         elif not kinds.is_autocast:
             text = "everything in fp32"
-        elif self._sends_low_precision:
+        elif self.num_gradient_types > 1:
             always += f"; gradients of lower_precision_safe_modules in {kinds.compute}"
             text = f"convolutions in {kinds.compute} (autocast); weights, {always}, others in fp32"
         else:
@@ -177,36 +160,32 @@ class DeepSpeedConfig:
 
     def _explain_offload(self) -> str:
         offload = self.parallelism.offload
-        parts = [
-            f"{what} {f'in files in {folder}' if folder else f'on {device}'}"
-            for what, device, folder in zip(
-                ("optimizer", "parameters"), offload.devices, offload.folders, strict=True
-            )
-            if device
-        ]
+        whats = zip(("optimizer", "parameters"), offload.devices, offload.folders, strict=True)
+        parts = [f"{what} in files in {to}" if to else f"{what} on {on}" for what, on, to in whats if on]
         return ", ".join(parts) or "none"
 
     def explain(self) -> list[str]:
         """Return a few lines for the start of a run: how it runs."""
-        batch, spread = self.batch, self.parallelism
-        ranks = f"{batch.replicas} rank{'s' if batch.replicas > 1 else ''}"
+        batch, parallelism = self.batch, self.parallelism
         sharded = ("nothing", "optimizer states", "optimizer states and gradients", "all states")
         params = ", ".join(f"{key} {value}" for key, value in self.optimizer.params.items())
         clipped = f"clipped at {self.gradient_clipping:g}" if self.gradient_clipping else "not clipped"
         lines = [
-            f"batch: {batch.global_batch} images per step = {batch.micro} per GPU x {batch.accumulation} accumulation x {ranks}",
+            f"batch: {batch.global_batch} images per step = {batch.micro} per GPU x {batch.accumulation} accumulation "
+            f"x {counted(batch.dp_size, 'rank')}",
             f"precision: {self._explain_precision()}",
-            f"ZeRO {spread.zero_stage}: {sharded[spread.zero_stage]} sharded; offload: {self._explain_offload()}",
+            f"ZeRO {self.zero_stage}: {sharded[self.zero_stage]} sharded; offload: {self._explain_offload()}",
             f"optimizer: {self.optimizer.type}, {params}",
             f"gradient norm: {clipped}",
         ]
-        if spread.recompute != "none":
-            what = "all blocks" if spread.recompute == "blocks" else "the fewest blocks that fit the budget"
-            lines.append(
-                f"recompute: {what}{', their inputs in host memory' if spread.offload.activations else ''}"
+        if parallelism.recompute != "none":
+            what = (
+                "all blocks" if parallelism.recompute == "blocks" else "the fewest blocks that fit the budget"
             )
-        if spread.stages > 1:
-            lines.append(f"pipeline: {spread.stages} stages, partition {spread.partition}")
+            where = ", their inputs in host memory" if parallelism.offload.activations else ""
+            lines.append(f"recompute: {what}{where}")
+        if self.stages > 1:
+            lines.append(f"pipeline: {self.stages} stages, partition {parallelism.partition}")
         return lines
 
 
@@ -219,7 +198,7 @@ def check(
     recompute: str = "auto",
     halve: bool = False,
     saved_batch: int | None = None,
-    name: str | None = None,
+    name: str = UNNAMED,
 ) -> DeepSpeedConfig:
     """Check a DeepSpeed JSON by all rules, for so many ranks, and resolve it.
 
@@ -238,52 +217,22 @@ def check(
         UserError: every problem of the file, each with what was given, the rule and the remedy.
     """
     assert world_size >= 1, world_size
-    path = name
-    problems: list[str] = []
-    if isinstance(config, JsonSource):
-        path, problems = config.name, list(config.problems)
-        source = None if config.content is None else dict(config.content)
-        if source is not None and config.left_open and (batch := open_batch(source, world_size)):
-            source[BATCH_KEYS[0]] = batch
-    elif isinstance(config, Mapping):
-        source = dict(config)
-    else:
-        path = str(config)
-        source = read_json(path, problems)
-    result = None
-    if source is not None:
-        result = _resolve(
-            path, source, world_size, accelerator, layers, recompute, halve, saved_batch, problems
-        )
-    if problems or result is None:
-        raise cannot_be_used(path, world_size, problems)
-    return result
-
-
-def cannot_be_used(path: str | None, world_size: int, problems: Sequence[str]) -> UserError:
-    """Return the error of a JSON with these problems."""
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    return UserError(f"{path or 'The DeepSpeed configuration'} cannot be used on {ranks}", problems)
-
-
-def _resolve(
-    path: str | None,
-    source: dict[str, Any],
-    world_size: int,
-    accelerator: str,
-    layers: Sequence[bool] | None,
-    recompute: str,
-    halve: bool,
-    saved_batch: int | None,
-    problems: list[str],
-) -> DeepSpeedConfig | None:
-    """Return the resolved JSON, or None; add problems in the order in which a reader wants them."""
+    if isinstance(config, Mapping):
+        config = JsonSource(name, config)
+    elif not isinstance(config, JsonSource):
+        config = read_strictly(config)
+    problems = list(config.problems)
+    if config.content is None:
+        raise cannot_be_used(config.name, world_size, problems)
+    source = dict(config.content)
+    if config.left_open and (open_to := open_batch(source, world_size)):
+        source[BATCH_KEYS[0]] = open_to
     faults: list[str] = []
     sane = sane_part(source, faults)
     zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
     stages, partition = pipeline(sane, zero_stage, world_size, layers, faults)
     batch = batch_plan(source, sane, world_size, stages, problems, saved_batch)
-    problems += faults
+    problems += faults  # a reader wants those of the batch first
     runs = optimizer(sane, problems)
     kinds = data_types(sane, precision(sane, accelerator, zero_stage, problems), zero_stage, problems)
     offloaded = offload(sane, zero_stage, problems)
@@ -291,19 +240,17 @@ def _resolve(
     monitors(sane, stages, problems)
     if batch and halve:
         batch = halved(batch, problems)
-    if batch is None:
-        return None
+    if problems or batch is None:
+        raise cannot_be_used(config.name, world_size, problems)
     offloaded = replace(offloaded, activations=offload_activations)
-    return DeepSpeedConfig(
-        path=path,
-        world_size=world_size,
-        batch=batch,
-        precision=kinds,
-        optimizer=runs,
-        parallelism=Parallelism(zero_stage, stages, partition, offloaded, recomputed),
-        gradient_clipping=float(sane.get("gradient_clipping", GRADIENT_CLIPPING)),
-        source=source,
-    )
+    parallelism = Parallelism(zero_stage, stages, partition, offloaded, recomputed)
+    clipping = float(sane.get("gradient_clipping", GRADIENT_CLIPPING))
+    return DeepSpeedConfig(config.name, world_size, batch, kinds, runs, parallelism, clipping, source)
+
+
+def cannot_be_used(path: str, world_size: int, problems: Sequence[str]) -> UserError:
+    """Return the error of a JSON with these problems."""
+    return UserError(f"{path} cannot be used on {counted(world_size, 'rank')}", problems)
 
 
 def _even(elements: int) -> int:

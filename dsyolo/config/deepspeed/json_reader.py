@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.json_keys import JsonKey, JsonSection, Refused
+from dsyolo.config.deepspeed.json_keys import JsonKey, JsonSection, Keys, Refused
 from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
 from dsyolo.config.messages import did_you_mean
@@ -59,27 +59,28 @@ def read_json(path: str, problems: list[str]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class JsonSource:
-    """A DeepSpeed JSON as its file was read.
+    """A DeepSpeed JSON as its file was read."""
 
-    Attributes:
-        name: of the file.
-        content: without the values that are "auto"; None: it could not be read.
-        left_open: the paths of these values.
-        problems: of its syntax.
-    """
+    name: str  # of the file
+    content: Mapping[str, Any] | None  # without the values that are "auto"; None: it could not be read
+    left_open: tuple[tuple[str, ...], ...] = ()  # the paths of these values
+    problems: tuple[str, ...] = ()  # of its syntax
 
-    name: str
-    content: Mapping[str, Any] | None
-    left_open: tuple[tuple[str, ...], ...] = ()
-    problems: tuple[str, ...] = ()
+
+def read_strictly(path: str | Path) -> JsonSource:
+    """Read a JSON, in which "auto" is a value like others. Its problems are left for `check` to raise."""
+    problems: list[str] = []
+    content = read_json(str(path), problems)
+    return JsonSource(str(path), content, problems=tuple(problems))
 
 
 def read_source(path: str | Path) -> JsonSource:
     """Read a JSON, some of whose values may be "auto". Its problems are left for `check` to raise."""
-    problems: list[str] = []
-    source = read_json(str(path), problems)
-    content, left_open = without_auto(source) if source is not None else (None, [])
-    return JsonSource(str(path), content, tuple(left_open), tuple(problems))
+    read = read_strictly(path)
+    if read.content is None:
+        return read
+    content, left_open = without_auto(read.content)
+    return replace(read, content=content, left_open=tuple(left_open))
 
 
 class _BadNumberError(Exception):
@@ -135,14 +136,29 @@ def _syntax_remedy(text: str, position: int) -> str:
 
 def sane_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return the part of the JSON with legal keys and types; add a problem for each of the others."""
-    keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
-    return _sane_block(source, keys, "", problems)
+    return _sane_block(source, _keys_for(source), "", problems)
 
 
 def without_auto(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
     """Return (a copy without the values that are "auto", their paths). Under an unknown key "auto" stays, to be refused."""
-    keys = {**TOP_LEVEL, "optimizer": _optimizer_section(source.get("optimizer"))}
-    return _without_auto(source, keys, ())
+    return _without_auto(source, _keys_for(source), ())
+
+
+def _keys_for(source: Mapping[str, Any]) -> Keys:
+    """Return all keys: those of `optimizer.params` follow from `optimizer.type`, SGD where it gives none."""
+    block = source.get("optimizer")
+    given = block.get("type", AUTO) if isinstance(block, dict) else None
+    name = optimizer_name("SGD" if given == AUTO else given)
+    params: JsonSection | JsonKey = JsonKey("a block of values", lambda v: isinstance(v, dict))
+    if name:
+        params = JsonSection({**OPTIMIZERS[name].keys, "max_grad_norm": MAX_GRAD_NORM})
+    names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
+    keys: Keys = {
+        "type": JsonKey(names, lambda value: optimizer_name(value) is not None),
+        "params": params,
+        "legacy_fusion": Refused("it is for Lamb. Leave it out."),
+    }
+    return {**TOP_LEVEL, "optimizer": JsonSection(keys)}
 
 
 def _without_auto(
@@ -160,23 +176,6 @@ def _without_auto(
         else:
             rest[name] = copy.deepcopy(value)
     return rest, found
-
-
-def _optimizer_section(block: Any) -> JsonSection:
-    """Return the keys of `optimizer`: those of its `params` follow from its `type`, SGD where it gives none."""
-    given = block.get("type", AUTO) if isinstance(block, dict) else None
-    name = optimizer_name("SGD" if given == AUTO else given)
-    names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
-    params = {**OPTIMIZERS[name].keys, "max_grad_norm": MAX_GRAD_NORM} if name else None
-    return JsonSection(
-        {
-            "type": JsonKey(names, lambda value: optimizer_name(value) is not None),
-            "params": JsonSection(params)
-            if params
-            else JsonKey("a block of values", lambda v: isinstance(v, dict)),
-            "legacy_fusion": Refused("it is for Lamb. Leave it out."),
-        }
-    )
 
 
 def _sane_block(

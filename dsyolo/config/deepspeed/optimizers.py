@@ -14,17 +14,13 @@ RECIPE_WEIGHT_DECAY = 0.0005  # what a plan and the value "auto" take, whatever 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What is known of an optimizer.
+    """What is known of an optimizer."""
 
-    Attributes:
-        defaults: of its parameters, where the JSON gives none. SGD's are the recipe's (docs/yolov5.md), the others torch's.
-        keys: of `optimizer.params`.
-        states: tensors that it keeps for each weight.
-    """
-
-    defaults: Mapping[str, Any]
-    keys: Keys
-    states: int
+    defaults: Mapping[
+        str, Any
+    ]  # where the JSON gives none: SGD's are the recipe's (docs/yolov5.md), the others torch's
+    keys: Keys  # of `optimizer.params`
+    states: int  # tensors that it keeps for each weight
 
 
 _SGD_KEYS: Keys = {
@@ -55,9 +51,8 @@ OPTIMIZERS: Mapping[str, OptimizerFacts] = {
 
 def optimizer_name(given: Any) -> str | None:
     """Return the name in the table: `adamw` is `AdamW`, as in DeepSpeed; None where there is no such optimizer."""
-    return next(
-        (name for name in OPTIMIZERS if isinstance(given, str) and name.lower() == given.lower()), None
-    )
+    known = {name.lower(): name for name in OPTIMIZERS}
+    return known.get(given.lower()) if isinstance(given, str) else None
 
 
 def optimizer_spec(name: str, params: Mapping[str, Any]) -> OptimizerSpec:

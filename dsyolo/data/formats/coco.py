@@ -1,62 +1,53 @@
-"""COCO into the YOLO format. Images are hard links where the file system allows it."""
+"""The COCO format."""
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.writer import (
+from dsyolo.data.formats.data_format import (
     BAD_OBJECT,
     NO_IMAGE,
-    Conversion,
+    DataFormat,
     Image,
     Object,
-    refuse_occupied,
-    write_dataset,
+    SourceDataset,
 )
 from dsyolo.data.labels import Problem
 
 CROWD = "crowd (left out)"
 
 
-def convert_coco(src: str | Path, dst: str | Path) -> Conversion:
-    """Convert a COCO folder: annotations/instances_<split>.json, and the images in <split>/ or images/<split>/.
+class Coco(DataFormat):
+    """A COCO folder: annotations/instances_<split>.json, and the images in <split>/ or images/<split>/.
 
     Class ids become 0 .. K - 1 in the order of the category ids. Polygons are kept, several parts of one object
     joined by a bridge without width; objects given as a mask become boxes; crowds are left out.
-
-    Raises:
-        UserError: no COCO layout, categories that differ between the splits, or a `dst` that holds other things.
     """
-    src, dst = Path(src), Path(dst)
-    refuse_occupied(dst)
-    headline = f"{src} cannot be converted from COCO"
-    if not src.is_dir():
-        raise UserError(headline, ["no such folder."])
-    problems: list[Problem] = []
-    splits: dict[str, list[Image]] = {}
-    categories: dict[str, dict[int, str]] = {}
-    for split, file in _coco_files(src, headline).items():
-        splits[split], categories[split] = _coco_read(src, file, headline, problems)
-    first = next(iter(categories.values()))
-    if differ := [split for split in categories if categories[split] != first]:
-        raise UserError(
-            headline,
-            [f"the categories of {', '.join(differ)} differ from those of {next(iter(categories))}."],
-        )
-    names = [first[number] for number in sorted(first)]
-    if len(set(names)) < len(names):
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        raise UserError(
-            headline, [f"categories: {', '.join(repeated)} given more than once. Rename or merge them."]
-        )
-    return write_dataset(dst, splits, names, problems)
+
+    def read(self, src: Path) -> SourceDataset:
+        headline = f"{src} cannot be converted from COCO"
+        problems: list[Problem] = []
+        splits: dict[str, list[Image]] = {}
+        categories: dict[str, dict[int, str]] = {}
+        for split, file in _coco_files(src, headline).items():
+            splits[split], categories[split] = _coco_read(src, file, headline, problems)
+        first = next(iter(categories.values()))
+        if differ := [split for split in categories if categories[split] != first]:
+            rule = f"the categories of {', '.join(differ)} differ from those of {next(iter(categories))}."
+            raise UserError(headline, [rule])
+        names = [first[number] for number in sorted(first)]
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            rule = f"categories: {', '.join(sorted(repeated))} given more than once. Rename or merge them."
+            raise UserError(headline, [rule])
+        return SourceDataset(splits, names, problems)
 
 
 def _coco_files(src: Path, headline: str) -> dict[str, Path]:
@@ -100,9 +91,10 @@ def _coco_read(
     for number, one in enumerate(given["annotations"], 1):
         one = one if isinstance(one, dict) else {}
         place = f"{file} annotation {one.get('id', f'number {number}')}"
-        image, category = (one.get(key) for key in ("image_id", "category_id"))
+        image: Any = one.get("image_id")
+        category: Any = one.get("category_id")
         if one.get("iscrowd"):
-            problems.append(Problem(place, 0, CROWD, ""))
+            problems.append(Problem(place, 0, CROWD))
         elif not _is_among(image, objects):
             problems.append(Problem(place, 0, BAD_OBJECT, f"image_id {image}"))
         elif not _is_among(category, categories):
@@ -117,17 +109,15 @@ def _coco_read(
     folders = [src / name, src / "images" / name, src / "images", src]
     images: list[Image] = []
     for number, record in records.items():
-        relative = PurePosixPath(str(record.get("file_name", "")))
-        safe = relative.name and not relative.is_absolute() and ".." not in relative.parts
-        at = next((f / relative for f in folders if (f / relative).is_file()), None) if safe else None
+        relative = str(record.get("file_name", ""))
+        at = next((folder / relative for folder in folders if (folder / relative).is_file()), None)
         if at is None:
             problems.append(Problem(str(folders[0] / relative), 0, NO_IMAGE, f"listed in {file}"))
             continue
-        size_hw = (record.get("height"), record.get("width"))
-        known = all(isinstance(side, int) and side > 0 for side in size_hw)
-        images.append(
-            Image(at, str(relative), size_hw if known else None, objects[number], number in spoiled)
-        )
+        height, width = record.get("height"), record.get("width")
+        is_sized = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+        size_hw = (height, width) if is_sized else None
+        images.append(Image(at, relative, objects[number], size_hw, number in spoiled))
     return images, categories
 
 
@@ -145,11 +135,7 @@ def _coco_object(one: dict[str, Any], name: str, place: str) -> Object | None:
         x, y, width, height = (float(value) for value in one["bbox"])
     except (KeyError, TypeError, ValueError):
         return None
-    return (
-        Object(name, (x, y, x + width, y + height), None, place)
-        if np.isfinite([x, y, width, height]).all()
-        else None
-    )
+    return Object(name, (x, y, x + width, y + height), None, place)
 
 
 def _parts(segmentation: Any) -> list[Any]:
@@ -157,7 +143,7 @@ def _parts(segmentation: Any) -> list[Any]:
 
 
 def join_polygons(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One closed polygon (P, 2) of several, joined where they are nearest by a way there and back without width."""
+    """Join polygons into one (P, 2), by bridges without width where they are nearest."""
     joined = parts[0]
     for part in parts[1:]:
         gaps = ((joined[:, None] - part[None]) ** 2).sum(-1)

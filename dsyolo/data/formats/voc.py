@@ -1,4 +1,4 @@
-"""Pascal VOC into the YOLO format. Images are hard links where the file system allows it."""
+"""The Pascal VOC format."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.writer import (
+from dsyolo.data.formats.data_format import (
     BAD_OBJECT,
     NO_IMAGE,
-    Conversion,
+    DataFormat,
     Image,
     Object,
-    refuse_occupied,
-    write_dataset,
+    SourceDataset,
 )
 from dsyolo.data.formats.yolo import IMAGE_SUFFIXES
 from dsyolo.data.labels import Problem
@@ -34,67 +33,66 @@ class _Annotation(NamedTuple):
     is_spoiled: bool  # it has objects that cannot be read
 
 
-def convert_voc(src: str | Path, dst: str | Path) -> Conversion:
-    """Convert a VOC folder (JPEGImages, Annotations, ImageSets/Main), or a VOCdevkit of several.
+class Voc(DataFormat):
+    """A VOC folder (JPEGImages, Annotations, ImageSets/Main), or a VOCdevkit of several.
 
     Trains on `trainval` and validates on `test`; where no folder has a `test` list, on `train` and `val`. Classes
     are sorted by name. Objects marked difficult are left out, as VOC's own evaluation does.
-
-    Raises:
-        UserError: no VOC layout, missing lists, or a `dst` that holds other things.
     """
-    src, dst = Path(src), Path(dst)
-    refuse_occupied(dst)
-    roots = _voc_roots(src)
-    problems: list[Problem] = []
-    splits = {split: _voc_read(roots, lists, problems) for split, lists in _voc_lists(src, roots).items()}
-    both = {image.file for image in splits["train"]} & {image.file for image in splits["val"]}
-    problems += [Problem(str(file), 0, IN_TWO_SPLITS, "") for file in sorted(both)]
-    names = sorted({one.name for images in splits.values() for image in images for one in image.objects})
-    if not names:
-        raise UserError(
-            f"{src} cannot be converted from VOC", ["no object in any annotation", *map(str, problems[:5])]
-        )
-    return write_dataset(dst, splits, names, problems)
+
+    def read(self, src: Path) -> SourceDataset:
+        headline = f"{src} cannot be converted from VOC"
+        roots = _voc_roots(src, headline)
+        problems: list[Problem] = []
+        lists = _voc_lists(roots, headline)
+        splits = {split: _voc_read(files, len(roots) > 1, problems) for split, files in lists.items()}
+        both = {image.file for image in splits["train"]} & {image.file for image in splits["val"]}
+        problems += [Problem(str(file), 0, IN_TWO_SPLITS) for file in sorted(both)]
+        names = sorted({one.name for images in splits.values() for image in images for one in image.objects})
+        if not names:
+            raise UserError(headline, ["no object in any annotation", *map(str, problems[:5])])
+        return SourceDataset(splits, names, problems)
 
 
-def _voc_roots(src: Path) -> list[Path]:
-    headline = f"{src} cannot be converted from VOC"
-    if not src.is_dir():
-        raise UserError(headline, ["no such folder."])
+def _voc_roots(src: Path, headline: str) -> list[Path]:
     candidates = [src, *sorted(src.glob("*/")), *sorted(src.glob("*/*/"))]
     roots = [c for c in candidates if (c / "Annotations").is_dir() and (c / "JPEGImages").is_dir()]
     if not roots:
         missing = [d for d in ("Annotations", "JPEGImages") if not (src / d).is_dir()]
-        raise UserError(
-            headline, [f"no folder {' and no folder '.join(missing)} in it, nor one or two folders deeper."]
-        )
+        rule = f"no folder {' and no folder '.join(missing)} in it, nor one or two folders deeper."
+        raise UserError(headline, [rule])
     return roots
 
 
-def _voc_lists(src: Path, roots: Sequence[Path]) -> dict[str, dict[Path, Path]]:
-    """The list file of every root for train and for val."""
+def _voc_lists(roots: Sequence[Path], headline: str) -> dict[str, dict[Path, Path]]:
+    """Return the list file of every root for train and for val."""
     has = {root: {p.stem: p for p in (root / "ImageSets" / "Main").glob("*.txt")} for root in roots}
     # Without any test list, trainval would hold the val images as well.
-    train_on, validate_on = (
-        ("trainval", "test") if any("test" in lists for lists in has.values()) else ("train", "val")
+    is_tested = any("test" in lists for lists in has.values())
+    wanted = (
+        {"train": ("trainval", "train"), "val": ("test",)}
+        if is_tested
+        else {"train": ("train",), "val": ("val",)}
     )
-    train = {root: lists.get(train_on) or lists.get("train") for root, lists in has.items()}
-    val = {root: lists.get(validate_on) for root, lists in has.items()}
-    found = {"train": {r: p for r, p in train.items() if p}, "val": {r: p for r, p in val.items() if p}}
+    found: dict[str, dict[Path, Path]] = {
+        split: {
+            root: next(lists[name] for name in names if name in lists)
+            for root, lists in has.items()
+            if any(name in lists for name in names)
+        }
+        for split, names in wanted.items()
+    }
     if not found["train"] or not found["val"]:
         given = sorted({name for lists in has.values() for name in lists if "_" not in name}) or ["none"]
         rule = "Needed: trainval.txt (or train.txt) and test.txt, or train.txt and val.txt; one image name a line."
-        raise UserError(
-            f"{src} cannot be converted from VOC", [f"lists in ImageSets/Main: {', '.join(given)}. {rule}"]
-        )
+        raise UserError(headline, [f"lists in ImageSets/Main: {', '.join(given)}. {rule}"])
     return found
 
 
-def _voc_read(roots: Sequence[Path], lists: dict[Path, Path], problems: list[Problem]) -> list[Image]:
+def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Problem]) -> list[Image]:
     images: list[Image] = []
     for root, list_file in lists.items():
-        prefix = f"{root.name}_" if len(roots) > 1 else ""
+        prefix = f"{root.name}_" if has_prefixes else ""
         stems = _voc_names(root, list_file, problems)
         parsed = [(stem, _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)) for stem in stems]
         # VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
@@ -103,17 +101,16 @@ def _voc_read(roots: Sequence[Path], lists: dict[Path, Path], problems: list[Pro
         for stem, found in parsed:
             file = _voc_image(root / "JPEGImages", stem)
             if file is None:
-                problems.append(
-                    Problem(str(root / "JPEGImages" / f"{stem}.jpg"), 0, NO_IMAGE, f"listed in {list_file}")
-                )
+                missing = str(root / "JPEGImages" / f"{stem}.jpg")
+                problems.append(Problem(missing, 0, NO_IMAGE, f"listed in {list_file}"))
             elif found is not None:
                 objects = [_shifted(one, shift) for one in found.objects]
-                images.append(Image(file, prefix + file.name, found.size_hw, objects, found.is_spoiled))
+                images.append(Image(file, prefix + file.name, objects, found.size_hw, found.is_spoiled))
     return images
 
 
 def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
-    """The names in a list, each once. One that leads out of the folder is reported."""
+    """Return the names in a list, each once. One that leads out of the folder is reported."""
     try:
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -150,7 +147,7 @@ def _voc_image(folder: Path, stem: str) -> Path | None:
 
 
 def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
-    """The content of one XML file; a missing file is an error of the data set and reported."""
+    """Return the content of one XML file; a missing or bad file is reported."""
     try:
         root = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding
@@ -168,15 +165,15 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
         if (node.findtext("difficult") or "0").strip() == "1":
             problems.append(Problem(place, 0, DIFFICULT, name))
             continue
+        sides = [node.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            box = tuple(
-                float(node.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
-            )
+            x1, y1, x2, y2 = map(float, sides)
+            is_good = bool(name) and np.isfinite([x1, y1, x2, y2]).all()
         except ValueError:
-            box = (np.nan,) * 4
-        if not name or not np.isfinite(box).all():
-            problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {box}"))
+            is_good = False
+        if is_good:
+            objects.append(Object(name, (x1, y1, x2, y2), None, place))
+        else:
+            problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {' '.join(sides)}"))
             is_spoiled = True
-            continue
-        objects.append(Object(name, box, None, place))
     return _Annotation(size_hw if min(size_hw) > 0 else None, objects, is_spoiled)

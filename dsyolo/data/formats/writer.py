@@ -1,4 +1,4 @@
-"""Writes a YOLO data set: a folder that is there complete or not at all. What the converters have in common."""
+"""Writes a YOLO data set: the folder appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -8,46 +8,25 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 import yaml
 
 from dsyolo.base.errors import UserError
+from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, Image, Object, SourceDataset
 from dsyolo.data.images import check_image
 from dsyolo.data.labels import Problem, by_reason
 
-NO_IMAGE = "image not found (left out)"
 BAD_IMAGE = "image cannot be used (left out)"
-BAD_OBJECT = "object cannot be read (left out)"
 DEGENERATE = "box without width or height (left out)"
 OVER_EDGE = "box over the image's edge (clipped)"
 NO_OBJECT_LEFT = "none of its objects can be used (image left out)"
 SAME_LABEL = "another image has the same name but for its ending (left out)"
 
 
-class Object(NamedTuple):
-    """One object of an image, in its pixels from 0, not yet clipped."""
-
-    name: str
-    box_xyxy: tuple[float, float, float, float]
-    polygon: np.ndarray | None  # (P, 2), or None
-    place: str  # for reports
-
-
-class Image(NamedTuple):
-    """One image of the source and where it goes."""
-
-    file: Path
-    name: str  # path under images/<split>
-    size_hw: tuple[int, int] | None  # as the annotation has it; None: read the file
-    objects: list[Object]
-    is_spoiled: bool = False  # it has more objects, which cannot be read
-
-
 @dataclass
 class Conversion:
-    """What was converted, and what was wrong with the source."""
+    """The result of a conversion, and the problems of the source."""
 
     data_yaml: Path
     names: tuple[str, ...]
@@ -65,71 +44,81 @@ class Conversion:
         return "\n".join(lines)
 
 
-def write_dataset(
-    dst: Path, splits: dict[str, list[Image]], names: Sequence[str], problems: list[Problem]
-) -> Conversion:
-    """Build the whole data set beside `dst`, then rename it: `dst` is there complete, or not at all."""
-    result = Conversion(dst / "data.yaml", tuple(names), problems=problems)
-    number_of = {name: number for number, name in enumerate(names)}
+def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
+    """Build the data set beside `dst`, then rename it: `dst` appears complete, or not at all.
+
+    Raises:
+        UserError: train, val or another split has no usable image, or `dst` cannot be written.
+    """
+    problems = list(source.problems)
+    result = Conversion(dst / "data.yaml", tuple(source.names), problems=problems)
+    numbers = {name: number for number, name in enumerate(source.names)}
     with new_folder(dst) as building:
-        for split, images in splits.items():
-            written: set[Path] = set()
-            result.num_images[split] = result.num_objects[split] = 0
-            for image in images:
-                label = building / "labels" / split / PurePosixPath(image.name).with_suffix(".txt")
-                if label in written:
-                    problems.append(Problem(str(image.file), 0, SAME_LABEL, ""))
-                    continue
-                size_hw, reason, detail = check_image(image.file)
-                if size_hw is None:
-                    problems.append(
-                        Problem(str(image.file), 0, BAD_IMAGE, f"{reason.split(' (')[0]}: {detail}")
-                    )
-                    continue
-                rows = _rows(image.objects, number_of, image.size_hw or size_hw, problems)
-                if not rows and (image.objects or image.is_spoiled):
-                    # As a background it would teach that the objects in it are none, as `scan_file` says too.
-                    problems.append(Problem(str(image.file), 0, NO_OBJECT_LEFT, ""))
-                    continue
-                written.add(label)
-                label.parent.mkdir(parents=True, exist_ok=True)
-                label.write_text("".join(f"{row}\n" for row in rows))
-                _link(image.file, building / "images" / split / image.name)
-                result.num_images[split] += 1
-                result.num_objects[split] += len(rows)
-        empty = [split for split, count in result.num_images.items() if not count]
-        if empty:
+        for split in dict.fromkeys(("train", "val", *source.splits)):
+            counts: list[int] = []
+            for image in source.splits.get(split, []):
+                written = _write_image(image, building, split, numbers, problems)
+                if isinstance(written, Problem):
+                    problems.append(written)
+                else:
+                    counts.append(written)
+            result.num_images[split], result.num_objects[split] = len(counts), sum(counts)
+        if empty := [split for split, count in result.num_images.items() if not count]:
             lines = [f"{split}: no image can be used." for split in empty]
             raise UserError(f"{dst} was not written", [*lines, *by_reason(problems)])
-        write_data_yaml(building, names, list(splits))
+        write_data_yaml(building, source.names, list(result.num_images))
     return result
 
 
+def _write_image(
+    image: Image, folder: Path, split: str, numbers: dict[str, int], problems: list[Problem]
+) -> int | Problem:
+    """Write an image and its labels; return the number of objects, or why the image is left out."""
+    file = str(image.file)
+    name = PurePosixPath(image.name)
+    if name.is_absolute() or ".." in name.parts:
+        return Problem(file, 0, NO_IMAGE, f"its name, {name}, leads out of the folder")
+    label = folder / "labels" / split / name.with_suffix(".txt")
+    if label.exists():
+        return Problem(file, 0, SAME_LABEL)
+    size_hw, reason, detail = check_image(image.file)
+    if size_hw is None:
+        return Problem(file, 0, BAD_IMAGE, f"{reason.split(' (')[0]}: {detail}")
+    rows = _rows(image.objects, numbers, image.size_hw or size_hw, problems)
+    if not rows and (image.objects or image.is_spoiled):
+        # As a background it would teach that it has no objects (as in `read_image_record`).
+        return Problem(file, 0, NO_OBJECT_LEFT)
+    label.parent.mkdir(parents=True, exist_ok=True)
+    label.write_text("".join(f"{row}\n" for row in rows))
+    _link(image.file, folder / "images" / split / name)
+    return len(rows)
+
+
 def _rows(
-    objects: Sequence[Object], number_of: dict[str, int], size_hw: tuple[int, int], problems: list[Problem]
+    objects: Sequence[Object], numbers: dict[str, int], size_hw: tuple[int, int], problems: list[Problem]
 ) -> list[str]:
-    """Label rows, clipped to the image: shares with six digits, 0.001 px of 1,000."""
+    """Return label rows, clipped to the image: shares with six digits, 0.001 px of 1,000."""
     rows: dict[str, None] = {}
     wh = np.array([size_hw[1], size_hw[0]], np.float64)
     for one in objects:
-        corners = np.array(one.box_xyxy).reshape(2, 2) / wh
+        corners = np.array(one.box_xyxy, np.float64).reshape(2, 2) / wh
         inside = corners.clip(0, 1)
         size = inside[1] - inside[0]
-        if (size <= 0).any():
+        reason = None
+        if not np.isfinite(corners).all():
+            reason = BAD_OBJECT
+        elif (size <= 0).any():
+            reason = DEGENERATE
+        elif (np.abs(inside - corners) * wh).max() > 1:
+            reason = OVER_EDGE
+        if reason:
             given = " ".join(f"{value:g}" for value in one.box_xyxy)
-            problems.append(
-                Problem(one.place, 0, DEGENERATE, f"{given} in an image of {size_hw[1]} x {size_hw[0]}")
-            )
-            continue
-        if (np.abs(inside - corners) * wh).max() > 1:
-            given = " ".join(f"{value:g}" for value in one.box_xyxy)
-            problems.append(
-                Problem(one.place, 0, OVER_EDGE, f"{given} in an image of {size_hw[1]} x {size_hw[0]}")
-            )
-        numbers = (
-            (one.polygon / wh).clip(0, 1) if one.polygon is not None else np.stack([inside.mean(0), size])
-        )
-        rows[" ".join([str(number_of[one.name]), *(f"{value:.6f}" for value in numbers.ravel())])] = None
+            detail = f"{given} in an image of {size_hw[1]} x {size_hw[0]}"
+            problems.append(Problem(one.place, 0, reason, detail))
+        if reason in (None, OVER_EDGE):
+            box = np.stack([inside.mean(0), size])
+            values = box if one.polygon is None else (one.polygon / wh).clip(0, 1)
+            rows[" ".join([str(numbers[one.name]), *(f"{value:.6f}" for value in values.ravel())])] = None
     return list(rows)
 
 
@@ -142,7 +131,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def write_data_yaml(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
-    """Without `path:`, so that the folder may be moved: the splits are then relative to the file."""
+    """Write data.yaml without `path:`, so that the splits are relative to it and the folder can be moved."""
     content = {**{split: f"images/{split}" for split in splits}, "names": dict(enumerate(names))}
     (folder / "data.yaml").write_text(
         yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
@@ -150,30 +139,28 @@ def write_data_yaml(folder: Path, names: Sequence[str], splits: Sequence[str]) -
 
 
 def refuse_occupied(dst: Path) -> None:
-    """Raises UserError where `dst` is there and anything but an empty folder."""
+    """Raise UserError if `dst` exists and is anything but an empty folder."""
     if not dst.exists():
         return
     if not dst.is_dir():
         raise UserError(f"{dst} was not written", ["it is a file. Name a new folder."])
     if any(dst.iterdir()):
-        raise UserError(
-            f"{dst} was not written", ["it holds other things already. Name a new folder, or remove it."]
-        )
+        raise UserError(f"{dst} was not written", ["it is not empty. Name a new folder, or remove it."])
 
 
 @contextlib.contextmanager
 def new_folder(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` to build in, renamed to `dst` at the end, removed if anything fails on the way.
+    """Yield a folder beside `dst` to build in: renamed to `dst` at the end, or removed after a failure.
 
     Raises:
-        UserError: `dst` holds something already, or cannot be made.
+        UserError: `dst` is not empty, or cannot be created.
     """
     refuse_occupied(dst)
     building = dst.with_name(f"{dst.name}.tmp-{os.getpid()}")
     try:
         building.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{dst} was not written", [f"{building} cannot be made: {error}"]) from error
+        raise UserError(f"{dst} was not written", [f"{building} cannot be created: {error}"]) from error
     try:
         yield building
         try:

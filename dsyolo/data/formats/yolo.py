@@ -1,6 +1,6 @@
-"""The YOLO data format as its users have it: `data.yaml`, images, and one label file per image.
+"""The YOLO data format: `data.yaml`, images, and one label file per image.
 
-`labels.py` reads the label files themselves; `Labels`, `Problem` and `read_labels` can be had from here too.
+labels.py reads the label files; `Labels`, `Problem` and `read_labels` are exported here too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = [
     "read_labels",
 ]
 
-# What a folder is searched for. OpenCV decides what it can read: the scan reports the others instead of passing
-# over them in silence.
+# Folders are searched for these. OpenCV may not read all of them: building the index reports those, instead of
+# skipping them silently.
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".dng", ".gif", ".heic", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
     | {".pfm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -44,10 +44,10 @@ MOST_LIST_BYTES = 1 << 30  # ten million images
 
 
 def read_data_yaml(path: str | Path, required: Sequence[str] = ("train", "val")) -> DataSpec:
-    """Read and check a `data.yaml`. A `download:` key is never run.
+    """Read and check a `data.yaml`. A `download:` key is ignored.
 
     `path:` is relative to the file's folder, else to the working directory; the splits are relative to `path:`.
-    A split that is not required and whose folder is missing is None.
+    A split is None if it is not required and its folder is missing.
 
     Raises:
         UserError: no such file, no YAML, missing keys or folders, gaps in `names`, an `nc` that disagrees.
@@ -182,7 +182,7 @@ def _split(
         if len(entry) > MOST_PATH:
             missing.append(f"{split}: {shortened(entry)} is longer than any path.")
             continue
-        # Exported data sets often say `../train/images` and mean the folder beside the file.
+        # Exported data sets often have `../train/images` for the folder beside the file.
         candidates = [root / entry, *([root / entry[3:]] if entry.startswith("../") else []), Path(entry)]
         here = next((c for c in candidates if c.exists()), None)
         if here is None:
@@ -205,7 +205,7 @@ def _split(
 
 
 def _near(path: Path) -> str:
-    """What exists under nearly that name, beside the deepest part of `path` that exists."""
+    """Return a did-you-mean for the deepest part of `path` that does not exist."""
     while not path.parent.exists() and path.parent != path:
         path = path.parent
     try:
@@ -223,10 +223,10 @@ def _listed(paths: Iterable[Path]) -> str:
 
 
 def list_images(sources: Iterable[str | Path]) -> list[Path]:
-    """Every image of folders (searched recursively) and list files, and those named, in order, repeats included.
+    """List the images of folders (recursively), of list files, and those named, in order, repeats included.
 
     In a list file `./` means the list's folder; other relative paths are tried from the working directory, then
-    from the list's folder. Listed files need not exist: the scan reports them.
+    from the list's folder. Listed files need not exist: building the index reports them.
 
     Raises:
         UserError: a source that does not exist or cannot be read, or no image in any of them.
@@ -257,7 +257,7 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
 
 def _walk(folder: Path) -> list[Path]:
     images: list[Path] = []
-    seen: set[str] = set()  # real paths, so that a link to a folder above does not go round for ever
+    seen: set[str] = set()  # real paths, so that a link to a parent folder does not loop
     for top, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(top)
         if real in seen:
@@ -265,7 +265,7 @@ def _walk(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # macOS leaves `._name.jpg` beside `name.jpg`: no images.
+        # macOS leaves `._name.jpg` beside `name.jpg`, which is no image.
         images += [
             Path(top, name)
             for name in sorted(files)
@@ -288,8 +288,8 @@ def _listed_images(list_file: Path) -> list[Path]:
 
 
 def label_path(image: str | Path) -> Path:
-    """The label file of an image: the last folder `images` in its path replaced by `labels`, ending in .txt."""
-    # On strings, since Path would take most of the time that a cached scan takes.
+    """Return the label file of an image: the last folder `images` of its path replaced by `labels`, ending in .txt."""
+    # On strings: Path would take most of the time of loading a cached index.
     folder, name = os.path.split(os.fspath(image))
     before, images, after = f"{os.sep}{folder}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
     if images:

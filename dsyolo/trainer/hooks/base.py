@@ -11,7 +11,7 @@ from dsyolo.base.batch import StepStats
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
-from dsyolo.detection.evaluator import Found
+from dsyolo.detection.evaluator import ImageResult
 from dsyolo.detection.metrics import Metrics
 from dsyolo.engine.engine import Engine
 from dsyolo.trainer.data_parts import DataParts
@@ -33,7 +33,7 @@ class Validation(NamedTuple):
     """One validation, the same on all ranks."""
 
     metrics: Metrics
-    detections: list[Found]
+    detections: list[ImageResult]
     is_best: bool
 
 

@@ -6,7 +6,7 @@ import logging
 
 from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.cluster import collectives, preemption
-from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.ema import Ema
 from dsyolo.tracking.artifacts import RunArtifacts
 from dsyolo.trainer.hooks.base import ExitStatus, Hook, StopTraining
 
@@ -22,7 +22,7 @@ class CheckpointHook(Hook):
     """
 
     def __init__(
-        self, checkpointer: Checkpointer, ema: Ema | NoEma, artifacts: RunArtifacts | None, save_every: int
+        self, checkpointer: Checkpointer, ema: Ema, artifacts: RunArtifacts | None, save_every: int
     ) -> None:
         self._checkpointer, self._ema = checkpointer, ema
         self._artifacts, self._save_every = artifacts, save_every

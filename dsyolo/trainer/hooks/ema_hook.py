@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.ema import Ema
 from dsyolo.trainer.hooks.base import Hook, Part, StepResult
 
 
 class EmaHook(Hook):
     """Updates `ema` after each step that was applied."""
 
-    def __init__(self, ema: Ema | NoEma) -> None:
+    def __init__(self, ema: Ema) -> None:
         self._ema = ema
 
     def after_step(self, result: StepResult) -> None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from dsyolo.engine import device
-from dsyolo.engine.ema import Ema, NoEma
+from dsyolo.engine.ema import Ema
 from dsyolo.engine.memory_profile import MemoryMeasurement, MemoryProfiler
 from dsyolo.engine.memory_terms import MemoryEstimate
 from dsyolo.engine.partitions import Partitions
@@ -34,7 +34,7 @@ class MemoryProfileHook(Hook):
         self,
         load: RankLoad,
         partitions: Partitions,
-        ema: Ema | NoEma,
+        ema: Ema,
         measure: str,
         artifacts: RunArtifacts | None,
         times: TimeProfileHook | None,
@@ -48,12 +48,12 @@ class MemoryProfileHook(Hook):
         zero = trainer.engine.deepspeed_json["zero_optimization"]
         loads: list[RankLoad] = trainer.engine.all_gather(self._load)
         self._predicted = [predict(load, ds, zero) for load in loads]
-        shown = range(0, len(loads), ds.data_parallel_size)  # a rank of each stage
+        shown = range(0, len(loads), ds.dp_size)  # a rank of each stage
         self._titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
         if trainer.world.is_main_process:
-            largest = max(shown, key=lambda rank: self._predicted[rank].together.total)
+            largest = max(shown, key=lambda rank: self._predicted[rank].combined.total)
             rows = [
-                (f"{title}, predicted", self._predicted[rank].together)
+                (f"{title}, predicted", self._predicted[rank].combined)
                 for rank, title in self._titles.items()
             ]
             log.info("%s\n%s", table(rows), verdict(loads[largest], ds, zero, self._on_one_rank(loads)))
@@ -75,7 +75,7 @@ class MemoryProfileHook(Hook):
         spec = self.trainer.spec
         counted = spec.activations.counted
         plain, least = counted.peak_bytes(), counted.peak_bytes(counted.blocks)
-        groups = tuple(sizes for load in loads[:: spec.ds.data_parallel_size] for sizes in load.groups)
+        groups = tuple(sizes for load in loads[:: spec.ds.dp_size] for sizes in load.groups)
         return RankLoad(groups, plain, plain, least, 0, self.trainer.world.size, spec.config.ema)
 
     def _shortage(self) -> str:
@@ -96,8 +96,8 @@ class MemoryProfileHook(Hook):
             return
         rows = []
         for rank, title in self._titles.items():
-            rows.append((f"{title}, predicted", self._predicted[rank].together))
-            rows.append((f"{title}, measured", measured[rank].terms.together))
+            rows.append((f"{title}, predicted", self._predicted[rank].combined))
+            rows.append((f"{title}, measured", measured[rank].terms.combined))
         peaks = [one.peak for one in measured if one.peak is not None]
         most = (
             f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"

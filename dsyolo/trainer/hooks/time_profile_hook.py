@@ -20,9 +20,8 @@ from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import PHASES, StepTimer, clock_of_device
 from dsyolo.models.flops import BACKWARD, node_costs
 from dsyolo.models.registry import meta_network
-from dsyolo.planner.peak_flops import Peak, peak_of_cpu, peak_of_gpu
-from dsyolo.tracking.nvml import Gpu, load_nvml
-from dsyolo.tracking.resource_usage import ResourceUsage
+from dsyolo.planner.local_hardware import Peak, peak_of_cpu, peak_of_gpu
+from dsyolo.tracking.resource_usage import Gpu, ResourceUsage, load_nvml
 from dsyolo.tracking.throughput import StepDetails, measured_every, peak_figures, shares
 from dsyolo.trainer.hooks.base import Hook, Part
 

@@ -12,7 +12,7 @@ import pytest
 
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats import coco, voc, writer
-from dsyolo.data.formats.convert import convert_coco, convert_voc
+from dsyolo.data.formats.format_registry import convert
 from dsyolo.data.formats.yolo import read_data_yaml, read_labels
 from dsyolo.data.index_builder import build_index
 
@@ -62,7 +62,7 @@ def test_voc(tmp_path):
         {"trainval": "a\nb\n", "train": "a\n", "val": "b\n", "test": "c\n"},
         {"a": annotation(BOX, ("ant", 0, 1, 1, 100, 80)), "b": annotation(), "c": annotation(BOX)},
     )
-    result = convert_voc(src, tmp_path / "dst")
+    result = convert("voc", src, tmp_path / "dst")
     assert not result.problems
     assert result.names == ("ant", "cat")
     assert result.num_images == {"train": 2, "val": 1}
@@ -80,7 +80,7 @@ def test_voc(tmp_path):
 def test_a_voc_set_that_counts_from_0_is_taken_at_its_word(tmp_path):
     lists = {"train": "a\n", "val": "a\n"}
     src = voc_folder(tmp_path / "src", lists, {"a": annotation(("cat", 0, 0, 10, 50, 40), BOX)})
-    result = convert_voc(src, tmp_path / "dst")
+    result = convert("voc", src, tmp_path / "dst")
     _, boxes = boxes_px(tmp_path / "dst/labels/val/a.txt")
     np.testing.assert_allclose(boxes, [[0, 10, 50, 40], [11, 21, 60, 60]], atol=1e-3)
     assert [p.reason for p in result.problems] == [voc.IN_TWO_SPLITS]
@@ -89,7 +89,7 @@ def test_a_voc_set_that_counts_from_0_is_taken_at_its_word(tmp_path):
 def test_without_a_test_list_voc_trains_on_train_and_not_on_trainval(tmp_path):
     lists = {"trainval": "a\nb\n", "train": "a\n", "val": "b\n"}
     src = voc_folder(tmp_path / "src", lists, {"a": annotation(BOX), "b": annotation(BOX)})
-    result = convert_voc(src, tmp_path / "dst")
+    result = convert("voc", src, tmp_path / "dst")
     assert [p.name for p in (tmp_path / "dst/images/train").iterdir()] == ["a.jpg"]
     assert result.num_images == {"train": 1, "val": 1}
 
@@ -100,7 +100,7 @@ def test_a_vocdevkit_of_two_years(tmp_path):
         kit / "VOC2007", {"trainval": "1\n", "test": "2\n"}, {"1": annotation(BOX), "2": annotation(BOX)}
     )
     voc_folder(kit / "VOC2012", {"trainval": "1\n"}, {"1": annotation(("dog", 0, 2, 2, 30, 30))})
-    result = convert_voc(tmp_path / "src", tmp_path / "dst")
+    result = convert("voc", tmp_path / "src", tmp_path / "dst")
     assert sorted(p.name for p in (tmp_path / "dst/images/train").iterdir()) == [
         "VOC2007_1.jpg",
         "VOC2012_1.jpg",
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_a_voc_set_is_reported_and_the_rest_converted(tmp_pat
     (src / "Annotations" / "gone.xml").write_text(annotation(BOX))
     cut = src / "JPEGImages" / "cut.jpg"
     cut.write_bytes(cut.read_bytes()[:-20])
-    result = convert_voc(src, tmp_path / "dst")
+    result = convert("voc", src, tmp_path / "dst")
     found = {(Path(p.file).name, p.reason) for p in result.problems}
     assert found == {
         *((f"a.xml object {n}", writer.DEGENERATE) for n in (2, 3, 4)),
@@ -160,7 +160,7 @@ def test_names_in_voc_lists(tmp_path):
     lists = {"trainval": "\n".join(lines), "test": "a 0\nmy pic -1"}
     src = voc_folder(tmp_path / "src", lists, {stem: annotation(BOX) for stem in stems})
     (src / "JPEGImages/c[1].jpg").rename(src / "JPEGImages/c[1].jpeg")
-    result = convert_voc(src, tmp_path / "dst")
+    result = convert("voc", src, tmp_path / "dst")
     assert result.num_images == {"train": 4, "val": 2}
     assert {p.file for p in result.problems if p.reason == writer.NO_IMAGE} == {"/etc/passwd", "../a"}
 
@@ -169,11 +169,11 @@ def test_a_voc_list_and_an_annotation_in_another_encoding(tmp_path):
     lists = {"train": "a\nb\n", "val": "a\n"}
     src = voc_folder(tmp_path / "src", lists, {"a": annotation(BOX), "b": annotation(BOX)})
     (src / "Annotations/b.xml").write_text('<?xml version="1.0" encoding="foo-99"?>' + annotation(BOX))
-    result = convert_voc(src, tmp_path / "dst")
+    result = convert("voc", src, tmp_path / "dst")
     assert ("b.xml", voc.BAD_ANNOTATION) in {(Path(p.file).name, p.reason) for p in result.problems}
     (src / "ImageSets/Main/train.txt").write_bytes("é\n".encode("latin-1"))
     with pytest.raises(UserError, match="not text in UTF-8"):
-        convert_voc(src, tmp_path / "other")
+        convert("voc", src, tmp_path / "other")
 
 
 BAD_BOXES = [("cat", 0, 30, 30, 30, 50), ("cat", 0, "x", 5, 50, 50)]  # no size; unreadable
@@ -184,7 +184,7 @@ def test_a_voc_image_whose_objects_are_all_bad_is_no_background(tmp_path, object
     lists = {"train": "good\nbad\nhard\nempty\n", "val": "good\n"}
     texts = {"good": annotation(BOX), "bad": annotation(*objects), "empty": annotation()}
     texts["hard"] = annotation(("cat", 1, 5, 5, 50, 50))  # left out on purpose, so a background
-    result = convert_voc(voc_folder(tmp_path / "src", lists, texts), tmp_path / "dst")
+    result = convert("voc", voc_folder(tmp_path / "src", lists, texts), tmp_path / "dst")
     assert ("bad.jpg", writer.NO_OBJECT_LEFT) in {(Path(p.file).name, p.reason) for p in result.problems}
     for kind, suffix in (("images", ".jpg"), ("labels", ".txt")):
         names = {path.name for path in (tmp_path / "dst" / kind / "train").iterdir()}
@@ -194,23 +194,23 @@ def test_a_voc_image_whose_objects_are_all_bad_is_no_background(tmp_path, object
 def test_a_voc_size_of_0_is_read_from_the_image(tmp_path):
     lists = {"train": "a\n", "val": "b\n"}
     texts = {"a": annotation(BOX, size=(0, 0)), "b": annotation(BOX)}
-    convert_voc(voc_folder(tmp_path / "src", lists, texts), tmp_path / "dst")
+    convert("voc", voc_folder(tmp_path / "src", lists, texts), tmp_path / "dst")
     one, other = ((tmp_path / "dst/labels" / name).read_text() for name in ("train/a.txt", "val/b.txt"))
     assert one == other
 
 
 @pytest.mark.parametrize(
-    ("lists", "said"),
+    ("lists", "message"),
     [({}, "lists in ImageSets/Main: none"), ({"trainval": "a\n"}, "lists in ImageSets/Main: trainval")],
 )
-def test_a_voc_set_without_its_lists(tmp_path, lists, said):
+def test_a_voc_set_without_its_lists(tmp_path, lists, message):
     src = voc_folder(tmp_path / "src", lists, {"a": annotation(BOX)})
-    with pytest.raises(UserError, match=said):
-        convert_voc(src, tmp_path / "dst")
+    with pytest.raises(UserError, match=message):
+        convert("voc", src, tmp_path / "dst")
     with pytest.raises(UserError, match="no folder Annotations"):
-        convert_voc(src / "ImageSets", tmp_path / "dst")
+        convert("voc", src / "ImageSets", tmp_path / "dst")
     with pytest.raises(UserError, match="no such folder"):
-        convert_voc(tmp_path / "nowhere", tmp_path / "dst")
+        convert("voc", tmp_path / "nowhere", tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 
 
@@ -219,7 +219,7 @@ def test_the_blood_cells(tmp_path):
     src = Path(os.environ.get("DSYOLO_BCCD", default))
     if not src.is_dir():
         pytest.skip(f"no {src}: set DSYOLO_BCCD to the folder of BCCD in the VOC layout")
-    result = convert_voc(src, tmp_path / "dst")
+    result = convert("voc", src, tmp_path / "dst")
     assert result.names == ("Platelets", "RBC", "WBC")
     assert result.num_images == {"train": 292, "val": 72}
     assert result.num_objects == {"train": 3941, "val": 945}
@@ -255,7 +255,7 @@ def one(**fields) -> dict:
 
 def test_coco(tmp_path):
     src = coco_folder(tmp_path / "src", [one(), one(category_id=3, segmentation=[SQUARE])])
-    result = convert_coco(src, tmp_path / "dst")
+    result = convert("coco", src, tmp_path / "dst")
     assert result.names == ("cat", "dog")  # in the order of the ids 3, 7
     assert not result.problems
     assert result.num_objects == {"train": 2, "val": 2}
@@ -295,7 +295,7 @@ def test_what_is_wrong_with_a_coco_set_is_reported_and_the_rest_converted(tmp_pa
         {"id": 2, "file_name": "gone.jpg", "width": 9, "height": 9},
         {"id": 3, "file_name": "../train2017/1.jpg", "width": 9, "height": 9},
     ]
-    result = convert_coco(coco_folder(tmp_path / "src", annotations, images), tmp_path / "dst")
+    result = convert("coco", coco_folder(tmp_path / "src", annotations, images), tmp_path / "dst")
     found = {(Path(p.file).name.split(" ", 1)[-1], p.reason) for p in result.problems if "train" in p.file}
     assert found == {
         ("annotation 2", coco.CROWD),
@@ -316,15 +316,15 @@ def test_a_coco_image_whose_objects_are_all_bad_is_no_background(tmp_path, bad):
     for name in ("2.jpg", "3.jpg"):
         picture(src / "train2017" / name)
         picture(src / "images/val2017" / name)
-    result = convert_coco(src, tmp_path / "dst")
+    result = convert("coco", src, tmp_path / "dst")
     assert result.num_images == {"train": 2, "val": 2}
     left_out = {Path(p.file).name for p in result.problems if p.reason == writer.NO_OBJECT_LEFT}
     assert left_out == {"2.jpg"}
 
 
-def test_why_no_image_of_a_split_can_be_used_is_told(tmp_path):
+def test_why_no_image_of_a_split_can_be_used_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"train: no image can be used[\s\S]*box without width or height"):
-        convert_coco(coco_folder(tmp_path / "src", [one(bbox=[10, 10, 0, 20])]), tmp_path / "dst")
+        convert("coco", coco_folder(tmp_path / "src", [one(bbox=[10, 10, 0, 20])]), tmp_path / "dst")
 
 
 @pytest.mark.parametrize(
@@ -343,23 +343,23 @@ def test_coco_annotations_of_another_form(tmp_path, content):
     src = coco_folder(tmp_path / "src", [one()])
     (src / "annotations/instances_train2017.json").write_text(content)
     with pytest.raises(UserError, match="cannot be read as COCO annotations"):
-        convert_coco(src, tmp_path / "dst")
+        convert("coco", src, tmp_path / "dst")
 
 
 def test_a_coco_set_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        convert_coco(tmp_path / "nowhere", tmp_path / "dst")
+        convert("coco", tmp_path / "nowhere", tmp_path / "dst")
     src = coco_folder(tmp_path / "src", [one()])
     train = src / "annotations" / "instances_train2017.json"
     train.rename(src / "annotations" / "instance_train.json")
     with pytest.raises(UserError, match=r"train: no .*Did you mean instance_train.json\?"):
-        convert_coco(src, tmp_path / "dst")
+        convert("coco", src, tmp_path / "dst")
     train.write_text("{")
     with pytest.raises(UserError, match="cannot be read as COCO annotations"):
-        convert_coco(src, tmp_path / "dst")
+        convert("coco", src, tmp_path / "dst")
     train.write_text(json.dumps({"categories": [], "images": [], "annotations": []}))
     with pytest.raises(UserError, match="the categories of val differ"):
-        convert_coco(src, tmp_path / "dst")
+        convert("coco", src, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 
 
@@ -370,13 +370,13 @@ def test_other_content_is_refused_and_kept(tmp_path):
     src = coco_folder(tmp_path / "src", [one()])
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds other things already"):
-        convert_coco(src, tmp_path / "dst")
+    with pytest.raises(UserError, match="it is not empty"):
+        convert("coco", src, tmp_path / "dst")
     assert [p.name for p in (tmp_path / "dst").iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match="it is a file"):
-        convert_coco(src, tmp_path / "dst/mine.txt")
+        convert("coco", src, tmp_path / "dst/mine.txt")
     (tmp_path / "empty").mkdir()
-    assert convert_coco(src, tmp_path / "empty").data_yaml.is_file()
+    assert convert("coco", src, tmp_path / "empty").data_yaml.is_file()
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -384,7 +384,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(writer, "write_data_yaml", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        convert_coco(src, tmp_path / "dst")
+        convert("coco", src, tmp_path / "dst")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -394,7 +394,7 @@ def test_where_links_are_not_allowed_images_are_copied(tmp_path, monkeypatch):
 
     src = coco_folder(tmp_path / "src", [one()])
     monkeypatch.setattr(os, "link", refuse)
-    convert_coco(src, tmp_path / "dst")
+    convert("coco", src, tmp_path / "dst")
     copied = tmp_path / "dst/images/train/1.jpg"
     assert copied.read_bytes() == (src / "train2017/1.jpg").read_bytes()
     assert not os.path.samefile(copied, src / "train2017/1.jpg")

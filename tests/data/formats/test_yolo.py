@@ -1,4 +1,4 @@
-"""data.yaml, lists of images, and what is said about every kind of bad label row."""
+"""data.yaml, lists of images, and the report on every kind of bad label row."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_all_problems_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "empty"),
         ("- a\n- b\n", "a list"),
@@ -98,12 +98,12 @@ def test_all_problems_at_once(tmp_path):
         ("train: a\nval: picture.jpg\nnames: [x]", "only folders and .txt lists"),
     ],
 )
-def test_bad_data_yaml(tmp_path, text, said):
+def test_bad_data_yaml(tmp_path, text, message):
     folders(tmp_path, "a")
     write(tmp_path / "picture.jpg", "")
     with pytest.raises(UserError, match="cannot be used as a data set") as caught:
         read_data_yaml(write(tmp_path / "d.yaml", text))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_missing_data_yaml_names_a_likely_one(tmp_path):

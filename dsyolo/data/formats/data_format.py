@@ -1,0 +1,54 @@
+"""What a data format is, and what it reads: images, objects, problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dsyolo.data.labels import Problem
+
+NO_IMAGE = "image not found (left out)"
+BAD_OBJECT = "object cannot be read (left out)"
+
+
+class Object(NamedTuple):
+    """One object of an image, in its pixels from 0, not yet clipped."""
+
+    name: str  # class
+    box_xyxy: tuple[float, float, float, float]
+    polygon: np.ndarray | None = None  # (P, 2)
+    place: str = ""  # where it is described, for reports
+
+
+class Image(NamedTuple):
+    """One image of the source, and its name in the result."""
+
+    file: Path
+    name: str  # path under images/<split>
+    objects: list[Object]
+    size_hw: tuple[int, int] | None = None  # if the boxes are of another size than the file
+    is_spoiled: bool = False  # whether it has other objects, which cannot be read
+
+
+@dataclass
+class SourceDataset:
+    """A data set as it was read. Objects of classes outside `names` are refused."""
+
+    splits: dict[str, list[Image]]  # "train", "val", and "test" if there is one
+    names: list[str]  # of the classes: the i-th gets number i
+    problems: list[Problem] = field(default_factory=list)  # of what was left out
+
+
+class DataFormat:
+    """Reads data sets of one format. Derive from it, and name it in `dsyolo convert FILE.py:CLASS SRC DST`."""
+
+    def read(self, src: Path) -> SourceDataset:
+        """Read the data set in `src`, which exists.
+
+        Raises:
+            UserError: it is not of this format.
+        """
+        raise NotImplementedError

@@ -1,0 +1,43 @@
+"""What a process joins before anything is built, and leaves at the end: process group, watchdog, preemption, run lock."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from dsyolo.cluster.preemption import PreemptionHandler
+from dsyolo.cluster.run_lock import RunLock
+from dsyolo.cluster.watchdog import Watchdog
+from dsyolo.cluster.world import World
+from dsyolo.config.resolve import RunSpec
+from dsyolo.engine import process_group
+from dsyolo.tracking.log_setup import RunLog
+
+
+class Session:
+    """Wait for all ranks; from then on all know when one of them is asked to stop, or is lost.
+
+    As a context manager it leaves: in step with the other ranks after an orderly end, else without waiting for them.
+
+    Raises:
+        UserError: not all ranks came.
+    """
+
+    def __init__(self, spec: RunSpec, world: World, run_log: RunLog) -> None:
+        self.world, self.run_log, self.run_lock = world, run_log, RunLock(spec.folder)
+        with process_group.started(spec.config.rendezvous_timeout_s):
+            self.watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)
+            self.preemption = PreemptionHandler(world)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.preemption.close()
+            self.watchdog.close()
+            process_group.destroy_process_group(orderly=kind is None)
+        finally:
+            self.run_lock.leave()
