@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from dsyolo.base.stdio import outlive_readers
+from dsyolo.commands.scale_options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.config.cli_args import parse
 from dsyolo.config.messages import counted
 from dsyolo.config.spec import DataSpec
@@ -21,7 +22,6 @@ from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted
 from dsyolo.scaling.html_report import page
-from dsyolo.scaling.options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.scaling.report import Report, build, to_json
 from dsyolo.scaling.results import CaseResult, combine_rounds
 from dsyolo.scaling.runs import EndRequest, Outcome, ScalingPlan, arguments, epochs_and_images, write_data
@@ -138,16 +138,16 @@ def _run_all(
 def _combine(
     outcomes: dict[ScalingCase, list[Outcome]], warmup: int, num_images: int
 ) -> tuple[dict[ScalingCase, CaseResult], dict[ScalingCase, str]]:
+    """Return the results of the cases that ran at all, and why a round of a case failed."""
     measured: dict[ScalingCase, CaseResult] = {}
     failed: dict[ScalingCase, str] = {}
     for case, rounds in outcomes.items():
-        found = [one.found for one in rounds if one.found]
-        reasons = [one.why_not for one in rounds if one.why_not]
-        if found:
-            one = combine_rounds(found, [r.wall_s for r in rounds if r.found], warmup)
+        ran = [(one.found, one.wall_s) for one in rounds if one.found]
+        if ran:
+            one = combine_rounds([found for found, _ in ran], [wall_s for _, wall_s in ran], warmup)
             measured[case] = one._replace(about={**one.about, "data_images": num_images})
-        if reasons:
-            failed[case] = reasons[0]
+        if reason := next((one.why_not for one in rounds if one.why_not), None):
+            failed[case] = reason
     return measured, failed
 
 
@@ -167,15 +167,16 @@ def _settings(args: argparse.Namespace, request: ScaleRequest) -> dict[str, Any]
 def _notes(
     args: argparse.Namespace, request: ScaleRequest, measured: dict[ScalingCase, CaseResult]
 ) -> list[str]:
-    about = next(iter(measured.values())).about if measured else {}
     notes = []
-    if about:
+    if measured:
+        about = next(iter(measured.values())).about
         own = f"{counted(args.cores, 'core')} per rank, workers included" if args.cores else ""
         cores = own or "all cores for each run"
         limit = f"; {cores}" if request.accelerator == "cpu" and not request.hosts else ""
+        threads, workers = counted(about["threads"], "thread"), counted(about["workers"], "loader worker")
         notes.append(
-            f"{about['device']}, {counted(about['threads'], 'thread')} and {counted(about['workers'], 'loader worker')} "
-            f"per rank{limit}. Peak FLOP/s of a rank: {about['peak_source']}."
+            f"{about['device']}, {threads} and {workers} per rank{limit}. "
+            f"Peak FLOP/s of a rank: {about['peak_source']}."
         )
     notes.append(
         "The time of a step is the median over all rounds, from the end of one step to the end of the next, loading "
