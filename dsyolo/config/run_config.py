@@ -26,21 +26,21 @@ AUTO = "auto"  # --deepspeed_config: planned for the machine (planner/auto.py); 
 
 # Keys of the DeepSpeed JSON, and the names that other trainers and YOLOv5's hyper-parameters have for them.
 _JSON_NAMES = {
-    "bf16 or torch_autocast": "bf16",
-    "fp16 or torch_autocast": "fp16",
-    "gradient_accumulation_steps": "accumulate gradient_accumulation_steps",
-    "gradient_clipping": "clip gradient_clipping",
-    "optimizer.params.lr": "lr lr0",
-    "optimizer.params.momentum": "momentum",
-    "optimizer.params.nesterov": "nesterov",
-    "optimizer.params.weight_decay": "weight_decay",
-    "optimizer.type": "adam optimizer",
-    "pipeline.stages": "stages",
-    "train_batch_size": "batch batch_size train_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size train_micro_batch_size_per_gpu",
-    "zero_optimization.stage": "zero_stage",
+    "bf16 or torch_autocast": ("bf16",),
+    "fp16 or torch_autocast": ("fp16",),
+    "gradient_accumulation_steps": ("accumulate", "gradient_accumulation_steps"),
+    "gradient_clipping": ("clip", "gradient_clipping"),
+    "optimizer.params.lr": ("lr", "lr0"),
+    "optimizer.params.momentum": ("momentum",),
+    "optimizer.params.nesterov": ("nesterov",),
+    "optimizer.params.weight_decay": ("weight_decay",),
+    "optimizer.type": ("adam", "optimizer"),
+    "pipeline.stages": ("stages",),
+    "train_batch_size": ("batch", "batch_size", "train_batch_size"),
+    "train_micro_batch_size_per_gpu": ("micro_batch_size", "train_micro_batch_size_per_gpu"),
+    "zero_optimization.stage": ("zero_stage",),
 }
-JSON_KNOBS = {name: key for key, names in _JSON_NAMES.items() for name in names.split()}
+JSON_KNOBS = {name: key for key, names in _JSON_NAMES.items() for name in names}
 
 # Names that options had in the config.yaml of older runs.
 RENAMED = {
