@@ -142,9 +142,8 @@ def _exchanges(
             for rank, error in enumerate(errors):
                 if error:
                     headline, problems = error
-                    raise UserError(
-                        headline, [*problems, f"Rank {rank} reported this."] if rank else problems
-                    )
+                    place = [f"Rank {rank} reported this."] if rank else []
+                    raise UserError(headline, [*problems, *place])
             num_done, all_done = sum(counts), not any(are_busy)
             if num_done > num_before:
                 communicator.at(
