@@ -80,8 +80,7 @@ class DetectionDataset:
         image = self._image(index, long_side_px)
         if image is None:
             self._warn(index)
-            height, width = scaled_hw(self._size_hw(index), long_side_px)
-            grey = np.full((height, width, 3), PAD_GREY, np.uint8)
+            grey = np.full((*scaled_hw(self._size_hw(index), long_side_px), 3), PAD_GREY, np.uint8)
             return Sample(grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
         labels = self.index.labels(index)
         wh = np.array(image.shape[1::-1], np.float32)

@@ -103,9 +103,8 @@ def parallel_map(
     own = [partial(task, index) for index in range(communicator.rank, len(chunks), communicator.size)]
     packs: dict[int, P] = {}
     with tqdm(total=len(items), desc=what, unit=" files", delay=BAR_AFTER_S, disable=not bar) as shown:
-        for num_done, results in _exchanges(
-            communicator, own, what, len(items), lambda: len(read), num_threads=num_threads
-        ):
+        done = _exchanges(communicator, own, what, len(items), lambda: len(read), num_threads=num_threads)
+        for num_done, results in done:
             packs |= dict(results)
             shown.update(num_done - shown.n)
     return [packs[index] for index in range(len(chunks))]
@@ -142,14 +141,12 @@ def _exchanges(
             for rank, error in enumerate(errors):
                 if error:
                     headline, problems = error
-                    raise UserError(
-                        headline, [*problems, f"Rank {rank} reported this."] if rank else problems
-                    )
+                    place = [f"Rank {rank} reported this."] if rank else []
+                    raise UserError(headline, [*problems, *place])
             num_done, all_done = sum(counts), not any(are_busy)
             if num_done > num_before:
-                communicator.at(
-                    f"{what}: {counts[communicator.rank]:,} here, {num_done:,} of {num_all:,} together"
-                )
+                own = counts[communicator.rank]
+                communicator.at(f"{what}: {own:,} here, {num_done:,} of {num_all:,} on all ranks")
                 num_before = num_done
             yield num_done, [result for part in results for result in part]
     finally:

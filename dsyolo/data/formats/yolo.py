@@ -47,9 +47,7 @@ def read_data_yaml(path: str | Path, required: Sequence[str] = ("train", "val"))
     problems: list[str] = []
     names = _names(given, problems)
     root = _root(path, given, problems)
-    splits: dict[str, tuple[Path, ...] | None] = {}
-    for split in SPLITS:
-        splits[split] = _split(split, given, path, root, split in required, problems)
+    splits = {split: _split(split, given, root, split in required, problems) for split in SPLITS}
     if problems:
         raise UserError(headline, problems)
     return DataSpec(path=path, names=names, **splits)
@@ -128,20 +126,18 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
 def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:
     root = given.get("path") or "."
     if not isinstance(root, str) or len(root) > MOST_PATH:
-        problems.append(
-            f"path: {shortened(repr(root))} given. It is the folder that train and val are relative to."
-        )
+        rule = "It is the folder that train and val are relative to."
+        problems.append(f"path: {shortened(repr(root))} given. {rule}")
         return path.parent
     candidates = [path.parent / Path(root).expanduser(), Path(root).expanduser()]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
-    problems.append(f"path: {root} given, but there is no such folder: tried {_listed(candidates)}.")
-    return candidates[0]
+    found = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if found is None:
+        problems.append(f"path: {root} given, but there is no such folder: tried {_listed(candidates)}.")
+    return found or candidates[0]
 
 
 def _split(
-    split: str, given: dict[str, Any], path: Path, root: Path, required: bool, problems: list[str]
+    split: str, given: dict[str, Any], root: Path, required: bool, problems: list[str]
 ) -> tuple[Path, ...] | None:
     entries = given.get(split)
     if not entries:
