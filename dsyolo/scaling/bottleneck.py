@@ -69,13 +69,13 @@ def _loss_of_scaling(one: CaseResult, ranks: int, base: CaseResult, base_ranks: 
         for name, seconds in sorted(grown.items(), key=lambda item: -item[1])
         if seconds > 0.1 * over_s
     )
-    ideal = f"ideal scaling from {rank_count(base_ranks)}"
-    text = f"A step takes {1000 * over_s:.0f} ms more than {ideal}: {parts}."
+    text = (
+        f"A step takes {1000 * over_s:.0f} ms more than ideal scaling from {rank_count(base_ranks)}: {parts}."
+    )
     if sum(grown[name] for name in COMPUTING) > 0.3 * over_s and one.about["device"] == "CPU":
         text += (
-            " Ranks that share a machine compute more slowly: memory bandwidth, caches, clock, workers on "
+            " Ranks that share a machine also share memory bandwidth, caches, clock and cores for workers."
         )
-        text += "their cores."
     return text
 
 
