@@ -16,7 +16,9 @@ import psutil
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.commands.scale_options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.config.cli_args import parse
-from dsyolo.data.formats.yolo import DataSpec, list_images, read_data_yaml
+from dsyolo.config.messages import counted
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.scaling import runs
 from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted
@@ -34,14 +36,10 @@ def run(args: argparse.Namespace) -> int:
     """Run all and write the report; return 0 if every strategy ran at some size, else 1.
 
     After SIGINT, SIGTERM or SIGHUP return 128 plus its number, with a report of what was measured.
-
-    Raises:
-        UserError: for a mistake in the command line.
     """
     request = check(args)
-    rows = list(
-        wanted(request.strategies, SCALINGS[args.scaling], request.ranks, args.model, request.accelerator)
-    )
+    scalings = SCALINGS[args.scaling]
+    rows = list(wanted(request.strategies, scalings, request.ranks, args.model, request.accelerator))
     cases = list(dict.fromkeys(row.case for row in rows if row.case))
     data = _data(args)
     num_images = len(list_images(data.train or ()))
@@ -171,13 +169,10 @@ def _notes(
     notes = []
     if measured:
         about = next(iter(measured.values())).about
-        cores = (
-            f"{_plural(args.cores, 'core')} per rank, workers included"
-            if args.cores
-            else "all cores for each run"
-        )
+        own = f"{counted(args.cores, 'core')} per rank, workers included" if args.cores else ""
+        cores = own or "all cores for each run"
         limit = f"; {cores}" if request.accelerator == "cpu" and not request.hosts else ""
-        threads, workers = _plural(about["threads"], "thread"), _plural(about["workers"], "loader worker")
+        threads, workers = counted(about["threads"], "thread"), counted(about["workers"], "loader worker")
         notes.append(
             f"{about['device']}, {threads} and {workers} per rank{limit}. "
             f"Peak FLOP/s of a rank: {about['peak_source']}."
@@ -195,17 +190,10 @@ def _notes(
     return notes
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
     """Write the report beside the trainings, and into `out` if anything was measured or nothing was there."""
-    texts = {
-        "json": json.dumps(to_json(report), indent=1) + "\n",
-        "md": to_markdown(report),
-        "html": page(report),
-    }
+    as_json = json.dumps(to_json(report), indent=1) + "\n"
+    texts = {"json": as_json, "md": to_markdown(report), "html": page(report)}
     for folder in (beside, *([out] if is_news else [])):
         for kind, text in texts.items():
             (folder / f"scale.{kind}").write_text(text)

@@ -16,7 +16,7 @@ from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files, did_you_mean
 from dsyolo.config.option_checks import model_option, out_of_range
-from dsyolo.config.run_config import AUTO
+from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.findings import FAIL
 from dsyolo.doctor.hosts import Host, read_hostfile
 from dsyolo.models.registry import max_stride
@@ -88,8 +88,8 @@ def check(args: argparse.Namespace) -> ScaleRequest:
     problems: list[str] = []
     ranks = _ranks(args.ranks, problems)
     problems += out_of_range(args, {name: (least, most) for name, (_, least, most, _) in NUMBERS.items()})
-    if args.imgsz % (stride := max_stride(args.model)):
-        problems.append(f"--imgsz: {args.imgsz} given, but {args.model} needs multiples of {stride}.")
+    if fault := image_size_fault(args.imgsz, args.model, max_stride(args.model)):
+        problems.append(f"--imgsz: {fault}")
     hosts = _hosts(args, ranks, problems)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     if not hosts and ranks:

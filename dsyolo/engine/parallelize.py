@@ -20,9 +20,8 @@ from dsyolo.engine.partitions import Partitions
 from dsyolo.engine.pipeline import PipelineEngine, StagePartitions
 from dsyolo.models.activation_memory import ActivationPlan, count_activations
 from dsyolo.models.flops import node_costs
-from dsyolo.models.network import Network
+from dsyolo.models.network import Network, PipelineStage
 from dsyolo.models.partition import ACCELERATOR, CPU, balanced_cuts, stage_table
-from dsyolo.models.stage import PipelineStage
 
 
 class Parallelized(NamedTuple):

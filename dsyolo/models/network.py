@@ -6,6 +6,7 @@ which they were made. So any slice of the sequence is a pipeline stage, and no o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,13 +79,18 @@ class Network(nn.Module):
         for node in nodes:
             self.add_module(node.name, node.module)
 
+    @property
+    def has_parameters(self) -> tuple[bool, ...]:
+        """Whether each node, in order, has parameters."""
+        return tuple(any(True for _ in self.get_submodule(name).parameters()) for name in self.order)
+
     def blocks(self) -> frozenset[str]:
         """Return the names of the nodes worth checkpointing: those that keep activations besides their inputs.
 
         Nodes with parameters; the last node only if it has a BatchNorm, as plain convolutions keep only inputs.
         """
         *inner, last = self.order
-        found = {name for name in inner if any(True for _ in self.get_submodule(name).parameters())}
+        found = {name for name, has in zip(inner, self.has_parameters, strict=False) if has}
         if any(isinstance(part, BatchNorm) for part in self.get_submodule(last).modules()):
             found.add(last)
         return frozenset(found)
@@ -104,3 +110,43 @@ class Network(nn.Module):
         """Return the last node's output for `images`."""
         (out,) = self.run((images,), 0, len(self.order))
         return out
+
+
+class PipelineStage(nn.Module):
+    """Nodes `start` .. `stop` - 1 of `network`.
+
+    Boundary activations travel as one flat tensor: k tensors would cost k backward passes through the stage and
+    2 k messages.
+
+    Args:
+        network: the whole; its modules are shared, not copied.
+        incoming: shapes (B, C, H, W) of the boundary activations before node `start`; the first stage needs none.
+    """
+
+    def __init__(self, network: Network, start: int, stop: int, incoming: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self._whole = (network,)  # in a tuple, so that torch does not register it
+        self.start, self.stop, self.incoming = start, stop, tuple(incoming)
+        for name in network.order[start:stop]:
+            self.add_module(name, network.get_submodule(name))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Run the stage on images (B, 3, H, W) or flat boundary activations; return the same, or the network's output."""
+        (network,) = self._whole
+        boundary = unpack(x, self.incoming) if self.start else (x,)
+        boundary = network.run(boundary, self.start, self.stop)
+        return boundary[0] if self.stop == len(network.order) else pack(boundary)
+
+
+def pack(boundary: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors (B, C, H, W) as one flat tensor, each in channels-last order."""
+    flat = [tensor.permute(0, 2, 3, 1).reshape(-1) for tensor in boundary]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def unpack(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that `pack` took, as channels-last views."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return tuple(
+        part.view(b, h, w, c).permute(0, 3, 1, 2) for part, (b, c, h, w) in zip(parts, shapes, strict=True)
+    )

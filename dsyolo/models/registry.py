@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,14 +24,6 @@ from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 
 MOST_LEVELS = 5
 _CHECKED_CLASSES = 2
-
-
-class _Facts(NamedTuple):
-    """What is known of a user's network before it is built for a run: see the functions of the same names."""
-
-    level_strides: tuple[int, ...]
-    size_multiple_px: int
-    has_parameters: tuple[bool, ...]
 
 
 def is_known(name: str) -> bool:
@@ -70,34 +62,17 @@ def saved_name(name: str) -> str:
 
 def level_strides(name: str) -> tuple[int, ...]:
     """Return the pixels per cell of the network's levels, finest first."""
-    return yolov5.level_strides(name) if is_known(name) else _checked_facts(name).level_strides
+    return yolov5.level_strides(name) if is_known(name) else _checked_network(name).strides
 
 
 def max_stride(name: str) -> int:
     """Return the number of pixels that the sides of images must be multiples of."""
-    return yolov5.level_strides(name)[-1] if is_known(name) else _checked_facts(name).size_multiple_px
+    return yolov5.level_strides(name)[-1] if is_known(name) else _checked_network(name).size_multiple_px
 
 
 def has_parameters(name: str) -> tuple[bool, ...]:
-    """Return of every node, in order, whether it has parameters."""
-    return yolov5.has_parameters(name) if is_known(name) else _checked_facts(name).has_parameters
-
-
-def refuse_image_size(name: str, image_size_px: int) -> None:
-    """Check the size of images against a user's own network; RunConfig does so for the variants.
-
-    Raises:
-        UserError: no multiple of what the network takes.
-    """
-    if is_known(name):
-        return
-    multiple = max_stride(name)
-    if image_size_px % multiple or image_size_px < 2 * multiple:
-        nearest = max(image_size_px // multiple, 2) * multiple
-        rule = f"the images of {name} must be a multiple of {multiple}, and at least {2 * multiple}"
-        raise UserError(
-            "This run cannot start", [f"--imgsz: {image_size_px} given, but {rule}. Set it to {nearest}."]
-        )
+    """Return for every node, in order, whether it has parameters."""
+    return yolov5.has_parameters(name) if is_known(name) else _checked_network(name).has_parameters
 
 
 # ---- a user's own network
@@ -123,9 +98,8 @@ def _call(reference: str, num_classes: int) -> DetectionNetwork:
     except Exception as error:  # whatever the user's own function raises
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}, line {last.lineno}"
-        raise _error(
-            reference, f"it raised {type(error).__name__}: {error} ({where})", "Correct it"
-        ) from error
+        rule = f"it raised {type(error).__name__}: {error} ({where})"
+        raise _error(reference, rule, "Correct it") from error
     if not isinstance(network, DetectionNetwork):
         raise _error(reference, f"it returned a {type(network).__name__}", remedy)
     if network.num_classes != num_classes:
@@ -135,14 +109,12 @@ def _call(reference: str, num_classes: int) -> DetectionNetwork:
 
 
 @cache
-def _checked_facts(reference: str) -> _Facts:
-    """Build a user's network without memory, check it, and return what is known of it."""
+def _checked_network(reference: str) -> DetectionNetwork:
+    """Build a user's network without memory, and check it."""
     with torch.device("meta"):
         network = build_model(reference, _CHECKED_CLASSES)
         _check(reference, network)
-    nodes = [network.get_submodule(node) for node in network.order]
-    has_parameters = tuple(next(node.parameters(), None) is not None for node in nodes)
-    return _Facts(network.strides, network.size_multiple_px, has_parameters)
+    return network
 
 
 def _check(reference: str, network: DetectionNetwork) -> None:
@@ -182,15 +154,12 @@ def _check_shapes(reference: str, network: DetectionNetwork, num_anchors: int) -
             boundary = network.run(boundary, i, i + 1)
         except Exception as error:  # whatever the user's own block raises
             rule = f"node {name} raised {type(error).__name__}: {error}"
-            raise _error(
-                reference, rule, f"Images come as uint8 of {width} x {height} px in this check"
-            ) from error
+            remedy = f"Images come as uint8 of {width} x {height} px in this check"
+            raise _error(reference, rule, remedy) from error
         out = boundary[-1]
         if name != network.head and not (isinstance(out, torch.Tensor) and out.ndim == 4):
-            shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise _error(
-                reference, f"node {name} returned {shape}", "Return one tensor of shape (B, C, H, W)"
-            )
+            rule = f"node {name} returned {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}"
+            raise _error(reference, rule, "Return one tensor of shape (B, C, H, W)")
     outputs = 5 + network.num_classes
     wanted = [(batch, num_anchors, height // s, width // s, outputs) for s in network.strides]
     maps = boundary[-1] if isinstance(boundary[-1], (tuple, list)) else ()

@@ -27,9 +27,7 @@ class ModelProfile:
         self.network: DetectionNetwork = meta_network(model, num_classes)
         self.numels = [p.numel() for p in self.network.parameters()]
         self.num_parameters = sum(self.numels)
-        self.layers = tuple(
-            any(True for _ in self.network.get_submodule(name).parameters()) for name in self.network.order
-        )
+        self.layers = self.network.has_parameters
         self._pairs: dict[Precision, tuple[Activations, Activations]] = {}
         self._inferred: dict[Precision, tuple[int, int]] = {}  # bytes of each image, and beside them
 

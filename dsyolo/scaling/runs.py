@@ -19,7 +19,8 @@ import yaml
 
 import dsyolo
 from dsyolo.base.environment import all_variables
-from dsyolo.data.formats.yolo import DataSpec, list_images
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import list_images
 from dsyolo.doctor.hosts import Host
 from dsyolo.scaling.cases import ScalingCase
 
@@ -180,10 +181,9 @@ def include(hosts: Sequence[Host], ranks: int) -> str:
 def _wait(plan: ScalingPlan, case: ScalingCase, command: Sequence[str], output: Any) -> int | None:
     """Return the exit status; None after a timeout or a request to end. The run has ended in any case."""
     path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
-    stdio: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(
-        command, env={**all_variables(), "PATH": path}, start_new_session=True, **stdio
-    )
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+    options["env"] = {**all_variables(), "PATH": path}
+    process = subprocess.Popen(command, start_new_session=True, **options)
     if plan.cores_per_rank:
         # The processes that it starts inherit this; it has started none yet.
         os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])

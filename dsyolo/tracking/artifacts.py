@@ -104,23 +104,15 @@ class RunArtifacts:
         save(path, grid(cells, columns=GRID_COLUMNS, cell_px=CELL_PX))
         self._picture(path)
 
-    def memory(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Write memory.json: the bytes that each rank was estimated to need, and those it needed."""
-        _try_to_write(self.folder / "memory.json", json.dumps(list(ranks), indent=1) + "\n")
-
-    def skipped_steps(self, images: Mapping[int, Sequence[str]]) -> None:
-        """Write skipped_steps.json: the images of the skipped steps, by step."""
-        _try_to_write(self.folder / "skipped_steps.json", json.dumps(images, indent=1) + "\n")
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a file that the run can do without: a failure costs a warning."""
+        path = self.folder / name
+        try:
+            write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            warnings.warn(f"{path} could not be written: {error.strerror}. The run goes on.", stacklevel=2)
 
     def report(self) -> None:
         """Log the best validation and where things are."""
         there = [f"{self.folder / name}" for name in REPORTED if (self.folder / name).exists()]
         log.info("best validation:\n%s\n\n%s", self._table, "\n".join(there))
-
-
-def _try_to_write(path: Path, text: str) -> None:
-    """Write a file that the run can do without."""
-    try:
-        write_file(path, text.encode())
-    except OSError as error:
-        warnings.warn(f"{path} could not be written: {error.strerror}. The run goes on.", stacklevel=3)

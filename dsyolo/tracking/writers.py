@@ -160,7 +160,7 @@ class WandbWriter(Writer):
         import wandb  # here, as it takes a second or two
 
         self._image = wandb.Image
-        settings = wandb.Settings(console="off", quiet=True, init_timeout=60, login_timeout=30)
+        settings = {"console": "off", "quiet": True, "init_timeout": 60, "login_timeout": 30}
         self._run = wandb.init(
             project=project,
             name=name,

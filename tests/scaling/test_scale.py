@@ -401,7 +401,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
     [
         (["--ranks", "0,2"], "--ranks: '0,2' given"),
         (["--ranks", "two"], "--ranks: 'two' given"),
-        (["--ranks", "1", "--imgsz", "100"], "multiples of 32"),
+        (["--ranks", "1", "--imgsz", "100"], "multiple of 32"),
         (["--ranks", "1", "--strategies", "zero1,"], "--strategies: a name is empty"),
         (["--ranks", "1", "--strategies", ""], "--strategies: a name is empty"),
         (["--ranks", "1", "--strategies", "nothing"], "ds_configs/nothing.json does not exist, seen from /"),

@@ -19,9 +19,8 @@ class DivergenceHook(Hook):
         if state.skipped_in_a_row < self._max:
             return
         if self._artifacts:
-            self._artifacts.skipped_steps(
-                self.trainer.data.image_names(state.step - state.skipped_in_a_row, state.step)
-            )
+            names = self.trainer.data.image_names(state.step - state.skipped_in_a_row, state.step)
+            self._artifacts.write_json("skipped_steps.json", names)
         folder = self.trainer.spec.folder
         raise StopTraining(
             DIVERGED,

@@ -103,7 +103,8 @@ class MemoryProfileHook(Hook):
             f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
         )
         log.info("%s\n%s", table(rows), most)
-        self._artifacts.memory(
+        self._artifacts.write_json(
+            "memory.json",
             [
                 {
                     "rank": rank,
@@ -112,5 +113,5 @@ class MemoryProfileHook(Hook):
                     "peak": found.peak,
                 }
                 for rank, (wanted, found) in enumerate(zip(self._predicted, measured, strict=True))
-            ]
+            ],
         )
