@@ -20,12 +20,11 @@ from dsyolo.config.messages import counted
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
+from dsyolo.scaling import runs
 from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted
 from dsyolo.scaling.html_report import page
 from dsyolo.scaling.report import Report, build, to_json
 from dsyolo.scaling.results import CaseResult, combine_rounds
-from dsyolo.scaling.runs import EndRequest, Outcome, ScalingPlan, arguments, epochs_and_images, write_data
-from dsyolo.scaling.runs import run as run_case
 from dsyolo.scaling.tables import rate_table, title, to_markdown
 
 __all__ = ["add_options", "run"]
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     num_images = len(list_images(data.train or ()))
     args.out.mkdir(parents=True, exist_ok=True)
     folder = _new_folder(args.out / "runs")
-    with EndRequest() as end:
+    with runs.EndRequest() as end:
         outcomes = _run_all(args, request, cases, data, num_images, folder.resolve(), end)
         measured, failed = _combine(outcomes, args.warmup, num_images)
         report = build(rows, measured, failed, _settings(args, request), _notes(args, request, measured))
@@ -93,10 +92,10 @@ def _run_all(
     data: DataSpec,
     num_images: int,
     folder: Path,
-    end: EndRequest,
-) -> dict[ScalingCase, list[Outcome]]:
+    end: runs.EndRequest,
+) -> dict[ScalingCase, list[runs.Outcome]]:
     """Run all cases in turn, round by round, until a request to end. A case that has failed does not run again."""
-    plan = ScalingPlan(
+    plan = runs.ScalingPlan(
         folder=folder,
         options=_options(args, request.accelerator),
         warmup=args.warmup,
@@ -110,21 +109,21 @@ def _run_all(
         end=end,
     )
     strategies = {strategy.name: strategy for strategy in request.strategies}
-    outcomes: dict[ScalingCase, list[Outcome]] = {case: [] for case in cases}
+    outcomes: dict[ScalingCase, list[runs.Outcome]] = {case: [] for case in cases}
     files: dict[ScalingCase, tuple[int, Path, Path]] = {}
     for case in cases:
-        epochs, images = epochs_and_images(case, args.warmup + args.steps, num_images)
+        epochs, images = runs.epochs_and_images(case, args.warmup + args.steps, num_images)
         config = folder / f"{case.name}.json"
         config.write_text(json.dumps(deepspeed_json(strategies[case.strategy], case), indent=2) + "\n")
-        files[case] = epochs, write_data(data, folder / "data", images, VAL_IMAGES), config
+        files[case] = epochs, runs.write_data(data, folder / "data", images, VAL_IMAGES), config
         # So that a mistake in the options is found before any training.
-        parse(arguments(plan, case.name, *files[case]))
+        parse(runs.arguments(plan, case.name, *files[case]))
     turns = [(turn, case) for turn in range(args.rounds) for case in cases]
     for number, (turn, case) in enumerate(turns):
         if any(one.found is None for one in outcomes[case]):
             continue
         print(f"round {turn + 1} of {args.rounds}: {case.name} ...", end=" ", flush=True)
-        outcome = run_case(plan, case, turn, number, *files[case])
+        outcome = runs.run(plan, case, turn, number, *files[case])
         if outcome.found or not end.number:
             outcomes[case].append(outcome)
         if end.number:
@@ -136,7 +135,7 @@ def _run_all(
 
 
 def _combine(
-    outcomes: dict[ScalingCase, list[Outcome]], warmup: int, num_images: int
+    outcomes: dict[ScalingCase, list[runs.Outcome]], warmup: int, num_images: int
 ) -> tuple[dict[ScalingCase, CaseResult], dict[ScalingCase, str]]:
     """Return the results of the cases that ran at all, and why a round of a case failed."""
     measured: dict[ScalingCase, CaseResult] = {}

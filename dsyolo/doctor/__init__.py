@@ -1,1 +1,1 @@
-"""`dsyolo doctor`: looks, before a run, whether it can start on all of its hosts."""
+"""`dsyolo doctor`: check before a run whether it can start on all of its hosts."""

@@ -84,10 +84,10 @@ async def _ask(query: Query, forwarded: ForwardedEnvironment, timeout_s: float) 
         line = remote_command(sys.executable, forwarded, ["-u", *query.arguments])
         command = [*ssh_command(query.host, timeout_s), line]
     reply, begin, pipe = Reply(), time.time(), asyncio.subprocess.PIPE
-    streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "limit": MAX_LINE}
+    stdio: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "limit": MAX_LINE}
     try:
         # A new session has no terminal to ask for a password on.
-        process = await asyncio.create_subprocess_exec(*command, **streams, start_new_session=True)
+        process = await asyncio.create_subprocess_exec(*command, **stdio, start_new_session=True)
     except OSError as error:
         reply.fault, reply.remedy = f"{command[0]}: {error.strerror}", f"Install {command[0]}."
         return reply
@@ -97,7 +97,12 @@ async def _ask(query: Query, forwarded: ForwardedEnvironment, timeout_s: float) 
         await _read(reply, process, query.sections, begin, timeout_s)
         reply.status = await asyncio.wait_for(process.wait(), 5)
     except asyncio.TimeoutError:
-        reply.fault, reply.remedy = _timeout_fault(len(reply.sections), query.sections, timeout_s)
+        reply.fault = f"no answer within {timeout_s:g} s"
+        reply.remedy = "Check that it is up and that ssh passes the firewall, or raise --timeout."
+        if reply.sections:
+            late = query.sections[min(len(reply.sections), len(query.sections) - 1)]
+            reply.fault = f"no answer from the section {late!r}"
+            reply.remedy = "Check its disks and its name server: one of them may hang."
     except (ValueError, RecursionError, AttributeError, TypeError):
         reply.fault = "its answer is not valid"
         reply.remedy = "Check what Python and the login shell print there."
@@ -147,17 +152,6 @@ async def _read(
         if len(reply.sections) == len(expected):
             return
         end = time.monotonic() + SECTION_LIMITS_S.get(expected[len(reply.sections)], SECTION_S)
-
-
-def _timeout_fault(num_read: int, expected: Sequence[str], timeout_s: float) -> tuple[str, str]:
-    if not num_read:
-        remedy = "Check that it is up and that ssh passes the firewall, or raise --timeout."
-        return f"no answer within {timeout_s:g} s", remedy
-    late = expected[min(num_read, len(expected) - 1)]
-    return (
-        f"no answer from the section {late!r}",
-        "Check its disks and its name server: one of them may hang.",
-    )
 
 
 def _reason(status: int, stderr: str, query: Query, timeout_s: float) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsyolo.doctor.answers import DataAnswer, Split
-from dsyolo.doctor.ask import Reply
+from dsyolo.doctor.ask import ask, probe_query
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, Finding, split_problem
 
@@ -14,7 +14,7 @@ MAX_BUCKETS = 8  # that hosts are asked to list
 MAX_NAMED = 3  # files in a finding
 
 
-class Difference(NamedTuple):
+class _Difference(NamedTuple):
     """A split that differs on a host from the usual one, that of most hosts."""
 
     host: str
@@ -37,7 +37,7 @@ def data_set(context: DoctorContext) -> Iterator[Finding]:
     if not usable:
         return
     digest, usual_host = common({host: one.digest for host, one in usable.items()})
-    differ = {difference.host for difference in differences(context)}
+    differ = {difference.host for difference in _differences(context)}
     for host, one in usable.items():
         if one.digest != digest:
             text = f"{path} differs from that on {usual_host}"
@@ -55,7 +55,7 @@ def _covers(split: Split) -> str:
     return f"{split.num_images:,} images (names, sizes{sizes}, labels' content{labels})"
 
 
-def differences(context: DoctorContext) -> list[Difference]:
+def _differences(context: DoctorContext) -> list[_Difference]:
     """Return where images or labels differ from those of most hosts."""
     found = {host: section.splits for host, section in context.answers(DataAnswer).items() if section.splits}
     result = []
@@ -65,24 +65,30 @@ def differences(context: DoctorContext) -> list[Difference]:
         for host, own in sums.items():
             odd = tuple(i for i, (a, b) in enumerate(zip(own, most, strict=False)) if a != b)
             if odd or len(own) != len(most):
-                result.append(Difference(host, usual, split, odd))
+                result.append(_Difference(host, usual, split, odd))
     return result
 
 
-def wanted_buckets(differences: list[Difference]) -> dict[str, dict[str, list[int]]]:
-    """Return by host and split the buckets to list: those that differ, also on the usual host."""
-    wanted: dict[str, dict[str, list[int]]] = {}
+def differing_files(context: DoctorContext, requests: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+    """Ask the hosts whose data sets differ for their files, and yield those that do.
+
+    Args:
+        requests: the probe's, by host.
+    """
+    differences = _differences(context)
+    wanted: dict[str, dict[str, list[int]]] = {}  # buckets to list, by host and split
     for one in differences:
         for host in (one.host, one.usual):
             buckets = wanted.setdefault(host, {}).setdefault(one.split, [])
             buckets += [bucket for bucket in one.buckets[:MAX_BUCKETS] if bucket not in buckets]
-    return wanted
-
-
-def differing_files(differences: list[Difference], replies: Mapping[str, Reply]) -> Iterator[Finding]:
-    """Yield the files that differ, from the hosts' listings."""
+    queries = {
+        host: probe_query(host, {**requests[host], "sections": ["data"], "buckets": buckets})
+        for host, buckets in wanted.items()
+    }
+    replies = ask(queries, context.forwarded, context.options.timeout_s) if queries else {}
+    listed = {host: (reply.get(DataAnswer) or DataAnswer()).listed for host, reply in replies.items()}
     for one in differences:
-        own, usual = (_listed(replies[host], one.split) for host in (one.host, one.usual))
+        own, usual = (listed[host].get(one.split, {}) for host in (one.host, one.usual))
         faults = []
         for path in sorted(own.keys() | usual.keys()):
             if path not in own:
@@ -91,13 +97,8 @@ def differing_files(differences: list[Difference], replies: Mapping[str, Reply])
                 faults.append(f"{path} is not on {one.usual}")
             elif own[path] != usual[path]:
                 faults.append(f"{path}: {own[path]}, but {usual[path]} on {one.usual}")
-        listed = "; ".join(faults[:MAX_NAMED]) or "files differ"
+        text = "; ".join(faults[:MAX_NAMED]) or "files differ"
         more = max(len(faults), len(one.buckets)) - MAX_NAMED
-        listed += f"; and at least {more} more" if more > 0 else ""
+        text += f"; and at least {more} more" if more > 0 else ""
         remedy = f"Copy the data set from {one.usual} again: rsync -a --checksum --delete."
-        yield Finding("data", one.host, FAIL, f"{one.split}: {listed}", remedy)
-
-
-def _listed(reply: Reply, split: str) -> Mapping[str, str]:
-    section = reply.get(DataAnswer)
-    return section.listed.get(split, {}) if section else {}
+        yield Finding("data", one.host, FAIL, f"{one.split}: {text}", remedy)

@@ -18,7 +18,7 @@ from dsyolo.doctor import dataset_checks, interconnect, probe, resources, softwa
 from dsyolo.doctor.answers import Devices, Hello
 from dsyolo.doctor.ask import Query, Reply, ask, probe_query
 from dsyolo.doctor.context import DoctorContext, DoctorOptions
-from dsyolo.doctor.findings import FAIL, WARNING, Finding, in_order, merged
+from dsyolo.doctor.findings import FAIL, WARNING, Finding, merged
 from dsyolo.doctor.gradients import gradients
 from dsyolo.doctor.hosts import LOCAL, ForwardedEnvironment, Host, read_forwarded, read_hostfile
 from dsyolo.doctor.launcher import check_launcher
@@ -48,11 +48,10 @@ def examine(options: DoctorOptions) -> tuple[list[Finding], list[str]]:
     source, ds = _json(options, world_size, replies)
     context = DoctorContext(options, hosts, forwarded, replies, source, ds, num_parameters, master)
     findings += [*forwarded.findings, *launcher_findings, *_check_replies(context)]
-    if differences := dataset_checks.differences(context):
-        findings += _list_differences(context, requests, differences)
+    findings += dataset_checks.differing_files(context, requests)
     if world_size > 1:
         findings += _test_network(context, findings)
-    return merged(in_order(findings), context.names), context.names
+    return merged(findings, context.names), context.names
 
 
 def _this_machine(options: DoctorOptions) -> list[Host]:
@@ -131,21 +130,6 @@ def _single_remote_host(context: DoctorContext) -> Iterator[Finding]:
             text = f"{host} is the only host, and the launcher would start its ranks on this machine"
             remedy = f"Start the launcher on {host}, or give it --force_multi."
             yield Finding("hostfile", host, FAIL, text, remedy)
-
-
-def _list_differences(
-    context: DoctorContext,
-    requests: Mapping[str, Mapping[str, Any]],
-    differences: list[dataset_checks.Difference],
-) -> Iterator[Finding]:
-    """Ask the hosts whose data sets differ for the names of files."""
-    wanted = dataset_checks.wanted_buckets(differences)
-    queries = {
-        host: probe_query(host, {**requests[host], "sections": ["data"], "buckets": buckets})
-        for host, buckets in wanted.items()
-    }
-    replies = ask(queries, context.forwarded, context.options.timeout_s)
-    yield from dataset_checks.differing_files(differences, replies)
 
 
 def _test_network(context: DoctorContext, findings: Sequence[Finding]) -> Iterator[Finding]:

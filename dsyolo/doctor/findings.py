@@ -25,28 +25,20 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings in the order of the table."""
-    order = ORDER.split()
-    return sorted(findings, key=lambda finding: order.index(finding.check))
-
-
 def merged(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:
-    """Merge equal findings of several hosts into one; without a host's name if all hosts share it."""
+    """Sort findings by the table's order, and merge equal ones of several hosts; those of all hosts name none."""
+    order = ORDER.split()
     of: dict[Finding, list[str]] = {}
-    for finding in findings:
+    for finding in sorted(findings, key=lambda finding: order.index(finding.check)):
         of.setdefault(finding._replace(host=""), []).append(finding.host)
     lines: list[Finding] = []
     for finding, where in of.items():
         named = [host for host in where if host]
         everywhere = len(named) < len(where) or (len(hosts) > 1 and set(named) == set(hosts))
-        lines.append(finding._replace(host="" if everywhere or len(hosts) == 1 else _shortened(named)))
+        more = f" and {len(named) - 3} more" if len(named) > 4 else ""
+        listed = ", ".join(named[: 3 if more else 4]) + more
+        lines.append(finding._replace(host="" if everywhere or len(hosts) == 1 else listed))
     return lines
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
-    return ", ".join(names[: 3 if more else 4]) + more
 
 
 def split_problem(problem: str, otherwise: str) -> tuple[str, str]:

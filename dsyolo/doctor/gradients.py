@@ -36,12 +36,12 @@ def finding(stage: int, result: dict[str, Any] | None, reason: str = "") -> Find
     """Judge the self-test's result; None: it did not run, for this reason."""
     if result is None:
         remedy = f"See: python -m dsyolo.engine.self_test --stage {stage}"
-        text = f"the self-test of ZeRO {stage} did not run: {reason}"
-        return Finding("gradients", "", WARNING, text, remedy)
-    subject = f"ZeRO {stage} of DeepSpeed {result['deepspeed']}"
+        return Finding(
+            "gradients", "", WARNING, f"the self-test of ZeRO {stage} did not run: {reason}", remedy
+        )
+    subject = f"ZeRO {stage} in DeepSpeed {result['deepspeed']}"
     if result["ok"]:
-        text = f"{subject} computes those of autograd (error {result['error']:.0e})"
-        return Finding("gradients", "", OK, text)
-    text = f"{subject} computes wrong ones: {result['worst']} differs from autograd by {result['error']:.0%}"
+        return Finding("gradients", "", OK, f"{subject} equals autograd (error {result['error']:.0e})")
+    text = f"{subject} is wrong: {result['worst']} differs from autograd by {result['error']:.0%}"
     remedy = "Install the tested version, deepspeed==0.19.8, or use a ZeRO stage that passes."
     return Finding("gradients", "", FAIL, text, f"{remedy} Try: python -m dsyolo.engine.self_test --stage 1")

@@ -33,11 +33,6 @@ class Host(NamedTuple):
     slots: int  # ranks
 
 
-def rank_count(ranks: int) -> str:
-    """Return "1 rank", "2 ranks"."""
-    return f"{ranks} rank{'s' if ranks > 1 else ''}"
-
-
 def read_hostfile(path: Path) -> tuple[list[Host], list[Finding]]:
     """Return the usable hosts, and findings about the file."""
     failed = partial(Finding, "hostfile", "", FAIL)

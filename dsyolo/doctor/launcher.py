@@ -22,8 +22,10 @@ def check_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[
         pdsh = (
             pool.submit(_pdsh, [host.name for host in hosts], options.timeout_s) if len(hosts) > 1 else None
         )
-        address = _address_by_plain_ssh(first, options.timeout_s)
+        command = ["ssh", *ssh_options(options.timeout_s), "--", first, "hostname -I"]
+        addresses = _stdout(command, options.timeout_s).split()
         findings = [pdsh.result()] if pdsh else []
+    address = addresses[0] if addresses and is_address(addresses[0]) else None
     master = options.master_addr or address
     if address:
         finding = Finding("launcher", "", OK, f"{first} gives its address over plain ssh: {address}")
@@ -33,11 +35,6 @@ def check_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[
         remedy = f"Put the ssh options into ~/.ssh/config, or give the launcher {flags}."
         finding = Finding("launcher", "", WARNING if master else FAIL, text, remedy)
     return [*findings, finding], master
-
-
-def _address_by_plain_ssh(host: str, limit_s: float) -> str | None:
-    addresses = _stdout(["ssh", *ssh_options(limit_s), "--", host, "hostname -I"], limit_s).split()
-    return addresses[0] if addresses and is_address(addresses[0]) else None
 
 
 def _pdsh(names: Sequence[str], timeout_s: float) -> Finding:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
+from dsyolo.config.messages import counted
 from dsyolo.doctor.answers import Devices, Disk, Hello
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
-from dsyolo.doctor.hosts import rank_count
 
 NUM_CHECKPOINTS = 3  # at once: the last two, and the one being written
 LOW_DISK = 8 << 30  # bytes: checkpoints of the largest model with Adam
@@ -31,7 +31,7 @@ def slots(context: DoctorContext) -> Iterator[Finding]:
         finding = partial(Finding, "slots", host)
         has_gpus = one.accelerator == "cuda"
         enough = len(one.gpus) if has_gpus else one.cores
-        text = f"{rank_count(ranks[host])} on {enough} {'GPUs' if has_gpus else 'cores'}"
+        text = f"{counted(ranks[host], 'rank')} on {enough} {'GPUs' if has_gpus else 'cores'}"
         if one.accelerator != usual:
             remedy = "Check nvidia-smi there, CUDA_VISIBLE_DEVICES, DS_ACCELERATOR and torch's build."
             yield finding(FAIL, f"ranks use {one.accelerator}, but {usual} on {usual_host}", remedy)

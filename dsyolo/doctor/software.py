@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from dsyolo.config.messages import counted
 from dsyolo.doctor.answers import DeepSpeedJson, Devices, Locks, Package, Packages, Python, Sources
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding, split_problem
-from dsyolo.doctor.hosts import rank_count
 
 # A run imports these first, and so does the probe. Of the others it reads the version.
 IMPORTED = ("torch", "deepspeed")
@@ -141,7 +141,7 @@ def deepspeed_json(context: DoctorContext) -> Iterator[Finding]:
             yield finding(FAIL, f"{path} {fault}", f"Copy it from {usual_host}.")
         elif not one.problems:
             batch = f": {context.ds.global_batch} images a step" if context.ds else ""
-            yield finding(OK, f"{path} is valid for {rank_count(context.world_size)}{batch}")
+            yield finding(OK, f"{path} is valid for {counted(context.world_size, 'rank')}{batch}")
 
 
 def ops(context: DoctorContext) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsyolo.doctor.hosts import rank_count
+from dsyolo.config.messages import counted
 from dsyolo.scaling.cases import WEAK, Wanted
 from dsyolo.scaling.results import COMPUTING, CaseResult
 
@@ -62,20 +62,18 @@ def _loss_of_scaling(one: CaseResult, ranks: int, base: CaseResult, base_ranks: 
     ideal_s = base.step_s * share
     over_s = one.step_s - ideal_s
     if over_s < NO_LOSS * ideal_s:
-        return f"Nothing is lost against {rank_count(base_ranks)}."
+        return f"Nothing is lost against {counted(base_ranks, 'rank')}."
     grown = {name: one.split_s[name] - base.split_s[name] * share for name in one.split_s}
     parts = ", ".join(
         f"{1000 * seconds:.0f} ms in {PHASE_TEXT[name]}"
         for name, seconds in sorted(grown.items(), key=lambda item: -item[1])
         if seconds > 0.1 * over_s
     )
-    ideal = f"ideal scaling from {rank_count(base_ranks)}"
-    text = f"A step takes {1000 * over_s:.0f} ms more than {ideal}: {parts}."
+    text = f"A step takes {1000 * over_s:.0f} ms more than ideal scaling from {counted(base_ranks, 'rank')}: {parts}."
     if sum(grown[name] for name in COMPUTING) > 0.3 * over_s and one.about["device"] == "CPU":
         text += (
-            " Ranks that share a machine compute more slowly: memory bandwidth, caches, clock, workers on "
+            " Ranks that share a machine also share memory bandwidth, caches, clock and cores for workers."
         )
-        text += "their cores."
     return text
 
 

@@ -108,8 +108,7 @@ def _svg(draw: Callable[[Any, Group], None], group: Group) -> str:
         axes.set_axisbelow(True)
         draw(axes, group)
         file = io.StringIO()
-        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
-        FigureCanvasSVG(figure).print_svg(file, metadata=metadata)
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
     text = file.getvalue()
     return text[text.index("<svg") :]  # without the XML head
 

@@ -181,9 +181,9 @@ def include(hosts: Sequence[Host], ranks: int) -> str:
 def _wait(plan: ScalingPlan, case: ScalingCase, command: Sequence[str], output: Any) -> int | None:
     """Return the exit status; None after a timeout or a request to end. The run has ended in any case."""
     path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-    env = {**all_variables(), "PATH": path}
-    process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+    options["env"] = {**all_variables(), "PATH": path}
+    process = subprocess.Popen(command, start_new_session=True, **options)
     if plan.cores_per_rank:
         # The processes that it starts inherit this; it has started none yet.
         os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])

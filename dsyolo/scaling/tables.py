@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from dsyolo.doctor.hosts import rank_count
+from dsyolo.config.messages import counted
 from dsyolo.engine.step_timer import PHASES
 from dsyolo.scaling.cases import WEAK
 from dsyolo.scaling.fit import Fit
@@ -47,7 +47,9 @@ def sections(group: Group) -> Iterator[Section]:
     """Yield what the Markdown and the HTML page show of a group, in order."""
     yield Section(table=rate_table(group))
     if any(row.measured for row in group.rows):
-        items = [f"{rank_count(row.wanted.ranks)}: {row.bottleneck}" for row in group.rows if row.bottleneck]
+        items = [
+            f"{counted(row.wanted.ranks, 'rank')}: {row.bottleneck}" for row in group.rows if row.bottleneck
+        ]
         yield Section("Bottlenecks", items=items)
         heading = "A step in milliseconds; validation and checkpoint in seconds"
         yield Section(heading, table=_split_table(group))
