@@ -41,8 +41,11 @@ def own_info(rank: int) -> RankInfo:
 def log_last_error(text: str) -> None:
     """Log the reason why this process ends, waiting some seconds only for a disk or a pipe that does not answer."""
     thread = threading.Thread(target=log.error, args=("%s", text), daemon=True)
-    thread.start()
-    thread.join(LOGGING_S)
+    try:
+        thread.start()
+        thread.join(LOGGING_S)
+    except RuntimeError:  # no memory is left for a thread
+        log.error("%s", text)
 
 
 class Beat(NamedTuple):

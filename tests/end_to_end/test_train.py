@@ -71,7 +71,9 @@ def test_what_deepspeed_logs_is_in_the_files_of_the_ranks_alone(place, two_ranks
         theirs = re.findall(rf"^.* INFO rank {rank}: DeepSpeed: .*$", log, re.MULTILINE)
         assert theirs, log
     assert "DeepSpeed: " not in two_ranks.stdout + two_ranks.stderr
-    assert "[INFO]" not in two_ranks.stdout + two_ranks.stderr  # as DeepSpeed's own console has it
+    # As DeepSpeed's own console has it; its launcher, which is not ours, prints such lines too.
+    printed = [line for line in (two_ranks.stdout + two_ranks.stderr).splitlines() if "[INFO]" in line]
+    assert [line for line in printed if not re.search(r"\[(runner|launch)\.py:", line)] == []
 
 
 def test_a_run_tells_what_memory_it_was_expected_to_need_and_needed(place, two_ranks):
