@@ -16,7 +16,7 @@ import numpy as np
 
 from dsyolo.base.batch import Sample
 from dsyolo.data.images import check_image, read_rgb
-from dsyolo.data.transforms import Augmentation, Load, augment
+from dsyolo.data.transforms import Augmentation, LoadImage, augment
 
 HOW = Augmentation(hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, translate=0.1, scale=0.5, fliplr=0.5, mosaic=1.0)
 NUM_BOXES = 12
@@ -46,7 +46,7 @@ class Images:
         return Sample(image, boxes, np.zeros(NUM_BOXES, np.int64))
 
 
-def samples_per_s(load: Load, num_images: int, size_px: int, budget_s: float) -> float:
+def samples_per_s(load: LoadImage, num_images: int, size_px: int, budget_s: float) -> float:
     """The rate per second of processor time, over `budget_s` of it, so that a shared core matters little."""
     started = time.process_time()
     count = 0

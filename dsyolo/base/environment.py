@@ -26,9 +26,7 @@ class Environment(NamedTuple):
     master_port: int | None
     accelerator: str | None  # DS_ACCELERATOR; None: DeepSpeed chooses
     cache: Path  # for files that can be made again: $XDG_CACHE_HOME, else ~/.cache
-    under_torchrun: bool = (
-        False  # its agents keep the store of the rendezvous, and end all ranks if one fails
-    )
+    under_torchrun: bool = False  # whose agents keep the rendezvous' store, and end all ranks if one fails
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -61,11 +59,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 
 def export_to_torch(place: Environment, *, instead: bool = False) -> None:
-    """Set the variables that torch and DeepSpeed read, unless a launcher has set them. Child processes inherit them.
-
-    Args:
-        instead: overwrite a launcher's values.
-    """
+    """Set the variables that torch and DeepSpeed read, for child processes too. `instead` overwrites a launcher's."""
     variables = {
         "RANK": place.rank,
         "WORLD_SIZE": place.size,
@@ -97,12 +91,8 @@ def _from_launcher(given: Mapping[str, str], problems: list[str]) -> tuple[int, 
     size = _number(given, "WORLD_SIZE", 1, problems)
     # torchrun's name, and deepspeed's
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in given else "LOCAL_SIZE"
-    return (
-        _number(given, "RANK", 0, problems),
-        size,
-        _number(given, "LOCAL_RANK", 0, problems),
-        _number(given, local_size, size, problems),
-    )
+    rank, local_rank = (_number(given, name, 0, problems) for name in ("RANK", "LOCAL_RANK"))
+    return rank, size, local_rank, _number(given, local_size, size, problems)
 
 
 def _from_srun(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
@@ -111,16 +101,14 @@ def _from_srun(given: Mapping[str, str], problems: list[str]) -> tuple[int, int,
     if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", per_node):
         problems.append(f"SLURM_STEP_TASKS_PER_NODE: {per_node!r} given, but it must be like 8(x2),4.")
         per_node = "1"
-    counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
-        counts += [int(count)] * int(times or 1)
-    node = _number(given, "SLURM_NODEID", 0, problems)
-    return (
-        _number(given, "SLURM_PROCID", 0, problems),
-        size,
-        _number(given, "SLURM_LOCALID", 0, problems),
-        counts[min(node, len(counts) - 1)],
-    )
+    counts = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
+        for _ in range(int(times or 1))
+    ]
+    names = ("SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID")
+    node, rank, local_rank = (_number(given, name, 0, problems) for name in names)
+    return rank, size, local_rank, counts[min(node, len(counts) - 1)]
 
 
 def _number(given: Mapping[str, str], name: str, default: int, problems: list[str]) -> int:

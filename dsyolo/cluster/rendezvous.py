@@ -39,9 +39,9 @@ class Rendezvous:
         self._rank, self._size, self._place, self._wait_s = rank, size, f"{address}:{port}", wait_s
         self._all_here, self._closed = threading.Event(), threading.Event()
         options = {"world_size": size, "wait_for_workers": False, "multi_tenant": True}
-        store = _listen(address, port, options) if rank == 0 else None
+        self._server = _listen(address, port, options) if rank == 0 else None  # lives as long as this
         connect = partial(self._connect, address, port, options)
-        self._thread = threading.Thread(target=lambda: self._attend(store or connect()), daemon=True)
+        self._thread = threading.Thread(target=lambda: self._attend(self._server or connect()), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:

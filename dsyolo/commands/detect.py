@@ -36,8 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write a picture per image and print its objects, or those of all images where there are many; return 0.
 
-    Raises:
-        UserError: the weights, the images or the folder cannot be used.
+    Raises UserError where the weights, the images or the folder cannot be used.
     """
     from dsyolo.tracking.plots import draw, save  # late, so that `--help` does not wait for torch
 
@@ -69,40 +68,33 @@ def run(args: argparse.Namespace) -> int:
 
 def _detect(network: LoadedNetwork, image_rgb: np.ndarray) -> Detections:
     """Return the objects of an image (H, W, 3) uint8, in its own pixels."""
-    from dsyolo.data.loader import to_batch
+    from dsyolo.data.loader import stack_images
     from dsyolo.detection.boxes import letterbox, unletterbox
 
     height, width = image_rgb.shape[:2]
-    scale = network.image_size_px / max(height, width)
-    height_px, width_px = (
-        -(-round(side * scale) // network.stride) * network.stride for side in (height, width)
-    )
+    scale, stride = network.image_size_px / max(height, width), network.stride
+    height_px, width_px = (-(-round(side * scale) // stride) * stride for side in (height, width))
     padded, scale, pad_xy = letterbox(image_rgb, (height_px, width_px))
-    found = network.postprocess(network.predict(to_batch(padded))[0])
+    found = network.postprocess(network.predict(stack_images([padded]))[0])
     return found._replace(boxes_xyxy=unletterbox(found.boxes_xyxy, scale, pad_xy, (height, width)))
 
 
 def _pictures(images: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """Return the path of each image's picture.
-
-    Raises:
-        UserError: it is the path of an image itself, or of two pictures.
-    """
+    """Return the path of each image's picture. Raise UserError where it is an image's own, or that of two pictures."""
     problems: list[str] = []
     pictures: dict[Path, Path] = {}
-    images_by_picture: dict[Path, Path] = {}
+    image_of: dict[Path, Path] = {}
     inputs = {_file_id(path) for path in images if path.exists()}
     for path in images:
         picture = out / (path.name if path.suffix.lower() in (".jpg", ".png") else f"{path.name}.png")
         if picture.exists() and _file_id(picture) in inputs:
             problems.append(f"{picture}: it is one of the images given. Name another folder by --out.")
-        elif other := images_by_picture.get(picture):
+        elif other := image_of.get(picture):
             remedy = "Give them one after the other, each with its own --out"
             problems.append(f"{picture}: both {other} and {path} would go there. {remedy}.")
-        pictures[path], images_by_picture[picture] = picture, path
+        pictures[path], image_of[picture] = picture, path
     if problems:
-        num_left = len(problems) - MOST_PROBLEMS
-        more = [f"and {num_left} more."] if num_left > 0 else []
+        more = [f"and {len(problems) - MOST_PROBLEMS} more."] if len(problems) > MOST_PROBLEMS else []
         raise UserError("No picture was written", [*problems[:MOST_PROBLEMS], *more])
     return pictures
 

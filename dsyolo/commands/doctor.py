@@ -1,4 +1,4 @@
-"""The command `dsyolo doctor`: its options, its table and its JSON."""
+"""`dsyolo doctor`: check whether a run can start on its hosts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.option_checks import model_option, out_of_range
-from dsyolo.config.run_config import AUTO
+from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
+from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import examine
 from dsyolo.doctor.findings import can_start, table, to_json
@@ -22,12 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", type=Path, metavar="FILE", help="check its hosts (default: this machine)")
     add("--deepspeed_config", type=Path, metavar="FILE", help="DeepSpeed JSON, checked for the hosts' ranks")
     add("--data", type=Path, metavar="FILE", help="data set's YAML file, compared on all hosts")
-    add(
-        "--model",
-        type=model_option,
-        metavar="NAME",
-        help="variant or FILE.py:FUNCTION, for the size of its checkpoints",
-    )
+    text = "variant or FILE.py:FUNCTION, for the size of its checkpoints"
+    add("--model", type=model_option, metavar="NAME", help=text)
     add("--imgsz", type=int, default=640, metavar="N", help="image size in pixels (default: 640)")
     add("--project", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
     add("--workers", type=int, metavar="N", help="loader workers per rank (default: as in a run)")
@@ -40,11 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; return 0 if the run can start, else 1. Files that are missing are findings.
-
-    Raises:
-        UserError: for a mistake in the command line.
-    """
+    """Print the table; return 0 if the run can start, else 1. Files that are missing are findings."""
     _check(args)
     if args.deepspeed_config == Path(AUTO):
         args.deepspeed_config = None
@@ -60,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     problems = out_of_range(args, {"master_port": (1, 65535), "timeout": (1, 600), "workers": (0, 1024)})
-    stride = max_stride(args.model or "yolov5n")
-    if args.imgsz < stride or args.imgsz % stride:
-        problems.append(f"--imgsz: {args.imgsz} given, but it must be a multiple of {stride}.")
+    model = args.model or "yolov5n"
+    if fault := image_size_fault(args.imgsz, model, max_stride(model)):
+        problems.append(f"--imgsz: {fault}")
     if args.num_gpus is not None and (args.num_gpus < 1 or args.hostfile):
         rule = "at least 1, and only without --hostfile, whose slots say how many"
         problems.append(f"--num_gpus: {args.num_gpus} given, but it must be {rule}.")
-    if args.json and (fault := cannot_hold_files(args.json.parent)):
+    if args.json and (fault := cannot_hold_file(args.json)):
         problems.append(f"--json: {fault}")
     if problems:
         raise UserError("The command line cannot be used", problems)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsyolo.base.atomic_file import write_file
 from dsyolo.base.errors import UserError
-from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.option_checks import model_option, out_of_range
+from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
+from dsyolo.config.run_config import image_size_fault
 from dsyolo.config.spec import PRECISIONS
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.planner.strategy import OPTIMIZERS
@@ -48,11 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the ranking; return 0 if a strategy fits, else 1.
-
-    Raises:
-        UserError: for a mistake in the command line.
-    """
+    """Print the ranking; return 0 if a strategy fits, else 1. Raise UserError for a mistake in the command line."""
     from dsyolo.planner.model_profile import ModelProfile  # late, so that `--help` does not wait for torch
     from dsyolo.planner.predict import Planner
     from dsyolo.planner.ranking_report import CAVEATS, recommendation, table, to_json, val_option
@@ -88,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hardware(args: argparse.Namespace) -> Hardware:
+    from dsyolo.models.registry import max_stride
+
     problems: list[str] = []
 
     def read(option: str, text: str, reader: Callable[[str], Any], default: Any) -> Any:
@@ -100,35 +99,22 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     gpus, memory = read("gpus", args.gpus, read_gpus, (1, GIB))
     rate = read("bandwidth", args.bandwidth or BANDWIDTH, read_rate, 1.0)
     if args.bandwidth and args.nodes == 1:
-        problems.append(
-            f"--bandwidth: {args.bandwidth} given, but it is between nodes, and there is 1. Give --nodes too."
-        )
+        rule = "it is between nodes, and there is 1. Give --nodes too"
+        problems.append(f"--bandwidth: {args.bandwidth} given, but {rule}.")
     host = read("host-memory", args.host_memory, read_bytes, None) if args.host_memory else None
     device = DEVICES[args.gpu] if args.gpu else typical_device(memory)
     problems += out_of_range(args, BOUNDS)
-    problems += [*_image_size_problems(args), *_batch_problems(args, gpus * args.nodes)]
+    if fault := image_size_fault(args.imgsz, args.model, max_stride(args.model)):
+        problems.append(f"--imgsz: {fault}")
+    problems += _batch_problems(args, gpus * args.nodes)
     if args.precision and PRECISIONS[args.precision].compute == "bf16" and not device.has_bf16:
-        problems.append(
-            f"--precision: {args.precision} given, but a {device.name} has no bf16. Take autocast_fp16."
-        )
-    if args.write and args.write.exists() and not args.write.is_file():
-        problems.append(f"--write: {args.write} given, but it is a folder or device. Name a file.")
-    elif args.write and (problem := cannot_hold_files(args.write.parent)):
+        rule = f"a {device.name} has no bf16. Take autocast_fp16"
+        problems.append(f"--precision: {args.precision} given, but {rule}.")
+    if args.write and (problem := cannot_hold_file(args.write)):
         problems.append(f"--write: {problem}")
     if problems:
         raise UserError("The command line cannot be used", problems)
     return Hardware(device, args.nodes, gpus, memory, host, rate)
-
-
-def _image_size_problems(args: argparse.Namespace) -> list[str]:
-    from dsyolo.models.registry import max_stride
-
-    stride, given = max_stride(args.model), f"--imgsz: {args.imgsz} given, but {args.model} needs"
-    if args.imgsz < 2 * stride:
-        return [f"{given} {2 * stride} at least. Take that."]
-    if args.imgsz % stride:
-        return [f"{given} multiples of {stride}. Take {round(args.imgsz / stride) * stride}."]
-    return []
 
 
 def _batch_problems(args: argparse.Namespace, ranks: int) -> list[str]:
@@ -145,14 +131,9 @@ def _write(path: Path, content: str, force: bool) -> None:
     if path.exists() and not force and path.read_bytes() != content.encode():
         rule = "it has other content. Name another file, or overwrite it by --force"
         raise UserError("The plan was not written", [f"--write: {path} given, but {rule}."])
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(content)
-        part.replace(path)
+        write_file(path, content.encode())
     except OSError as error:
-        part.unlink(missing_ok=True)
-        rule = f"{error.strerror}. The file that was there is kept"
-        raise UserError(
-            "The plan was not written", [f"--write: {path}: {rule}. Name another file."]
-        ) from None
+        rule = f"{error.strerror}. The file that was there is kept: name another"
+        raise UserError("The plan was not written", [f"--write: {path}: {rule}."]) from None

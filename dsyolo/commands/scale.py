@@ -14,22 +14,17 @@ from typing import Any
 import psutil
 
 from dsyolo.base.stdio import outlive_readers
+from dsyolo.commands.scale_options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.config.cli_args import parse
-from dsyolo.data.formats.yolo import DataSpec, list_images, read_data_yaml
+from dsyolo.config.messages import counted
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.scaling.cases import ScalingCase, deepspeed_json, wanted
 from dsyolo.scaling.html_report import page
-from dsyolo.scaling.options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.scaling.report import Report, build, to_json
 from dsyolo.scaling.results import CaseResult, combine_rounds
-from dsyolo.scaling.runs import (
-    EndRequest,
-    Outcome,
-    ScalingPlan,
-    arguments,
-    epochs_and_images,
-    write_data,
-)
+from dsyolo.scaling.runs import EndRequest, Outcome, ScalingPlan, arguments, epochs_and_images, write_data
 from dsyolo.scaling.runs import run as run_case
 from dsyolo.scaling.tables import rate_table, title, to_markdown
 
@@ -42,14 +37,10 @@ def run(args: argparse.Namespace) -> int:
     """Run all and write the report; return 0 if every strategy ran at some size, else 1.
 
     After SIGINT, SIGTERM or SIGHUP return 128 plus its number, with a report of what was measured.
-
-    Raises:
-        UserError: for a mistake in the command line.
     """
     request = check(args)
-    rows = list(
-        wanted(request.strategies, SCALINGS[args.scaling], request.ranks, args.model, request.accelerator)
-    )
+    scalings = SCALINGS[args.scaling]
+    rows = list(wanted(request.strategies, scalings, request.ranks, args.model, request.accelerator))
     cases = list(dict.fromkeys(row.case for row in rows if row.case))
     data = _data(args)
     num_images = len(list_images(data.train or ()))
@@ -147,16 +138,16 @@ def _run_all(
 def _combine(
     outcomes: dict[ScalingCase, list[Outcome]], warmup: int, num_images: int
 ) -> tuple[dict[ScalingCase, CaseResult], dict[ScalingCase, str]]:
+    """Return the results of the cases that ran at all, and why a round of a case failed."""
     measured: dict[ScalingCase, CaseResult] = {}
     failed: dict[ScalingCase, str] = {}
     for case, rounds in outcomes.items():
-        found = [one.found for one in rounds if one.found]
-        reasons = [one.why_not for one in rounds if one.why_not]
-        if found:
-            one = combine_rounds(found, [r.wall_s for r in rounds if r.found], warmup)
+        ran = [(one.found, one.wall_s) for one in rounds if one.found]
+        if ran:
+            one = combine_rounds([found for found, _ in ran], [wall_s for _, wall_s in ran], warmup)
             measured[case] = one._replace(about={**one.about, "data_images": num_images})
-        if reasons:
-            failed[case] = reasons[0]
+        if reason := next((one.why_not for one in rounds if one.why_not), None):
+            failed[case] = reason
     return measured, failed
 
 
@@ -176,18 +167,16 @@ def _settings(args: argparse.Namespace, request: ScaleRequest) -> dict[str, Any]
 def _notes(
     args: argparse.Namespace, request: ScaleRequest, measured: dict[ScalingCase, CaseResult]
 ) -> list[str]:
-    about = next(iter(measured.values())).about if measured else {}
     notes = []
-    if about:
-        cores = (
-            f"{_plural(args.cores, 'core')} per rank, workers included"
-            if args.cores
-            else "all cores for each run"
-        )
+    if measured:
+        about = next(iter(measured.values())).about
+        own = f"{counted(args.cores, 'core')} per rank, workers included" if args.cores else ""
+        cores = own or "all cores for each run"
         limit = f"; {cores}" if request.accelerator == "cpu" and not request.hosts else ""
+        threads, workers = counted(about["threads"], "thread"), counted(about["workers"], "loader worker")
         notes.append(
-            f"{about['device']}, {_plural(about['threads'], 'thread')} and {_plural(about['workers'], 'loader worker')} "
-            f"per rank{limit}. Peak FLOP/s of a rank: {about['peak_source']}."
+            f"{about['device']}, {threads} and {workers} per rank{limit}. "
+            f"Peak FLOP/s of a rank: {about['peak_source']}."
         )
     notes.append(
         "The time of a step is the median over all rounds, from the end of one step to the end of the next, loading "
@@ -202,17 +191,10 @@ def _notes(
     return notes
 
 
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
     """Write the report beside the trainings, and into `out` if anything was measured or nothing was there."""
-    texts = {
-        "json": json.dumps(to_json(report), indent=1) + "\n",
-        "md": to_markdown(report),
-        "html": page(report),
-    }
+    as_json = json.dumps(to_json(report), indent=1) + "\n"
+    texts = {"json": as_json, "md": to_markdown(report), "html": page(report)}
     for folder in (beside, *([out] if is_news else [])):
         for kind, text in texts.items():
             (folder / f"scale.{kind}").write_text(text)

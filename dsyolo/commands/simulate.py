@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.config import MIN_SHARE_ELEMENTS
-from dsyolo.config.option_checks import model_option
-from dsyolo.planner.simulation import SimulatedScale, simulate
+from dsyolo.config.option_checks import model_option, out_of_range
+
+if TYPE_CHECKING:
+    from dsyolo.planner.simulation import SimulatedScale
 
 COCO_IMAGES = 118287  # of COCO's train2017
 MOST_RANKS = 4096
-BOUNDS = {"num_classes": 10**4, "images": 10**7, "global_batch": 2**20, "micro_batch": 2**10}
+BOUNDS = {
+    "num_classes": (1, 10**4),
+    "images": (1, 10**7),
+    "global_batch": (1, 2**20),
+    "micro_batch": (1, 2**10),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,24 +40,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each number of ranks and ZeRO stage; return 1 if an image does not come exactly once.
+    """Print a line for each number of ranks and ZeRO stage; return 1 if an image does not come exactly once."""
+    from dsyolo.planner.simulation import simulate  # late, so that `--help` does not wait for torch
 
-    Raises:
-        UserError: for a mistake in the command line.
-    """
-    problems: list[str] = []
-    ranks = set()
+    ranks, problems = set(), out_of_range(args, BOUNDS)
     for text in args.ranks.split(","):
         if text.strip().isdecimal() and 1 <= int(text) <= MOST_RANKS:
             ranks.add(int(text))
         else:
-            problems.append(
-                f"--ranks: {text!r} given, but each is a number from 1 to {MOST_RANKS}. Correct it."
-            )
-    for option, most in BOUNDS.items():
-        if not 1 <= getattr(args, option) <= most:
-            rule = f"it must be 1 to {most:,}. Correct it"
-            problems.append(f"--{option}: {getattr(args, option)} given, but {rule}.")
+            rule = f"each is a number from 1 to {MOST_RANKS}. Correct it"
+            problems.append(f"--ranks: {text!r} given, but {rule}.")
     if problems:
         raise UserError("The command line cannot be used", problems)
     found = simulate(

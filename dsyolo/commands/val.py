@@ -24,25 +24,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="data set's YAML file")
     add_number(parser, "--batch_size", 16, "images at a time", field="val_batch_size")
     add_number(parser, "--workers", 1, "loader processes")
-    parser.add_argument(
-        "--rect_val",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help=RunConfig.model_fields["rect_val"].description,
-    )
+    flag, text = argparse.BooleanOptionalAction, RunConfig.model_fields["rect_val"].description
+    parser.add_argument("--rect_val", action=flag, default=True, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to this file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of metrics, and write them as JSON where asked; return 0.
 
-    Raises:
-        UserError: weights or data cannot be used, or not together.
+    Raises UserError where weights or data cannot be used, or not together.
     """
     from dsyolo.detection.evaluator import validate  # late, so that `--help` does not wait for torch
 
     if args.json and (problem := cannot_hold_file(args.json)):
-        raise UserError(f"--json {args.json} cannot be written", [problem])
+        raise UserError("The metrics cannot be written", [f"--json: {problem}"])
     network = load(args, multi_label=True)
     loader = _loader(args, network)
     names = network.class_names

@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.option_checks import model_option, run_option
+from dsyolo.config.run_config import image_size_fault
 
 if TYPE_CHECKING:
     from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
 
 
 class LoadedNetwork(NamedTuple):
-    """A trained network on this machine's device.
-
-    Attributes:
-        stride: the number of pixels that the sides of images must be multiples of.
-    """
+    """A trained network on this machine's device."""
 
     class_names: tuple[str, ...]
     image_size_px: int
-    stride: int
+    stride: int  # pixels that the sides of images must be multiples of
     predict: PlainPredictor
     postprocess: PostProcessor
 
@@ -42,21 +39,15 @@ def add_number(
     parser: argparse.ArgumentParser, option: str, default: float, text: str, *, field: str = ""
 ) -> None:
     """Add an option with the rule of a run's field: `field`, or the one of its name."""
-    metavar = "N" if isinstance(default, int) else "X"
-    kind = run_option(field or option[2:])
-    parser.add_argument(
-        option, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})"
-    )
+    kind, metavar = run_option(field or option[2:]), "N" if isinstance(default, int) else "X"
+    text = f"{text} (default: {default})"
+    parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
 
 
 def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
-    """Load the network of `--weights`.
+    """Load the network of `--weights`; under `multi_label` a box may have several classes, as in validation.
 
-    Args:
-        multi_label: a box may have several classes, as in validation.
-
-    Raises:
-        UserError: the weights cannot be used, or not with this `--imgsz`.
+    Raises UserError where the weights cannot be used, or not with this `--imgsz`.
     """
     import torch  # late, so that `--help` does not wait for it
 
@@ -67,13 +58,10 @@ def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
     network, info = rebuild(args.weights, args.model)
     size_px = info.image_size_px if args.imgsz is None else args.imgsz
     stride = max_stride(args.model or info.variant)
-    if size_px < stride or size_px % stride:
-        rule = f"{info.variant} takes multiples of {stride}"
-        nearest = max(1, size_px // stride) * stride
-        raise UserError(
-            "The command line cannot be used", [f"--imgsz: {size_px} given, but {rule}. Set it to {nearest}."]
-        )
+    if fault := image_size_fault(size_px, info.variant, stride, times=1):
+        raise UserError("The command line cannot be used", [f"--imgsz: {fault}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limits = args.score_threshold, args.iou_threshold, args.max_detections
-    postprocess = PostProcessor(*limits, multi_label=multi_label)
+    postprocess = PostProcessor(
+        args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label
+    )
     return LoadedNetwork(info.names, size_px, stride, PlainPredictor(network, device), postprocess)

@@ -45,4 +45,6 @@ def out_of_range(args: argparse.Namespace, bounds: Mapping[str, tuple[int, int]]
 
 def cannot_hold_file(path: Path) -> str | None:
     """Return why a file cannot be written at `path`; None where it can."""
-    return "it is a folder. Name a file." if path.is_dir() else cannot_hold_files(path.parent)
+    if path.exists() and not path.is_file():
+        return f"{path} given, but it is a folder or device. Name a file."
+    return cannot_hold_files(path.parent)

@@ -12,12 +12,12 @@ from dsyolo.config.cli_args import read_command_line
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.resume import ResumePoint
-from dsyolo.config.run_config import AUTO, RunConfig
+from dsyolo.config.run_config import AUTO, RunConfig, image_size_fault
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
-from dsyolo.models.registry import has_parameters, max_stride, meta_network, refuse_image_size
+from dsyolo.models.registry import has_parameters, max_stride, meta_network
 from dsyolo.models.weights import GivenWeights, read_weights
 
 T = TypeVar("T")
@@ -78,7 +78,8 @@ def resolve(
         UserError: something in it cannot be used.
     """
     run, resume = read_command_line(argv)
-    refuse_image_size(run.model, run.imgsz)
+    if fault := image_size_fault(run.imgsz, run.model, max_stride(run.model)):  # of a user's own network
+        raise UserError("This run cannot start", [f"--imgsz: {fault}"])
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)
     errors: list[UserError] = []

@@ -24,29 +24,23 @@ MODELS = tuple(f"yolov5{size}{levels}" for levels in ("", "6") for size in "nsml
 RECOMPUTE_RULE = '"none", "blocks" or a budget in GiB like "4.5GiB"'
 AUTO = "auto"  # --deepspeed_config: planned for the machine (planner/auto.py); in the JSON: this value is
 
-# Options of other trainers and names of YOLOv5's hyper-parameters that the DeepSpeed JSON owns: its key for each.
-JSON_KNOBS = {
-    "accumulate": "gradient_accumulation_steps",
-    "adam": "optimizer.type",
-    "batch": "train_batch_size",
-    "batch_size": "train_batch_size",
-    "bf16": "bf16 or torch_autocast",
-    "clip": "gradient_clipping",
-    "fp16": "fp16 or torch_autocast",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "gradient_clipping",
-    "lr": "optimizer.params.lr",
-    "lr0": "optimizer.params.lr",
-    "micro_batch_size": "train_micro_batch_size_per_gpu",
-    "momentum": "optimizer.params.momentum",
-    "nesterov": "optimizer.params.nesterov",
-    "optimizer": "optimizer.type",
-    "stages": "pipeline.stages",
-    "train_batch_size": "train_batch_size",
-    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
-    "weight_decay": "optimizer.params.weight_decay",
-    "zero_stage": "zero_optimization.stage",
+# Keys of the DeepSpeed JSON, and the names that other trainers and YOLOv5's hyper-parameters have for them.
+_JSON_NAMES = {
+    "bf16 or torch_autocast": "bf16",
+    "fp16 or torch_autocast": "fp16",
+    "gradient_accumulation_steps": "accumulate gradient_accumulation_steps",
+    "gradient_clipping": "clip gradient_clipping",
+    "optimizer.params.lr": "lr lr0",
+    "optimizer.params.momentum": "momentum",
+    "optimizer.params.nesterov": "nesterov",
+    "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.type": "adam optimizer",
+    "pipeline.stages": "stages",
+    "train_batch_size": "batch batch_size train_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size train_micro_batch_size_per_gpu",
+    "zero_optimization.stage": "zero_stage",
 }
+JSON_KNOBS = {name: key for key, names in _JSON_NAMES.items() for name in names.split()}
 
 # Names that options had in the config.yaml of older runs.
 RENAMED = {
@@ -147,12 +141,8 @@ class RunConfig(BaseModel):
         model = info.data.get("model")
         if model is None or is_reference(model):  # refused itself; or checked with the network (registry.py)
             return imgsz
-        stride = max_stride(model)
-        if imgsz % stride or imgsz < 2 * stride:
-            below = max(imgsz // stride, 2) * stride
-            above = f" or {below + stride}" if below < imgsz else ""
-            rule = f"must be a multiple of its largest stride, {stride}, and at least {2 * stride}"
-            raise ValueError(f"{imgsz} given, but the images of {model} {rule}. Set it to {below}{above}.")
+        if fault := image_size_fault(imgsz, model, max_stride(model)):
+            raise ValueError(fault)
         return imgsz
 
     @field_validator("recompute")
@@ -212,6 +202,16 @@ def check_model_name(model: str) -> str:
         remedy = did_you_mean(model, MODELS) or "Leave it out for yolov5n."
         raise ValueError(f"{shortened(model)} given, but it must be {rule}. {remedy}")
     return model
+
+
+def image_size_fault(size_px: int, model: str, multiple: int, times: int = 2) -> str | None:
+    """Return why images of this size do not fit a model: they are no multiple of its largest stride, or less than so many."""
+    if size_px % multiple == 0 and size_px >= times * multiple:
+        return None
+    below = max(size_px // multiple, times) * multiple
+    above = f" or {below + multiple}" if below < size_px else ""
+    rule = f"must be a multiple of {multiple}, and at least {times * multiple}"
+    return f"{size_px} given, but the images of {model} {rule}. Set it to {below}{above}."
 
 
 def max_stride(model: str) -> int:

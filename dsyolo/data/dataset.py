@@ -10,7 +10,7 @@ import numpy as np
 
 from dsyolo.base.batch import Sample
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.yolo import DataSpec
+from dsyolo.config.spec import DataSpec
 from dsyolo.data.images import read_rgb, scaled_hw
 from dsyolo.data.index import DatasetIndex
 from dsyolo.detection.boxes import PAD_GREY
@@ -64,10 +64,6 @@ class DetectionDataset:
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def num_classes(self) -> int:
-        return self.index.num_classes
 
     @property
     def sizes_hw(self) -> np.ndarray:

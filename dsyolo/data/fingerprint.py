@@ -57,7 +57,7 @@ def fingerprint(images: Sequence[str]) -> dict[str, Any]:
 def listed(images: Sequence[str], buckets: Iterable[int]) -> dict[str, str]:
     """Return by path the entries of some buckets: sizes of image and label in bytes, hash of the label."""
     wanted = set(buckets)
-    entries = {}
+    entries: dict[str, str] = {}
     for image, entry in _entries(images, wanted):
         if len(entries) == MAX_LISTED:
             break
@@ -79,15 +79,15 @@ def _entries(images: Sequence[str], buckets: set[int] | None = None) -> Iterator
     sizes, reads = _one_in(len(images), MAX_SIZES), _one_in(len(images), MAX_READ)
     to_see = []
     for image in images:
+        chosen = zlib.crc32(os.fsencode(image))
         if buckets is not None and _bucket(image) not in buckets:
             continue
-        chosen = zlib.crc32(os.fsencode(image))
         if chosen % sizes:
             yield image, image
         else:
             to_see.append((image, not chosen % reads))
+    chunks = [to_see[first : first + _CHUNK] for first in range(0, len(to_see), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        chunks = [to_see[first : first + _CHUNK] for first in range(0, len(to_see), _CHUNK)]
         for seen in pool.map(
             lambda chunk: [(image, _seen(image, is_read)) for image, is_read in chunk], chunks
         ):

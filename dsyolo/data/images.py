@@ -22,7 +22,7 @@ NOT_AN_IMAGE = "not an image (left out)"
 TRUNCATED = "truncated image (left out)"
 TOO_SMALL = "image too small (left out)"
 
-_JPEG, _PNG, _RIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _JPEG_END = b"\xff\xd9"
 # OpenCV 5 refuses IMREAD_REDUCED_COLOR_n together with IMREAD_COLOR_RGB, which both carry a channel order: these are
 # the reducing bits alone. Measured on 640 x 480 JPEGs: RGB 1.4 ms; reduced to 1/2 0.9 ms, 1/4 0.7 ms; 1/8 grey 0.5 ms.
@@ -44,8 +44,7 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
         return None, NOT_FOUND, getattr(error, "strerror", None) or str(error)
     if not data:
         return None, NOT_AN_IMAGE, "the file is empty"
-    cut = _truncation(data)
-    if cut:
+    if cut := _truncation(data):
         return None, TRUNCATED, cut
     size_hw, grey = _size_hw(data)
     if size_hw is None or grey is None:
@@ -67,16 +66,14 @@ def _truncation(data: bytes) -> str:
         # always escaped, so no marker is found by chance.
         if header is None or data.find(_JPEG_END, header[2]) < 0:
             return "JPEG without its end marker"
-    elif data.startswith(_PNG):
-        if data.rfind(b"IEND") < 0:
-            return "PNG without its IEND chunk"
-    elif data.startswith(_RIFF) and data[8:12] == b"WEBP":
+    if data.startswith(_PNG) and data.rfind(b"IEND") < 0:
+        return "PNG without its IEND chunk"
+    promised = 0
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         promised = int.from_bytes(data[4:8], "little") + 8
-        if len(data) < promised:
-            return f"{len(data)} of {promised} bytes"
-    elif data.startswith(b"BM") and len(data) < int.from_bytes(data[2:6], "little"):
-        return f"{len(data)} of {int.from_bytes(data[2:6], 'little')} bytes"
-    return ""
+    elif data.startswith(b"BM"):
+        promised = int.from_bytes(data[2:6], "little")
+    return f"{len(data)} of {promised} bytes" if len(data) < promised else ""
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
@@ -128,23 +125,16 @@ def _small(data: bytes) -> np.ndarray:
 
 
 def _size_hw(data: bytes) -> tuple[tuple[int, int] | None, np.ndarray | None]:
-    """Decode an image to check it and to find its size. JPEGs in grey at 1/8: every bit is read, in a third of the time.
-
-    Returns:
-        (height, width) in px and the decoded image, or None twice.
-    """
+    """Return the size of an image and its pixels, or None twice. A JPEG at 1/8: all is read, in a third of the time."""
     header = _jpeg_header(data) if data.startswith(_JPEG) else None
     if header is not None and header[0] and header[1]:
         small = _decode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         if small is None:
             return None, None
         height, width = header[:2]
-        upright, turned = _reduced((height, width), 8), _reduced((width, height), 8)
-        if height == width or upright != turned:  # else only the full image shows whether EXIF rotates it
-            if small.shape == upright:
-                return (height, width), small
-            if small.shape == turned:
-                return (width, height), small
+        sizes_hw = [size for size in {(height, width), (width, height)} if _reduced(size, 8) == small.shape]
+        if len(sizes_hw) == 1:  # else only the full image shows whether EXIF rotates it
+            return sizes_hw[0], small
     image = _decode(data, cv2.IMREAD_GRAYSCALE)
     return (None if image is None else (image.shape[0], image.shape[1])), image
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,16 +70,6 @@ class DatasetIndex:
             polygons = tuple(self.points[a:b] if b > a else None for a, b in itertools.pairwise(bounds))
         return Labels(self.classes[start:stop], self.boxes[start:stop], polygons)
 
-    def box_sizes_px(self, long_side_px: int) -> np.ndarray:
-        """Return width and height, (T, 2) float32, of every box in px for images of this long side."""
-        scale = long_side_px / self.sizes_hw.max(1, initial=1)
-        image_wh = (self.sizes_hw[:, ::-1] * scale[:, None]).astype(np.float32)
-        return (self.boxes[:, 2:] - self.boxes[:, :2]) * np.repeat(image_wh, np.diff(self.offsets), 0)
-
-    def class_counts(self) -> np.ndarray:
-        """Return the number of boxes of each class, (K,) int64."""
-        return np.bincount(self.classes, minlength=self.num_classes)
-
     def unknown_classes(self) -> dict[str, list[Problem]]:
         """Return the rows left out because their class has no name, by detail."""
         rows: dict[str, list[Problem]] = {}
@@ -96,38 +86,23 @@ class DatasetIndex:
         return "\n".join([f"{text}; {len(self.problems):,} problems:", *by_reason(self.problems, num_files)])
 
 
-def assemble_index(
-    records: Iterable[ImageRecord], num_classes: int, problems: Sequence[Problem] = ()
-) -> DatasetIndex:
+def assemble_index(records: Sequence[ImageRecord], num_classes: int) -> DatasetIndex:
     """Assemble an index from records, in their order; those without a size are left out."""
-    problems = list(problems)
-    paths: list[bytes] = []
-    sizes: list[tuple[int, int]] = []
-    labels: list[Labels] = []
-    points: list[np.ndarray] = []
-    num_points: list[int] = []
-    for record in records:
-        problems += record.problems
-        if record.size_hw is None:
-            continue
-        paths.append(os.fsencode(record.path))
-        sizes.append(record.size_hw)
-        labels.append(record.labels)
-        polygons = record.labels.polygons or (None,) * len(record.labels.classes)
-        points += [polygon for polygon in polygons if polygon is not None]
-        num_points += [0 if polygon is None else len(polygon) for polygon in polygons]
-    none = no_labels()
+    usable = [record for record in records if record.size_hw is not None]
+    paths = [os.fsencode(record.path) for record in usable]
+    labels = [no_labels(), *(record.labels for record in usable)]
+    polygons = [p for one in labels for p in (one.polygons or (None,) * len(one.classes))]
     return DatasetIndex(
         num_classes=num_classes,
         path_bytes=np.frombuffer(b"".join(paths), np.uint8),
         path_offsets=_offsets([len(path) for path in paths]),
-        sizes_hw=np.array(sizes, np.int32).reshape(-1, 2),
-        offsets=_offsets([len(one.classes) for one in labels]),
-        boxes=np.concatenate([none.boxes_xyxy, *(one.boxes_xyxy for one in labels)]),
-        classes=np.concatenate([none.classes, *(one.classes for one in labels)]),
-        points=np.concatenate([np.zeros((0, 2), np.float32), *points]),
-        point_offsets=_offsets(num_points),
-        problems=tuple(problems),
+        sizes_hw=np.array([record.size_hw for record in usable], np.int32).reshape(-1, 2),
+        offsets=_offsets([len(one.classes) for one in labels[1:]]),
+        boxes=np.concatenate([one.boxes_xyxy for one in labels]),
+        classes=np.concatenate([one.classes for one in labels]),
+        points=np.concatenate([np.zeros((0, 2), np.float32), *(p for p in polygons if p is not None)]),
+        point_offsets=_offsets([0 if p is None else len(p) for p in polygons]),
+        problems=tuple(problem for record in records for problem in record.problems),
     )
 
 

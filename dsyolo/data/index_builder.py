@@ -49,45 +49,37 @@ def build_index(
         UserError: a source that does not exist, no image in the sources, none that can be used, or ranks that see
             other files.
     """
-    sources = [Path(os.path.abspath(source)) for source in sources]
+    folders = [Path(os.path.abspath(source)) for source in sources]
     workers = workers or min(16, os.cpu_count() or 1)
     communicator = communicator or LocalCommunicator()
-    listed = run_on_all_ranks(
-        communicator, lambda: [os.path.abspath(image) for image in list_images(sources)], "listing the images"
+    on_all_ranks = partial(run_on_all_ranks, communicator)
+    map_files = partial(parallel_map, communicator, num_threads=workers, bar=progress)
+
+    listed = on_all_ranks(
+        lambda: [os.path.abspath(image) for image in list_images(folders)], "listing the images"
     )
     repeats = [image for image, count in Counter(listed).items() if count > 1]
     images = sorted(set(listed))
-    _check_same(communicator, images, sources)
-    digests = parallel_map(
-        communicator, _stamp, images, _digest, "looking for changed files", num_threads=workers, bar=progress
-    )
+    _check_same(communicator, images, folders)
+    digests = map_files(_stamp, images, _digest, "looking for changed files")
     key = _digest([f"{FORMAT_VERSION} {num_classes}", *digests])
-    name = hashlib.sha256("\n".join([str(num_classes), *map(str, sources)]).encode(errors="surrogateescape"))
-    cache_file = Path(cache_dir or default_cache_dir()) / f"index-{name.hexdigest()[:24]}.npz"
-    cached = run_on_all_ranks(communicator, lambda: load_cache(cache_file, key), "reading the cached index")
-    index = _from_any_rank(communicator, cached)
+    name = _digest([str(num_classes), *map(str, folders)])
+    cache_file = Path(cache_dir or default_cache_dir()) / f"index-{name[:24]}.npz"
+    cached = on_all_ranks(lambda: load_cache(cache_file, key), "reading the cached index")
+    have = communicator.exchange(cached is not None)
+    index = cached if all(have) or not any(have) else communicator.broadcast(have.index(True), cached)
     if index is None:
-        parts = parallel_map(
-            communicator,
-            partial(read_image_record, num_classes=num_classes),
-            images,
-            partial(assemble_index, num_classes=num_classes),
-            "reading the data set",
-            num_threads=workers,
-            bar=progress,
-        )
+        read = partial(read_image_record, num_classes=num_classes)
+        assemble = partial(assemble_index, num_classes=num_classes)
+        parts = map_files(read, images, assemble, "reading the data set")
         index = merge_indexes(parts, [Problem(image, 0, LISTED_TWICE) for image in repeats])
     if not len(index):
         raise UserError(
-            f"None of the {len(images)} images in {', '.join(map(str, sources))} can be used",
+            f"None of the {len(images)} images in {', '.join(map(str, folders))} can be used",
             [str(problem) for problem in index.problems[:10]],
         )
     keeps = cached is None and communicator.keeps_cache
-    run_on_all_ranks(
-        communicator,
-        lambda: save_cache(cache_file, key, index) if keeps else None,
-        "caching the index",
-    )
+    on_all_ranks(lambda: save_cache(cache_file, key, index) if keeps else None, "caching the index")
     return index
 
 
@@ -102,14 +94,6 @@ def _check_same(communicator: Communicator, images: Sequence[str], sources: Sequ
         rule = "Every host needs the same files under the same paths: share the folder, or copy it again"
         where = ", ".join(map(str, sources))
         raise UserError("The ranks do not see the same data set", [f"{where}: {counts}. {rule}."])
-
-
-def _from_any_rank(communicator: Communicator, cached: DatasetIndex | None) -> DatasetIndex | None:
-    """Return the index from this host's cache, or else from another rank's; None if no rank has it."""
-    have = communicator.exchange(cached is not None)
-    if all(have) or not any(have):
-        return cached
-    return communicator.broadcast(have.index(True), cached)
 
 
 def read_image_record(image: str | Path, num_classes: int) -> ImageRecord:

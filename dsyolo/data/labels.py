@@ -89,20 +89,25 @@ def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Proble
         return no_labels(), [Problem(str(path), 0, UNREADABLE_LABEL, error.strerror or str(error))]
     if not raw.strip():
         return no_labels(), []
-    lines, classes, boxes, polygons, problems = _parse(str(path), raw.decode("utf-8-sig", errors="replace"))
-    return _checked(str(path), np.array(lines), np.array(classes), boxes, polygons, num_classes, problems)
+    problems: list[Problem] = []
+    rows = _parse(str(path), raw.decode("utf-8-sig", errors="replace"), problems)
+    labels = _checked(str(path), rows, num_classes, problems)
+    problems.sort(key=lambda problem: problem.line)
+    return labels, problems
 
 
-_Parsed = tuple[list[int], list[float], np.ndarray, list["np.ndarray | None"], list[Problem]]
+class _Rows(NamedTuple):
+    lines: list[int]
+    classes: np.ndarray  # (N,) float64
+    boxes_cxcywh: np.ndarray  # (N, 4) float64
+    polygons: list[np.ndarray | None]
 
 
-def _parse(path: str, text: str) -> _Parsed:
-    """Parse the lines; return line numbers, classes, boxes (N, 4) cx cy w h as float64, polygons, and problems."""
+def _parse(path: str, text: str, problems: list[Problem]) -> _Rows:
     lines: list[int] = []
     classes: list[float] = []
     boxes: list[tuple[float, ...]] = []
     polygons: list[np.ndarray | None] = []
-    problems: list[Problem] = []
     for number, line in enumerate(text.splitlines(), 1):
         tokens = line.split()
         if not tokens:
@@ -113,74 +118,62 @@ def _parse(path: str, text: str) -> _Parsed:
             problems.append(Problem(path, number, WRONG_COLUMNS, detail))
             continue
         try:
-            values = [float(token) for token in tokens]
+            label, *values = map(float, tokens)
         except ValueError as error:
             problems.append(Problem(path, number, NOT_A_NUMBER, str(error)[:80]))
             continue
         lines.append(number)
-        classes.append(values[0])
+        classes.append(label)
         if num_columns == 5:
-            boxes.append(tuple(values[1:]))
+            boxes.append(tuple(values))
             polygons.append(None)
         else:
-            points = np.array(values[1:]).reshape(-1, 2)
+            points = np.array(values).reshape(-1, 2)
             low, high = points.min(0), points.max(0)
             boxes.append((*((low + high) / 2), *(high - low)))
             polygons.append(points)
-    return lines, classes, np.array(boxes, np.float64).reshape(-1, 4), polygons, problems
+    return _Rows(lines, np.array(classes, np.float64), np.array(boxes, np.float64).reshape(-1, 4), polygons)
 
 
-def _checked(
-    path: str,
-    lines: np.ndarray,
-    classes: np.ndarray,
-    boxes_cxcywh: np.ndarray,
-    polygons: list[np.ndarray | None],
-    num_classes: int,
-    problems: list[Problem],
-) -> tuple[Labels, list[Problem]]:
-    """Sort the rows into good, repaired and left out. Report the first rule that a row breaks."""
-    centres, sizes = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:]
+def _checked(path: str, rows: _Rows, num_classes: int, problems: list[Problem]) -> Labels:
+    """Return the rows that are good or can be clipped. Report the first rule that another row breaks."""
+    lines, classes, boxes, polygons = rows
+
+    def report(i: int, reason: str, detail: str = "") -> None:
+        detail = detail or _detail(reason, classes[i], boxes[i], num_classes)
+        problems.append(Problem(path, lines[i], reason, detail))
+
+    centres, sizes = boxes[:, :2], boxes[:, 2:]
     with np.errstate(invalid="ignore"):  # the first rule finds NaN and infinity
         corners = np.concatenate([centres - sizes / 2, centres + sizes / 2], 1)
         boxes_xyxy = np.clip(corners, 0, 1).astype(np.float32)
-        away = (np.abs(boxes_cxcywh - 0.5) > 0.5 + OUTSIDE_LIMIT).any(1)
-        empty = (sizes <= 0).any(1)
         gone = (boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(1)
         over = np.maximum(-corners, corners - 1).max(1, initial=-1.0)
-        rules: list[tuple[str, np.ndarray]] = [
-            (NOT_FINITE, ~(np.isfinite(boxes_cxcywh).all(1) & np.isfinite(classes))),
-            (NOT_A_CLASS, (classes != np.floor(classes)) | (classes < 0)),
-            (UNKNOWN_CLASS, classes >= num_classes),
-            (NO_SIZE, empty),
-            (OUTSIDE, away),
-            (OUTSIDE, gone & (over > 0)),
-            (NO_SIZE, gone),
-        ]
-    broken = np.stack([mask for _, mask in rules])
-    good = ~broken.any(0)
-    for i in np.flatnonzero(~good):
-        reason = rules[int(broken[:, i].argmax())][0]
-        detail = _detail(reason, classes[i], boxes_cxcywh[i], num_classes)
-        problems.append(Problem(path, int(lines[i]), reason, detail))
+        rules = {
+            NOT_FINITE: ~(np.isfinite(boxes).all(1) & np.isfinite(classes)),
+            NOT_A_CLASS: (classes != np.floor(classes)) | (classes < 0),
+            UNKNOWN_CLASS: classes >= num_classes,
+            NO_SIZE: (sizes <= 0).any(1),
+            OUTSIDE: (np.abs(boxes - 0.5) > 0.5 + OUTSIDE_LIMIT).any(1) | (gone & (over > 0)),
+        }
+    broken: np.ndarray = np.stack([*rules.values(), gone])
+    good = np.logical_not(broken.any(0))
+    for i in np.flatnonzero(~good).tolist():
+        report(i, (*rules, NO_SIZE)[int(broken[:, i].argmax())])
     seen: dict[tuple[float, ...], int] = {}
-    for i, row in enumerate(zip(classes.tolist(), *boxes_cxcywh.T.tolist(), strict=True)):
+    for i, row in enumerate(zip(classes.tolist(), *boxes.T.tolist(), strict=True)):
         if good[i] and (first := seen.setdefault(row, i)) != i:
-            detail = f"the same as line {lines[first]}"
-            problems.append(Problem(path, int(lines[i]), DUPLICATE, detail))
+            report(i, DUPLICATE, f"the same as line {lines[first]}")
             good[i] = False
-    for i in np.flatnonzero(good & (over > ROUNDING)):
-        detail = _detail(CLIPPED, classes[i], boxes_cxcywh[i], num_classes)
-        problems.append(Problem(path, int(lines[i]), CLIPPED, detail))
-    keep = np.flatnonzero(good)
-    kept_polygons: tuple[np.ndarray | None, ...] = ()
-    if any(polygons[i] is not None for i in keep):
-        kept_polygons = tuple(
-            None if (points := polygons[i]) is None else np.clip(points, 0, 1).astype(np.float32)
-            for i in keep
-        )
-    problems.sort(key=lambda problem: problem.line)
-    return Labels(classes[keep].astype(np.int64), boxes_xyxy[keep], kept_polygons), problems
+    for i in np.flatnonzero(good & (over > ROUNDING)).tolist():
+        report(i, CLIPPED)
+    keep = np.flatnonzero(good).tolist()
+    kept = [
+        None if (points := polygons[i]) is None else np.clip(points, 0, 1).astype(np.float32) for i in keep
+    ]
+    if all(points is None for points in kept):
+        kept = []
+    return Labels(classes[keep].astype(np.int64), boxes_xyxy[keep], tuple(kept))
 
 
 def _detail(reason: str, label: float, box: np.ndarray, num_classes: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,67 +24,52 @@ MULTI_SCALE_RANGE = (0.5, 1.5)
 Assign = Callable[[np.ndarray, np.ndarray, np.ndarray, int, tuple[int, int]], Targets]
 
 
-class _TrainSamples(Dataset):
+@dataclass
+class _TrainSamples(Dataset[Sample]):
     """Samples by key: a pure function of (seed, epoch, index), so every worker makes the same one."""
 
-    def __init__(self, dataset: DetectionDataset, how: Augmentation, seed: int) -> None:
-        self.dataset, self.how, self.seed = dataset, how, seed
+    dataset: DetectionDataset
+    how: Augmentation
+    seed: int
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        rng = np.random.default_rng((self.seed, key.epoch, key.index))
-        return augment(self.dataset.load, key.index, len(self.dataset), key.size_px, rng, self.how)
+        rng = np.random.default_rng((self.seed, key.epoch, key.image_index))
+        return augment(self.dataset.load, key.image_index, len(self.dataset), key.size_px, rng, self.how)
 
 
+@dataclass(eq=False)
 class TrainLoader:
-    """Yields the micro-batches of every step.
+    """Yields the micro-batches of every step."""
 
-    Args:
-        dataset: the training split; None for a rank in the middle of a pipeline, which needs no batches.
-        sampler: which images come when.
-        how: augmentation.
-        assign: turns the labels of a batch into targets, in the workers.
-        image_size_px: side of the images.
-        stride: sizes of multi-scale are multiples of it.
-        multi_scale: draw each step's size from [0.5, 1.5] x `image_size_px`.
-        num_workers: worker processes; 0: none, batches are made in this process.
-        pin_memory: so that copies to the device do not block.
-    """
-
-    def __init__(
-        self,
-        dataset: DetectionDataset | None,
-        sampler: StepSampler,
-        how: Augmentation,
-        assign: Assign,
-        *,
-        image_size_px: int,
-        stride: int,
-        multi_scale: bool,
-        num_workers: int,
-        pin_memory: bool,
-    ) -> None:
-        self._samples = None if dataset is None else _TrainSamples(dataset, how, sampler.seed)
-        self._sampler = sampler
-        self._collate = _TrainCollate(assign)
-        self._size_px, self._stride, self._multi_scale = image_size_px, stride, multi_scale
-        self._num_workers, self._pin_memory = num_workers, pin_memory
-        self._batches: Iterator[Batch] | None = None
-        self._next_step = -1
-        self._wait_s = 0.0
+    dataset: (
+        DetectionDataset | None
+    )  # training split; None for a rank in the middle of a pipeline, without batches
+    sampler: StepSampler
+    how: Augmentation
+    assign: Assign  # turns the labels of a batch into targets, in the workers
+    _: KW_ONLY
+    image_size_px: int
+    stride: int  # sizes of multi-scale are multiples of it
+    multi_scale: bool  # draw each step's size from [0.5, 1.5] x `image_size_px`
+    num_workers: int  # processes; 0: batches are made in this one
+    pin_memory: bool  # so that copies to the device do not block
+    _batches: Iterator[Batch] | None = field(default=None, init=False)
+    _next_step: int = field(default=-1, init=False)
+    _wait_s: float = field(default=0.0, init=False)
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """Yield each step's micro-batches, from step `start` to the end of `epoch`; empty lists without a data set.
 
         Workers run ahead into the next epoch; any other step than the next one restarts them.
         """
-        for step in range(start, self._sampler.epoch_start_step(epoch + 1)):
-            if self._samples is None:
+        for step in range(start, self.sampler.epoch_start_step(epoch + 1)):
+            if self.dataset is None:
                 yield []
                 continue
             if self._batches is None or step != self._next_step:
                 self._batches = self._open(step)
             begin = time.perf_counter()
-            batches = [next(self._batches) for _ in range(self._sampler.accumulation)]
+            batches = [next(self._batches) for _ in range(self.sampler.accumulation)]
             self._wait_s += time.perf_counter() - begin
             self._next_step = step + 1
             yield batches
@@ -97,34 +85,36 @@ class TrainLoader:
 
     def size_px(self, step: int) -> int:
         """Return the side of a step's images."""
-        if not self._multi_scale:
-            return self._size_px
-        rng = np.random.default_rng(
-            (self._sampler.seed, step, 0, 1)
-        )  # four numbers: a sample's seed has three
-        low, high = (round(self._size_px * bound / self._stride) for bound in MULTI_SCALE_RANGE)
+        if not self.multi_scale:
+            return self.image_size_px
+        # Four numbers: a sample's seed has three.
+        rng = np.random.default_rng((self.sampler.seed, step, 0, 1))
+        low, high = (round(self.image_size_px * bound / self.stride) for bound in MULTI_SCALE_RANGE)
         low = max(low, 2)  # BatchNorm needs more than one cell
-        return int(rng.integers(low, high, endpoint=True)) * self._stride
+        return int(rng.integers(low, high, endpoint=True)) * self.stride
 
     def _open(self, step: int) -> Iterator[Batch]:
+        assert self.dataset is not None
         limit_opencv()
         # A step takes all its micro-batches at once; workers make those of the next one meanwhile.
-        ahead = 1 + -(-self._sampler.accumulation // max(self._num_workers, 1))
+        ahead = 1 + -(-self.sampler.accumulation // max(self.num_workers, 1))
         return iter(
             DataLoader(
-                self._samples,
-                batch_sampler=_Keys(self, step),
-                collate_fn=self._collate,
-                pin_memory=self._pin_memory,
-                prefetch_factor=ahead if self._num_workers else None,
-                **worker_options(self._num_workers),
+                _TrainSamples(self.dataset, self.how, self.sampler.seed),
+                batch_sampler=self._keys(step),
+                collate_fn=partial(_collate_train, assign=self.assign),
+                pin_memory=self.pin_memory,
+                prefetch_factor=ahead if self.num_workers else None,
+                **worker_options(self.num_workers),
             )
         )
 
-    def _keys(self, step: int) -> Iterator[list[SampleKey]]:
-        size_px = self.size_px(step)
-        for group in self._sampler.micro_batches(step):
-            yield [SampleKey(epoch, index, size_px) for epoch, index in group]
+    def _keys(self, start: int) -> Iterator[list[SampleKey]]:
+        """Yield the keys of each micro-batch from step `start` on, without end."""
+        for step in itertools.count(start):
+            size_px = self.size_px(step)
+            for group in self.sampler.micro_batches(step):
+                yield [SampleKey(epoch, index, size_px) for epoch, index in group]
 
 
 def largest_size_px(size_px: int, stride: int) -> int:
@@ -132,38 +122,22 @@ def largest_size_px(size_px: int, stride: int) -> int:
     return round(size_px * MULTI_SCALE_RANGE[1] / stride) * stride
 
 
-class _Keys:
-    """The endless batch sampler, from a step on: lists of keys, one per micro-batch."""
-
-    def __init__(self, loader: TrainLoader, step: int) -> None:
-        self._loader, self._step = loader, step
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        step = self._step
-        while True:
-            yield from self._loader._keys(step)
-            step += 1
+def _collate_train(samples: Sequence[Sample], assign: Assign) -> Batch:
+    """Collate samples of one size. Images stay H, W, C in memory: channels-last without a copy."""
+    images = stack_images([sample.image for sample in samples])
+    of_image = np.repeat(np.arange(len(samples)), [len(sample.classes) for sample in samples])
+    classes = np.concatenate([sample.classes for sample in samples])
+    boxes = xyxy_to_cxcywh(np.concatenate([sample.boxes_xyxy for sample in samples]))
+    height, width = images.shape[2:]
+    return Batch(images, assign(of_image, classes, boxes, len(samples), (height, width)))
 
 
-class _TrainCollate:
-    """Collates samples of one size into a Batch. Images stay H, W, C in memory: channels-last without a copy."""
-
-    def __init__(self, assign: Assign) -> None:
-        self._assign = assign
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images = _stack([sample.image for sample in samples])
-        of_image = np.repeat(np.arange(len(samples)), [len(sample.classes) for sample in samples])
-        classes = np.concatenate([sample.classes for sample in samples])
-        boxes = xyxy_to_cxcywh(np.concatenate([sample.boxes_xyxy for sample in samples]))
-        return Batch(images, self._assign(of_image, classes, boxes, len(samples), tuple(images.shape[2:])))
-
-
-class _EvalSamples(Dataset):
+@dataclass
+class _EvalSamples(Dataset[tuple[np.ndarray, GroundTruth]]):
     """Letterboxed images with their ground truth, by (index, shape)."""
 
-    def __init__(self, dataset: DetectionDataset, image_size_px: int) -> None:
-        self.dataset, self.image_size_px = dataset, image_size_px
+    dataset: DetectionDataset
+    image_size_px: int
 
     def __getitem__(self, key: tuple[int, tuple[int, int]]) -> tuple[np.ndarray, GroundTruth]:
         index, shape_hw = key
@@ -239,14 +213,11 @@ def _rectangles(sizes_hw: np.ndarray, size_px: int, stride: int, rectangular: bo
 
 
 def _collate_eval(items: Sequence[tuple[np.ndarray, GroundTruth]]) -> EvalBatch:
-    return EvalBatch(_stack([image for image, _ in items]), tuple(ground_truth for _, ground_truth in items))
+    return EvalBatch(
+        stack_images([image for image, _ in items]), tuple(ground_truth for _, ground_truth in items)
+    )
 
 
-def to_batch(image_rgb: np.ndarray) -> torch.Tensor:
-    """Return one (H, W, 3) uint8 image as a batch (1, 3, H, W)."""
-    return _stack([image_rgb])
-
-
-def _stack(images: Sequence[np.ndarray]) -> torch.Tensor:
+def stack_images(images: Sequence[np.ndarray]) -> torch.Tensor:
     """Stack (H, W, 3) uint8 images into (B, 3, H, W), channels-last in memory."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -6,9 +6,9 @@ even if the whole takes an hour, or a single file ten minutes.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
@@ -91,18 +91,20 @@ def parallel_map(
         UserError: on all ranks, the error of the first rank that has one.
     """
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    tally = _Tally()
+    read: list[None] = []  # one per item: appending is safe in threads
 
     def task(index: int) -> tuple[int, P]:
-        return index, pack([tally.add(work(item)) for item in chunks[index]])
+        results = []
+        for item in chunks[index]:
+            results.append(work(item))
+            read.append(None)
+        return index, pack(results)
 
-    own = [
-        lambda index=index: task(index) for index in range(communicator.rank, len(chunks), communicator.size)
-    ]
+    own = [partial(task, index) for index in range(communicator.rank, len(chunks), communicator.size)]
     packs: dict[int, P] = {}
     with tqdm(total=len(items), desc=what, unit=" files", delay=BAR_AFTER_S, disable=not bar) as shown:
         for num_done, results in _exchanges(
-            communicator, own, what, len(items), lambda: tally.count, num_threads=num_threads
+            communicator, own, what, len(items), lambda: len(read), num_threads=num_threads
         ):
             packs |= dict(results)
             shown.update(num_done - shown.n)
@@ -137,7 +139,12 @@ def _exchanges(
                 communicator.at(f"{what}, waiting for the other ranks")
             reports = communicator.exchange((count(), bool(running), *_outcome(done)))
             counts, are_busy, results, errors = zip(*reports, strict=True)
-            _raise_first(errors)
+            for rank, error in enumerate(errors):
+                if error:
+                    headline, problems = error
+                    raise UserError(
+                        headline, [*problems, f"Rank {rank} reported this."] if rank else problems
+                    )
             num_done, all_done = sum(counts), not any(are_busy)
             if num_done > num_before:
                 communicator.at(
@@ -155,23 +162,3 @@ def _outcome(done: set[Future[R]]) -> tuple[list[R], tuple[str, list[str]] | Non
         return [future.result() for future in done], None
     except UserError as error:
         return [], (error.headline, list(error.problems))
-
-
-def _raise_first(errors: Sequence[tuple[str, list[str]] | None]) -> None:
-    for rank, error in enumerate(errors):
-        if error:
-            headline, problems = error
-            raise UserError(headline, [*problems, f"Rank {rank} reported this."] if rank else problems)
-
-
-class _Tally:
-    """Counts what threads have done."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._lock = threading.Lock()
-
-    def add(self, result: R) -> R:
-        with self._lock:
-            self.count += 1
-        return result

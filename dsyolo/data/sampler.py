@@ -9,6 +9,7 @@ the images seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,27 +20,27 @@ class SampleKey(NamedTuple):
     """What a training sample depends on, besides the run's seed."""
 
     epoch: int
-    index: int
+    image_index: int
     size_px: int
 
 
+@dataclass(frozen=True)
 class StepSampler:
-    """The order of a run's samples, and this rank's share of them.
+    """The order of a run's samples, and this rank's share of them."""
 
-    Args:
-        num_images: of the data set, at least 1.
-        seed: of the run.
-        global_batch: images per optimizer step over all ranks, `micro_batch` x accumulation x `world_size`.
-    """
+    num_images: int  # of the data set, at least 1
+    seed: int
+    global_batch: int  # images per optimizer step over all ranks: micro_batch x accumulation x dp_size
+    micro_batch: int
+    dp_rank: int
+    dp_size: int
 
-    def __init__(
-        self, num_images: int, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
-    ) -> None:
-        assert global_batch % (micro_batch * world_size) == 0
-        self.num_images, self.seed = num_images, seed
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world_size = rank, world_size
-        self.accumulation = global_batch // (micro_batch * world_size)
+    def __post_init__(self) -> None:
+        assert self.global_batch % (self.micro_batch * self.dp_size) == 0
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.micro_batch * self.dp_size)
 
     def epoch_start_step(self, epoch: int) -> int:
         """Return the first step whose images all belong to `epoch` or later; the steps before it train earlier epochs."""
@@ -57,7 +58,7 @@ class StepSampler:
         statistics of BatchNorm, are the same on any number of ranks.
         """
         for turn in range(self.accumulation):
-            group = turn * self.world_size + self.rank
+            group = turn * self.dp_size + self.dp_rank
             start = step * self.global_batch + group * self.micro_batch
             yield [self.at(position) for position in range(start, start + self.micro_batch)]
 

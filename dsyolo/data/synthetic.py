@@ -7,8 +7,6 @@ give equal bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,22 +19,13 @@ from dsyolo.data.formats.writer import new_folder, write_data_yaml
 NAMES = ("circle", "square", "triangle", "star", "ring")
 
 _VERSION = 1  # raise it whenever equal settings draw something else
-_SETTINGS_FILE = "sample.json"
+_OPTIONS_FILE = "sample.json"
 _HUES = (10, 45, 85, 120, 155)  # of 180: each class prefers one
 _HUE_SPREAD = 14  # standard deviation: neighbours overlap
 _MIN_SIDE_PX = 12
 _MAX_OVERLAP = 0.4  # share of the smaller of two boxes that may be covered by the other
 _BACKGROUNDS = 0.04  # share of images without an object
 _SHIFT_BITS = 4  # OpenCV draws in 1/16 px
-
-
-@dataclass(frozen=True)
-class _Settings:
-    num_images: int
-    val_share: float
-    seed: int
-    image_size: tuple[int, int]  # (w, h)
-    version: int = _VERSION
 
 
 class _Shape(NamedTuple):
@@ -66,66 +55,55 @@ def draw_sample(
         UserError: settings out of range, or a `dst` that is not empty.
     """
     dst = Path(dst)
-    settings = _Settings(num_images, val_share, seed, (int(image_size[0]), int(image_size[1])))
-    _check(settings)
-    if _is_complete(dst, settings):
+    _check(num_images, val_share, seed, image_size)
+    given = {"num_images": num_images, "val_share": val_share, "seed": seed, "image_size": image_size}
+    options_json = json.dumps({**given, "version": _VERSION}, indent=1) + "\n"
+
+    def is_complete() -> bool:
+        try:  # the folder appears by a rename, so its options imply that it is complete
+            return (dst / _OPTIONS_FILE).read_text() == options_json
+        except OSError:
+            return False
+
+    if is_complete():
         return dst / "data.yaml"
     try:
         with new_folder(dst) as building:
-            _draw_all(building, settings)
+            _draw_all(building, num_images, val_share, seed, image_size)
+            (building / _OPTIONS_FILE).write_text(options_json)
     except UserError:
-        # Another process may have drawn the same meanwhile.
-        if not _is_complete(dst, settings):
+        if not is_complete():  # else another process has drawn the same meanwhile
             raise
     return dst / "data.yaml"
 
 
-def _check(settings: _Settings) -> None:
-    problems = []
-    if settings.num_images < 2:
-        problems.append(
-            f"num_images: {settings.num_images} given, but training and validation need at least 2."
-        )
-    if not 0 < settings.val_share < 1:
-        problems.append(
-            f"val_share: {settings.val_share} given, but it is a share of the images: between 0 and 1."
-        )
-    if settings.seed < 0:
-        problems.append(f"seed: {settings.seed} given, but it must be at least 0.")
-    if min(settings.image_size) < 64:
-        problems.append(f"image_size: {settings.image_size} given, but each side must be at least 64 px.")
-    if problems:
+def _check(num_images: int, val_share: float, seed: int, image_size: tuple[int, int]) -> None:
+    rules = [
+        (num_images >= 2, f"num_images: {num_images} given, but training and validation need at least 2."),
+        (0 < val_share < 1, f"val_share: {val_share} given, but it must be between 0 and 1."),
+        (seed >= 0, f"seed: {seed} given, but it must be at least 0."),
+        (min(image_size) >= 64, f"image_size: {image_size} given, but each side must be at least 64 px."),
+    ]
+    if problems := [problem for is_kept, problem in rules if not is_kept]:
         raise UserError("The synthetic data set cannot be drawn", problems)
 
 
-def _is_complete(dst: Path, settings: _Settings) -> bool:
-    """Whether the data set is there. The folder appears by a rename, so its settings file implies that it is complete."""
-    try:
-        return (dst / _SETTINGS_FILE).read_text() == _as_json(settings)
-    except OSError:
-        return False
-
-
-def _as_json(settings: _Settings) -> str:
-    return json.dumps(asdict(settings), indent=1) + "\n"
-
-
-def _draw_all(folder: Path, settings: _Settings) -> None:
-    num_val = min(settings.num_images - 1, max(1, round(settings.num_images * settings.val_share)))
+def _draw_all(
+    folder: Path, num_images: int, val_share: float, seed: int, image_size: tuple[int, int]
+) -> None:
+    num_val = min(num_images - 1, max(1, round(num_images * val_share)))
     for split in ("train", "val"):
-        (folder / "images" / split).mkdir(parents=True)
-        (folder / "labels" / split).mkdir(parents=True)
-    for index in range(settings.num_images):
-        split = "train" if index < settings.num_images - num_val else "val"
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+    for index in range(num_images):
+        split = "train" if index < num_images - num_val else "val"
         # Each image has its own generator: another number of images draws the same ones.
-        image, shapes = draw_image(np.random.default_rng([settings.seed, index]), settings.image_size)
-        name = f"{index:05d}"
+        image, shapes = draw_image(np.random.default_rng([seed, index]), image_size)
         encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-        (folder / "images" / split / f"{name}.jpg").write_bytes(encoded.tobytes())
+        (folder / "images" / split / f"{index:05d}.jpg").write_bytes(encoded.tobytes())
         rows = [_row(shape, image.shape[1], image.shape[0]) for shape in shapes]
-        (folder / "labels" / split / f"{name}.txt").write_text("".join(rows))
+        (folder / "labels" / split / f"{index:05d}.txt").write_text("".join(rows))
     write_data_yaml(folder, NAMES, ("train", "val"))
-    (folder / _SETTINGS_FILE).write_text(_as_json(settings))
 
 
 def _row(shape: _Shape, width: int, height: int) -> str:
@@ -140,9 +118,10 @@ def draw_image(rng: np.random.Generator, image_size: tuple[int, int]) -> tuple[n
     """Draw one (H, W, 3) uint8 RGB image; return it and its shapes, from back to front."""
     width, height = image_size
     shorter = rng.uniform(0.75, 1.0)
-    width, height = (
-        (round(width * shorter), height) if rng.random() < 0.5 else (width, round(height * shorter))
-    )
+    if rng.random() < 0.5:
+        width = round(width * shorter)
+    else:
+        height = round(height * shorter)
     canvas = _background(rng, width, height)
     shapes = _place(rng, width, height)
     for shape in shapes:
@@ -154,11 +133,7 @@ def draw_image(rng: np.random.Generator, image_size: tuple[int, int]) -> tuple[n
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """Draw (H, W, 3) float32: two colours mixed by a gradient, stripes or blotches, with noise of several grains."""
-    x, y = np.meshgrid(
-        np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
-    )
-    angle = rng.uniform(0, 2 * np.pi)
-    along = x * np.cos(angle) + y * np.sin(angle)
+    along = _along(rng, width, height)
     kind = rng.integers(3)
     if kind == 0:
         mix = 0.5 + along / 2.9
@@ -172,6 +147,14 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     return canvas
 
 
+def _along(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Draw a direction; return how far each pixel is along it, (H, W) from -1 to 1 on either axis."""
+    axes = (np.linspace(-1, 1, side, dtype=np.float32) for side in (width, height))
+    x, y = np.meshgrid(*axes)
+    angle = rng.uniform(0, 2 * np.pi)
+    return x * np.cos(angle) + y * np.sin(angle)
+
+
 def _blotches(rng: np.random.Generator, width: int, height: int, num_cells: int) -> np.ndarray:
     """Draw smooth noise, (H, W) float32 in about [0, 1], with that many cells per side."""
     coarse = rng.random((num_cells, num_cells), dtype=np.float32)
@@ -179,7 +162,7 @@ def _blotches(rng: np.random.Generator, width: int, height: int, num_cells: int)
 
 
 def _colour(
-    rng: np.random.Generator, hue: float, saturation: Sequence[float], value: Sequence[float]
+    rng: np.random.Generator, hue: float, saturation: tuple[int, int], value: tuple[int, int]
 ) -> np.ndarray:
     """Draw a colour, (3,) float32 RGB, of a hue (of 180) in ranges of saturation and value (of 255)."""
     hsv = np.array([[[hue % 180, rng.uniform(*saturation), rng.uniform(*value)]]]).astype(np.uint8)
@@ -197,9 +180,7 @@ def _place(rng: np.random.Generator, width: int, height: int) -> list[_Shape]:
     for size in sorted(sizes, reverse=True):
         for _ in range(10):
             shape = _shape(rng, float(size), width, height)
-            if shape is not None and all(
-                _overlap(shape.box_xyxy, s.box_xyxy) <= _MAX_OVERLAP for s in shapes
-            ):
+            if shape and all(_overlap(shape.box_xyxy, s.box_xyxy) <= _MAX_OVERLAP for s in shapes):
                 shapes.append(shape)
                 break
     return shapes
@@ -211,11 +192,8 @@ def _shape(rng: np.random.Generator, size: float, width: int, height: int) -> _S
     outline = _outline(NAMES[number])
     turn = rng.uniform(0, 2 * np.pi)
     stretch = np.exp(rng.uniform(-0.2, 0.2))
-    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * [
-        [stretch],
-        [1 / stretch],
-    ]
-    outline = outline @ matrix.T
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    outline = outline @ (rotation * [[stretch], [1 / stretch]]).T
     outline *= size / np.ptp(outline, axis=0).max()
     low, high = outline.min(0), outline.max(0)
     centre = np.array([rng.uniform(0, width), rng.uniform(0, height)]) - (low + high) / 2
@@ -256,11 +234,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape) -> None:
             cv2.fillPoly(mask, [fixed], value, cv2.LINE_AA, _SHIFT_BITS)
     hue = rng.normal(_HUES[shape.number], _HUE_SPREAD)
     colour = _colour(rng, hue, (120, 255), (110, 255))
-    x, y = np.meshgrid(
-        np.linspace(-1, 1, x2 - x1, dtype=np.float32), np.linspace(-1, 1, y2 - y1, dtype=np.float32)
-    )
-    angle = rng.uniform(0, 2 * np.pi)
-    along = x * np.cos(angle) + y * np.sin(angle)
+    along = _along(rng, x2 - x1, y2 - y1)
     light = along * rng.uniform(0, 30)
     if rng.random() < 0.4:
         light = light + 18 * np.sin(along * rng.uniform(6, 20))

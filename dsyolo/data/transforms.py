@@ -19,10 +19,12 @@ from dsyolo.base.batch import Sample
 from dsyolo.data.warp import Rect, View, bounds, clip_labels, crop, draw_view, select
 from dsyolo.detection.boxes import PAD_GREY
 
-Load = Callable[[int, int], Sample]  # (index, long_side_px) -> the image with that long side, and its labels
+# (index, long_side_px) -> the image with that long side, and its labels
+LoadImage = Callable[[int, int], Sample]
 
 MAX_COVERED = 0.3  # share of another box that a pasted object may cover
 MIXUP_BETA = 32.0
+_OF_VIEW = ("degrees", "translate", "scale", "shear", "perspective")  # fields that `draw_view` takes
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Augmentation:
 
 
 def augment(
-    load: Load, index: int, num_images: int, size_px: int, rng: np.random.Generator, how: Augmentation
+    load: LoadImage, index: int, num_images: int, size_px: int, rng: np.random.Generator, how: Augmentation
 ) -> Sample:
     """Return the training sample of image `index`.
 
@@ -80,7 +82,7 @@ def augment(
 
 
 def _drawn_mosaic(
-    load: Load, index: int, num_images: int, size_px: int, rng: np.random.Generator, how: Augmentation
+    load: LoadImage, index: int, num_images: int, size_px: int, rng: np.random.Generator, how: Augmentation
 ) -> Sample:
     indices = (index, *rng.integers(num_images, size=3).tolist())
     centre_x, centre_y = rng.integers(size_px // 2, 3 * size_px // 2, size=2, endpoint=True).tolist()
@@ -90,20 +92,15 @@ def _drawn_mosaic(
 
 
 def _draw_view(canvas_px: int, size_px: int, rng: np.random.Generator, how: Augmentation) -> View:
-    return draw_view(
-        canvas_px,
-        size_px,
-        rng,
-        degrees=how.degrees,
-        translate=how.translate,
-        scale=how.scale,
-        shear=how.shear,
-        perspective=how.perspective,
-    )
+    return draw_view(canvas_px, size_px, rng, **{name: getattr(how, name) for name in _OF_VIEW})
 
 
 def mosaic4(
-    load: Load, indices: Sequence[int], centre_xy: tuple[int, int], size_px: int, shown: Rect | None = None
+    load: LoadImage,
+    indices: Sequence[int],
+    centre_xy: tuple[int, int],
+    size_px: int,
+    shown: Rect | None = None,
 ) -> Sample:
     """Place four images around `centre_xy` of a grey canvas of twice `size_px`; what sticks out is cut off.
 
@@ -138,12 +135,13 @@ def _compose(tiles: Sequence[tuple[Sample, int, int]], canvas_px: int, shown: Re
         a, b, c, d = max(left, x0), min(left + width, x1), max(top, y0), min(top + height, y1)
         if a < b and c < d:
             image[c - y0 : d - y0, a - x0 : b - x0] = sample.image[c - top : d - top, a - left : b - left]
-        boxes = sample.boxes_xyxy + np.float32([left, top, left, top])
-        polygons = tuple(None if p is None else p + np.float32([left, top]) for p in sample.polygons)
+        place, origin = np.array([left, top], np.float32), np.array([x0, y0], np.float32)
+        boxes = sample.boxes_xyxy + np.tile(place, 2)
+        polygons = tuple(None if p is None else p + place for p in sample.polygons)
         boxes, polygons = clip_labels(boxes, polygons, canvas_px)
         kept = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero()[0]
-        boxes = boxes - np.float32([x0, y0, x0, y0])
-        polygons = tuple(None if p is None else p - np.float32([x0, y0]) for p in polygons)
+        boxes = boxes - np.tile(origin, 2)
+        polygons = tuple(None if p is None else p - origin for p in polygons)
         labelled.append(select(Sample(image, boxes, sample.classes, polygons), kept))
     return _join(image, labelled)
 
@@ -153,17 +151,16 @@ def copy_paste(sample: Sample, rng: np.random.Generator, probability: float) -> 
 
     Each is chosen with `probability`, and left out if it would cover more than 30 % of an existing box.
     """
-    candidates = [i for i, polygon in enumerate(sample.polygons) if polygon is not None]
-    chosen = np.array(candidates, int)[rng.random(len(candidates)) < probability].tolist()
+    candidates = [(i, polygon) for i, polygon in enumerate(sample.polygons) if polygon is not None]
+    draws = rng.random(len(candidates))
+    chosen = [one for one, draw in zip(candidates, draws, strict=True) if draw < probability]
     height, width = sample.image.shape[:2]
-    image, boxes, polygons, pasted = (
-        sample.image.copy() if chosen else sample.image,
-        sample.boxes_xyxy,
-        [],
-        [],
-    )
-    for i in chosen:
-        polygon = sample.polygons[i] * np.float32([-1, 1]) + np.float32([width, 0])
+    image = sample.image.copy() if chosen else sample.image
+    boxes = sample.boxes_xyxy
+    polygons: list[np.ndarray] = []
+    pasted: list[int] = []
+    for i, original in chosen:
+        polygon = original * np.array([-1, 1], np.float32) + np.array([width, 0], np.float32)
         box = bounds(polygon)
         shared = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
@@ -189,15 +186,14 @@ def mixup(first: Sample, second: Sample, ratio: float) -> Sample:
     return _join(cv2.addWeighted(first.image, ratio, second.image, 1 - ratio, 0), (first, second))
 
 
-def hsv(image: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
+def hsv(image: np.ndarray, ratios: Sequence[float] | np.ndarray) -> np.ndarray:
     """Multiply hue, saturation and value of an RGB image (H, W, 3) by three ratios; if all are 1, return it."""
     if all(ratio == 1 for ratio in ratios):  # converting to HSV and back is not exact
         return image
     levels = np.arange(256)
-    table = np.empty((1, 256, 3), np.uint8)
-    table[0, :, 0] = levels * ratios[0] % 180  # OpenCV's hue is in steps of 2 degrees
-    table[0, :, 1] = np.minimum(levels * ratios[1], 255)
-    table[0, :, 2] = np.minimum(levels * ratios[2], 255)
+    hue = levels * ratios[0] % 180  # OpenCV's hue is in steps of 2 degrees
+    saturation, value = (np.minimum(levels * ratio, 255) for ratio in ratios[1:])
+    table = np.stack([hue, saturation, value], axis=1).astype(np.uint8)[None]
     converted = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     cv2.LUT(converted, table, dst=converted)
     return cv2.cvtColor(converted, cv2.COLOR_HSV2RGB)

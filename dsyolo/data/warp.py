@@ -114,19 +114,17 @@ def crop(sample: Sample, view: View, size_px: int) -> Sample:
     corners, in_front = _project(sample.boxes_xyxy[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2), matrix)
     corners = corners.reshape(-1, 4, 2)
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
-    in_front = in_front.reshape(-1, 4).all(axis=1)
     polygons = list(sample.polygons)
     has_polygon = np.zeros(len(boxes), bool)
     for i, polygon in enumerate(polygons):
         if polygon is not None:
-            polygons[i] = polygon = _project(polygon, matrix)[0].astype(np.float32)
-            boxes[i] = bounds(polygon)
-            has_polygon[i] = True
+            polygons[i] = projected = _project(polygon, matrix)[0].astype(np.float32)
+            boxes[i], has_polygon[i] = bounds(projected), True
     boxes, clipped = clip_labels(boxes, polygons, size_px)
     before = sample.boxes_xyxy
     area_px = (before[:, 2] - before[:, 0]) * (before[:, 3] - before[:, 1]) * view.area_scale
     min_kept = np.where(has_polygon, MIN_AREA_KEPT_POLYGON, MIN_AREA_KEPT)
-    kept = (in_front & survives(boxes, area_px, min_kept)).nonzero()[0]
+    kept = (in_front.reshape(-1, 4).all(axis=1) & survives(boxes, area_px, min_kept)).nonzero()[0]
     return select(Sample(image, boxes, sample.classes, clipped), kept)
 
 

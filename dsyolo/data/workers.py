@@ -50,8 +50,10 @@ class Worker(ForkProcess):
     CPython 3.11.
     """
 
+    signal_fd: int
+
     @staticmethod
-    def _Popen(process: Worker) -> Any:
+    def _Popen(process: Any) -> Any:
         for _ in range(TRIES):
             alive_fd, process.signal_fd = os.pipe()
             popen = ForkProcess._Popen(process)
@@ -67,7 +69,7 @@ class Worker(ForkProcess):
     def _bootstrap(self, *args: Any, **options: Any) -> int:
         os.write(self.signal_fd, b"lives")
         os.close(self.signal_fd)
-        return super()._bootstrap(*args, **options)
+        return super()._bootstrap(*args, **options)  # type: ignore[misc]  # missing in typeshed
 
 
 class _Forks(ForkContext):

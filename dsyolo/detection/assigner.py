@@ -6,6 +6,7 @@ So it runs on the host, in the loader's workers, and the device gets tensors of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,19 +25,13 @@ class Matches(NamedTuple):
     classes: np.ndarray  # (M,) int64
 
 
+@dataclass(frozen=True, eq=False)
 class Assigner:
-    """Assigns labels to the anchors of every level.
+    """Assigns labels to the anchors of every level."""
 
-    Args:
-        anchors_px: (L, A, 2) widths and heights in pixels.
-        strides: pixels per cell of each level.
-        anchor_t: a label matches an anchor if their widths and heights differ by less than this factor.
-    """
-
-    def __init__(self, anchors_px: np.ndarray, strides: Sequence[int], anchor_t: float) -> None:
-        self.anchors_px = np.asarray(anchors_px, np.float32)
-        self.strides = tuple(strides)
-        self.anchor_t = anchor_t
+    anchors_px: np.ndarray  # (L, A, 2) float32 widths and heights
+    strides: Sequence[int]  # pixels per cell of each level
+    anchor_t: float  # a label matches an anchor if their widths and heights differ by less than this factor
 
     def __call__(
         self,
@@ -68,8 +63,8 @@ class Assigner:
             count = len(level.cells)
             cells[i, :count], boxes[i, :count], kinds[i, :count] = level
             weights[i, :count] = 1
-        tensors = map(torch.from_numpy, (cells, boxes, kinds, weights, weights.sum(1)))
-        return Targets(*tensors, torch.tensor(float(num_images)))
+        arrays = (cells, boxes, kinds, weights, weights.sum(1), np.float32(num_images))
+        return Targets(*(torch.as_tensor(array) for array in arrays))
 
     def _level(
         self, level: int, images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, grid_hw: tuple[int, int]

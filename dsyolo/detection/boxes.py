@@ -34,15 +34,6 @@ def _join(first: Boxes, second: Boxes) -> Boxes:
     return np.concatenate((first, second), -1)
 
 
-def pairwise_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
-    """Return the IoU of every box of a (N, 4) with every box of b (M, 4): (N, M). Empty boxes have IoU 0."""
-    top_left = np.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
-    bottom_right = np.minimum(a_xyxy[:, None, 2:], b_xyxy[None, :, 2:])
-    overlap = np.clip(bottom_right - top_left, 0, None).prod(-1)
-    areas = [np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(-1) for boxes in (a_xyxy, b_xyxy)]
-    return overlap / np.maximum(areas[0][:, None] + areas[1][None] - overlap, 1e-12)
-
-
 def paired_ciou(a_cxcywh: torch.Tensor, b_cxcywh: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     """Return the complete IoU of a[i] with b[i], (N, 4) and (N, 4) to (N,), differentiable in both.
 

@@ -20,10 +20,12 @@ def detect_all(
     results = []
     for batch in batches:
         decoded = predict(batch.images)
-        for truth, one in zip(batch.ground_truths, decoded, strict=False):  # a filler batch has none
+        for ground_truth, one in zip(batch.ground_truths, decoded, strict=False):  # a filler batch has none
             inside = post_process(one)
-            boxes = unletterbox(inside.boxes_xyxy, truth.scale, truth.pad_xy, truth.size_hw)
-            results.append((truth, inside._replace(boxes_xyxy=boxes)))
+            boxes = unletterbox(
+                inside.boxes_xyxy, ground_truth.scale, ground_truth.pad_xy, ground_truth.size_hw
+            )
+            results.append((ground_truth, inside._replace(boxes_xyxy=boxes)))
     return results
 
 
@@ -44,5 +46,7 @@ def validate(
     """
     own = detect_all(predict, batches, post_process)
     results = sorted((pair for part in all_gather(own) for pair in part), key=lambda pair: pair[0].image_id)
-    metrics = evaluate([truth for truth, _ in results], [one for _, one in results], class_names)
+    metrics = evaluate(
+        [ground_truth for ground_truth, _ in results], [one for _, one in results], class_names
+    )
     return metrics, results

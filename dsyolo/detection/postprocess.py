@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,26 +18,16 @@ MAX_CANDIDATES = 5_000
 Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) -> decoded (B, boxes, 5 + K)
 
 
+@dataclass(frozen=True)
 class PostProcessor:
-    """Turns decoded boxes into detections.
+    """Turns decoded boxes into detections."""
 
-    Args:
-        score_threshold: minimum objectness x class probability.
-        iou_threshold: of NMS within a class.
-        max_detections: per image.
-        multi_label: report a box under every class above the threshold, as validation needs; else under the best one.
-    """
-
-    def __init__(
-        self,
-        score_threshold: float,
-        iou_threshold: float,
-        max_detections: int = 300,
-        *,
-        multi_label: bool = True,
-    ) -> None:
-        self.score_threshold, self.iou_threshold = score_threshold, iou_threshold
-        self.max_detections, self.multi_label = max_detections, multi_label
+    score_threshold: float  # minimum objectness x class probability
+    iou_threshold: float  # of NMS within a class
+    max_detections: int = 300  # per image
+    multi_label: bool = (
+        True  # report a box under every class above the threshold, not only under the best one
+    )
 
     def __call__(self, decoded: torch.Tensor) -> Detections:
         """Return the detections of one image, in pixels of the network's input.
@@ -62,18 +53,14 @@ class PostProcessor:
         return Detections(boxes[keep], scores_np[keep], classes[keep])
 
 
+@dataclass
 class OomSafePredictor:
-    """Halves the number of images at a time when memory runs out, for good.
+    """Halves the number of images at a time when memory runs out, for good."""
 
-    Args:
-        predict: must not need other ranks.
-        warn: called with a message.
-        free: releases cached memory.
-    """
-
-    def __init__(self, predict: Predict, warn: Callable[[str], None], free: Callable[[], None]) -> None:
-        self._predict, self._warn, self._free = predict, warn, free
-        self._limit: int | None = None
+    predict: Predict  # must not need other ranks
+    warn: Callable[[str], None]  # gets a message
+    free: Callable[[], None]  # releases cached memory
+    _limit: int | None = field(default=None, init=False)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Predict as `predict` does.
@@ -84,14 +71,14 @@ class OomSafePredictor:
         while True:
             limit = min(self._limit or len(images), len(images))
             try:
-                parts = [self._predict(part) for part in images.split(limit)]
+                parts = [self.predict(part) for part in images.split(limit)]
                 return torch.cat(parts) if len(parts) > 1 else parts[0]
             except (RuntimeError, MemoryError) as error:
                 if limit == 1 or not is_out_of_memory(error):
                     raise
-            self._free()
+            self.free()
             self._limit = limit // 2
-            self._warn(
+            self.warn(
                 f"WARNING: out of memory with {limit} images to validate at a time: from now on {self._limit}. "
                 f"Set --val_batch_size {self._limit} to avoid this."
             )

@@ -51,16 +51,11 @@ class Sources(Answer):
 
 
 class Devices(Answer):
-    """What ranks can compute on."""
+    """What ranks can compute on, and the paths of build tools."""
 
     cores: int = 0
     gpus: list[str] = []
     accelerator: str = ""
-
-
-class Compilers(Answer):
-    """Paths of build tools."""
-
     compiler: str | None = None
     ninja: str | None = None
 
@@ -162,6 +157,6 @@ class Result(Answer):
 
 ANSWERS: dict[str, type[Answer]] = {
     **{"hello": Hello, "python": Python, "packages": Packages, "sources": Sources, "devices": Devices},
-    **{"compilers": Compilers, "deepspeed_json": DeepSpeedJson, "data": DataAnswer, "disk": Disk},
+    **{"deepspeed_json": DeepSpeedJson, "data": DataAnswer, "disk": Disk},
     **{"locks": Locks, "network": NetworkAnswer, "port": Port, "result": Result},
 }

@@ -74,7 +74,7 @@ def _requests(
     options: DoctorOptions, hosts: Sequence[Host], world_size: int, layers: list[bool] | None
 ) -> dict[str, dict[str, Any]]:
     """Return the probe's request to each host."""
-    sections = ["python", "devices", "packages", "sources", "compilers", "disk", "locks", "network"]
+    sections = ["python", "devices", "packages", "sources", "disk", "locks", "network"]
     sections += ["deepspeed_json"] if options.deepspeed_config else []
     first = hosts[0].name
     master = [first.rpartition("@")[2], *filter(None, [options.master_addr])]

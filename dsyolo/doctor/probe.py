@@ -113,11 +113,9 @@ def _devices(request: Section) -> Section:
     with contextlib.suppress(ImportError):  # the section `packages` reports it
         cuda = importlib.import_module("torch").cuda
         gpus = [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
-    return {"cores": cores, "gpus": gpus, "accelerator": accelerator or ("cuda" if gpus else "cpu")}
-
-
-def _compilers(request: Section) -> Section:
-    return {"compiler": shutil.which(os.environ.get("CXX", "c++")), "ninja": shutil.which("ninja")}
+    compilers = {"compiler": shutil.which(os.environ.get("CXX", "c++")), "ninja": shutil.which("ninja")}
+    accelerator = accelerator or ("cuda" if gpus else "cpu")
+    return {"cores": cores, "gpus": gpus, "accelerator": accelerator, **compilers}
 
 
 def _deepspeed_json(request: Section) -> Section:
@@ -310,7 +308,7 @@ def _listener(port: int) -> str | None:
     return _process_with(lambda descriptor: _link(descriptor) in listening)
 
 
-_SOFTWARE = (_python, _packages, _sources, _devices, _compilers, _deepspeed_json, _data)
+_SOFTWARE = (_python, _packages, _sources, _devices, _deepspeed_json, _data)
 SECTIONS = {one.__name__[1:]: one for one in (*_SOFTWARE, _disk, _locks, _network, _port)}
 
 

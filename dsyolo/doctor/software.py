@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from dsyolo.doctor.answers import Compilers, DeepSpeedJson, Locks, Package, Packages, Python, Sources
+from dsyolo.doctor.answers import DeepSpeedJson, Devices, Locks, Package, Packages, Python, Sources
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding, split_problem
 from dsyolo.doctor.hosts import rank_count
@@ -149,7 +149,7 @@ def ops(context: DoctorContext) -> Iterator[Finding]:
     needed = dict(_needed_ops(context.source))
     keys = ", ".join(f"{key} needs {op}" for key, op in needed.items())
     leave_out = f"Leave out {' and '.join(needed)}: dsyolo does not need it."
-    for host, one in context.answers(Compilers).items():
+    for host, one in context.answers(Devices).items():
         missing = [name for name, path in (("C++ compiler", one.compiler), ("ninja", one.ninja)) if not path]
         if not needed:
             yield Finding("ops", host, OK, "none to compile")

@@ -16,8 +16,6 @@ from torch import nn
 from dsyolo.models.activation_checkpointing import run_checkpointed
 from dsyolo.models.blocks import BatchNorm
 
-Shape = tuple[int, int, int, int]
-
 
 class Node(NamedTuple):
     """A module with a name, and the names of the nodes (or of the input) whose outputs it reads.
@@ -125,7 +123,7 @@ class PipelineStage(nn.Module):
         incoming: shapes (B, C, H, W) of the boundary activations before node `start`; the first stage needs none.
     """
 
-    def __init__(self, network: Network, start: int, stop: int, incoming: Sequence[Shape]) -> None:
+    def __init__(self, network: Network, start: int, stop: int, incoming: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
         self._whole = (network,)  # in a tuple, so that torch does not register it
         self.start, self.stop, self.incoming = start, stop, tuple(incoming)
@@ -146,7 +144,7 @@ def pack(boundary: Sequence[torch.Tensor]) -> torch.Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def unpack(flat: torch.Tensor, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]:
+def unpack(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
     """Return the tensors that `pack` took, as channels-last views."""
     parts = flat.split([math.prod(shape) for shape in shapes])
     return tuple(

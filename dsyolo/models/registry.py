@@ -75,22 +75,6 @@ def has_parameters(name: str) -> tuple[bool, ...]:
     return yolov5.has_parameters(name) if is_known(name) else _checked_network(name).has_parameters
 
 
-def refuse_image_size(name: str, image_size_px: int) -> None:
-    """Check the size of images against a user's own network; RunConfig does so for the variants.
-
-    Raises:
-        UserError: no multiple of what the network takes.
-    """
-    if is_known(name):
-        return
-    multiple = max_stride(name)
-    if image_size_px % multiple or image_size_px < 2 * multiple:
-        nearest = max(image_size_px // multiple, 2) * multiple
-        rule = f"the images of {name} must be a multiple of {multiple}, and at least {2 * multiple}"
-        problem = f"--imgsz: {image_size_px} given, but {rule}. Set it to {nearest}."
-        raise UserError("This run cannot start", [problem])
-
-
 # ---- a user's own network
 
 

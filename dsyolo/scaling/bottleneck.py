@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsyolo.doctor.hosts import rank_count
 from dsyolo.scaling.cases import WEAK, Wanted
 from dsyolo.scaling.results import COMPUTING, CaseResult
 
@@ -10,7 +11,8 @@ NO_LOSS = 0.02  # of the ideal time; less is noise
 REMEDY = {
     "data": "raise --workers, use --cache ram, or store smaller images",
     "copy": "use larger micro-batches or pinned memory",
-    "communication": "send less often by larger micro-batches or more accumulation, or use a lower ZeRO stage or faster links",
+    "communication": "send less often by larger micro-batches or more accumulation, or use a lower ZeRO stage "
+    "or faster links",
     "optimizer": "use a ZeRO stage that shares it, or no offload",
     "other": "use larger micro-batches, as it is paid once a step",
 }
@@ -26,11 +28,6 @@ PHASE_TEXT = {
 }
 
 
-def rank_count(ranks: int) -> str:
-    """Return "1 rank", "2 ranks"."""
-    return f"{ranks} rank{'s' if ranks > 1 else ''}"
-
-
 def efficiency(one: CaseResult, ranks: int, base: CaseResult, base_ranks: int) -> float:
     """Return images/s per rank relative to the base's, for weak and strong scaling alike."""
     return (one.images_per_s / ranks) / (base.images_per_s / base_ranks)
@@ -42,35 +39,43 @@ def bottleneck(one: CaseResult, ranks: int, base: CaseResult | None, base_ranks:
     Args:
         base: the smallest size; None for itself.
     """
-    shares = {name: seconds / one.step_s for name, seconds in one.split.items()}
-    worst = max((name for name in shares if name not in COMPUTING), key=lambda name: shares[name])
-    computing = sum(shares[name] for name in COMPUTING)
+    shares = {name: seconds / one.step_s for name, seconds in one.split_s.items()}
+    computing = sum(shares.pop(name) for name in COMPUTING)
+    worst = max(shares, key=shares.__getitem__)
     if shares[worst] >= MUCH:
         remedy = SINGLE_RANK_OPTIMIZER if worst == "optimizer" and ranks == 1 else REMEDY[worst]
         text = f"{PHASE_TEXT[worst].capitalize()} takes {shares[worst]:.0%} of a step: {remedy}."
     else:
-        text = f"Computing: forward and backward take {computing:.0%} of a step, {PHASE_TEXT[worst]} {shares[worst]:.0%}."
+        text = f"Computing: forward and backward take {computing:.0%} of a step, "
+        text += f"{PHASE_TEXT[worst]} {shares[worst]:.0%}."
     if base is not None:
-        text = f"{text} {loss_of_scaling(one, ranks, base, base_ranks, scaling)}"
-    return text + _other_programs(one)
+        text += f" {_loss_of_scaling(one, ranks, base, base_ranks, scaling)}"
+    cpu, cpu_own = one.use.cpu, one.use.cpu_own
+    if cpu is not None and cpu_own is not None and cpu - cpu_own >= SOME:
+        text += f" Other programs used {cpu - cpu_own:.0%} of the machine: measure again when it is quiet."
+    return text
 
 
-def loss_of_scaling(one: CaseResult, ranks: int, base: CaseResult, base_ranks: int, scaling: str) -> str:
+def _loss_of_scaling(one: CaseResult, ranks: int, base: CaseResult, base_ranks: int, scaling: str) -> str:
     """Return where the time goes that a perfectly scaling step would not take."""
     share = 1.0 if scaling == WEAK else base_ranks / ranks
     ideal_s = base.step_s * share
     over_s = one.step_s - ideal_s
     if over_s < NO_LOSS * ideal_s:
         return f"Nothing is lost against {rank_count(base_ranks)}."
-    grown = {name: one.split[name] - base.split[name] * share for name in one.split}
-    parts = [
+    grown = {name: one.split_s[name] - base.split_s[name] * share for name in one.split_s}
+    parts = ", ".join(
         f"{1000 * seconds:.0f} ms in {PHASE_TEXT[name]}"
         for name, seconds in sorted(grown.items(), key=lambda item: -item[1])
         if seconds > 0.1 * over_s
-    ]
-    text = f"A step takes {1000 * over_s:.0f} ms more than ideal scaling from {rank_count(base_ranks)}: {', '.join(parts)}."
+    )
+    ideal = f"ideal scaling from {rank_count(base_ranks)}"
+    text = f"A step takes {1000 * over_s:.0f} ms more than {ideal}: {parts}."
     if sum(grown[name] for name in COMPUTING) > 0.3 * over_s and one.about["device"] == "CPU":
-        text += " Ranks that share a machine compute more slowly: memory bandwidth, caches, clock, workers on their cores."
+        text += (
+            " Ranks that share a machine compute more slowly: memory bandwidth, caches, clock, workers on "
+        )
+        text += "their cores."
     return text
 
 
@@ -80,14 +85,5 @@ def unlike(one: Wanted, base: Wanted) -> str:
         f"{name} {getattr(base.computes, name)} (this pipeline {getattr(one.computes, name)})"
         for name in one.computes.differences(base.computes)
     ]
-    if not parts:
-        return ""
-    return f" Its base {base.strategy} has {' and '.join(parts)}, so speedup and efficiency include that difference."
-
-
-def _other_programs(one: CaseResult) -> str:
-    """Return a warning if other programs kept the machine busy; empty if not."""
-    use = one.use
-    if use.cpu is None or use.cpu_own is None or use.cpu - use.cpu_own < SOME:
-        return ""
-    return f" Other programs used {use.cpu - use.cpu_own:.0%} of the machine: measure again when it is quiet."
+    but = "so speedup and efficiency include that difference"
+    return f" Its base {base.strategy} has {' and '.join(parts)}, {but}." if parts else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class ScalingStrategy(NamedTuple):
     """A DeepSpeed JSON without its batch sizes.
 
     Attributes:
-        micro_batch, accumulation: of a replica, under weak scaling.
+        micro_batch, accumulation: of a data-parallel rank, under weak scaling.
         global_batch: under strong scaling.
     """
 
@@ -35,7 +35,7 @@ class ScalingStrategy(NamedTuple):
     global_batch: int
 
     def on(self, dp_size: int, scaling: str) -> tuple[int, int]:
-        """Return (micro-batch, accumulation) of each replica.
+        """Return (micro-batch, accumulation) of each data-parallel rank.
 
         Raises:
             UserError: if the global batch cannot be divided among them.
@@ -43,7 +43,7 @@ class ScalingStrategy(NamedTuple):
         if scaling == WEAK:
             return self.micro_batch, self.accumulation
         if self.global_batch % dp_size:
-            rule = f"{self.global_batch} images a step cannot be divided among {dp_size} replicas"
+            rule = f"{self.global_batch} images a step cannot be divided among {dp_size} data-parallel ranks"
             raise UserError("This size cannot run", [rule])
         batch = fitted(self.global_batch, self.micro_batch, None, dp_size)
         return batch.micro, batch.accumulation
@@ -118,17 +118,15 @@ def read_strategy(
     stages = int(sane.get("pipeline", {}).get("stages", 1))
     train, micro, steps = batch_sizes(sane)
     dp_size = max(1, smallest // stages)
-    steps = (
-        accumulation
-        or steps
-        or (max(1, train // ((micro_batch or micro) * dp_size)) if train and micro else 1)
-    )
-    micro = micro_batch or micro or (max(1, train // (steps * dp_size)) if train else 1)
+    share = train // dp_size if train else None  # images of a data-parallel rank in a step
+    micro_given, micro = micro, micro_batch or micro
+    steps = accumulation or steps or (max(1, share // micro) if share and micro_given and micro else 1)
+    micro = micro or (max(1, share // steps) if share else 1)
     if micro_batch or accumulation or not train:
         train = micro * steps * dp_size
-    # So that under weak scaling a rank has the images of a rank of the smallest world, which may be too small for all stages.
+    # The smallest world may have fewer ranks than stages; under weak scaling a rank keeps its images.
     steps *= max(1, stages // smallest)
-    rest = {key: copy.deepcopy(value) for key, value in source.items() if key not in BATCH_KEYS}
+    rest = {key: value for key, value in source.items() if key not in BATCH_KEYS}
     return ScalingStrategy(path.stem, rest, stages, micro, steps, train)
 
 
@@ -140,15 +138,12 @@ def wanted(
     accelerator: str,
 ) -> Iterator[Wanted]:
     """Yield all rows of the report. A size that a strategy cannot run at has the reason."""
-    for scaling in scalings:
-        for strategy in strategies:
-            for size in ranks:
-                try:
-                    case, computes = _case(strategy, size, scaling, model, accelerator)
-                except UserError as error:
-                    yield Wanted(strategy.name, scaling, size, None, " ".join(error.problems))
-                else:
-                    yield Wanted(strategy.name, scaling, size, case, computes=computes)
+    for scaling, strategy, size in product(scalings, strategies, ranks):
+        try:
+            case, computes = _case(strategy, size, scaling, model, accelerator)
+            yield Wanted(strategy.name, scaling, size, case, computes=computes)
+        except UserError as error:
+            yield Wanted(strategy.name, scaling, size, None, " ".join(error.problems))
 
 
 def deepspeed_json(strategy: ScalingStrategy, case: ScalingCase) -> dict[str, Any]:

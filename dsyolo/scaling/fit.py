@@ -27,16 +27,8 @@ MISFIT = 0.05  # of a measured time: the report warns beyond it
 FAR = 4  # times the largest measured size: a prediction beyond it is called a guess
 
 TERMS: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
-    WEAK: {
-        "a": lambda n: np.ones_like(n),
-        "b": lambda n: (n - 1) / n,
-        "d": np.log2,
-    },
-    STRONG: {
-        "s": lambda n: np.ones_like(n),
-        "p": lambda n: 1 / n,
-        "d": np.log2,
-    },
+    WEAK: {"a": np.ones_like, "b": lambda n: (n - 1) / n, "d": np.log2},
+    STRONG: {"s": np.ones_like, "p": lambda n: 1 / n, "d": np.log2},
 }
 FORMULAS = {WEAK: "t(n) = a + b (n - 1) / n + d log2 n", STRONG: "t(n) = s + p / n + d log2 n"}
 # Two sizes determine two terms: each of these pairs explains all of the growth.
@@ -77,23 +69,16 @@ def fit(scaling: str, measured: Mapping[int, Sequence[Sequence[float]]]) -> Fit:
     if len(sizes) < 2:
         return Fit(formula, {}, [], "One measured size gives no prediction.")
     models = [tuple(TERMS[scaling])] if len(sizes) > 2 else list(PAIRS[scaling])
-    n = np.array(sizes, float)
+    n, wanted = np.array(sizes, float), np.array(SIZES, float)
     medians = np.array([np.median(np.concatenate(measured[size])) for size in sizes])
     rng = np.random.default_rng(SEED)
-    drawn = [[np.median(_resample(measured[size], rng)) for size in sizes] for _ in range(DRAWS)]
-    wanted = np.array(SIZES, float)
-    central, clouds = [], []
-    for names in models:
-        central.append(solve(scaling, names, n, medians))
-        clouds += [
-            efficiency(scaling, solve(scaling, names, n, np.array(one)), wanted, sizes[0]) for one in drawn
-        ]
-    lows, highs = np.percentile(np.array(clouds), BAND, axis=0)
+    drawn = np.array([[np.median(_resample(measured[size], rng)) for size in sizes] for _ in range(DRAWS)])
+    central = [solve(scaling, names, n, medians) for names in models]
+    clouds = [solve(scaling, names, n, seconds) for names in models for seconds in drawn]
     middles = np.mean([efficiency(scaling, one, wanted, sizes[0]) for one in central], axis=0)
-    predictions = [
-        Prediction(int(size), *map(float, (middle, min(low, middle), max(high, middle))))
-        for size, middle, low, high in zip(SIZES, middles, lows, highs, strict=True)
-    ]
+    lows, highs = np.percentile([efficiency(scaling, one, wanted, sizes[0]) for one in clouds], BAND, axis=0)
+    band = zip(middles, np.minimum(lows, middles), np.maximum(highs, middles), strict=True)
+    predictions = [Prediction(size, *map(float, one)) for size, one in zip(SIZES, band, strict=True)]
     text = _reliability(sizes, scaling)
     misfit = max(float(np.abs(step_seconds(scaling, one, n) / medians - 1).max()) for one in central)
     if misfit > MISFIT:
@@ -137,10 +122,11 @@ def _reliability(sizes: Sequence[int], scaling: str) -> str:
     if len(sizes) == 2:
         first = "(n - 1) / n, as a ring's bytes do" if scaling == WEAK else "Amdahl's law says"
         return (
-            f"From two sizes a step's time may grow as {first}, or as log2 n, as latency and waiting do: the band holds "
-            f"both, the figure is their mean. Beyond {limit} ranks it is a guess: measure a third size."
+            f"From two sizes a step's time may grow as {first}, or as log2 n, as latency and waiting do: the band "
+            f"holds both, the figure is their mean. Beyond {limit} ranks it is a guess: measure a third size."
         )
     spare = len(sizes) - len(TERMS[scaling])
-    tested = f"{spare} more size{'s' if spare > 1 else ''} than coefficients." if spare > 0 else ""
-    tested = tested or "There are as many coefficients as sizes, so the formula itself is not tested."
+    tested = f"{spare} more size{'s' if spare > 1 else ''} than coefficients."
+    if spare == 0:
+        tested = "There are as many coefficients as sizes, so the formula itself is not tested."
     return f"{tested} Beyond {limit} ranks it is a guess, as no such size was measured."

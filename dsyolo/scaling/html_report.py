@@ -8,19 +8,16 @@ from html import escape
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from dsyolo.engine.step_timer import PHASES
 from dsyolo.scaling.report import Group, Report, ReportRow
 from dsyolo.scaling.results import CaseResult
 from dsyolo.scaling.tables import PHASE_HEADS, Section, Table, sections, title
 
-COLOURS = {
-    "data": "#d9822b",
-    "copy": "#b3b3b3",
-    "forward": "#2f6fb5",
-    "backward": "#7fb0e0",
-    "communication": "#c8403c",
-    "optimizer": "#5a9e5a",
-    "other": "#8c7fb8",
+COLOURS = {  # by phase
+    **{"data": "#d9822b", "copy": "#b3b3b3", "forward": "#2f6fb5", "backward": "#7fb0e0"},
+    **{"communication": "#c8403c", "optimizer": "#5a9e5a", "other": "#8c7fb8"},
 }
 INK, GRID = "#22272e", "#d8dde3"
 STYLE = """
@@ -35,7 +32,7 @@ th:first-child, td:first-child { text-align: left; } td.reason { text-align: lef
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots svg { width: 370px; height: auto; }
 .scroll { overflow-x: auto; } .note { color: #445; max-width: 62rem; } li { max-width: 62rem; }
 """
-PAGE = Template("""<!DOCTYPE html>
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>dsyolo: scaling</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>$style</style></head>
@@ -46,7 +43,7 @@ $notes
 $groups
 </body>
 </html>
-""")
+"""
 
 
 def page(report: Report) -> str:
@@ -56,7 +53,7 @@ def page(report: Report) -> str:
     )
     notes = "\n".join(_paragraph(note) for note in report.notes)
     groups = "\n".join(map(_group, report.groups))
-    return PAGE.substitute(style=STYLE, settings=settings, notes=notes, groups=groups)
+    return Template(PAGE).substitute(style=STYLE, settings=settings, notes=notes, groups=groups)
 
 
 def _group(group: Group) -> str:
@@ -100,18 +97,10 @@ def _svg(draw: Callable[[Any, Group], None], group: Group) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    look: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": f"{group.strategy} {group.scaling} {draw.__name__}",
-        "font.size": 10,
-        "font.family": "sans-serif",
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    salt = f"{group.strategy} {group.scaling} {draw.__name__}"  # so that equal reports are equal files
+    look: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 10, "font.family": "sans-serif"}
+    look |= {"axes.edgecolor": GRID, **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), INK)}
+    look |= {"axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
@@ -119,32 +108,25 @@ def _svg(draw: Callable[[Any, Group], None], group: Group) -> str:
         axes.set_axisbelow(True)
         draw(axes, group)
         file = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(
-            file, metadata={"Date": None, "Creator": None, "Type": None, "Format": None}
-        )
+        metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        FigureCanvasSVG(figure).print_svg(file, metadata=metadata)
     text = file.getvalue()
     return text[text.index("<svg") :]  # without the XML head
 
 
-def _measured(group: Group) -> tuple[list[ReportRow], list[CaseResult]]:
-    """Return the rows that ran, and their results."""
-    rows = [row for row in group.rows if row.measured]
-    return rows, [row.measured for row in rows if row.measured]
+def _measured(group: Group) -> tuple[list[int], list[ReportRow], list[CaseResult]]:
+    """Return the sizes that ran, their rows and their results."""
+    ran = [(row.wanted.ranks, row, row.measured) for row in group.rows if row.measured]
+    ranks, rows, results = map(list, zip(*ran, strict=True))
+    return ranks, rows, results
 
 
 def _rates(axes: Any, group: Group) -> None:
-    rows, results = _measured(group)
-    ranks = [row.wanted.ranks for row in rows]
-    rates = [one.images_per_s for one in results]
-    quartiles = [[one.images_per_step / seconds for seconds in one.spread_s] for one in results]
-    errors = [
-        [max(0.0, rate - low) for rate, (_, low) in zip(rates, quartiles, strict=True)],
-        [max(0.0, high - rate) for rate, (high, _) in zip(rates, quartiles, strict=True)],
-    ]
-    ideal = [
-        row.wanted.ranks * rate / (row.speedup or 1.0) / (row.base_ranks or 1)
-        for rate, row in zip(rates, rows, strict=True)
-    ]
+    ranks, rows, results = _measured(group)
+    rates = np.array([one.images_per_s for one in results])
+    slow, fast = np.array([[one.images_per_step / s for s in one.spread_s[::-1]] for one in results]).T
+    errors = np.maximum(0.0, [rates - slow, fast - rates])
+    ideal = [n * rate / row.speedup / row.base_ranks for n, rate, row in zip(ranks, rates, rows, strict=True)]
     axes.plot(ranks, ideal, "--", color="#999", label="ideal")
     look = {"color": COLOURS["forward"], "capsize": 4}
     axes.errorbar(ranks, rates, errors, fmt="o-", label="measured, quartiles", **look)
@@ -154,30 +136,28 @@ def _rates(axes: Any, group: Group) -> None:
 
 
 def _splits(axes: Any, group: Group) -> None:
-    rows, results = _measured(group)
-    places, bottom = range(len(rows)), [0.0] * len(rows)
+    ranks, _, results = _measured(group)
+    places, bottom = range(len(ranks)), np.zeros(len(ranks))
     for name, label in zip(PHASES, PHASE_HEADS, strict=True):
-        heights = [1000 * one.split[name] for one in results]
+        heights = 1000 * np.array([one.split_s[name] for one in results])
         axes.bar(places, heights, 0.55, bottom, color=COLOURS[name], label=label)
-        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-    axes.set(title="a step, ms", xlabel="ranks", xlim=(-0.6, len(rows) - 0.4))
-    axes.set_xticks(list(places), [str(row.wanted.ranks) for row in rows])
+        bottom = bottom + heights
+    axes.set(title="a step, ms", xlabel="ranks", xlim=(-0.6, len(ranks) - 0.4))
+    axes.set_xticks(list(places), [str(size) for size in ranks])
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _efficiencies(axes: Any, group: Group) -> None:
-    rows, _ = _measured(group)
-    sizes = [row.wanted.ranks for row in rows]
-    values = [row.efficiency or 0.0 for row in rows]
-    ticks = sizes
+    ranks, rows, _ = _measured(group)
+    values = [row.efficiency for row in rows]
+    ticks = ranks
     if found := group.fit.predictions:
-        x = [one.ranks for one in found]
-        band = [one.low for one in found], [one.high for one in found]
-        axes.fill_between(x, *band, color="#c9dcf0", label="5 to 95 %")
-        axes.plot(x, [one.efficiency for one in found], color=COLOURS["forward"], linewidth=1.2, label="fit")
-        ticks = sorted({*sizes, *x[1::2]})
-    axes.plot(sizes, values, "o", color=COLOURS["communication"], label="measured")
+        x, middle, low, high = zip(*found, strict=True)
+        axes.fill_between(x, low, high, color="#c9dcf0", label="5 to 95 %")
+        axes.plot(x, middle, color=COLOURS["forward"], linewidth=1.2, label="fit")
+        ticks = sorted({*ranks, *x[1::2]})
+    axes.plot(ranks, values, "o", color=COLOURS["communication"], label="measured")
     _sizes(axes, ticks)
     axes.set(title="efficiency", xlabel="ranks", ylim=(0, 1.05 * max(1.0, *values)))
     axes.legend(frameon=False, loc="lower left")

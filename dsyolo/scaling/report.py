@@ -12,16 +12,16 @@ from dsyolo.scaling.results import CaseResult
 
 
 class ReportRow(NamedTuple):
-    """One size of one strategy under one scaling."""
+    """One size of one strategy under one scaling. What follows `why_not` holds for a size that ran."""
 
     wanted: Wanted
-    measured: CaseResult | None
-    why_not: str
-    base_ranks: int | None  # the size that it is compared with; None if it did not run
-    base_strategy: str
-    speedup: float | None
-    efficiency: float | None
-    bottleneck: str
+    measured: CaseResult | None = None
+    why_not: str = ""
+    base_ranks: int = 1  # the size that it is compared with
+    base_strategy: str = ""
+    speedup: float = 1.0
+    efficiency: float = 1.0
+    bottleneck: str = ""
 
 
 class Group(NamedTuple):
@@ -52,32 +52,27 @@ def build(
     groups = []
     for scaling, strategy in dict.fromkeys((one.scaling, one.strategy) for one in wanted):
         own = [one for one in wanted if (one.scaling, one.strategy) == (scaling, strategy)]
-        base = _base(own, wanted, measured)
+        ran = [(one, one.case) for one in wanted if one.scaling == scaling and one.case in measured]
+        base = _base(strategy, [(one, case) for one, case in ran if case])
         rows = [_row(one, measured, failed, base) for one in own]
-        sizes = {row.wanted.ranks: row.measured.rounds for row in rows if row.measured}
+        sizes = {row.wanted.ranks: row.measured.rounds_s for row in rows if row.measured}
         groups.append(Group(strategy, scaling, rows, fit(scaling, sizes)))
     return Report(settings, notes, groups)
 
 
-def _base(
-    own: Sequence[Wanted], wanted: Sequence[Wanted], measured: Mapping[ScalingCase, CaseResult]
-) -> Wanted | None:
+def _base(strategy: str, ran: Sequence[tuple[Wanted, ScalingCase]]) -> Wanted | None:
     """Return the size that others are compared with: the strategy's smallest one.
 
     A pipeline cannot run on one rank, so that its base is a strategy without stages, if possible one of the same
     precision and recompute.
     """
-    ran = [one for one in own if one.case in measured]
-    if ran and ran[0].case and ran[0].case.stages > 1:
-        computes = ran[0].computes
-        plain = [
-            one
-            for one in wanted
-            if one.scaling == own[0].scaling and one.case in measured and one.case and one.case.stages == 1
-        ]
-        ran = sorted(plain, key=lambda one: len(computes.differences(one.computes))) or ran
-        ran = [one for one in ran if one.computes == ran[0].computes]
-    return min(ran, key=lambda one: one.ranks, default=None)
+    own = [(one, case) for one, case in ran if one.strategy == strategy]
+    if own and own[0][1].stages > 1:
+        differences = own[0][0].computes.differences
+        plain = [(one, case) for one, case in ran if case.stages == 1]
+        own = sorted(plain, key=lambda pair: len(differences(pair[0].computes))) or own
+        own = [pair for pair in own if pair[0].computes == own[0][0].computes]
+    return min((one for one, _ in own), key=lambda one: one.ranks, default=None)
 
 
 def _row(
@@ -91,47 +86,46 @@ def _row(
         why_not = one.why_not
         if one.case and not why_not:
             why_not = failed.get(one.case, "the command ended before its turn")
-        return ReportRow(one, None, why_not, None, "", None, None, "")
+        return ReportRow(one, why_not=why_not)
     reference = measured[base.case]
-    speedup = found.images_per_s / reference.images_per_s
-    share = efficiency(found, one.ranks, reference, base.ranks)
     is_comparable = base.strategy == one.strategy and one.case != base.case
     text = bottleneck(found, one.ranks, reference if is_comparable else None, base.ranks, one.scaling)
-    text += unlike(one, base)
-    return ReportRow(one, found, "", base.ranks, base.strategy, speedup, share, text)
+    return ReportRow(
+        one,
+        found,
+        base_ranks=base.ranks,
+        base_strategy=base.strategy,
+        speedup=found.images_per_s / reference.images_per_s,
+        efficiency=efficiency(found, one.ranks, reference, base.ranks),
+        bottleneck=text + unlike(one, base),
+    )
 
 
 def to_json(report: Report) -> dict[str, Any]:
     """Return everything, with the seconds of every measured step."""
-    return {
-        "settings": dict(report.settings),
-        "notes": list(report.notes),
-        "groups": [
-            {
-                "strategy": group.strategy,
-                "scaling": group.scaling,
-                "rows": [_row_json(row) for row in group.rows],
-                "fit": {
-                    "formula": group.fit.formula,
-                    "coefficients_s": group.fit.coefficients,
-                    "says": group.fit.reliability,
-                    "predictions": [one._asdict() for one in group.fit.predictions],
-                },
-            }
-            for group in report.groups
-        ],
-    }
+    groups = [
+        {
+            "strategy": group.strategy,
+            "scaling": group.scaling,
+            "rows": [_row_json(row) for row in group.rows],
+            "fit": {
+                "formula": group.fit.formula,
+                "coefficients_s": group.fit.coefficients,
+                "says": group.fit.reliability,
+                "predictions": [one._asdict() for one in group.fit.predictions],
+            },
+        }
+        for group in report.groups
+    ]
+    return {"settings": dict(report.settings), "notes": list(report.notes), "groups": groups}
 
 
 def _row_json(row: ReportRow) -> dict[str, Any]:
-    place = {"ranks": row.wanted.ranks}
-    one = row.measured
-    if one is None:
-        return {**place, "why_not": row.why_not}
-    case = row.wanted.case
-    assert case is not None
+    one, case = row.measured, row.wanted.case
+    if one is None or case is None:
+        return {"ranks": row.wanted.ranks, "why_not": row.why_not}
     return {
-        **place,
+        "ranks": row.wanted.ranks,
         "micro_batch": case.micro_batch,
         "accumulation": case.accumulation,
         "global_batch": case.global_batch,
@@ -141,17 +135,7 @@ def _row_json(row: ReportRow) -> dict[str, Any]:
         "speedup": row.speedup,
         "efficiency": row.efficiency,
         "against": {"strategy": row.base_strategy, "ranks": row.base_ranks},
-        "split_s": one.split,
-        "validation_s": one.validation_s,
-        "checkpoint_s": one.checkpoint_s,
-        "startup_s": one.startup_s,
-        "wall_s": one.wall_s,
-        "mfu": one.mfu,
-        "use": one.use._asdict(),
-        "collectives_a_step": one.collectives,
-        "collective_mb_a_step": one.collective_mb,
-        "comms_logger": one.comms_log,
         "bottleneck": row.bottleneck,
-        "about": one.about,
-        "rounds_s": one.rounds,
+        **one._asdict(),
+        "use": one.use._asdict(),
     }

@@ -37,37 +37,38 @@ class Use(NamedTuple):
 
 
 class CaseResult(NamedTuple):
-    """The results of all rounds of a case.
+    """The results of all rounds of a case; the times are medians over the rounds.
 
     Attributes:
-        rounds: the seconds of each round's measured steps, means over ranks.
-        split: seconds of a step by phase; they add up to `step_s`.
-        collective_mb: tensors that a rank hands to collectives in a step; `comms_log` as DeepSpeed logs them.
+        rounds_s: the seconds of each round's measured steps, means over ranks.
+        split_s: seconds of a step by phase; they add up to `step_s`.
+        collectives_a_step: that a rank takes part in; `collective_mb_a_step`: tensors that it hands to them.
+        comms_logger: the same as DeepSpeed logs them.
     """
 
-    rounds: list[list[float]]
-    split: dict[str, float]
+    rounds_s: list[list[float]]
+    split_s: dict[str, float]
     images_per_step: int
     startup_s: float
     validation_s: float
     checkpoint_s: float
     wall_s: float
     use: Use
-    collective_mb: float
-    collectives: float
-    comms_log: dict[str, dict[str, int]]
+    collectives_a_step: float
+    collective_mb_a_step: float
+    comms_logger: dict[str, dict[str, int]]
     about: dict[str, Any]
     mfu: float | None
 
     @property
     def step_s(self) -> float:
         """Return the median of all rounds' steps."""
-        return float(np.median(np.concatenate(self.rounds)))
+        return float(np.median(np.concatenate(self.rounds_s)))
 
     @property
     def spread_s(self) -> tuple[float, float]:
         """Return the quartiles of all rounds' steps."""
-        low, high = np.percentile(np.concatenate(self.rounds), [25, 75])
+        low, high = np.percentile(np.concatenate(self.rounds_s), [25, 75])
         return float(low), float(high)
 
     @property
@@ -81,46 +82,44 @@ def combine_rounds(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float],
     Raises:
         ValueError: if no step is left after the warm-up.
     """
-    rounds, splits = [], []
-    for one in found:
-        ranks = [_after(rank["steps"], warmup) for rank in one["ranks"]]
-        if not all(ranks):
-            raise ValueError("no step was measured")
-        seconds = np.array(
-            [[[s["seconds"][name] for name in PHASES] for s in steps] for steps in ranks]
-        ).mean(0)
-        rounds.append(seconds.sum(1).tolist())
-        splits.append(seconds)
-    middle = _middle_half(np.concatenate(splits))
-    step_s = float(np.median(np.concatenate(rounds)))
-    split = dict(zip(PHASES, (middle * step_s / middle.sum()).tolist(), strict=True))
-    first = found[0]["ranks"][0]
-    outside = [rank["outside"] for one in found for rank in one["ranks"]]
-    counted = [_per_step(rank, warmup) for one in found for rank in one["ranks"]]
+    rounds = [_phase_seconds(one["ranks"], warmup) for one in found]
+    seconds_s = [one.sum(1).tolist() for one in rounds]
+    middle, step_s = _middle_half(np.concatenate(rounds)), float(np.median(np.concatenate(seconds_s)))
+    ranks = [rank for one in found for rank in one["ranks"]]
+    counted = [_per_step(rank, warmup) for rank in ranks]
+    first = ranks[0]
     peak = sum(rank["peak_flops_per_s"] for rank in found[0]["ranks"])
     flops = first["flops_per_image"] * first["images_per_step"]
     startups = [one["ranks"][0]["first_step_at"] - one["ranks"][0]["started_at"] for one in found]
     about = ("device", "threads", "workers", "cores", "peak_source", "num_images")
     return CaseResult(
-        rounds=rounds,
-        split=split,
+        rounds_s=seconds_s,
+        split_s=dict(zip(PHASES, (middle * step_s / middle.sum()).tolist(), strict=True)),
         images_per_step=first["images_per_step"],
         startup_s=float(np.median(startups)),
-        validation_s=_median_of(outside, "validation"),
-        checkpoint_s=_median_of(outside, "checkpoint"),
+        validation_s=_median_outside(ranks, "validation"),
+        checkpoint_s=_median_outside(ranks, "checkpoint"),
         wall_s=float(np.median(walls_s)),
-        use=_use(found, warmup),
-        collective_mb=float(np.mean([one["collective_bytes"] for one in counted])) / 1e6,
-        collectives=float(np.mean([one["collectives"] for one in counted])),
-        comms_log=first["comms_logger"],
+        use=_use(ranks, counted, warmup),
+        collectives_a_step=float(np.mean([one["collectives"] for one in counted])),
+        collective_mb_a_step=float(np.mean([one["collective_bytes"] for one in counted])) / 1e6,
+        comms_logger=first["comms_logger"],
         about={key: first[key] for key in about},
         mfu=flops / step_s / peak if peak else None,
     )
 
 
-def _median_of(outside: Sequence[Mapping[str, Sequence[float]]], name: str) -> float:
+def _phase_seconds(ranks: Sequence[Mapping[str, Any]], warmup: int) -> np.ndarray:
+    """Return seconds of shape (steps, phases), means over the ranks of a round."""
+    steps = [_after(rank["steps"], warmup) for rank in ranks]
+    if not all(steps):
+        raise ValueError("no step was measured")
+    return np.array([[[step["seconds"][name] for name in PHASES] for step in one] for one in steps]).mean(0)
+
+
+def _median_outside(ranks: Sequence[Mapping[str, Any]], name: str) -> float:
     """Return the median seconds of what ranks did between steps; 0 for what never happened."""
-    return float(np.median([seconds for rank in outside for seconds in rank.get(name, [0.0])]))
+    return float(np.median([seconds for rank in ranks for seconds in rank["outside"].get(name, [0.0])]))
 
 
 def _after(steps: Sequence[Mapping[str, Any]], warmup: int) -> list[Mapping[str, Any]]:
@@ -139,22 +138,16 @@ def _per_step(rank: Mapping[str, Any], warmup: int) -> dict[str, float]:
     seen = {step["step"]: step["seen"] for step in rank["steps"]}
     first, last = seen.get(warmup) or seen[min(seen)], seen[max(seen)]
     steps, seconds = max(1, max(seen) - max(warmup, min(seen))), max(1e-9, last["at"] - first["at"])
-    grown = {
-        key: last[key] - first[key]
-        for key in first.keys() & last.keys()
-        if isinstance(first[key], (int, float))
-    }
-    return {key: value / steps for key, value in grown.items()} | {
-        f"{key}_rate": value / seconds for key, value in grown.items()
-    }
+    keys = [key for key in first.keys() & last.keys() if isinstance(first[key], (int, float))]
+    grown = {key: last[key] - first[key] for key in keys}
+    rates = {f"{key}_rate": value / seconds for key, value in grown.items()}
+    return {key: value / steps for key, value in grown.items()} | rates
 
 
-def _use(found: Sequence[Mapping[str, Any]], warmup: int) -> Use:
-    """Return the use of the machines over all rounds."""
-    ranks = [rank for one in found for rank in one["ranks"]]
-    counted = [_per_step(rank, warmup) for rank in ranks]
-    machines = [c for c in counted if "machine_cpu_s" in c]
-    cores = sum(rank["machine_cores"] for rank, c in zip(ranks, counted, strict=True) if "machine_cpu_s" in c)
+def _use(ranks: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, float]], warmup: int) -> Use:
+    """Return the use of the machines over all rounds; `counted` is per rank, from `_per_step`."""
+    machines = [one for one in counted if "machine_cpu_s" in one]
+    cores = sum(r["machine_cores"] for r, one in zip(ranks, counted, strict=True) if "machine_cpu_s" in one)
     looks = [step["seen"] for rank in ranks for step in _after(rank["steps"], warmup)]
     gpus = [look["gpu"] for look in looks if "gpu" in look]
     memory = [rank.get("memory", {}) for rank in ranks]
@@ -166,8 +159,8 @@ def _use(found: Sequence[Mapping[str, Any]], warmup: int) -> Use:
         return max((row[key] / unit for row in rows if key in row), default=None)
 
     return Use(
-        cpu=sum(c["machine_cpu_s_rate"] for c in machines) / cores if cores else None,
-        cpu_own=min(1.0, sum(c["cpu_s_rate"] for c in counted) / cores) if cores else None,
+        cpu=sum(one["machine_cpu_s_rate"] for one in machines) / cores if cores else None,
+        cpu_own=min(1.0, sum(one["cpu_s_rate"] for one in counted) / cores) if cores else None,
         process_gib=most(memory, "peak_gib"),
         activations_gib=most(memory, "peak_activations_gib"),
         machine_gib=most(looks, "memory_bytes", 2**30),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,8 @@ import yaml
 
 import dsyolo
 from dsyolo.base.environment import all_variables
-from dsyolo.data.formats.yolo import DataSpec, list_images
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import list_images
 from dsyolo.doctor.hosts import Host
 from dsyolo.scaling.cases import ScalingCase
 
@@ -115,7 +118,6 @@ def run(
         number: of runs before it: each run has its own port.
     """
     name = f"{case.name}_round{turn + 1}"
-    folder = plan.folder / name
     train = str(Path(dsyolo.__file__).with_name("train.py"))
     command = [*_launcher(plan, case.ranks, number), train, *arguments(plan, name, epochs, data, config)]
     begin = time.monotonic()
@@ -123,7 +125,7 @@ def run(
     with log.open("wb") as output:
         status = _wait(plan, case, command, output)
     wall_s = time.monotonic() - begin
-    file = folder / "steps.json"
+    file = plan.folder / name / "steps.json"
     found = json.loads(file.read_text()) if file.exists() else None
     if found and (status == 0 or (status is None and _has_enough(found, plan.warmup))):
         return Outcome(found, wall_s)
@@ -140,23 +142,14 @@ def arguments(plan: ScalingPlan, name: str, epochs: int, data: Path, config: Pat
 def _end(process: subprocess.Popen) -> None:
     """Stop what is left of a training: ranks may still save after their launcher has ended."""
     end = time.monotonic() + GRACE_S
-    if process.poll() is None:
-        _signal(process.pid, signal.SIGTERM)
-    while _signal(process.pid, 0):
-        process.poll()
-        if time.monotonic() > end:
-            _signal(process.pid, signal.SIGKILL)
-        time.sleep(0.1)
+    number = signal.SIGTERM if process.poll() is None else 0
+    with contextlib.suppress(ProcessLookupError):  # the group is gone
+        while True:
+            os.killpg(process.pid, number)
+            process.poll()
+            number = signal.SIGKILL if time.monotonic() > end else 0
+            time.sleep(0.1)
     process.wait()
-
-
-def _signal(group: int, number: int) -> bool:
-    """Send a signal to a process group; return whether it exists."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _has_enough(found: dict[str, Any], warmup: int) -> bool:
@@ -167,10 +160,11 @@ def _has_enough(found: dict[str, Any], warmup: int) -> bool:
 def _launcher(plan: ScalingPlan, ranks: int, number: int) -> list[str]:
     if ranks == 1 and not plan.hostfile:
         return [sys.executable]
+    port = str(plan.port + number % 50)
     launcher = [
         str(Path(sys.executable).with_name("deepspeed")),
         "--master_port",
-        str(plan.port + number % 50),
+        port,
         *plan.launcher_options,
     ]
     if not plan.hostfile:
@@ -180,27 +174,16 @@ def _launcher(plan: ScalingPlan, ranks: int, number: int) -> list[str]:
 
 def include(hosts: Sequence[Host], ranks: int) -> str:
     """Return the first `ranks` slots of the hosts, host by host, for the launcher's --include."""
-    parts = []
-    for host in hosts:
-        taken = min(ranks, host.slots)
-        if taken:
-            parts.append(f"{host.name}:{','.join(map(str, range(taken)))}")
-        ranks -= taken
-    assert ranks == 0
-    return "@".join(parts)
+    names = [host.name for host in hosts for _ in range(host.slots)][:ranks]
+    return "@".join(f"{name}:{','.join(map(str, range(n)))}" for name, n in Counter(names).items())
 
 
 def _wait(plan: ScalingPlan, case: ScalingCase, command: Sequence[str], output: Any) -> int | None:
     """Return the exit status; None after a timeout or a request to end. The run has ended in any case."""
     path = os.pathsep.join([str(Path(sys.executable).parent), all_variables().get("PATH", "")])
-    process = subprocess.Popen(
-        command,
-        env={**all_variables(), "PATH": path},
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+    env = {**all_variables(), "PATH": path}
+    process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
     if plan.cores_per_rank:
         # The processes that it starts inherit this; it has started none yet.
         os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[: plan.cores_per_rank * case.ranks])
@@ -217,11 +200,10 @@ def _reason(status: int | None, log: Path, plan: ScalingPlan) -> str:
     """Return the last lines of the log that explain why the run ended."""
     if status is None:
         return f"took longer than the {plan.timeout_s:.0f} s of --timeout before a step was measured."
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    lines = [line for line in lines if line and not line.startswith("raise ")]
-    errors = [
-        line for line in lines if re.search(r"Error|error:|cannot|memory$|given, but|Stopped|does not", line)
-    ]
+    stripped = map(str.strip, log.read_text(errors="replace").splitlines())
+    lines = [line for line in stripped if line and not line.startswith("raise ")]
+    telling = re.compile(r"Error|error:|cannot|memory$|given, but|Stopped|does not")
+    errors = [line for line in lines if telling.search(line)]
     text = " ".join((errors or lines)[-2:])[:MAX_REASON]
     remedy = f" Run dsyolo doctor --hostfile {plan.hostfile}." if plan.hostfile else ""
     return f"ended with status {status}: {text}{remedy}"

@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from dsyolo.doctor.hosts import rank_count
 from dsyolo.engine.step_timer import PHASES
-from dsyolo.scaling.bottleneck import rank_count
 from dsyolo.scaling.cases import WEAK
 from dsyolo.scaling.fit import Fit
 from dsyolo.scaling.report import Group, Report
 
 Table = list[list[str]]  # rows of cells, the first is the head
 PHASE_HEADS = ["data wait" if name == "data" else name for name in PHASES]
-RATE_HEAD = ["ranks", "images a step", "step s (quartiles)", "images/s", "speedup", "efficiency"]
-RATE_HEAD += ["epoch s", "start s", "MFU"]
-USE_HEAD = ["ranks", "CPU all", "CPU own", "peak of a rank GiB", "activations GiB", "machine GiB"]
-USE_HEAD += ["sent MB a step", "loopback MB a step", "collectives a step", "tensors MB a step"]
-USE_HEAD += ["GPU", "GPU GiB", "GPU W"]
+RATE_HEAD = [
+    *("ranks", "images a step", "step s (quartiles)", "images/s"),
+    *("speedup", "efficiency", "epoch s", "start s", "MFU"),
+]
+# Heads and formats of the figures of `Use` and of the collectives, by their names.
+USE_COLUMNS = {
+    "cpu": ("CPU all", "{:.0%}"),
+    "cpu_own": ("CPU own", "{:.0%}"),
+    "process_gib": ("peak of a rank GiB", "{:.2f}"),
+    "activations_gib": ("activations GiB", "{:.2f}"),
+    "machine_gib": ("machine GiB", "{:.1f}"),
+    "sent_mb": ("sent MB a step", "{:.2f}"),
+    "inside_mb": ("loopback MB a step", "{:.2f}"),
+    "collectives_a_step": ("collectives a step", "{:.0f}"),
+    "collective_mb_a_step": ("tensors MB a step", "{:.2f}"),
+    "gpu": ("GPU", "{:.0%}"),
+    "gpu_gib": ("GPU GiB", "{:.1f}"),
+    "gpu_w": ("GPU W", "{:.0f}"),
+}
 
 
 class Section(NamedTuple):
@@ -35,11 +49,10 @@ def sections(group: Group) -> Iterator[Section]:
     if any(row.measured for row in group.rows):
         items = [f"{rank_count(row.wanted.ranks)}: {row.bottleneck}" for row in group.rows if row.bottleneck]
         yield Section("Bottlenecks", items=items)
-        yield Section(
-            "A step in milliseconds; validation and checkpoint in seconds", table=split_table(group)
-        )
-        yield Section("Use of the machine during steps", table=use_table(group))
-    yield Section("More ranks", fit_text(group.fit), table=prediction_table(group.fit))
+        heading = "A step in milliseconds; validation and checkpoint in seconds"
+        yield Section(heading, table=_split_table(group))
+        yield Section("Use of the machine during steps", table=_use_table(group))
+    yield Section("More ranks", _fit_text(group.fit), table=_prediction_table(group.fit))
 
 
 def to_markdown(report: Report) -> str:
@@ -55,6 +68,13 @@ def to_markdown(report: Report) -> str:
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
+def _markdown_table(table: Table | None) -> str:
+    if not table:
+        return ""
+    head, *rows = table
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
 def title(group: Group) -> str:
     """Return the heading of a strategy under one scaling."""
     fixed = "images per rank and step fixed" if group.scaling == WEAK else "images per step fixed"
@@ -63,16 +83,17 @@ def title(group: Group) -> str:
 
 def rate_table(group: Group) -> Table:
     """Return times, rates, speedups and efficiencies."""
-    rows = []
+    table = [RATE_HEAD]
     for row in group.rows:
         one, case = row.measured, row.wanted.case
         if one is None or case is None:
             empty = [""] * (len(RATE_HEAD) - 2)
-            rows.append([str(row.wanted.ranks), f"did not run: {row.why_not}", *empty])
+            table.append([str(row.wanted.ranks), f"did not run: {row.why_not}", *empty])
             continue
         low, high = one.spread_s
         is_own_base = row.base_strategy == group.strategy
         base = "" if is_own_base else f" (against {row.base_strategy} on {row.base_ranks})"
+        epoch_s = one.about["data_images"] / one.images_per_s if "data_images" in one.about else None
         cells = [
             str(row.wanted.ranks),
             f"{case.micro_batch} x {case.accumulation} x {case.dp_size}",
@@ -80,52 +101,39 @@ def rate_table(group: Group) -> Table:
             f"{one.images_per_s:.1f}",
             f"{row.speedup:.2f}",
             f"{row.efficiency:.2f}{base}",
-            f"{one.about['data_images'] / one.images_per_s:.1f}" if "data_images" in one.about else "",
-            f"{one.startup_s:.1f}",
-            _cell(one.mfu, "{:.0%}"),
+            *(_cell(epoch_s, "{:.1f}"), f"{one.startup_s:.1f}", _cell(one.mfu, "{:.0%}")),
         ]
-        rows.append(cells)
-    return [RATE_HEAD, *rows]
+        table.append(cells)
+    return table
 
 
-def split_table(group: Group) -> Table:
+def _split_table(group: Group) -> Table:
     """Return the time of each phase of a step, of a validation and of a checkpoint."""
     table = [["ranks", *PHASE_HEADS, "step", "validation s", "checkpoint s"]]
     for row in group.rows:
         if one := row.measured:
-            phases = [f"{1000 * one.split[name]:.1f}" for name in PHASES]
-            rest = [f"{1000 * one.step_s:.1f}", f"{one.validation_s:.2f}", f"{one.checkpoint_s:.2f}"]
-            table.append([str(row.wanted.ranks), *phases, *rest])
+            times_s = [*(one.split_s[name] for name in PHASES), one.step_s]
+            rest = [f"{one.validation_s:.2f}", f"{one.checkpoint_s:.2f}"]
+            table.append([str(row.wanted.ranks), *(f"{1000 * time_s:.1f}" for time_s in times_s), *rest])
     return table
 
 
-def use_table(group: Group) -> Table:
+def _use_table(group: Group) -> Table:
     """Return processors, memory, network and GPU, without columns that nothing was measured for."""
-    rows = []
-    for row in group.rows:
-        if one := row.measured:
-            use = one.use
-            cells = [
-                str(row.wanted.ranks),
-                _cell(use.cpu, "{:.0%}"),
-                _cell(use.cpu_own, "{:.0%}"),
-                _cell(use.process_gib, "{:.2f}"),
-                _cell(use.activations_gib, "{:.2f}"),
-                _cell(use.machine_gib, "{:.1f}"),
-                _cell(use.sent_mb, "{:.2f}"),
-                _cell(use.inside_mb, "{:.2f}"),
-                f"{one.collectives:.0f}",
-                f"{one.collective_mb:.2f}",
-                _cell(use.gpu, "{:.0%}"),
-                _cell(use.gpu_gib, "{:.1f}"),
-                _cell(use.gpu_w, "{:.0f}"),
-            ]
-            rows.append(cells)
-    shown = [i for i in range(len(USE_HEAD)) if not rows or any(row[i] for row in rows)]
-    return [[row[i] for i in shown] for row in [USE_HEAD, *rows]]
+    ran = [
+        (row.wanted.ranks, {**one._asdict(), **one.use._asdict()})
+        for row in group.rows
+        if (one := row.measured)
+    ]
+    shown = [name for name in USE_COLUMNS if any(figures[name] is not None for _, figures in ran)]
+    rows = [
+        [str(ranks), *(_cell(figures[name], USE_COLUMNS[name][1]) for name in shown)]
+        for ranks, figures in ran
+    ]
+    return [["ranks", *(USE_COLUMNS[name][0] for name in shown)], *rows]
 
 
-def prediction_table(found: Fit) -> Table:
+def _prediction_table(found: Fit) -> Table:
     """Return the efficiency at sizes that were not measured; empty where nothing was fitted."""
     if not found.predictions:
         return []
@@ -136,18 +144,11 @@ def prediction_table(found: Fit) -> Table:
     ]
 
 
-def fit_text(found: Fit) -> str:
+def _fit_text(found: Fit) -> str:
     """Return the formula with its coefficients, and how far to trust it."""
-    figures = ", ".join(f"{name} = {1000 * value:.1f} ms" for name, value in found.coefficients.items())
-    return f"Fit: {found.formula}{f', {figures}' if figures else ''}. {found.reliability}"
+    figures = ", ".join([found.formula, *(f"{k} = {1000 * v:.1f} ms" for k, v in found.coefficients.items())])
+    return f"Fit: {figures}. {found.reliability}"
 
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _markdown_table(table: Table | None) -> str:
-    if not table:
-        return ""
-    head, *rows = table
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

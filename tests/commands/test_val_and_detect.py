@@ -102,7 +102,7 @@ def test_two_images_of_one_name_do_not_share_a_picture(place, tmp_path, capsys):
     ("words", "told"),
     [
         (["detect", "--out", "{file}", "{image}"], "is a file, and a folder is needed there"),
-        (["val", "--json", "{folder}", "--data", "{data}"], "it is a folder. Name a file."),
+        (["val", "--json", "{folder}", "--data", "{data}"], "it is a folder or device. Name a file."),
         (["val", "--json", "{file}/x.json", "--data", "{data}"], "is a file, and a folder is needed there"),
     ],
 )

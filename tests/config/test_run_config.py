@@ -102,7 +102,7 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
         "--mosaic: 1.5 given, but it must be a number, at least 0 and at most 1. Set it to 1, or leave it out.",
         "--mixup: nan given, but it must be a number",
         "--schedule: cosin given, but it must be one of linear, cosine. Did you mean cosine?",
-        "--imgsz: 330 given, but the images of yolov5n must be a multiple of its largest stride, 32, and at "
+        "--imgsz: 330 given, but the images of yolov5n must be a multiple of 32, and at "
         "least 64. Set it to 320 or 352.",
         "--epochs: 0 given, but it must be a whole number, at least 1. Set it to 1, or leave it out.",
         "--data: nodata.yaml does not exist. Did you mean data.yaml?",

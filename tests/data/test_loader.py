@@ -15,7 +15,7 @@ import torch
 from dsyolo.base.batch import Batch
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.index_builder import build_index
-from dsyolo.data.loader import EvalLoader, TrainLoader, to_batch
+from dsyolo.data.loader import EvalLoader, TrainLoader, stack_images
 from dsyolo.data.sampler import StepSampler
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.data.transforms import Augmentation
@@ -129,10 +129,10 @@ def make_loader(
 def run(loader: TrainLoader, epochs: range, start: int | None = None) -> list[list[Batch]]:
     """The micro-batches of each step, as the loop of the entry asks for them."""
     steps: list[list[Batch]] = []
-    first = loader._sampler.epoch_start_step(epochs[0]) if start is None else start
+    first = loader.sampler.epoch_start_step(epochs[0]) if start is None else start
     for epoch in epochs:
         steps += loader.steps(epoch, first)
-        first = max(first, loader._sampler.epoch_start_step(epoch + 1))
+        first = max(first, loader.sampler.epoch_start_step(epoch + 1))
     loader.close()
     return steps
 
@@ -201,7 +201,7 @@ def test_another_seed_makes_other_batches(dataset):
 def test_an_image_is_another_sample_in_every_epoch(dataset):
     """At batch size 1 without mosaics, the sample of one image is compared over epochs."""
     loader = make_loader(dataset, micro=1)
-    sampler = loader._sampler
+    sampler = loader.sampler
     seen: dict[int, list[torch.Tensor]] = {}
     for step, batches in enumerate(run(loader, range(2))):
         for (_, index), batch in zip(
@@ -215,7 +215,7 @@ def test_an_image_is_another_sample_in_every_epoch(dataset):
 def test_a_batch_holds_the_images_and_targets_of_its_samples(dataset):
     """Without augmentation the batch can be made by hand."""
     loader = make_loader(dataset, how=Augmentation())
-    sampler = loader._sampler
+    sampler = loader.sampler
     for step, batches in enumerate(run(loader, range(1))):
         for group, batch in zip(sampler.micro_batches(step), batches, strict=True):
             assert batch.images.shape == (2, 3, SIZE_PX, SIZE_PX)
@@ -246,7 +246,7 @@ def test_images_lie_channels_last_in_memory_without_a_copy(dataset):
         same = batch.images.contiguous(memory_format=torch.channels_last)
         assert same.data_ptr() == batch.images.data_ptr()
     image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    batch = to_batch(image)
+    batch = stack_images([image])
     assert batch.shape == (1, 3, 4, 5)
     assert batch[0, 2, 3, 1] == image[3, 1, 2]
     assert batch.is_contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,6 @@ from dsyolo.detection.boxes import (
     letterbox,
     nms,
     paired_ciou,
-    pairwise_iou,
     unletterbox,
     xyxy_to_cxcywh,
 )
@@ -73,22 +72,6 @@ def test_formats_keep_leading_dimensions_and_take_no_boxes():
 
 
 # ---- IoU
-
-
-def test_pairwise_iou_by_hand():
-    a = np.array([[0, 0, 10, 10], [0, 0, 0, 10]], np.float32)  # the second is empty
-    b = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [10, 0, 20, 10], [2, 2, 4, 7], [0, 0, 0, 10]], np.float32)
-    expected = [[1, 50 / 150, 0, 10 / 100, 0], [0, 0, 0, 0, 0]]
-    np.testing.assert_allclose(pairwise_iou(a, b), expected, rtol=1e-6)
-
-
-def test_pairwise_iou_equals_the_scalar_formula():
-    rng = np.random.default_rng(1)
-    a, b = random_xyxy(rng, 7), random_xyxy(rng, 11)
-    expected = [[scalar_iou(one, other) for other in b] for one in a]
-    assert np.count_nonzero(expected) > 10
-    np.testing.assert_allclose(pairwise_iou(a, b), expected, rtol=1e-9)
-    assert pairwise_iou(a[:0], b).shape == (0, 11)
 
 
 def random_pairs(count: int, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -181,7 +181,7 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
     [
         (["--master_port", "70000"], "--master_port: 70000 given"),
         (["--timeout", "0"], "--timeout: 0 given"),
-        (["--imgsz", "65"], "--imgsz: 65 given, but it must be a multiple of 32"),
+        (["--imgsz", "65"], "--imgsz: 65 given, but the images of yolov5n must be a multiple of 32"),
         (["--num_gpus", "2", "--hostfile", "x"], "--num_gpus: 2 given"),
         (["--workers", "-1"], "--workers: -1 given"),
         (["--json", "{file}/x.json"], "is a file, and a folder is needed there"),

@@ -20,11 +20,11 @@ from runs import ROOT, alone, environment, losses, make_place
 from safetensors.torch import save_file
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.run_config import MODELS, RunConfig
+from dsyolo.config.resolve import resolve
+from dsyolo.config.run_config import MODELS, RunConfig, image_size_fault
 from dsyolo.config.spec import Precision
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine.optimizer import parameter_groups
-from dsyolo.models import registry
 from dsyolo.models.activation_memory import choose, count_activations
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model, has_parameters, level_strides, max_stride
@@ -272,13 +272,16 @@ def test_a_file_that_is_missing_and_a_name_that_is_none_are_refused(tmp_path):
         RunConfig(data="", model="yolov5q")
 
 
-def test_sizes_of_images_are_judged_by_the_network():
-    registry.refuse_image_size(MODEL, 48)
+def test_sizes_of_images_are_judged_by_the_network(tmp_path):
+    assert image_size_fault(48, MODEL, max_stride(MODEL)) is None
+    (tmp_path / "data.yaml").write_text("names: [a]\n")
+    (tmp_path / "ds.json").write_text("{}")
+    argv = ["--data", str(tmp_path / "data.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]
+    no = dict.fromkeys(("plan", "saved_state", "check_folder"), lambda *_: pytest.fail("not refused before"))
     with pytest.raises(
         UserError, match=r"--imgsz: 40 given, .* multiple of 16, and at least 32. Set it to 32."
     ):
-        registry.refuse_image_size(MODEL, 40)
-    registry.refuse_image_size("yolov5n", 40)  # RunConfig has refused it
+        resolve([*argv, "--model", MODEL, "--imgsz", "40"], world_size=1, accelerator="cpu", **no)
 
 
 # ---- weights

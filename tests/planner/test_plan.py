@@ -267,7 +267,11 @@ def test_a_small_gpu_gets_the_fewest_recomputed_blocks_and_too_small_a_one_is_to
             "--gpus 8x24GiB --global-batch 60",
             "--global-batch: 60 given, but 8 GPUs take equal shares of it. Take 56 or 64",
         ),
-        ("--gpus 1x24GiB --imgsz 650", "--imgsz: 650 given, but yolov5n needs multiples of 32. Take 640."),
+        (
+            "--gpus 1x24GiB --imgsz 650",
+            "--imgsz: 650 given, but the images of yolov5n must be a multiple of 32, and at least 64. "
+            "Set it to 640 or 672.",
+        ),
         ("--gpus 1x24GiB --bandwidth 25", "--bandwidth: '25' given, but it must be a rate such as 25GB/s"),
         ("--gpus 1x16GiB --precision bf16", "--precision: bf16 given, but a T4 has no bf16"),
         ("--gpus 1x16GiB --classes 0", "--classes: 0 given, but it must be 1 to 10000"),
@@ -560,8 +564,14 @@ def test_what_a_plan_cannot_be_made_for_is_refused(tmp_path, capsys):
     (tmp_path / "other").write_bytes(b"\xff\xfe")
     for words, told in (
         ("--gpus 8x24GiB --nodes 0", "--nodes: 0 given"),
-        ("--gpus 1x24GiB --imgsz 32", "--imgsz: 32 given, but yolov5n needs 64 at least"),
-        ("--gpus 1x24GiB --model yolov5n6 --imgsz 64", "yolov5n6 needs 128 at least"),
+        (
+            "--gpus 1x24GiB --imgsz 32",
+            "--imgsz: 32 given, but the images of yolov5n must be a multiple of 32, and at least 64",
+        ),
+        (
+            "--gpus 1x24GiB --model yolov5n6 --imgsz 64",
+            "the images of yolov5n6 must be a multiple of 64, and at least 128",
+        ),
         ("--gpus 8x24", "an amount such as 24GiB"),
         ("--gpus 8x24GiB --bandwidth 9GB/s", "it is between nodes, and there is 1"),
         (f"--gpus 1x24GiB --write {tmp_path}", "is a folder or device"),

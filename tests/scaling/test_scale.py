@@ -20,6 +20,7 @@ from runs import CONFIG, ROOT, begin, environment, make_place
 from dsyolo import cli
 from dsyolo.base.errors import UserError
 from dsyolo.commands import scale as command
+from dsyolo.commands.scale_options import check
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS
 from dsyolo.doctor.hosts import Host
 from dsyolo.engine.step_timer import PHASES
@@ -35,7 +36,6 @@ from dsyolo.scaling.cases import (
 )
 from dsyolo.scaling.fit import SIZES, efficiency, fit, solve, step_seconds
 from dsyolo.scaling.html_report import page
-from dsyolo.scaling.options import check
 from dsyolo.scaling.report import build, to_json
 from dsyolo.scaling.results import combine_rounds
 from dsyolo.scaling.runs import epochs_and_images, include
@@ -270,12 +270,14 @@ def steps_json(seconds: float, ranks: int, waits: float = 0.0, steps: int = 6) -
 def test_times_are_medians_after_the_warm_up():
     found = combine_rounds([steps_json(0.2, 2, 0.05), steps_json(0.2, 2, 0.05)], [9.0, 11.0], warmup=1)
     assert found.step_s == pytest.approx(0.25)
-    assert [len(one) for one in found.rounds] == [5, 5]
+    assert [len(one) for one in found.rounds_s] == [5, 5]
     assert found.images_per_s == pytest.approx(8 / 0.25)
-    assert found.split["forward"] == pytest.approx(0.2)
-    assert sum(found.split.values()) == pytest.approx(found.step_s)
+    assert found.split_s["forward"] == pytest.approx(0.2)
+    assert sum(found.split_s.values()) == pytest.approx(found.step_s)
     assert (found.startup_s, found.validation_s, found.checkpoint_s, found.wall_s) == (4, 2, 0.5, 10)
-    assert (found.collectives, found.collective_mb, found.use.sent_mb) == pytest.approx((3, 1, 2))
+    assert (found.collectives_a_step, found.collective_mb_a_step, found.use.sent_mb) == pytest.approx(
+        (3, 1, 2)
+    )
     assert found.use.cpu_own == pytest.approx(2 * 0.2 / 0.25 / 2)
     assert found.use.process_gib == 1
     assert found.use.machine_gib == 2
@@ -310,7 +312,7 @@ def test_the_report_tells_speedup_efficiency_and_bottleneck(report):
 
 def test_the_remedy_for_an_optimizer_is_one_that_there_is():
     measured = combine_rounds([steps_json(0.2, 1, 0.0)], [9.0], 1)
-    slow = measured._replace(split={**measured.split, "optimizer": 0.3 * measured.step_s})
+    slow = measured._replace(split_s={**measured.split_s, "optimizer": 0.3 * measured.step_s})
     text = {ranks: bottleneck(slow, ranks, None, ranks, WEAK) for ranks in (1, 2)}
     assert "The optimizer takes 30% of a step: use more accumulation" in text[1]
     assert "The optimizer takes 30% of a step: use a ZeRO stage that shares it" in text[2]
@@ -399,7 +401,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(report):
     [
         (["--ranks", "0,2"], "--ranks: '0,2' given"),
         (["--ranks", "two"], "--ranks: 'two' given"),
-        (["--ranks", "1", "--imgsz", "100"], "multiples of 32"),
+        (["--ranks", "1", "--imgsz", "100"], "multiple of 32"),
         (["--ranks", "1", "--strategies", "zero1,"], "--strategies: a name is empty"),
         (["--ranks", "1", "--strategies", ""], "--strategies: a name is empty"),
         (["--ranks", "1", "--strategies", "nothing"], "ds_configs/nothing.json does not exist, seen from /"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -46,9 +45,8 @@ def pipeline(
     if world_size % stages:
         fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         rule = f"the number of ranks, {world_size}, is not a multiple of it"
-        problems.append(
-            f"pipeline.stages: {stages} given, but {rule}. Set it to one of {', '.join(fitting)}."
-        )
+        remedy = f"Set it to one of {', '.join(fitting)}"
+        problems.append(f"pipeline.stages: {stages} given, but {rule}. {remedy}.")
     if isinstance(partition, tuple) and len(partition) != stages - 1:
         rule = f"{stages} stage{'s need' if stages > 1 else ' needs'} {stages - 1} cuts"
         remedy = 'Give so many, or write "balanced"'
@@ -87,10 +85,8 @@ def activations(
     assert choice is not None, given
     offloads = bool(block.get("cpu_checkpointing", False))
     if offloads and choice == "none":
-        rule = "it is for the inputs of recomputed blocks, and none is"
-        problems.append(
-            f'activation_checkpointing.cpu_checkpointing: true given, but {rule}. Set recompute to "blocks".'
-        )
+        rule = 'it is for the inputs of recomputed blocks, and none is. Set recompute to "blocks"'
+        problems.append(f"activation_checkpointing.cpu_checkpointing: true given, but {rule}.")
     if isinstance(choice, int) and stages > 1:
         rule = "a stage of a pipeline keeps the activations of several micro-batches"
         problems.append(f'{path}: {shown(given)} given, but {rule}. Set it to "blocks" or "none".')
@@ -129,10 +125,8 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
         problems.append(f"fp16.enabled: true given, but DeepSpeed has no fp16 on a CPU. {remedy}")
     for key in {"bf16", "fp16"} & set(on):
         if zero_stage == 0:
-            rule = "without ZeRO DeepSpeed keeps its fp32 weights where no checkpoint finds them"
-            problems.append(
-                f"{key}.enabled: true with zero_optimization.stage 0, but {rule}. Set the stage to 1."
-            )
+            rule = "DeepSpeed then keeps its fp32 weights where no checkpoint finds them. Set the stage to 1"
+            problems.append(f"{key}.enabled: true with zero_optimization.stage 0, but {rule}.")
     if "torch_autocast" in on:
         dtype = sane["torch_autocast"].get("dtype")
         if dtype is None:
@@ -155,75 +149,56 @@ def data_types(sane: Mapping[str, Any], given: Precision, zero_stage: int, probl
     `data_types` may not contradict the precision, nor take BatchNorm's buffers out of fp32.
     """
     block, model = sane.get("data_types", {}), given.params
-    parameters = block.get("param_dtype", model)
-    if parameters != model:
-        rule = f"weights are {model} here"
-        problems.append(f"data_types.param_dtype: {shown(parameters)} given, but {rule}. Leave it out.")
+    for key, dtype, rule in (
+        ("param_dtype", model, f"weights are {model} here"),
+        ("buffer_dtype", "fp32", "the statistics of BatchNorm stay fp32"),
+    ):
+        if (asked := block.get(key, dtype)) != dtype:
+            problems.append(f"data_types.{key}: {shown(asked)} given, but {rule}. Leave it out.")
     gradients = block.get("grad_accum_dtype", model)
     if zero_stage == 0 and gradients != model:
         rule = f"at ZeRO 0 gradients are summed in the weights' type, {model}"
         remedy = "Leave it out, or set zero_optimization.stage to 1"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
-    if (
-        zero_stage == 1
-        and model == "bf16"
-        and gradients == "fp32"
-        and not sane.get("zero_optimization", {}).get("offload_optimizer")
-    ):
+    is_offloaded = sane.get("zero_optimization", {}).get("offload_optimizer")
+    if (zero_stage, model, gradients) == (1, "bf16", "fp32") and not is_offloaded:
         rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights where no checkpoint finds them"
         remedy = "Leave it out, or set zero_optimization.stage to 2"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
-    buffers = block.get("buffer_dtype", "fp32")
-    if buffers != "fp32":
-        rule = "the statistics of BatchNorm stay fp32"
-        problems.append(f"data_types.buffer_dtype: {shown(buffers)} given, but {rule}. Leave it out.")
     return replace(given, grads=gradients)
 
 
 def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> OffloadSpec:
     """Return where the optimizer's states and the parameters lie."""
-    zero = sane.get("zero_optimization", {})
     devices: list[str | None] = []
+    folders: list[str | None] = []
     for key, (stages, listed) in OFFLOADED.items():
-        path = f"zero_optimization.{key}"
-        device = zero.get(key, {}).get("device", "none")
-        if zero.get(key) and "device" not in zero[key]:
+        path, block = f"zero_optimization.{key}", sane.get("zero_optimization", {}).get(key, {})
+        device = block.get("device", "none")
+        if block and "device" not in block:
             problems.append(f'{path}.device: missing. Write "cpu" or "nvme", or leave the block out.')
         if device != "none" and zero_stage not in stages:
-            rule = f"it needs stage {listed}, and stage {zero_stage} is given"
-            problems.append(
-                f"{path}: device {shown(device)} given, but {rule}. Set the stage, or leave it out."
-            )
-        if not any(
-            line.startswith(f"{path}.nvme_path:") for line in problems
-        ):  # of another type, for example
-            problems += [f"{path}.{line}" for line in _folder(zero.get(key, {}), device)]
+            rule = f"it needs stage {listed}, and stage {zero_stage} is given. Set the stage, or leave it out"
+            problems.append(f"{path}: device {shown(device)} given, but {rule}.")
+        is_refused = any(line.startswith(f"{path}.nvme_path:") for line in problems)  # as of another type
+        if not is_refused and (fault := _folder_fault(block.get("nvme_path"), device)):
+            problems.append(f"{path}.nvme_path: {fault}")
         devices.append(None if device == "none" else device)
-    folders = [
-        zero[key].get("nvme_path") if device == "nvme" else None
-        for key, device in zip(OFFLOADED, devices, strict=True)
-    ]
+        folders.append(block.get("nvme_path") if device == "nvme" else None)
     return OffloadSpec(devices[0], devices[1], folders[0], folders[1])
 
 
-def _folder(block: Mapping[str, Any], device: str) -> list[str]:
+def _folder_fault(path: str | None, device: str) -> str | None:
     """Return what is wrong with the folder of an offload."""
-    path = block.get("nvme_path")
     if device != "nvme":
-        rule = 'it belongs to the device "nvme"'
-        return [f"nvme_path: {shown(path)} given, but {rule}. Leave it out, or set device."] if path else []
+        rule = 'it belongs to the device "nvme". Leave it out, or set device'
+        return f"{shown(path)} given, but {rule}." if path else None
     if path is None:
-        return ["nvme_path: missing. Give a folder on a fast local disk; a file of each rank will lie there."]
-    if os.path.exists(path) and not os.path.isdir(path):
-        return [f"nvme_path: {shown(path)} given, but it is a file. Name a folder."]
-    if not os.path.isdir(path):
-        return [f"nvme_path: {shown(path)} given, but there is no such folder. Make it, or name another."]
-    try:
-        with tempfile.TemporaryFile(dir=path):
-            return []
-    except OSError as error:
-        rule = f"it cannot be written to ({error.strerror})"
-        return [f"nvme_path: {shown(path)} given, but {rule}. Name another."]
+        return "missing. Give a folder on a fast local disk; a file of each rank will lie there."
+    if not os.path.exists(path):
+        return f"{shown(path)} given, but there is no such folder. Make it, or name another."
+    fault = cannot_hold_files(Path(path))
+    return f"{shown(path)} given, but {fault}" if fault else None
 
 
 def monitors(sane: Mapping[str, Any], stages: int, problems: list[str]) -> None:
@@ -235,11 +210,8 @@ def monitors(sane: Mapping[str, Any], stages: int, problems: list[str]) -> None:
     for path in [path for path, is_on in timed.items() if is_on and stages > 1]:
         rule = "in a pipeline DeepSpeed starts its timers twice, and fails"
         problems.append(f"{path}: true given with pipeline.stages {stages}, but {rule}. Leave it out.")
-    for block, key in (
-        ("csv_monitor", "output_path"),
-        ("tensorboard", "output_path"),
-        ("flops_profiler", "output_file"),
-    ):
+    outputs = {"csv_monitor": "output_path", "tensorboard": "output_path", "flops_profiler": "output_file"}
+    for block, key in outputs.items():
         path = sane.get(block, {}).get(key)
         if path and sane[block].get("enabled"):
             folder = Path(path).parent if key == "output_file" else Path(path)

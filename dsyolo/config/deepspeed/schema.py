@@ -37,12 +37,11 @@ _OWN_FOLDER = "dsyolo maps files to memory, and needs no compiled op for it. Lea
 _DETECTOR = "it is made for language models and has no use in a detector. Leave it out."
 _FP32_MASTER = "checkpoints hold fp32 master weights and states. Leave it out."
 _QUANTIZED = "quantised collectives need a compiled op and are not supported. Leave it out."
-_REMOVED_KEYS = (
-    *("compression_training", "curriculum_learning", "eigenvalue", "graph_harvesting", "sparse_gradients"),
-    *("progressive_layer_drop", "quantize_training", "sparse_attention"),
-)
-_REMOVED_ZERO_KEYS = ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")
-_ZERO_QUANTIZED = ("weights", "nontrainable_weights", "gradients")
+
+
+def _each(names: str, key: JsonKey | JsonSection | Refused) -> Keys:
+    """Return the same rule for several keys."""
+    return dict.fromkeys(names.split(), key)
 
 
 def _renamed(name: str) -> Refused:
@@ -59,9 +58,7 @@ _OFFLOAD: Keys = {
 }
 OFFLOAD_OPTIMIZER: Keys = {
     **_OFFLOAD,
-    "pipeline_read": Refused(_OWN_FOLDER),
-    "pipeline_write": Refused(_OWN_FOLDER),
-    "fast_init": Refused(_OWN_FOLDER),
+    **_each("pipeline_read pipeline_write fast_init", Refused(_OWN_FOLDER)),
     "ratio": Refused("partial offload needs DeepSpeed's compiled Adam. Leave it out.", 1.0),
     "super_offload": Refused("SuperOffload is made for Grace Hopper and Adam only. Leave it out."),
     "cpuadam_cores_perc": Refused("it belongs to SuperOffload. Leave it out.", NEVER),
@@ -69,74 +66,55 @@ OFFLOAD_OPTIMIZER: Keys = {
 OFFLOAD_PARAM: Keys = {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()}
 
 _STAGE3: Keys = {
-    "prefetch_bucket_size": whole(),
-    "param_persistence_threshold": whole(),
-    "model_persistence_threshold": whole(),
-    "max_live_parameters": whole(),
-    "max_reuse_distance": whole(),
+    **_each("prefetch_bucket_size param_persistence_threshold model_persistence_threshold", whole()),
+    **_each("max_live_parameters max_reuse_distance", whole()),
+    **_each("use_all_reduce_for_fetch_params allgather_sequential", FLAG),
     "module_granularity_threshold": Refused("gathering whole blocks fails in DeepSpeed. Leave it out.", 0),
-    "use_all_reduce_for_fetch_params": FLAG,
-    "allgather_sequential": FLAG,
     "gather_16bit_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
 }
 
 ZERO: Keys = {
     "stage": JsonKey("0, 1, 2 or 3", lambda v: whole().keeps(v) and v <= 3),
-    "contiguous_gradients": FLAG,
-    "reduce_scatter": FLAG,
-    "reduce_bucket_size": whole(1),
-    "use_multi_rank_bucket_allreduce": FLAG,
-    "allgather_partitions": FLAG,
+    **_each("reduce_bucket_size sub_group_size", whole(1)),
     "allgather_bucket_size": whole(2, even=True),  # DeepSpeed asserts a multiple of 2
-    "overlap_comm": FLAG,
-    "sub_group_size": whole(1),
+    **_each("contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions", FLAG),
+    **_each("overlap_comm ignore_unused_parameters parameter_alignment memory_efficient_linear", FLAG),
+    **_each("override_module_apply log_trace_cache_warnings enable_sanity_checks", FLAG),
     "offload_optimizer": JsonSection(OFFLOAD_OPTIMIZER, may_be_null=True),
     "offload_param": JsonSection(OFFLOAD_PARAM, may_be_null=True),
-    "ignore_unused_parameters": FLAG,
     "round_robin_gradients": Refused(
         "it deals weights out in an order that no checkpoint finds. Leave it out."
     ),
-    "parameter_alignment": FLAG,
-    "memory_efficient_linear": FLAG,
-    "override_module_apply": FLAG,
-    "log_trace_cache_warnings": FLAG,
-    "enable_sanity_checks": FLAG,
     **{f"stage3_{name}": key for name, key in _STAGE3.items()},
     **{name: _renamed(f"stage3_{name}") for name in _STAGE3},
-    "stage3_gather_fp16_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
-    "load_from_fp32_weights": Refused(_OWN_CHECKPOINTS, True),
-    "elastic_checkpoint": Refused(_OWN_CHECKPOINTS),
+    **_each("stage3_gather_fp16_weights_on_model_save elastic_checkpoint", Refused(_OWN_CHECKPOINTS)),
     "pipeline_loading_checkpoint": Refused(_OWN_CHECKPOINTS),
+    "load_from_fp32_weights": Refused(_OWN_CHECKPOINTS, True),
     "compute_grad_norm": Refused("clipping and the log need the norm. Leave it out.", True),
     "zenflow": Refused("ZenFlow transposes 4-D gradients, and so breaks convolutions. Leave it out.", None),
     "cpu_offload": _renamed('offload_optimizer: {"device": "cpu"}'),
     "cpu_offload_param": _renamed('offload_param: {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": _renamed("pin_memory in offload_optimizer or offload_param"),
     "legacy_stage1": Refused(_REMOVED),
-    **{name: Refused(_REMOVED, NEVER) for name in _REMOVED_ZERO_KEYS},
+    **_each("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param", Refused(_REMOVED, NEVER)),
     "zero_hpz_partition_size": Refused("secondary partitions (ZeRO++) are not supported. Leave it out.", 1),
-    **{f"zero_quantized_{name}": Refused(_QUANTIZED) for name in _ZERO_QUANTIZED},
+    **_each("zero_quantized_weights zero_quantized_nontrainable_weights", Refused(_QUANTIZED)),
+    "zero_quantized_gradients": Refused(_QUANTIZED),
     "save_muon_momentum_buffer_in_memory": Refused("the optimizer Muon is not supported. Leave it out."),
     "leaf_module": Refused("it is made for mixtures of experts. Leave it out.", NEVER),
 }
 
 FP16: Keys = {
-    "enabled": FLAG,
+    **_each("enabled consecutive_hysteresis", FLAG),
     "auto_cast": Refused("images enter as uint8 and the stem casts them. Leave it out."),
     "loss_scale": number(),
     "initial_scale_power": whole(),
-    "loss_scale_window": whole(1),
-    "hysteresis": whole(1),
-    "consecutive_hysteresis": FLAG,
-    "min_loss_scale": whole(1),
+    **_each("loss_scale_window hysteresis min_loss_scale", whole(1)),
     "fp16_master_weights_and_grads": Refused(_FP32_MASTER),
 }
 BF16: Keys = {
-    "enabled": FLAG,
-    "immediate_grad_update": FLAG,
-    "check_grad_overflow": FLAG,
-    "bf16_master_weights_and_grads": Refused(_FP32_MASTER),
-    "bf16_optimizer_states": Refused(_FP32_MASTER),
+    **_each("enabled immediate_grad_update check_grad_overflow", FLAG),
+    **_each("bf16_master_weights_and_grads bf16_optimizer_states", Refused(_FP32_MASTER)),
 }
 TORCH_AUTOCAST: Keys = {
     "enabled": FLAG,
@@ -154,8 +132,9 @@ PIPELINE: Keys = {
     "partition": PARTITION,
     "seed_layers": Refused(_OWN_CUTS),
     "activation_checkpoint_interval": Refused("set activation_checkpointing instead.", 0),
-    "pipe_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
-    "grad_partitioned": Refused("it belongs to tensor parallelism. Leave it out.", NEVER),
+    **_each(
+        "pipe_partitioned grad_partitioned", Refused("it belongs to tensor parallelism. Leave it out.", NEVER)
+    ),
 }
 ACTIVATION_CHECKPOINTING: Keys = {
     "recompute": RECOMPUTE,  # ours
@@ -169,9 +148,7 @@ ACTIVATION_CHECKPOINTING: Keys = {
 _MONITOR = JsonSection({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
 
 TOP_LEVEL: Keys = {
-    "train_batch_size": whole(1),
-    "train_micro_batch_size_per_gpu": whole(1),
-    "gradient_accumulation_steps": whole(1),
+    **_each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps", whole(1)),
     "gradient_clipping": number(),
     "optimizer": JsonSection({}),  # its keys follow from its type: optimizers.py
     "zero_optimization": JsonSection(ZERO),
@@ -179,59 +156,46 @@ TOP_LEVEL: Keys = {
     "bf16": JsonSection(BF16),
     "torch_autocast": JsonSection(TORCH_AUTOCAST),
     "data_types": JsonSection(
-        {
-            "grad_accum_dtype": DTYPE,
-            "param_dtype": DTYPE,
-            "buffer_dtype": DTYPE,
-            "keep_in_fp32_modules": PATTERNS,
-        }
+        {**_each("grad_accum_dtype param_dtype buffer_dtype", DTYPE), "keep_in_fp32_modules": PATTERNS}
     ),
     "communication_data_type": DTYPE,
     "pipeline": JsonSection(PIPELINE),
     "activation_checkpointing": JsonSection(ACTIVATION_CHECKPOINTING),
     # Handed on as they are.
     "steps_per_print": whole(1),
-    "dump_state": FLAG,
-    "disable_python_gc": FLAG,
-    "wall_clock_breakdown": FLAG,
-    "memory_breakdown": FLAG,
+    **_each("dump_state disable_python_gc wall_clock_breakdown memory_breakdown", FLAG),
     "log_level": one_of("debug", "info", "warning", "error", "critical"),
     "timers": JsonSection({"throughput": JsonSection({"enabled": FLAG, "synchronized": FLAG})}),
     "flops_profiler": JsonSection(
         {
-            "enabled": FLAG,
+            **_each("enabled detailed", FLAG),
+            **_each("profile_step top_modules", whole(1)),
             "recompute_fwd_factor": number(),
-            "profile_step": whole(1),
             "module_depth": whole(-1),
-            "top_modules": whole(1),
-            "detailed": FLAG,
             "output_file": JsonKey("text in quotes or null", lambda v: v is None or isinstance(v, str)),
         }
     ),
-    "comms_logger": JsonSection(
-        {"enabled": FLAG, "prof_all": FLAG, "prof_ops": TEXTS, "verbose": FLAG, "debug": FLAG}
-    ),
-    "tensorboard": _MONITOR,
-    "csv_monitor": _MONITOR,
+    "comms_logger": JsonSection({**_each("enabled prof_all verbose debug", FLAG), "prof_ops": TEXTS}),
+    **_each("tensorboard csv_monitor", _MONITOR),
     # Ours.
     "scheduler": Refused("the run configuration owns the schedule. Leave it out: --schedule, --lrf.", NEVER),
-    "wandb": Refused(_OWN_TRACKING),
-    "comet": Refused(_OWN_TRACKING),
+    **_each("wandb comet", Refused(_OWN_TRACKING)),
     "zero_allow_untested_optimizer": Refused("dsyolo sets it to true. Leave it out.", True),
     "zero_force_ds_cpu_optimizer": Refused("dsyolo sets it to false. Leave it out.", False),
     "managed_gradient_accumulation": Refused(
         "dsyolo counts on DeepSpeed's accumulation. Leave it out.", True
     ),
     "dataloader_drop_last": Refused("dsyolo has its own loader. Leave it out."),
-    "checkpoint": Refused(_OWN_CHECKPOINTS, NEVER),
+    **_each("checkpoint nebula", Refused(_OWN_CHECKPOINTS, NEVER)),
     "datastates_ckpt": Refused(_OWN_CHECKPOINTS),
-    "nebula": Refused(_OWN_CHECKPOINTS, NEVER),
     # Would change the gradient.
     "prescale_gradients": Refused(_PLAIN_MEAN),
     "gradient_predivide_factor": Refused(_PLAIN_MEAN, 1.0),
     "gradient_allreduce_op": Refused(_PLAIN_MEAN, "mean"),
     # No use here.
-    **{name: Refused(_REMOVED, NEVER) for name in _REMOVED_KEYS},
+    **_each("compression_training curriculum_learning eigenvalue graph_harvesting", Refused(_REMOVED, NEVER)),
+    **_each("progressive_layer_drop quantize_training", Refused(_REMOVED, NEVER)),
+    **_each("sparse_attention sparse_gradients", Refused(_REMOVED, NEVER)),
     "bfloat16": _renamed("bf16"),
     "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast.", NEVER),
     "aio": Refused(_OWN_FOLDER, NEVER),
@@ -244,12 +208,10 @@ TOP_LEVEL: Keys = {
     ),
     "expert_parallel": Refused("a detector has no experts. Leave it out.", NEVER),
     "use_data_before_expert_parallelism": Refused("a detector has no experts. Leave it out."),
-    "hybrid_engine": Refused(_DETECTOR),
-    "weight_quantization": Refused(_DETECTOR),
+    **_each("hybrid_engine weight_quantization", Refused(_DETECTOR)),
     "tensor_parallel": Refused("convolutions are not split over ranks. Use ZeRO or pipeline.", NEVER),
     "sequence_parallel_size": Refused("a detector has no sequence to split. Leave it out.", 1),
     "data_parallel_size": Refused("it follows from the ranks and the stages. Leave it out.", NEVER),
-    "seq_parallel_communication_data_type": Refused(_DETECTOR, NEVER),
-    "vocabulary_size": Refused(_DETECTOR, NEVER),
+    **_each("seq_parallel_communication_data_type vocabulary_size", Refused(_DETECTOR, NEVER)),
     "allgather_size": _renamed("zero_optimization.allgather_bucket_size"),
 }

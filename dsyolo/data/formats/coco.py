@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.data_format import (
-    BAD_OBJECT,
-    NO_IMAGE,
-    DataFormat,
-    Image,
-    Object,
-    SourceDataset,
-)
+from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.labels import Problem
 
 CROWD = "crowd (left out)"
@@ -58,13 +51,12 @@ def _coco_files(src: Path, headline: str) -> dict[str, Path]:
     for split in ("train", "val", "test"):
         of_split = [file for file in files if file.stem.removeprefix("instances_").startswith(split)]
         if len(of_split) > 1:
-            problems.append(
-                f"{split}: {', '.join(f.name for f in of_split)} found. Leave only one in {folder}."
-            )
+            found = ", ".join(file.name for file in of_split)
+            problems.append(f"{split}: {found} found. Leave only one in {folder}.")
         elif of_split:
             chosen[split] = of_split[0]
         elif split != "test":
-            there = [p.name for p in folder.glob("*.json")] if folder.is_dir() else []
+            there = [file.name for file in folder.glob("*.json")]
             close = difflib.get_close_matches(f"instances_{split}.json", there, 1, 0.6)
             hint = f" Did you mean {close[0]}?" if close else ""
             problems.append(f"{split}: no {folder}/instances_{split}*.json.{hint}")
@@ -126,20 +118,19 @@ def _is_among(number: Any, known: Mapping[Any, Any]) -> bool:
 
 
 def _coco_object(one: dict[str, Any], name: str, place: str) -> Object | None:
+    segmentation = one.get("segmentation")
+    if not isinstance(segmentation, list):
+        segmentation = []  # a mask (RLE), or nothing
     try:
-        parts = [np.array(part, np.float64).reshape(-1, 2) for part in _parts(one.get("segmentation"))]
+        parts = [np.array(part, np.float64).reshape(-1, 2) for part in segmentation]
         parts = [part for part in parts if len(part) >= 3 and np.isfinite(part).all()]
         if parts:
             polygon = join_polygons(parts)
             return Object(name, (*polygon.min(0), *polygon.max(0)), polygon, place)
-        x, y, width, height = (float(value) for value in one["bbox"])
+        x, y, width, height = map(float, one["bbox"])
     except (KeyError, TypeError, ValueError):
         return None
     return Object(name, (x, y, x + width, y + height), None, place)
-
-
-def _parts(segmentation: Any) -> list[Any]:
-    return segmentation if isinstance(segmentation, list) else []  # else a mask (RLE), or nothing
 
 
 def join_polygons(parts: Sequence[np.ndarray]) -> np.ndarray:

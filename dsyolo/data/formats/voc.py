@@ -11,14 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.data_format import (
-    BAD_OBJECT,
-    NO_IMAGE,
-    DataFormat,
-    Image,
-    Object,
-    SourceDataset,
-)
+from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.yolo import IMAGE_SUFFIXES
 from dsyolo.data.labels import Problem
 
@@ -67,20 +60,15 @@ def _voc_roots(src: Path, headline: str) -> list[Path]:
 def _voc_lists(roots: Sequence[Path], headline: str) -> dict[str, dict[Path, Path]]:
     """Return the list file of every root for train and for val."""
     has = {root: {p.stem: p for p in (root / "ImageSets" / "Main").glob("*.txt")} for root in roots}
+
+    def all_named(name: str) -> dict[Path, Path]:
+        return {root: lists[name] for root, lists in has.items() if name in lists}
+
     # Without any test list, trainval would hold the val images as well.
-    is_tested = any("test" in lists for lists in has.values())
-    wanted = (
-        {"train": ("trainval", "train"), "val": ("test",)}
-        if is_tested
-        else {"train": ("train",), "val": ("val",)}
-    )
-    found: dict[str, dict[Path, Path]] = {
-        split: {
-            root: next(lists[name] for name in names if name in lists)
-            for root, lists in has.items()
-            if any(name in lists for name in names)
-        }
-        for split, names in wanted.items()
+    test = all_named("test")
+    found = {
+        "train": all_named("train") | (all_named("trainval") if test else {}),
+        "val": test or all_named("val"),
     }
     if not found["train"] or not found["val"]:
         given = sorted({name for lists in has.values() for name in lists if "_" not in name}) or ["none"]
@@ -138,12 +126,8 @@ def _shifted(one: Object, shift: float) -> Object:
 
 
 def _voc_image(folder: Path, stem: str) -> Path | None:
-    usual = folder / f"{stem}.jpg"
-    if usual.is_file():
-        return usual
-    return next(
-        (p for p in sorted(folder.glob(f"{glob.escape(stem)}.*")) if p.suffix.lower() in IMAGE_SUFFIXES), None
-    )
+    files = [folder / f"{stem}.jpg", *sorted(folder.glob(f"{glob.escape(stem)}.*"))]
+    return next((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()), None)
 
 
 def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:

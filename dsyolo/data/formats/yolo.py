@@ -1,6 +1,6 @@
 """The YOLO data format: `data.yaml`, images, and one label file per image.
 
-labels.py reads the label files; `Labels`, `Problem` and `read_labels` are exported here too.
+labels.py reads the label files.
 """
 
 from __future__ import annotations
@@ -16,17 +16,6 @@ from typing import Any
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
 from dsyolo.config.spec import DataSpec
-from dsyolo.data.labels import Labels, Problem, read_labels
-
-__all__ = [
-    "DataSpec",
-    "Labels",
-    "Problem",
-    "label_path",
-    "list_images",
-    "read_data_yaml",
-    "read_labels",
-]
 
 # Folders are searched for these. OpenCV may not read all of them: building the index reports those, instead of
 # skipping them silently.
@@ -70,24 +59,17 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
     try:
         given = parse_yaml(read_text(path))
     except FileNotFoundError:
-        beside = (
-            sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
-            if path.parent.is_dir()
-            else []
-        )
+        beside = sorted(file.name for file in path.parent.glob("*.y*ml"))
         hint = difflib.get_close_matches(path.name, beside, 1, 0.4) or beside[:1]
-        remedy = (
-            f"Did you mean {path.parent / hint[0]}?"
-            if hint
-            else "`dsyolo sample DST` draws a data set to try."
-        )
+        remedy = "`dsyolo sample DST` draws a data set to try."
+        if hint:
+            remedy = f"Did you mean {path.parent / hint[0]}?"
         raise UserError(headline, [f"no such file (working directory {Path.cwd()}). {remedy}"]) from None
     except BadYamlError as error:
         raise UserError(headline, [str(error)]) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            headline, [f"cannot be read: {getattr(error, 'strerror', None) or error}."]
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(headline, [f"cannot be read: {reason}."]) from error
     if not isinstance(given, dict):
         kind = "empty" if given is None else f"a {type(given).__name__}"
         raise UserError(headline, [f"{kind}, but it must map keys to values: train, val and names."])
@@ -102,9 +84,7 @@ def _missing_key(key: str, given: dict[str, Any], what: str) -> str:
 
 def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     names, num_given = given.get("names"), given.get("nc")
-    if num_given is not None and (
-        isinstance(num_given, bool) or not isinstance(num_given, int) or not 1 <= num_given <= MOST_CLASSES
-    ):
+    if num_given is not None and not (type(num_given) is int and 1 <= num_given <= MOST_CLASSES):
         rule = f"It is the number of classes, 1 to {MOST_CLASSES:,}; or leave it out."
         problems.append(f"nc: {shortened(repr(num_given))} given. {rule}")
         num_given = None
@@ -114,21 +94,19 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
         problems.append(_missing_key("names", given, "Give the classes as a list or as a map `0: cat`."))
         return ()
     if isinstance(names, dict):
-        if not all(isinstance(k, int) and not isinstance(k, bool) for k in names):
+        if not all(type(k) is int for k in names):
             problems.append(f"names: keys must be whole numbers from 0, {list(names)[:5]} given.")
             return ()
         gaps = list(islice((k for k in range(max(names, default=-1)) if k not in names), 5))
         if gaps or any(k < 0 for k in names):
-            problems.append(
-                f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but "
-                + (f"{', '.join(map(str, gaps))} missing." if gaps else "a key is negative.")
-            )
+            fault = f"{', '.join(map(str, gaps))} missing." if gaps else "a key is negative."
+            problems.append(f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but {fault}")
             return ()
         names = [names[k] for k in sorted(names)]
     if (
         not isinstance(names, list)
         or not names
-        or any(isinstance(n, (dict, list)) or n is None for n in names)
+        or any(n is None or isinstance(n, (dict, list)) for n in names)
     ):
         rule = "Give at least one class, as a list or as a map `0: cat`."
         problems.append(f"names: {shortened(repr(names))} given. {rule}")
@@ -136,17 +114,14 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     if len(names) > MOST_CLASSES:
         problems.append(f"names: {len(names):,} classes given, and {MOST_CLASSES:,} is the most.")
         return ()
-    if any(isinstance(name, bool) for name in names):
+    if booleans := dict.fromkeys(str(name) for name in names if isinstance(name, bool)):
         rule = "YAML takes yes, no, on, off, true and false for these. Put the names in quotes"
-        problems.append(
-            f"names: {' and '.join({str(n): 0 for n in names if isinstance(n, bool)})} given. {rule}."
-        )
+        problems.append(f"names: {' and '.join(booleans)} given. {rule}.")
     elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
         problems.append(f"names: {', '.join(repeated)} given more than once. Rename or merge them.")
     if num_given is not None and num_given != len(names):
-        problems.append(
-            f"nc: {num_given} given, but names has {len(names)}. Correct one of them, or leave nc out."
-        )
+        rule = "Correct one of them, or leave nc out."
+        problems.append(f"nc: {num_given} given, but names has {len(names)}. {rule}")
     return tuple(str(name) for name in names)
 
 
@@ -171,37 +146,30 @@ def _split(
     entries = given.get(split)
     if not entries:
         if required:
-            problems.append(
-                _missing_key(split, given, "Give a folder of images, a list file, or a list of such.")
-            )
+            rule = "Give a folder of images, a list file, or a list of such."
+            problems.append(_missing_key(split, given, rule))
         return None
-    entries = entries if isinstance(entries, list) else [entries]
-    found: list[Path] = []
-    missing: list[str] = []
-    for entry in map(str, entries):
-        if len(entry) > MOST_PATH:
-            missing.append(f"{split}: {shortened(entry)} is longer than any path.")
-            continue
-        # Exported data sets often have `../train/images` for the folder beside the file.
-        candidates = [root / entry, *([root / entry[3:]] if entry.startswith("../") else []), Path(entry)]
-        here = next((c for c in candidates if c.exists()), None)
-        if here is None:
-            near = _near(root / entry)
-            missing.append(f"{split}: {entry} does not exist: tried {_listed(candidates)}." + near)
-        elif not here.is_dir() and not here.is_file():
-            missing.append(
-                f"{split}: {entry} is a device or pipe, but only folders and .txt lists of images can be given."
-            )
-        elif here.is_file() and here.suffix != ".txt":
-            missing.append(
-                f"{split}: {entry} is a file, but only folders and .txt lists of images can be given."
-            )
-        else:
-            found.append(here)
-    if not required and missing:
+    sources = [_source(root, str(entry)) for entry in (entries if isinstance(entries, list) else [entries])]
+    faults = [f"{split}: {fault}" for _, fault in sources if fault]
+    if faults and not required:
         return None
-    problems.extend(missing)
-    return tuple(found)
+    problems += faults
+    return tuple(source for source, fault in sources if not fault)
+
+
+def _source(root: Path, entry: str) -> tuple[Path, str]:
+    """Return the folder or list that an entry names, and what is wrong with it."""
+    if len(entry) > MOST_PATH:
+        return root, f"{shortened(entry)} is longer than any path."
+    # Exported data sets often have `../train/images` for the folder beside the file.
+    candidates = [root / entry, *([root / entry[3:]] if entry.startswith("../") else []), Path(entry)]
+    here = next((c for c in candidates if c.exists()), None)
+    if here is None:
+        return root, f"{entry} does not exist: tried {_listed(candidates)}.{_near(root / entry)}"
+    if here.is_dir() or (here.is_file() and here.suffix == ".txt"):
+        return here, ""
+    kind = "file" if here.is_file() else "device or pipe"
+    return here, f"{entry} is a {kind}, but only folders and .txt lists of images can be given."
 
 
 def _near(path: Path) -> str:
@@ -231,10 +199,10 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
     Raises:
         UserError: a source that does not exist or cannot be read, or no image in any of them.
     """
-    sources = [Path(source) for source in sources]
     images: list[Path] = []
     problems: list[str] = []
-    for source in sources:
+    paths = [Path(source) for source in sources]
+    for source in paths:
         if source.is_dir():
             images += _walk(source)
         elif source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
@@ -247,9 +215,8 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
         else:
             problems.append(f"{source}: no such folder, image or list file.{_near(source)}")
     if not problems and not images:
-        problems = [
-            f"{source}: no image in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})." for source in sources
-        ]
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        problems = [f"{path}: no image in it (looked for {suffixes})." for path in paths]
     if problems:
         raise UserError("No images to read", problems)
     return images
@@ -276,14 +243,10 @@ def _walk(folder: Path) -> list[Path]:
 
 def _listed_images(list_file: Path) -> list[Path]:
     images: list[Path] = []
-    for line in read_text(list_file, MOST_LIST_BYTES).splitlines():
-        line = line.strip()
-        if not line:
-            continue
+    for line in filter(None, map(str.strip, read_text(list_file, MOST_LIST_BYTES).splitlines())):
         path = Path(line)
-        if line.startswith("./") or not (path.is_absolute() or path.exists()):
-            path = list_file.parent / path
-        images.append(path)
+        is_found = path.is_absolute() or (not line.startswith("./") and path.exists())
+        images.append(path if is_found else list_file.parent / path)
     return images
 
 

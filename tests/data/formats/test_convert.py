@@ -13,8 +13,9 @@ import pytest
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats import coco, voc, writer
 from dsyolo.data.formats.format_registry import convert
-from dsyolo.data.formats.yolo import read_data_yaml, read_labels
+from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.index_builder import build_index
+from dsyolo.data.labels import read_labels
 
 WIDTH, HEIGHT = 100, 80
 

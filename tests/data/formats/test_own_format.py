@@ -14,8 +14,9 @@ from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE
 from dsyolo.data.formats.format_registry import FORMATS, convert
 from dsyolo.data.formats.writer import BAD_IMAGE, DEGENERATE
-from dsyolo.data.formats.yolo import read_data_yaml, read_labels
+from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.index_builder import build_index
+from dsyolo.data.labels import read_labels
 
 FORMAT = f"{ROOT / 'examples' / 'my_format.py'}:CsvBoxes"
 HEAD = "split,image,class,x1,y1,x2,y2\n"

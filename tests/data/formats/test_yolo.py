@@ -9,7 +9,8 @@ import pytest
 
 from dsyolo.base.errors import UserError
 from dsyolo.data import labels
-from dsyolo.data.formats.yolo import label_path, list_images, read_data_yaml, read_labels
+from dsyolo.data.formats.yolo import label_path, list_images, read_data_yaml
+from dsyolo.data.labels import read_labels
 
 
 def folders(root: Path, *names: str) -> None:

@@ -16,7 +16,7 @@ from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files, did_you_mean
 from dsyolo.config.option_checks import model_option, out_of_range
-from dsyolo.config.run_config import AUTO
+from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.findings import FAIL
 from dsyolo.doctor.hosts import Host, read_hostfile
 from dsyolo.models.registry import max_stride
@@ -24,41 +24,25 @@ from dsyolo.scaling.cases import STRONG, WEAK, ScalingStrategy, read_strategy
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
 # Options of train.py that the command sets itself.
-OWN = frozenset(
-    f"--{name}"
-    for name in (
-        *("deepspeed_config", "data", "name", "project", "epochs", "val_every", "save_every", "time_profile"),
-        *("resume", "model", "imgsz", "threads", "workers"),
-    )
-)
+OWN = {
+    *("--deepspeed_config", "--data", "--name", "--project", "--epochs", "--val_every", "--save_every"),
+    *("--time_profile", "--resume", "--model", "--imgsz", "--threads", "--workers"),
+}
 MAX_RANKS = 2**16
-
-
-class NumberOption(NamedTuple):
-    """An option that is a number, with its limits. A default of None is explained by the help."""
-
-    name: str
-    default: float | None
-    least: int
-    most: int
-    help: str
-
-
-NUMBERS = (
-    NumberOption("imgsz", 640, 64, 8192, "image size in pixels"),
-    NumberOption("micro_batch", None, 1, 4096, "images of a micro-batch (default: the JSON's)"),
-    NumberOption("accumulation", None, 1, 4096, "micro-batches of a step and rank (default: the JSON's)"),
-    NumberOption("steps", 20, 1, 10**5, "least number of measured optimizer steps"),
-    NumberOption("warmup", 5, 0, 10**5, "steps before them that are not measured"),
-    NumberOption("rounds", 2, 1, 100, "runs of each size, in turn"),
-    NumberOption("threads", None, 1, 1024, "threads per rank (default: 1 on a CPU)"),
-    NumberOption("workers", None, 0, 1024, "loader workers per rank (default: as in a run)"),
-    NumberOption(
-        "cores", None, 1, 1024, "cores of this machine for each rank and its workers (default: no limit)"
-    ),
-    NumberOption("timeout", 1800.0, 5, 10**6, "most seconds of a run"),
-    NumberOption("master_port", 29600, 1024, 65000, "first port for the ranks' rendezvous"),
-)
+# Numbers by name: default, least, most, help. A default of None is explained by the help.
+NUMBERS: dict[str, tuple[float | None, int, int, str]] = {
+    "imgsz": (640, 64, 8192, "image size in pixels"),
+    "micro_batch": (None, 1, 4096, "images of a micro-batch (default: the JSON's)"),
+    "accumulation": (None, 1, 4096, "micro-batches of a step and rank (default: the JSON's)"),
+    "steps": (20, 1, 10**5, "least number of measured optimizer steps"),
+    "warmup": (5, 0, 10**5, "steps before them that are not measured"),
+    "rounds": (2, 1, 100, "runs of each size, in turn"),
+    "threads": (None, 1, 1024, "threads per rank (default: 1 on a CPU)"),
+    "workers": (None, 0, 1024, "loader workers per rank (default: as in a run)"),
+    "cores": (None, 1, 1024, "cores of this machine for a rank and its workers (default: no limit)"),
+    "timeout": (1800.0, 5, 10**6, "most seconds of a run"),
+    "master_port": (29600, 1024, 65000, "first port for the ranks' rendezvous"),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,28 +51,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--ranks", required=True, metavar="N,N", help="sizes to run, as 1,2,4")
     strategies = "files in ds_configs/, or paths (default: --deepspeed_config)"
     add("--strategies", metavar="NAME,NAME", help=strategies)
-    add(
-        "--deepspeed_config",
-        type=Path,
-        default=Path("ds_configs/zero1.json"),
-        metavar="FILE",
-        help="DeepSpeed JSON",
-    )
+    default = Path("ds_configs/zero1.json")
+    add("--deepspeed_config", type=Path, default=default, metavar="FILE", help="DeepSpeed JSON")
     scaling = "fixed images per rank (weak) or per step (strong), or both (default: weak)"
     add("--scaling", choices=SCALINGS, default="weak", help=scaling)
     add("--data", type=Path, metavar="FILE", help="data set's YAML file (default: a synthetic one)")
     model = "variant, or FILE.py:FUNCTION (default: yolov5n)"
     add("--model", type=model_option, default="yolov5n", metavar="NAME", help=model)
-    for one in NUMBERS:
-        default = "" if one.default is None else f" (default: {one.default:g})"
-        kind = float if isinstance(one.default, float) else int
-        add(f"--{one.name}", type=kind, default=one.default, metavar="N", help=one.help + default)
+    for name, (number, _, _, text) in NUMBERS.items():
+        kind = float if isinstance(number, float) else int
+        shown = "" if number is None else f" (default: {number:g})"
+        add(f"--{name}", type=kind, default=number, metavar="N", help=text + shown)
     add("--hostfile", type=Path, metavar="FILE", help="run on its hosts, the first ones first")
     launcher = 'options of deepspeed in one string: "--ssh_port 2222"'
     add("--launcher_options", default="", metavar="OPTIONS", help=launcher)
-    add(
-        "--out", type=Path, default=Path("scale"), metavar="DIR", help="folder of the report (default: scale)"
-    )
+    out = "folder of the report (default: scale)"
+    add("--out", type=Path, default=Path("scale"), metavar="DIR", help=out)
     add("options", nargs="*", metavar="-- OPTION", help="more options of train.py, after two dashes")
 
 
@@ -109,9 +87,9 @@ def check(args: argparse.Namespace) -> ScaleRequest:
     """
     problems: list[str] = []
     ranks = _ranks(args.ranks, problems)
-    problems += out_of_range(args, {one.name: (one.least, one.most) for one in NUMBERS})
-    if args.imgsz % (stride := max_stride(args.model)):
-        problems.append(f"--imgsz: {args.imgsz} given, but {args.model} needs multiples of {stride}.")
+    problems += out_of_range(args, {name: (least, most) for name, (_, least, most, _) in NUMBERS.items()})
+    if fault := image_size_fault(args.imgsz, args.model, max_stride(args.model)):
+        problems.append(f"--imgsz: {fault}")
     hosts = _hosts(args, ranks, problems)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     if not hosts and ranks:
@@ -174,19 +152,23 @@ def _strategies(args: argparse.Namespace, smallest: int, problems: list[str]) ->
 
 
 def _files(names: Sequence[str], option: str, problems: list[str]) -> list[Path]:
-    """Return each strategy's file once. No two may share a name."""
+    """Return the strategies' files, each once, from paths or names in ds_configs/. No two may share a name."""
+    where = "names of files in ds_configs/, or paths"
     files: dict[Path, Path] = {}
     for name in names:
-        path = _path(name)
+        path = Path(name) if name.endswith(".json") else Path("ds_configs", f"{name}.json")
         if not name:
-            problems.append(f"{option}: a name is empty. Give names of files in ds_configs/, or paths.")
+            problems.append(f"{option}: a name is empty. Give {where}.")
         elif name == AUTO:
             remedy = "Write one with dsyolo plan --write FILE, and give that"
             problems.append(f"{option}: auto given, but scale compares given strategies. {remedy}.")
         elif os.path.exists(path):
             files.setdefault(path.resolve(), path)
         else:
-            problems.append(f"{option}: {_missing(path)}")
+            seen = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+            known = [one.name for one in path.parent.glob("*.json")]
+            hint = did_you_mean(path.name, known, f"{path.parent}/") or f"Give {where}."
+            problems.append(f"{option}: {path} does not exist{seen}. {hint}")
     by_name: dict[str, Path] = {}
     for path in files.values():
         other = by_name.setdefault(path.stem, path)
@@ -194,15 +176,3 @@ def _files(names: Sequence[str], option: str, problems: list[str]) -> list[Path]
             rule = f"strategies are named by their files, and both would be {path.stem}"
             problems.append(f"{option}: {other} and {path} given, but {rule}. Rename one.")
     return list(files.values())
-
-
-def _path(name: str) -> Path:
-    """Return a strategy's file from a path or a name in ds_configs/."""
-    path = Path(name)
-    return path if path.suffix == ".json" else Path("ds_configs", f"{name}.json")
-
-
-def _missing(path: Path) -> str:
-    seen = "" if path.is_absolute() else f", seen from {Path.cwd()}"
-    hint = did_you_mean(path.name, [one.name for one in path.parent.glob("*.json")], f"{path.parent}/")
-    return f"{path} does not exist{seen}. {hint or 'Give names of files in ds_configs/, or paths.'}"
