@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.spec import Precision
-from dsyolo.models.network import Network, Shape
+from dsyolo.models.network import Network
 
 N = TypeVar("N", bound=Network)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -170,7 +170,7 @@ def _gib(size: int) -> str:
     return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 
-def count_activations(network: Network, images_shape: Shape, precision: Precision) -> Activations:
+def count_activations(network: Network, images_shape: Sequence[int], precision: Precision) -> Activations:
     """Count what autograd saves in a forward pass of `network` in training, node by node.
 
     Storages are numbered in the order of their first use, which is the same for any number of images. The fake tensors
@@ -185,7 +185,9 @@ def count_activations(network: Network, images_shape: Shape, precision: Precisio
         return _count(fake, images_shape, precision, network.blocks())
 
 
-def _count(fake: Network, images_shape: Shape, precision: Precision, blocks: frozenset[str]) -> Activations:
+def _count(
+    fake: Network, images_shape: Sequence[int], precision: Precision, blocks: frozenset[str]
+) -> Activations:
     images = torch.empty(images_shape, dtype=torch.uint8)
     dtype = DTYPES[precision.compute] if precision.is_autocast else None
     ledger = _Ledger([images, *fake.parameters(), *fake.buffers()])

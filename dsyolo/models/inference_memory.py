@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from torch.utils._pytree import tree_leaves
 from dsyolo.config.spec import Precision
 from dsyolo.models.activation_memory import DTYPES, fake_copy
 from dsyolo.models.detection_network import DetectionNetwork
-from dsyolo.models.network import Shape
 
 
-def inference_bytes(network: DetectionNetwork, images_shape: Shape, precision: Precision) -> int:
+def inference_bytes(network: DetectionNetwork, images_shape: Sequence[int], precision: Precision) -> int:
     """Return the peak bytes of tensors for uint8 images (B, 3, H, W), from the images to decoded boxes.
 
     Weights and images are not counted; autocast's copies of weights are.

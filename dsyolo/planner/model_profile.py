@@ -10,7 +10,6 @@ from dsyolo.models.activation_memory import Activations, count_activations
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.flops import NodeCost, node_costs
 from dsyolo.models.inference_memory import inference_bytes
-from dsyolo.models.network import Shape
 from dsyolo.models.registry import meta_network
 
 
@@ -32,7 +31,7 @@ class ModelProfile:
         self._pairs: dict[Precision, tuple[Activations, Activations]] = {}
         self._inferred: dict[Precision, tuple[int, int]] = {}  # bytes of each image, and beside them
 
-    def _shape(self, images: int) -> Shape:
+    def _shape(self, images: int) -> tuple[int, ...]:
         return images, 3, self.image_size_px, self.image_size_px
 
     def activations(self, images: int, precision: Precision) -> Activations:

@@ -12,8 +12,10 @@ from dsyolo.config.spec import BatchPlan, Precision
 
 OPTIMIZERS = ("SGD", "AdamW")
 # ZeRO stage, device of the optimizer, device of the parameters
-SHARDINGS: list[tuple[int, str | None, str | None]] = [(stage, None, None) for stage in range(4)]
-SHARDINGS += [(1, "cpu", None), (2, "cpu", None), (3, "cpu", "cpu")]
+SHARDINGS: tuple[tuple[int, str | None, str | None], ...] = (
+    *((stage, None, None) for stage in range(4)),
+    *((1, "cpu", None), (2, "cpu", None), (3, "cpu", "cpu")),
+)
 PIPELINES = (2, 4)
 RECOMPUTES = ("none", "blocks")
 
