@@ -170,35 +170,23 @@ def _gib(size: int) -> str:
     return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 
-def count_activations(
-    network: Network, images_shape: tuple[int, int, int, int], precision: Precision
-) -> Activations:
+def count_activations(network: Network, images_shape: Sequence[int], precision: Precision) -> Activations:
     """Count what autograd saves in a forward pass of `network` in training, node by node.
 
-    The fake tensors are on the CPU: fake GPU tensors would start a CUDA context. Autocast treats both alike in all
-    operations of the network.
+    Storages are numbered in the order of their first use, which is the same for any number of images. The fake tensors
+    are on the CPU, as fake GPU tensors would start a CUDA context; autocast treats both alike in all operations here.
 
     Args:
         network: on any device, meta included: its tensors are not read.
         images_shape: (B, 3, H, W), of uint8.
     """
-    return count_each(network, [images_shape], precision)[0]
-
-
-def count_each(
-    network: Network, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
-) -> list[Activations]:
-    """Count as `count_activations` does, for several shapes of images on one copy of the network.
-
-    Storages are numbered in the order of their first use, which is the same for any number of images.
-    """
     with FakeTensorMode():
         fake = fake_copy(network, DTYPES[precision.params]).train()
-        return [_count(fake, shape, precision, network.blocks()) for shape in images_shapes]
+        return _count(fake, images_shape, precision, network.blocks())
 
 
 def _count(
-    fake: Network, images_shape: tuple[int, int, int, int], precision: Precision, blocks: frozenset[str]
+    fake: Network, images_shape: Sequence[int], precision: Precision, blocks: frozenset[str]
 ) -> Activations:
     images = torch.empty(images_shape, dtype=torch.uint8)
     dtype = DTYPES[precision.compute] if precision.is_autocast else None

@@ -16,23 +16,18 @@ from dsyolo.models.activation_memory import DTYPES, fake_copy
 from dsyolo.models.detection_network import DetectionNetwork
 
 
-def inference_bytes(
-    network: DetectionNetwork, images_shapes: Sequence[tuple[int, int, int, int]], precision: Precision
-) -> list[int]:
-    """Return for each shape of uint8 images the peak bytes of tensors, from the images to decoded boxes.
+def inference_bytes(network: DetectionNetwork, images_shape: Sequence[int], precision: Precision) -> int:
+    """Return the peak bytes of tensors for uint8 images (B, 3, H, W), from the images to decoded boxes.
 
     Weights and images are not counted; autocast's copies of weights are.
     """
+    dtype = DTYPES[precision.compute] if precision.is_autocast else None
+    autocast = torch.autocast("cpu", dtype, enabled=precision.is_autocast)
     with FakeTensorMode():
         fake = fake_copy(network, DTYPES[precision.params]).eval()
-        return [_count(fake, shape, precision) for shape in images_shapes]
-
-
-def _count(fake: DetectionNetwork, images_shape: tuple[int, int, int, int], precision: Precision) -> int:
-    images = torch.empty(images_shape, dtype=torch.uint8)
-    dtype = DTYPES[precision.compute] if precision.is_autocast else None
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=precision.is_autocast), _LiveBytes() as live:
-        fake.decode(fake(images))
+        images = torch.empty(images_shape, dtype=torch.uint8)
+        with torch.no_grad(), autocast, _LiveBytes() as live:
+            fake.decode(fake(images))
     return live.peak
 
 

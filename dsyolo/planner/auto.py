@@ -231,18 +231,8 @@ def _with_planned_batch(ds: DeepSpeedConfig, planner: Planner, *, halve: bool) -
 
 
 def _settings_of(ds: DeepSpeedConfig) -> StrategySettings:
-    optimizer, params = (
-        "cpu" if device else None for device in ds.parallelism.offload.devices
-    )  # nvme as cpu
-    return StrategySettings(
-        ds.zero_stage,
-        optimizer,
-        params,
-        ds.parallelism.recompute,
-        ds.precision,
-        ds.micro_batch,
-        ds.accumulation,
-        ds.stages,
-        ds.dp_size,
-        ds.optimizer.type,
-    )
+    # NVMe is planned as host memory.
+    optimizer, params = ("cpu" if device else None for device in ds.parallelism.offload.devices)
+    sharding = ds.zero_stage, optimizer, params
+    sizes = ds.micro_batch, ds.accumulation, ds.stages, ds.dp_size
+    return StrategySettings(*sharding, ds.parallelism.recompute, ds.precision, *sizes, ds.optimizer.type)

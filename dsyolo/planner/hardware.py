@@ -18,7 +18,7 @@ REACHED_FLOPS, REACHED_BANDWIDTH = 0.4, 0.7  # of the peaks; assumptions
 RESERVED_BYTES = int(0.6 * GIB)  # of a GPU: context of CUDA, libraries, NCCL's buffers; an assumption
 HOST_BYTES_S = 12e9  # of a GPU to the host's memory and back, PCIe 4 x16 in practice; an assumption
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 class Device(NamedTuple):
@@ -145,7 +145,7 @@ def device_named(name: str, memory_bytes: float | None = None) -> Device | None:
 def read_bytes(text: str) -> int:
     """Return the bytes of 24GiB, 24GB or 512MiB; raise ValueError with what the text must be."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)B?", text.strip().upper())
-    value = float(match[1]) * UNITS[match[2]] if match else 0
+    value = float(match[1]) * {**UNITS, **BINARY}[match[2]] if match else 0
     if value <= 0:
         raise ValueError("an amount such as 24GiB or 24GB")
     return int(value)

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from dsyolo.config.spec import Precision
-from dsyolo.models.activation_memory import Activations, count_each
+from dsyolo.models.activation_memory import Activations, count_activations
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.flops import NodeCost, node_costs
 from dsyolo.models.inference_memory import inference_bytes
@@ -31,9 +31,8 @@ class ModelProfile:
         self._pairs: dict[Precision, tuple[Activations, Activations]] = {}
         self._inferred: dict[Precision, tuple[int, int]] = {}  # bytes of each image, and beside them
 
-    @property
-    def _two_and_three(self) -> list[tuple[int, int, int, int]]:
-        return [(images, 3, self.image_size_px, self.image_size_px) for images in (2, 3)]
+    def _shape(self, images: int) -> tuple[int, ...]:
+        return images, 3, self.image_size_px, self.image_size_px
 
     def activations(self, images: int, precision: Precision) -> Activations:
         """Return what `count_activations` gives for a micro-batch of `images`.
@@ -42,7 +41,7 @@ class ModelProfile:
         """
         precision = precision.with_bf16()
         if precision not in self._pairs:
-            two, three = count_each(self.network, self._two_and_three, precision)
+            two, three = (count_activations(self.network, self._shape(n), precision) for n in (2, 3))
             self._pairs[precision] = two, three
         two, three = self._pairs[precision]
         sizes = {key: size + (images - 2) * (three.sizes[key] - size) for key, size in two.sizes.items()}
@@ -52,7 +51,7 @@ class ModelProfile:
         """Return how many images a forward pass without gradients can take in `free_bytes`."""
         precision = precision.with_bf16()
         if precision not in self._inferred:
-            two, three = inference_bytes(self.network, self._two_and_three, precision)
+            two, three = (inference_bytes(self.network, self._shape(n), precision) for n in (2, 3))
             self._inferred[precision] = three - two, 3 * two - 2 * three
         each, fixed = self._inferred[precision]
         return max(0, (free_bytes - fixed) // each)
@@ -60,7 +59,7 @@ class ModelProfile:
     @cached_property
     def costs(self) -> list[NodeCost]:
         """The forward costs of one image, by node."""
-        return node_costs(self.network, (1, 3, self.image_size_px, self.image_size_px))
+        return node_costs(self.network, self._shape(1))
 
     @property
     def flops(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dsyolo.config.spec import Precision
@@ -57,12 +57,8 @@ def search(
         has_room = found[one].peak_bytes <= usable_bytes
         fitting[kind] = one.micro_batch, has_room or (size == one.micro_batch and fits)
     found |= {one: planner.predict(one) for one in _with_fewest_blocks(planner, found)}
-    return rank(found.values(), usable_bytes)
-
-
-def rank(strategies: Iterable[StrategyEstimate], usable_bytes: int) -> Ranking:
-    """Rank the fastest first, of equally fast ones the simplest; those with headroom before those without."""
-    strategies, limit = list(strategies), (1 - HEADROOM) * usable_bytes
+    # The fastest first, of equally fast ones the simplest; those with headroom before those without
+    strategies, limit = list(found.values()), (1 - HEADROOM) * usable_bytes
     roomy = [one for one in strategies if one.fits and one.peak_bytes <= limit]
     tight = [one for one in strategies if one.fits and one.peak_bytes > limit]
     others = [one for one in strategies if not one.fits]

@@ -12,8 +12,10 @@ from dsyolo.config.spec import BatchPlan, Precision
 
 OPTIMIZERS = ("SGD", "AdamW")
 # ZeRO stage, device of the optimizer, device of the parameters
-SHARDINGS: list[tuple[int, str | None, str | None]] = [(stage, None, None) for stage in range(4)]
-SHARDINGS += [(1, "cpu", None), (2, "cpu", None), (3, "cpu", "cpu")]
+SHARDINGS: tuple[tuple[int, str | None, str | None], ...] = (
+    *((stage, None, None) for stage in range(4)),
+    *((1, "cpu", None), (2, "cpu", None), (3, "cpu", "cpu")),
+)
 PIPELINES = (2, 4)
 RECOMPUTES = ("none", "blocks")
 
@@ -95,25 +97,15 @@ def settings(
         if rest or not dp_size or global_batch % dp_size:
             continue
         share = global_batch // dp_size
-        for (zero_stage, of_optimizer, of_param), precision in product(SHARDINGS, precisions):
-            if not _is_possible(zero_stage, of_optimizer, precision, stages, dp_size):
+        for sharding, precision in product(SHARDINGS, precisions):
+            if not _is_possible(*sharding[:2], precision, stages, dp_size):
                 continue
             for micro_batch, recompute in product(divisors(share, MOST_IMAGES), recomputes):
                 accumulation = share // micro_batch
                 if stages > 1 and (accumulation < 2 * stages or not isinstance(recompute, str)):
                     continue  # a budget is one for the whole network
-                yield StrategySettings(
-                    zero_stage,
-                    of_optimizer,
-                    of_param,
-                    recompute,
-                    precision,
-                    micro_batch,
-                    accumulation,
-                    stages,
-                    dp_size,
-                    optimizer,
-                )
+                sizes = micro_batch, accumulation, stages, dp_size
+                yield StrategySettings(*sharding, recompute, precision, *sizes, optimizer)
 
 
 def _is_possible(

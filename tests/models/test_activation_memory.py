@@ -58,7 +58,7 @@ def test_what_a_pass_without_gradients_takes_is_what_the_allocator_gave_out(
 
     passes()
     _, peak = allocations(passes)
-    (counted,) = inference_bytes(network, [tuple(images.shape)], Precision.named(precision))
+    counted = inference_bytes(network, tuple(images.shape), Precision.named(precision))
     assert counted == pytest.approx(peak, rel=0.001)
 
 

@@ -188,7 +188,7 @@ def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
     assert f"--data data.yaml --val_batch_size {images}\n" in out
     assert 8 < images < 16
     work = ModelProfile("yolov5n6", 80, 1280)
-    most = inference_bytes(work.network, [(images, 3, 1280, 1280)], Precision.named("autocast_bf16"))[0]
+    most = inference_bytes(work.network, (images, 3, 1280, 1280), Precision.named("autocast_bf16"))
     assert work.most_inferred(most, Precision.named("autocast_bf16")) == images
     assert work.most_inferred(most - 1, Precision.named("autocast_bf16")) == images - 1
     status, out, err = plan(capsys, *words[:4], "--gpus", "1x0.65GiB", "--write", str(tmp_path / "none.json"))
