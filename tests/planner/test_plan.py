@@ -599,7 +599,7 @@ def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):
     plain = StepSampler.micro_batches
 
     def of_one_rank_less(self, step):
-        return iter(()) if self.rank == 3 else plain(self, step)
+        return iter(()) if self.dp_rank == 3 else plain(self, step)
 
     monkeypatch.setattr(StepSampler, "micro_batches", of_one_rank_less)
     assert cover(100, 8, 1, 8).least == 0
