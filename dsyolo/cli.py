@@ -1,7 +1,5 @@
 """`dsyolo <command>`: find the command's module and hand it the arguments."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

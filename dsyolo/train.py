@@ -3,8 +3,6 @@
 deepspeed dsyolo/train.py --deepspeed_config ds_configs/zero2.json --data data.yaml
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,7 +1,5 @@
 """Writes files that a reader finds complete or not at all."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

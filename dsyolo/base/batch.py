@@ -4,8 +4,6 @@ Letters in shapes: B images, L levels, A anchors per cell and level, H W cells (
 K classes, N boxes of one image, M matches per level (padded to a capacity).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

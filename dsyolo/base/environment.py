@@ -4,8 +4,6 @@ A launcher passes each rank its position by variables: deepspeed's and torchrun'
 ranks. Nothing else uses os.environ, except doctor/probe.py, which runs on other hosts without dsyolo.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The error for a user's mistakes. It names what was given, the rule, and the fix."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """Recognises a failed allocation of any library."""
 
-from __future__ import annotations
-
 import torch
 
 # Messages of allocators that raise no torch.OutOfMemoryError: torch's on a CPU, oneDNN's, C++'s.

@@ -4,8 +4,6 @@ YAML aliases are refused, since a few hundred bytes of them expand beyond any me
 recognised by their first bytes, whatever their name.
 """
 
-from __future__ import annotations
-
 import os
 import pickletools
 import stat

@@ -1,7 +1,5 @@
 """stdout/stderr wrappers that survive a closed pipe."""
 
-from __future__ import annotations
-
 import io
 import sys
 from typing import Any

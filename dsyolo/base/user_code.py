@@ -3,8 +3,6 @@
 Only options of the command line come here, never what a data set, weights or checkpoint says.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

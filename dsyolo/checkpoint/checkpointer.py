@@ -4,8 +4,6 @@ A checkpoint is a folder `step_<n>`: one safetensors file of each rank, and the 
 this when it is complete, and then never written to. A second one of the same step is `step_<n>.1`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Finds the checkpoint to resume from: the newest intact one. Each rank verifies its share of the files."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The manifest of a checkpoint, `progress.json`, and the list of checkpoints in a folder."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

@@ -1,7 +1,5 @@
 """Reads tensors of a checkpoint from its files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -3,8 +3,6 @@
 `dsyolo doctor` starts `python -m dsyolo.cluster.bandwidth REQUEST` on all hosts and reads the JSON line that it prints.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The few collectives that dsyolo uses itself, and agreement between ranks."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The communicator by which all ranks read a data set together (data/parallel_map.py): over gloo, on the host."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any

@@ -4,8 +4,6 @@ A rank whose beat stops changing is dead, stopped, or behind a network that is d
 that all ranks read.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Stops all ranks at the same step on SIGTERM, on SIGHUP, or when their deepspeed launcher has gone."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

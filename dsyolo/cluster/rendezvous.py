@@ -4,8 +4,6 @@ Torch's own waits half an hour, and over several hosts no launcher ends all rank
 the store in which torch will join them, and rank 0 judges.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

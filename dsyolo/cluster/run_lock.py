@@ -3,8 +3,6 @@
 The kernel releases the lock when rank 0's process ends, however it ends, on local and on network disks.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

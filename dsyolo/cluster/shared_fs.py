@@ -1,7 +1,5 @@
 """Folders that ranks share: whether all hosts see the same one, and free names in it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

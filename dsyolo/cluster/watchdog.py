@@ -4,8 +4,6 @@ Without it the others wait in a collective for ten minutes or for ever. Every ra
 rank 0, which judges. A rank that cannot reach the store takes rank 0 for lost.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

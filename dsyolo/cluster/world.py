@@ -1,7 +1,5 @@
 """A process's position: among the ranks, on its machine, in a pipeline; and its share of the machine."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import NamedTuple

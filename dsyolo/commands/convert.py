@@ -1,7 +1,5 @@
 """`dsyolo convert`: bring a data set into YOLO format."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

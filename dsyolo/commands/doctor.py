@@ -1,7 +1,5 @@
 """`dsyolo doctor`: check whether a run can start on its hosts."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

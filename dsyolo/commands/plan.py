@@ -1,7 +1,5 @@
 """`dsyolo plan`: rank the strategies that fit given GPUs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """`dsyolo sample`: draw a small synthetic data set to try things with."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`dsyolo scale`: run the trainings of all sizes, and write the report."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -1,7 +1,5 @@
 """The options of `dsyolo scale`, and their checks."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -3,8 +3,6 @@
 Values stay text until pydantic checks them. Dashes and underscores are the same in an option's name.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence

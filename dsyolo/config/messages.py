@@ -1,7 +1,5 @@
 """Messages for what a user got wrong: what was given, the rule, the remedy, did-you-mean."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import tempfile

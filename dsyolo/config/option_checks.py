@@ -1,7 +1,5 @@
 """Checks of command-line values that several commands share."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Source of the numbers: docs/yolov5.md.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from importlib import resources
 from typing import Any, Literal

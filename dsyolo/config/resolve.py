@@ -1,7 +1,5 @@
 """Resolves a run once: the command line, the recipe, data.yaml and the DeepSpeed JSON become one frozen `RunSpec`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

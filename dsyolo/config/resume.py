@@ -1,7 +1,5 @@
 """Decides whether a run begins at a checkpoint. Nobody else does."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An indexed data set as training reads it: one image, scaled, with its labels in pixels."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -5,8 +5,6 @@ sets, the sizes of a sample and the content of a smaller one. The sample depends
 the same. A million images cost a listing of their folders and some 100,000 look-ups.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import zlib

@@ -3,8 +3,6 @@
 Sizes are those after the EXIF orientation, which OpenCV applies when it reads.
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Without a Python object per image, loader workers share its memory after a fork.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Sequence

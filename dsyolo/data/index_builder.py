@@ -4,8 +4,6 @@ The index is cached outside the data folder, keyed by the paths, sizes and times
 see parallel_map.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """The cache of an index: a file outside the data folder, valid until an image or label file changes."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -4,8 +4,6 @@ A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, as shares of the im
 reported and repaired or left out: nothing here raises for a bad label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Loaders: worker processes turn the sampler's keys into batches of training or validation images."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence

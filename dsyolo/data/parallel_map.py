@@ -4,8 +4,6 @@ Threads read, and the main threads exchange the results every second or two. So 
 even if the whole takes an hour, or a single file ten minutes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial

@@ -6,8 +6,6 @@ of one shape, every image comes exactly once per epoch on any number of ranks, a
 the images seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache

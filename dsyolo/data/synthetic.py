@@ -4,8 +4,6 @@ A detector learns it in minutes. The classes differ in outline; colour helps, bu
 give equal bytes.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

@@ -7,8 +7,6 @@ All numbers are drawn first. So only the part of a mosaic that the crop shows is
 not loaded. Loader workers should call `cv2.setNumThreads(1)`: OpenCV's threads would compete with the other workers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ scales and shifts (the recipe's case) it is snapped to whole pixels and `cv2.res
 fast as `cv2.warpAffine`. Boxes live in continuous pixels, in which pixel i spans [i, i + 1].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Loader worker processes: forked safely in a process with threads, and checked to be alive."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

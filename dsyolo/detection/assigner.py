@@ -3,8 +3,6 @@
 So it runs on the host, in the loader's workers, and the device gets tensors of fixed shapes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 `xyxy` is left, top, right, bottom; `cxcywh` centre and size; both in pixels unless stated.
 """
 
-from __future__ import annotations
-
 import math
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Validation: every rank predicts its share, and all compute the same metrics from all of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ It divides by `targets.num_matches` and `targets.num_images` alone, which are th
 micro-batches of a step, on whichever rank, add up to the loss of the global batch.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

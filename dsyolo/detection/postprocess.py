@@ -1,7 +1,5 @@
 """From images to detections: prediction that survives running out of memory, score threshold and NMS."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

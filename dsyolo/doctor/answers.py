@@ -1,7 +1,5 @@
 """Models of what a host answers, section by section. All that comes from another host is validated here."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict
 
 

@@ -1,7 +1,5 @@
 """Query all hosts at once, each within a time limit. Only JSON lines of bounded size are read from an answer."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

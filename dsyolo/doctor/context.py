@@ -1,7 +1,5 @@
 """What checks are given: the options, the hosts and their replies."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path

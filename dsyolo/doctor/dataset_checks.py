@@ -1,7 +1,5 @@
 """Check that the data set is usable on every host, and the same on all."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 

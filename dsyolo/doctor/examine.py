@@ -1,7 +1,5 @@
 """Run `dsyolo doctor`: query all hosts, check the replies, then test the network between them."""
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence

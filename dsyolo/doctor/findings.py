@@ -1,7 +1,5 @@
 """Findings of `dsyolo doctor`, as a table and as JSON: the check, the host, the verdict, what was found, the remedy."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Run the self-test of DeepSpeed's gradients on this machine, at the ZeRO stage of the run."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Source: DeepSpeed 0.19.8, launcher/runner.py and launcher/multinode_runner.py. A
 the launcher with a traceback or is misread; here it is a finding. `tests/doctor/test_doctor.py` compares both.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

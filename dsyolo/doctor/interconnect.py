@@ -1,7 +1,5 @@
 """Check the network: ssh, host names, interfaces, the rendezvous address and port, and the speed of links."""
 
-from __future__ import annotations
-
 import ipaddress
 import statistics
 from collections.abc import Iterator, Sequence

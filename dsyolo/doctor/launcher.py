@@ -1,7 +1,5 @@
 """Check the two ways in which the deepspeed launcher reaches hosts: pdsh, and plain ssh to the first one."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Sequence

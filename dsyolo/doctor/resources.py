@@ -1,7 +1,5 @@
 """Check the machines: cores and GPUs for the ranks, disk space, shared memory, clocks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Check the interpreter, packages, dsyolo's own files, the DeepSpeed JSON, and compiled ops with their build locks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Synchronised BatchNorm: statistics over the micro-batches of all data-parallel ranks."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The network's buffers: BatchNorm's statistics and the anchors."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

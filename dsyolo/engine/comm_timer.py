@@ -1,7 +1,5 @@
 """Times collectives and counts their bytes, by wrapping torch.distributed, which DeepSpeed and dsyolo both call."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections import Counter

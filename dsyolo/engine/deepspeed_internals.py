@@ -6,8 +6,6 @@ that depends on it. `engine` is what `deepspeed.initialize` returned, `optimizer
 optimizer, or at stage 0 the torch optimizer itself; `parameter` an nn.Parameter with what DeepSpeed added to it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence

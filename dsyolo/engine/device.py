@@ -1,7 +1,5 @@
 """The accelerator of this rank, by DeepSpeed's `get_accelerator`: no device is named anywhere else."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The exponential moving average of weights and buffers, held only for the partitions that a rank owns."""
 
-from __future__ import annotations
-
 import math
 from contextlib import AbstractContextManager
 

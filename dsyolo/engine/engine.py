@@ -1,7 +1,5 @@
 """The DeepSpeed engine around a network: one optimizer step at a time, the same on every strategy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

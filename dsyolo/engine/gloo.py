@@ -5,8 +5,6 @@ ranks: 1.00 and 1.50 for gloo's reduce-scatter, 0.50 and 0.75 here. ZeRO 1 to 3 
 of this.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

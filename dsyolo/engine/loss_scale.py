@@ -1,7 +1,5 @@
 """The loss scale of fp16: its state in checkpoints, and whether it made a step be skipped."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

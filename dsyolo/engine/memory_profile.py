@@ -4,8 +4,6 @@ What stays is counted from tensors, each storage once. Activations come from the
 accelerator, the C library's malloc on a CPU.
 """
 
-from __future__ import annotations
-
 import ctypes
 import resource
 import sys

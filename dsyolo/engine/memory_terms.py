@@ -1,7 +1,5 @@
 """The terms of a rank's memory, estimated or measured, in bytes."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

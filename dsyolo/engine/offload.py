@@ -4,8 +4,6 @@ DeepSpeed's own swapper to NVMe is a compiled op. Here DeepSpeed offloads to hos
 kernel keeps what fits in its page cache, and writes and drops the rest.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """The optimizer's three groups, and their schedule (docs/yolov5.md, Recipe)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Applies the parallel techniques that the DeepSpeed JSON asks for to a network, in one order."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """The network in stages over ranks: DeepSpeed's pipeline engine behind the same interface as `Engine`."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

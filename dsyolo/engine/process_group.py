@@ -1,7 +1,5 @@
 """Starts and ends the process group that DeepSpeed uses."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import warnings

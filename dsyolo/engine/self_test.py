@@ -4,8 +4,6 @@ Users report wrong gradients at ZeRO 2 since DeepSpeed 0.17.6 (its issue 7718). 
 buckets with borders between the parameters, and a second step shows whether anything is left of the first.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

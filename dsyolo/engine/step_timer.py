@@ -3,8 +3,6 @@
 Nothing here waits for a device: on an accelerator a phase's ends are events on the stream, read after it has passed them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Invariant: weights, gradients and buffers are those of a plain run, bit for bit, on the same machine.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

@@ -3,8 +3,6 @@
 The network runs on fake tensors (shapes without memory) while hooks see what autograd saves in each node.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The blocks of YOLOv5: Conv, Bottleneck, C3, SPPF, Upsample, Concat, Detect. Shapes: B C H W."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A detector: a network whose last node gives raw maps at several strides, and the decoding of these maps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

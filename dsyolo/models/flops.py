@@ -1,7 +1,5 @@
 """FLOPs, parameters and memory traffic of each node of a network, counted on the meta device."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple

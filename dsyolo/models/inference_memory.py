@@ -1,7 +1,5 @@
 """Peak memory of a forward pass without gradients, counted on fake tensors."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Between two nodes live the boundary activations: the outputs that some later nod
 which they were made. So any slice of the sequence is a pipeline stage, and no output lives longer than needed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Not by parameters: a detector has those at stride 32, and its work at strides 2 to 8.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import cache

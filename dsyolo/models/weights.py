@@ -3,8 +3,6 @@
 Only safetensors are read: such a file cannot run code.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The ten YOLOv5 v6/v7 networks: one table per family, two numbers per variant."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Plans what a run leaves to the machine: all of it (`--deepspeed_config auto`), or a JSON's values that are "auto"."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ reduce-scatter and an all-gather of (N - 1) / N each. ZeRO 1 and 2 gather weight
 weights for the forward and again for the backward pass.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Peaks are dense, with fp32 accumulation. What a convolutional network reaches of
 that training can use.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The hardware of this machine: its devices, their memory for each rank, and their peak FLOP/s, which MFU refers to."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import NamedTuple

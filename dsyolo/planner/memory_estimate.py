@@ -5,8 +5,6 @@ them: padding, whole parameters at the borders of a rank's share, buckets, copie
 measures what a rank really holds.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

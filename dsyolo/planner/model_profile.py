@@ -1,7 +1,5 @@
 """What a network needs for an image, counted once for every size of micro-batch."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ autograd saves (models/activation_memory.py). Modelled: the loss, images on thei
 all times (`Planner._times`).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any, NamedTuple
 

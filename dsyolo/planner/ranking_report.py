@@ -1,7 +1,5 @@
 """A ranking as a table, as a recommendation and as JSON."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dsyolo.config.run_config import RunConfig

@@ -1,7 +1,5 @@
 """All strategies that a network could be trained by, predicted and ranked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Each figure comes from the code that trains: `StepSampler`, `DeepSpeedConfig`, `predict`, `comm_bytes`, `balanced_owners`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

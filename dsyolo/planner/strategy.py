@@ -1,7 +1,5 @@
 """One strategy for a training, as settings and as the DeepSpeed JSON that asks for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Explain the figures of a size: efficiency, what limits it, and what it loses against the smallest size."""
 
-from __future__ import annotations
-
 from dsyolo.config.messages import counted
 from dsyolo.scaling.cases import WEAK, Wanted
 from dsyolo.scaling.results import COMPUTING, CaseResult

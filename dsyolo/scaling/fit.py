@@ -11,8 +11,6 @@ times, and fitted again; the band is from the 5th to the 95th percentile. It cov
 noise of the measurement, not what differs at other sizes: slower links between machines, other algorithms.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The report of `dsyolo scale` as one HTML page that needs no other file: tables, text, and matplotlib's plots as SVG."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from html import escape

@@ -1,7 +1,5 @@
 """The report of `dsyolo scale` as data, and as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Combine the steps.json files of a case's runs: times, split, use of the machine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The report of `dsyolo scale` as sections of tables and text, and as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Artifacts in a run's folder: settings, weights files, pictures, memory.json, skipped_steps.json."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Draws pictures in a thread, so that no rank waits for them."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Python's `logging` for one rank: a console on the main process, a file in the run's folder on every rank."""
 
-from __future__ import annotations
-
 import logging
 import logging.handlers
 import sys

@@ -3,8 +3,6 @@
 Images are (H, W, 3) uint8 RGB throughout; only `save` knows of OpenCV's BGR.
 """
 
-from __future__ import annotations
-
 import colorsys
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """CPU, memory, network and GPU use of a rank and its machine, read at the ends of steps: there is no thread."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import time

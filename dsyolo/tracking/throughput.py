@@ -1,7 +1,5 @@
 """Throughput and its causes: shares of step time, MFU, peak memory, and the per-step details that `dsyolo scale` reads."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The figures of a run on its main process: rows for writers, log lines, a progress bar, curves."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

@@ -1,7 +1,5 @@
 """Writers, which take the figures of a run: metrics.jsonl and Weights & Biases. --writer adds a user's own."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

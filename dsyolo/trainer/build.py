@@ -1,7 +1,5 @@
 """Builds a trainer from a resolved run. The order of the hooks is written here."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """The data of a run: its two splits, and this rank's loaders."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import fields
 from typing import NamedTuple

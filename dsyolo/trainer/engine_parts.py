@@ -1,7 +1,5 @@
 """What trains on a rank: network, schedule, engine, average of the weights, checkpointer."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import NamedTuple

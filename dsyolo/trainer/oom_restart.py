@@ -1,7 +1,5 @@
 """What all ranks do after one of them ran out of memory: go on with less, or end with a remedy."""
 
-from __future__ import annotations
-
 from typing import NoReturn
 
 from dsyolo.cluster.watchdog import Watchdog

@@ -1,7 +1,5 @@
 """Checks and locks the folder of a run."""
 
-from __future__ import annotations
-
 import logging
 
 from dsyolo.base.errors import UserError

@@ -1,7 +1,5 @@
 """The training loop: epochs, steps and validations; everything else is a hook."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The arithmetic of batches: global batch = micro-batch x accumulation x data-parallel ranks. All of it is here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ DeepSpeed ignores unknown keys, and finds wrong arithmetic after every rank has 
 all problems within a second. The blocks that dsyolo owns are taken out before DeepSpeed sees the JSON.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Reads a DeepSpeed JSON strictly, and keeps what has a legal key and type."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping

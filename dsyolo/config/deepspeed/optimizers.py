@@ -1,7 +1,5 @@
 """The optimizers that a DeepSpeed JSON may ask for: the one table of their keys, defaults and states."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ They get the part of the JSON that `json_reader.sane_part` let through, and so m
 rules of the batch are in batch_sizes.py.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ Source: DeepSpeed 0.19.8, runtime/config.py, runtime/zero/config.py, runtime/pre
 modules that they read. `tests/config/test_deepspeed_config.py` compares these tables with the installed package.
 """
 
-from __future__ import annotations
-
 from dsyolo.config.deepspeed.json_keys import (
     DTYPE,
     FLAG,

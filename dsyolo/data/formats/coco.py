@@ -1,7 +1,5 @@
 """The COCO format."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a data format is, and what it reads: images, objects, problems."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 A user's own is code that runs. Its name must come from the command line, never from a data set.
 """
 
-from __future__ import annotations
-
 import traceback
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The Pascal VOC format."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath

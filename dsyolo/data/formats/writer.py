@@ -1,7 +1,5 @@
 """Writes a YOLO data set: the folder appears complete, or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -3,8 +3,6 @@
 labels.py reads the label files.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Keeps the run's folder: pictures of predictions, and the summary at the end. On the main process alone."""
 
-from __future__ import annotations
-
 from dsyolo.tracking.artifacts import RunArtifacts
 from dsyolo.trainer.hooks.base import Hook, Validation
 

@@ -1,7 +1,5 @@
 """Saves checkpoints and weights: after epochs, and when the run is asked to stop."""
 
-from __future__ import annotations
-
 import logging
 
 from dsyolo.checkpoint.checkpointer import Checkpointer

@@ -1,7 +1,5 @@
 """Ends a training that diverges: too many steps in a row whose loss or gradients are not finite."""
 
-from __future__ import annotations
-
 from dsyolo.tracking.artifacts import RunArtifacts
 from dsyolo.trainer.hooks.base import Hook, StepResult, StopTraining
 

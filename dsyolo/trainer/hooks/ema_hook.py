@@ -1,7 +1,5 @@
 """Averages the weights after each step, and validates with the average."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tells the watchdog where this rank is, so that a late or lost rank can be named with what it was doing."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reports the memory that each rank is estimated to need, and measures it in a step, term by term."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Reports figures of steps and epochs: progress bar, log lines, writers, curves. On the main process alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dsyolo.tracking.tracker import RunTracker

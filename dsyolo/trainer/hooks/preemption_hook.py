@@ -1,7 +1,5 @@
 """Stops the training on all ranks at the same step once one of them was asked to."""
 
-from __future__ import annotations
-
 from dsyolo.cluster.preemption import PreemptionHandler
 from dsyolo.trainer.hooks.base import Hook, StepResult
 

@@ -1,7 +1,5 @@
 """Measures where the time of steps goes: shares by phase, MFU, and on request every step of every rank."""
 
-from __future__ import annotations
-
 import logging
 import socket
 import time
