@@ -15,10 +15,11 @@ import cv2
 import numpy as np
 
 from dsyolo.base.batch import Sample
+from dsyolo.config.recipe import preset
 from dsyolo.data.images import check_image, read_rgb
-from dsyolo.data.transforms import Augmentation, LoadImage, augment
+from dsyolo.data.transforms import LoadImage, augment
 
-HOW = Augmentation(hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, translate=0.1, scale=0.5, fliplr=0.5, mosaic=1.0)
+LOW = preset("low")
 NUM_BOXES = 12
 
 
@@ -51,7 +52,7 @@ def samples_per_s(load: LoadImage, num_images: int, size_px: int, budget_s: floa
     started = time.process_time()
     count = 0
     while (spent_s := time.process_time() - started) < budget_s:
-        augment(load, count % num_images, num_images, size_px, np.random.default_rng((0, 0, count)), HOW)
+        augment(load, count % num_images, num_images, size_px, np.random.default_rng((0, 0, count)), LOW)
         count += 1
     return count / spent_s
 

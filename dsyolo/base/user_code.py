@@ -6,6 +6,7 @@ Only options of the command line come here, never what a data set, weights or ch
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,12 @@ def load_object(reference: str, option: str) -> Any:
     except AttributeError:
         known = ", ".join(key for key in vars(module) if not key.startswith("_"))
         raise _error(option, reference, f"{where} has no {name}. It has: {known}") from None
+
+
+def raised(error: Exception) -> str:
+    """Describe what the user's code raised, and where."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"it raised {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +11,11 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.images import read_rgb, scaled_hw
 from dsyolo.data.index import DatasetIndex
+from dsyolo.data.labels import NUM_SHOWN, first_places
 from dsyolo.detection.boxes import PAD_GREY
 
 
-def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex], num_shown: int = 3) -> None:
+def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> None:
     """Refuse labels of a class without a name: left out, its objects would be learned as background.
 
     Raises:
@@ -23,11 +24,10 @@ def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex], n
     problems = []
     for split, index in splits.items():
         unknown = index.unknown_classes()
-        for detail, rows in list(unknown.items())[:num_shown]:
-            places = ", ".join(row.place for row in rows[:num_shown]) + (", ..." * (len(rows) > num_shown))
-            problems.append(f"{split}: {detail}: {len(rows):,} rows ({places}).")
-        if len(unknown) > num_shown:
-            problems.append(f"{split}: and {len(unknown) - num_shown} more such classes.")
+        for detail, rows in list(unknown.items())[:NUM_SHOWN]:
+            problems.append(f"{split}: {detail}: {len(rows):,} rows ({first_places(rows)}).")
+        if len(unknown) > NUM_SHOWN:
+            problems.append(f"{split}: and {len(unknown) - NUM_SHOWN} more such classes.")
     if problems:
         remedy = f"names: add these classes to {', '.join(data.names[:20])}, or remove the rows."
         raise UserError(f"{data.path} lacks classes that its labels have", [*problems, remedy])
@@ -39,34 +39,21 @@ class DetectionDataset:
     It pickles and forks cheaply: it consists of flat arrays, and cached images are not pickled.
 
     Args:
-        image_size: px; images loaded with this long side are those that `cache="ram"` keeps.
-        cache: "ram" keeps scaled images in this process once loaded, up to `cache_bytes`. It changes only the
-            speed. Every loader worker has its own cache: give each its share.
+        image_size: px; images loaded with this long side are those that are cached.
+        cache_bytes: keep so much of scaled images in memory once loaded. Every loader worker has its own cache.
     """
 
-    def __init__(
-        self,
-        index: DatasetIndex,
-        image_size: int,
-        *,
-        cache: Literal["none", "ram"] = "none",
-        cache_bytes: int = 2 << 30,
-    ) -> None:
-        assert cache in ("none", "ram"), cache
+    def __init__(self, index: DatasetIndex, image_size: int, cache_bytes: int = 0) -> None:
         self.index = index
+        self.sizes_hw = index.sizes_hw  # (N, 2) int32: the size of every image file in px
         self.image_size = image_size
-        self._cache_bytes = cache_bytes if cache == "ram" else 0
+        self._cache_bytes = cache_bytes
         self._kept_bytes = 0
         self._kept: dict[int, np.ndarray] = {}
         self._warned: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def sizes_hw(self) -> np.ndarray:
-        """(N, 2) int32: the size of every image file in px."""
-        return self.index.sizes_hw
 
     def load(self, index: int, long_side_px: int | None = None) -> Sample:
         """Return an image with a long side of exactly `long_side_px` (None: the image size), and labels in its pixels.
@@ -77,7 +64,10 @@ class DetectionDataset:
         long_side_px = long_side_px or self.image_size
         image = self._image(index, long_side_px)
         if image is None:
-            self._warn(index)
+            if index not in self._warned:
+                self._warned.add(index)
+                fault = "has changed since it was indexed, or cannot be read: a grey image replaces it"
+                warnings.warn(f"{self.index.path(index)} {fault}", stacklevel=2)
             grey = np.full((*scaled_hw(self._size_hw(index), long_side_px), 3), PAD_GREY, np.uint8)
             return Sample(grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
         labels = self.index.labels(index)
@@ -93,11 +83,11 @@ class DetectionDataset:
         return (height, width), labels.boxes_xyxy * wh, labels.classes.copy()
 
     def _size_hw(self, index: int) -> tuple[int, int]:
-        height, width = self.index.sizes_hw[index]
-        return int(height), int(width)
+        height, width = self.sizes_hw[index].tolist()
+        return height, width
 
     def _image(self, index: int, long_side_px: int) -> np.ndarray | None:
-        cacheable = self._cache_bytes > 0 and long_side_px == self.image_size
+        cacheable = long_side_px == self.image_size
         if cacheable and index in self._kept:
             return self._kept[index].copy()  # the caller may write to the result
         image = read_rgb(self.index.path(index), self._size_hw(index), long_side_px)
@@ -105,14 +95,6 @@ class DetectionDataset:
             self._kept[index] = image.copy()
             self._kept_bytes += image.nbytes
         return image
-
-    def _warn(self, index: int) -> None:
-        if index not in self._warned:
-            self._warned.add(index)
-            warnings.warn(
-                f"{self.index.path(index)} has changed since it was indexed, or cannot be read: a grey image replaces it",
-                stacklevel=3,
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_kept_bytes": 0}

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,8 @@ def fingerprint(images: Sequence[str]) -> dict[str, Any]:
 
 def listed(images: Sequence[str], buckets: Iterable[int]) -> dict[str, str]:
     """Return by path the entries of some buckets: sizes of image and label in bytes, hash of the label."""
-    wanted = set(buckets)
-    entries: dict[str, str] = {}
-    for image, entry in _entries(images, wanted):
-        if len(entries) == MAX_LISTED:
-            break
-        entries[image] = entry.partition("\0")[2]
-    return entries
+    entries = islice(_entries(images, set(buckets)), MAX_LISTED)
+    return {image: entry.partition("\0")[2] for image, entry in entries}
 
 
 def _bucket(image: str) -> int:
@@ -86,10 +82,9 @@ def _entries(images: Sequence[str], buckets: set[int] | None = None) -> Iterator
             to_see.append((image, not chosen % reads))
     chunks = [to_see[first : first + _CHUNK] for first in range(0, len(to_see), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for seen in pool.map(
-            lambda chunk: [(image, _seen(image, is_read)) for image, is_read in chunk], chunks
-        ):
-            yield from seen
+        yield from chain.from_iterable(
+            pool.map(lambda chunk: [(image, _seen(image, is_read)) for image, is_read in chunk], chunks)
+        )
 
 
 def _seen(image: str, is_read: bool) -> str:

@@ -42,28 +42,27 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
         return None, NOT_FOUND, getattr(error, "strerror", None) or str(error)
     if not data:
         return None, NOT_AN_IMAGE, "the file is empty"
-    if cut := _truncation(data):
+    header = _jpeg_header(data) if data.startswith(_JPEG) else None
+    if cut := _truncation(data, header):
         return None, TRUNCATED, cut
-    size_hw, grey = _size_hw(data)
+    size_hw, grey = _size_hw(data, header)
     if size_hw is None or grey is None:
         known = data.startswith((_JPEG, _PNG))
         detail = "its data are damaged" if known else "OpenCV cannot decode it: convert it to JPEG or PNG"
         return None, NOT_AN_IMAGE, detail
-    if data.startswith(_JPEG) and _ends_early(data, grey):
+    if header and _ends_early(data, header[2], grey):
         return None, TRUNCATED, "JPEG with its end marker before the end of its image"
     if min(size_hw) < MIN_SIDE_PX:
         return None, TOO_SMALL, f"{size_hw[1]} x {size_hw[0]} px, at least {MIN_SIDE_PX} needed"
     return size_hw, "", ""
 
 
-def _truncation(data: bytes) -> str:
+def _truncation(data: bytes, header: tuple[int, int, int] | None) -> str:
     """Return why the file is truncated, or an empty string."""
-    if data.startswith(_JPEG):
-        header = _jpeg_header(data)
-        # An EXIF thumbnail has its own end marker: only one after the start of the pixel data counts. There 0xff is
-        # always escaped, so no marker is found by chance.
-        if header is None or data.find(_JPEG_END, header[2]) < 0:
-            return "JPEG without its end marker"
+    # An EXIF thumbnail has its own end marker: only one after the start of the pixel data counts. There 0xff is
+    # always escaped, so no marker is found by chance.
+    if data.startswith(_JPEG) and (header is None or data.find(_JPEG_END, header[2]) < 0):
+        return "JPEG without its end marker"
     if data.startswith(_PNG) and data.rfind(b"IEND") < 0:
         return "PNG without its IEND chunk"
     promised = 0
@@ -97,18 +96,17 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def _ends_early(data: bytes, grey: np.ndarray) -> bool:
+def _ends_early(data: bytes, start: int, grey: np.ndarray) -> bool:
     """Whether a JPEG lacks blocks despite its end marker, as after a repair. Progressive ones are not detected.
 
     Missing blocks decode to 128. Filler in front of the marker is decoded in their place, but leaves a whole image as
     it is. Only an image with 128 in a corner (the last one, before EXIF rotation) is decoded twice more.
     """
-    header = _jpeg_header(data)
-    if header is None or 128 not in grey[[0, 0, -1, -1], [0, -1, 0, -1]]:
+    if 128 not in grey[[0, 0, -1, -1], [0, -1, 0, -1]]:
         return False
     # Codes of any blocks, with the restart markers 0xd0 to 0xd7 for the JPEGs that have them.
     filler = b"".join(bytes(n * 37 % 251 for n in range(64)) + bytes((0xFF, 0xD0 + k % 8)) for k in range(16))
-    end = data.find(_JPEG_END, header[2])
+    end = data.find(_JPEG_END, start)
     try:
         return not np.array_equal(_small(data), _small(data[:end] + filler + data[end:]))
     except (OSError, Image.DecompressionBombError):  # none that OpenCV reads is known
@@ -122,9 +120,10 @@ def _small(data: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-def _size_hw(data: bytes) -> tuple[tuple[int, int] | None, np.ndarray | None]:
+def _size_hw(
+    data: bytes, header: tuple[int, int, int] | None
+) -> tuple[tuple[int, int] | None, np.ndarray | None]:
     """Return the size of an image and its pixels, or None twice. A JPEG at 1/8: all is read, in a third of the time."""
-    header = _jpeg_header(data) if data.startswith(_JPEG) else None
     if header is not None and header[0] and header[1]:
         small = _decode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         if small is None:

@@ -76,12 +76,12 @@ class DatasetIndex:
                 rows.setdefault(problem.detail, []).append(problem)
         return rows
 
-    def summary(self, num_files: int = 3) -> str:
+    def summary(self) -> str:
         """Return a line of counts, then a line per kind of problem with the first few files."""
         text = f"{len(self):,} images ({self.num_backgrounds:,} backgrounds), {self.num_boxes:,} boxes"
         if not self.problems:
             return text
-        return "\n".join([f"{text}; {len(self.problems):,} problems:", *by_reason(self.problems, num_files)])
+        return "\n".join([f"{text}; {len(self.problems):,} problems:", *by_reason(self.problems)])
 
 
 def assemble_index(records: Sequence[ImageRecord], num_classes: int) -> DatasetIndex:

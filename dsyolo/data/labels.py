@@ -4,6 +4,7 @@ A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, as shares of the im
 reported and repaired or left out: nothing here raises for a bad label.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ OUTSIDE_LIMIT = 0.01
 # Below this overhang (0.6 px of 640) a clipped corner is rounding, and not reported.
 ROUNDING = 1e-3
 MOST_LABEL_BYTES = 64 << 20
+NUM_SHOWN = 3  # of problems of one kind
 
 
 class Problem(NamedTuple):
@@ -47,16 +49,18 @@ class Problem(NamedTuple):
         return f"{self.place}: {self.reason}" + (f": {self.detail}" if self.detail else "")
 
 
-def by_reason(problems: Sequence[Problem], num_files: int = 3) -> list[str]:
+def first_places(problems: Sequence[Problem]) -> str:
+    """Return where the first few problems are."""
+    return ", ".join(p.place for p in problems[:NUM_SHOWN]) + ", ..." * (len(problems) > NUM_SHOWN)
+
+
+def by_reason(problems: Sequence[Problem]) -> list[str]:
     """Return a line per reason, the most common first: its count, the first few places, and a detail."""
-    groups: dict[str, list[Problem]] = {}
-    for problem in problems:
-        groups.setdefault(problem.reason, []).append(problem)
     lines = []
-    for reason, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        places = ", ".join(p.place for p in group[:num_files]) + (", ..." if len(group) > num_files else "")
+    for reason, count in Counter(problem.reason for problem in problems).most_common():
+        group = [problem for problem in problems if problem.reason == reason]
         detail = f" ({group[0].detail})" if group[0].detail else ""
-        lines.append(f"  {len(group):,} x {reason}: {places}{detail}")
+        lines.append(f"  {count:,} x {reason}: {first_places(group)}{detail}")
     return lines
 
 
@@ -94,14 +98,11 @@ def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Proble
     return labels, problems
 
 
-class _Rows(NamedTuple):
-    lines: list[int]
-    classes: np.ndarray  # (N,) float64
-    boxes_cxcywh: np.ndarray  # (N, 4) float64
-    polygons: list[np.ndarray | None]
+_Rows = tuple[list[int], np.ndarray, np.ndarray, list[np.ndarray | None]]
 
 
 def _parse(path: str, text: str, problems: list[Problem]) -> _Rows:
+    """Return line numbers, classes (N,), boxes_cxcywh (N, 4) and polygons of the rows that are numbers."""
     lines: list[int] = []
     classes: list[float] = []
     boxes: list[tuple[float, ...]] = []
@@ -130,7 +131,7 @@ def _parse(path: str, text: str, problems: list[Problem]) -> _Rows:
             low, high = points.min(0), points.max(0)
             boxes.append((*((low + high) / 2), *(high - low)))
             polygons.append(points)
-    return _Rows(lines, np.array(classes, np.float64), np.array(boxes, np.float64).reshape(-1, 4), polygons)
+    return lines, np.array(classes, np.float64), np.array(boxes, np.float64).reshape(-1, 4), polygons
 
 
 def _checked(path: str, rows: _Rows, num_classes: int, problems: list[Problem]) -> Labels:
@@ -166,20 +167,16 @@ def _checked(path: str, rows: _Rows, num_classes: int, problems: list[Problem]) 
     for i in np.flatnonzero(good & (over > ROUNDING)).tolist():
         report(i, CLIPPED)
     keep = np.flatnonzero(good).tolist()
-    kept = [
-        None if (points := polygons[i]) is None else np.clip(points, 0, 1).astype(np.float32) for i in keep
-    ]
-    if all(points is None for points in kept):
-        kept = []
-    return Labels(classes[keep].astype(np.int64), boxes_xyxy[keep], tuple(kept))
+    kept = (polygons[i] for i in keep)
+    clipped = tuple(None if points is None else np.clip(points, 0, 1).astype(np.float32) for points in kept)
+    has_any = any(points is not None for points in clipped)
+    return Labels(classes[keep].astype(np.int64), boxes_xyxy[keep], clipped if has_any else ())
 
 
 def _detail(reason: str, label: float, box: np.ndarray, num_classes: int) -> str:
     given = "cx cy w h = " + " ".join(f"{value:g}" for value in box)
     if reason in (NOT_A_CLASS, UNKNOWN_CLASS):
         return f"class {label:g}, but data.yaml names {num_classes} (0 to {num_classes - 1})"
-    if reason == OUTSIDE:
-        return f"{given}; these must be shares of the image, 0 to 1" + (
-            ", not pixels" if (box > 2).any() else ""
-        )
-    return given
+    if reason != OUTSIDE:
+        return given
+    return f"{given}; these must be shares of the image, 0 to 1" + ", not pixels" * bool((box > 2).any())

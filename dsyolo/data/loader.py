@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dsyolo.base.batch import Batch, EvalBatch, GroundTruth, Sample, Targets
+from dsyolo.config.recipe import Recipe
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.sampler import SampleKey, StepSampler
-from dsyolo.data.transforms import Augmentation, augment
+from dsyolo.data.transforms import augment
 from dsyolo.data.workers import limit_opencv, worker_options
 from dsyolo.detection.boxes import letterbox, xyxy_to_cxcywh
 
@@ -27,28 +28,25 @@ class _TrainSamples(Dataset[Sample]):
     """Samples by key: a pure function of (seed, epoch, index), so every worker makes the same one."""
 
     dataset: DetectionDataset
-    how: Augmentation
+    recipe: Recipe
     seed: int
 
     def __getitem__(self, key: SampleKey) -> Sample:
         rng = np.random.default_rng((self.seed, key.epoch, key.image_index))
-        return augment(self.dataset.load, key.image_index, len(self.dataset), key.size_px, rng, self.how)
+        return augment(self.dataset.load, key.image_index, len(self.dataset), key.size_px, rng, self.recipe)
 
 
 @dataclass(eq=False)
 class TrainLoader:
     """Yields the micro-batches of every step."""
 
-    dataset: (
-        DetectionDataset | None
-    )  # training split; None for a rank in the middle of a pipeline, without batches
+    dataset: DetectionDataset | None  # None: a rank in the middle of a pipeline, which needs no batches
     sampler: StepSampler
-    how: Augmentation
+    recipe: Recipe
     assign: Assign  # turns the labels of a batch into targets, in the workers
     _: KW_ONLY
     image_size_px: int
     stride: int  # sizes of multi-scale are multiples of it
-    multi_scale: bool  # draw each step's size from [0.5, 1.5] x `image_size_px`
     num_workers: int  # processes; 0: batches are made in this one
     pin_memory: bool  # so that copies to the device do not block
     _batches: Iterator[Batch] | None = field(default=None, init=False)
@@ -83,7 +81,7 @@ class TrainLoader:
 
     def size_px(self, step: int) -> int:
         """Return the side of a step's images."""
-        if not self.multi_scale:
+        if not self.recipe.multi_scale:
             return self.image_size_px
         # Four numbers: a sample's seed has three.
         rng = np.random.default_rng((self.sampler.seed, step, 0, 1))
@@ -98,7 +96,7 @@ class TrainLoader:
         ahead = 1 + -(-self.sampler.accumulation // max(self.num_workers, 1))
         return iter(
             DataLoader(
-                _TrainSamples(self.dataset, self.how, self.sampler.seed),
+                _TrainSamples(self.dataset, self.recipe, self.sampler.seed),
                 batch_sampler=self._keys(step),
                 collate_fn=partial(_collate_train, assign=self.assign),
                 pin_memory=self.pin_memory,
@@ -169,7 +167,7 @@ class EvalLoader:
         pin_memory: bool,
         rectangular: bool = True,
     ) -> None:
-        shapes = _rectangles(dataset.sizes_hw, image_size_px, stride, rectangular)
+        shapes = _rectangles(dataset.sizes_hw, image_size_px, stride if rectangular else image_size_px)
         # One shape per batch: else the padding of an image, and so its boxes, would depend on its neighbours.
         of_shape: dict[tuple[int, int], list[int]] = {}
         for i, shape in enumerate(shapes):
@@ -202,18 +200,15 @@ class EvalLoader:
             yield EvalBatch(batch.images, batch.ground_truths if is_real else ())
 
 
-def _rectangles(sizes_hw: np.ndarray, size_px: int, stride: int, rectangular: bool) -> list[tuple[int, int]]:
+def _rectangles(sizes_hw: np.ndarray, size_px: int, stride: int) -> list[tuple[int, int]]:
     """Return the (height, width) that each image needs, in multiples of `stride`."""
-    if not rectangular:
-        return [(size_px, size_px)] * len(sizes_hw)
-    scaled = np.round(sizes_hw * (size_px / sizes_hw.max(1, keepdims=True)))
+    scaled = np.round(sizes_hw * (size_px / sizes_hw.max(1, keepdims=True))).clip(1)
     return [tuple(row) for row in (np.ceil(scaled / stride) * stride).astype(int).tolist()]
 
 
 def _collate_eval(items: Sequence[tuple[np.ndarray, GroundTruth]]) -> EvalBatch:
-    return EvalBatch(
-        stack_images([image for image, _ in items]), tuple(ground_truth for _, ground_truth in items)
-    )
+    images, ground_truths = zip(*items, strict=True)
+    return EvalBatch(stack_images(images), ground_truths)
 
 
 def stack_images(images: Sequence[np.ndarray]) -> torch.Tensor:

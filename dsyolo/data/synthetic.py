@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.writer import new_folder, write_data_yaml
+from dsyolo.data.formats.writer import label_row, new_folder, write_data_yaml
+from dsyolo.detection.boxes import xyxy_to_cxcywh
 
 NAMES = ("circle", "square", "triangle", "star", "ring")
 
@@ -99,14 +100,10 @@ def _draw_all(
         image, shapes = draw_image(np.random.default_rng([seed, index]), image_size)
         encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
         (folder / "images" / split / f"{index:05d}.jpg").write_bytes(encoded.tobytes())
-        rows = [_row(shape, image.shape[1], image.shape[0]) for shape in shapes]
-        (folder / "labels" / split / f"{index:05d}.txt").write_text("".join(rows))
+        wh = np.tile(image.shape[1::-1], 2)
+        rows = [label_row(shape.number, xyxy_to_cxcywh(shape.box_xyxy / wh)) for shape in shapes]
+        (folder / "labels" / split / f"{index:05d}.txt").write_text("".join(f"{row}\n" for row in rows))
     write_data_yaml(folder, NAMES, ("train", "val"))
-
-
-def _row(shape: _Shape, width: int, height: int) -> str:
-    x1, y1, x2, y2 = shape.box_xyxy / [width, height, width, height]
-    return f"{shape.number} {(x1 + x2) / 2:.6f} {(y1 + y2) / 2:.6f} {x2 - x1:.6f} {y2 - y1:.6f}\n"
 
 
 # ---- one image

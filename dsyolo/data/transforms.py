@@ -8,13 +8,13 @@ not loaded. Loader workers should call `cv2.setNumThreads(1)`: OpenCV's threads 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from dsyolo.base.batch import Sample
-from dsyolo.data.warp import Rect, View, bounds, clip_labels, crop, draw_view, select
+from dsyolo.config.recipe import Recipe
+from dsyolo.data.warp import Rect, bounds, clip_labels, crop, draw_view, select
 from dsyolo.detection.boxes import PAD_GREY
 
 # (index, long_side_px) -> the image with that long side, and its labels
@@ -22,30 +22,10 @@ LoadImage = Callable[[int, int], Sample]
 
 MAX_COVERED = 0.3  # share of another box that a pasted object may cover
 MIXUP_BETA = 32.0
-_OF_VIEW = ("degrees", "translate", "scale", "shear", "perspective")  # fields that `draw_view` takes
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Probabilities and gains. The defaults augment nothing."""
-
-    hsv_h: float = 0.0  # hue, saturation, value are multiplied by 1 +- this
-    hsv_s: float = 0.0
-    hsv_v: float = 0.0
-    degrees: float = 0.0  # rotation +- degrees
-    translate: float = 0.0  # +- fraction of the image size
-    scale: float = 0.0  # 1 +- this, under 1
-    shear: float = 0.0  # +- degrees
-    perspective: float = 0.0  # +- per pixel: sensible up to 0.001
-    flipud: float = 0.0  # probability
-    fliplr: float = 0.0  # probability
-    mosaic: float = 0.0  # probability
-    mixup: float = 0.0  # probability, of samples that are mosaics
-    copy_paste: float = 0.0  # probability, of each object that has a polygon
 
 
 def augment(
-    load: LoadImage, index: int, num_images: int, size_px: int, rng: np.random.Generator, how: Augmentation
+    load: LoadImage, index: int, num_images: int, size_px: int, rng: np.random.Generator, recipe: Recipe
 ) -> Sample:
     """Return the training sample of image `index`.
 
@@ -59,13 +39,13 @@ def augment(
     Returns:
         A sample of (size_px, size_px, 3), boxes inside the image. Without augmentation it is the letterboxed image.
     """
-    if rng.random() < how.mosaic:
-        sample = _drawn_mosaic(load, index, num_images, size_px, rng, how)
-        if rng.random() < how.mixup:
-            other = _drawn_mosaic(load, int(rng.integers(num_images)), num_images, size_px, rng, how)
+    if rng.random() < recipe.mosaic:
+        sample = _drawn_mosaic(load, index, num_images, size_px, rng, recipe)
+        if rng.random() < recipe.mixup:
+            other = _drawn_mosaic(load, int(rng.integers(num_images)), num_images, size_px, rng, recipe)
             sample = mixup(sample, other, rng.beta(MIXUP_BETA, MIXUP_BETA))
     else:
-        view = _draw_view(size_px, size_px, rng, how)
+        view = draw_view(size_px, size_px, rng, recipe)
         loaded = load(index, size_px)
         assert max(loaded.image.shape) == size_px, (
             f"image {index}: {loaded.image.shape}, not {size_px} px long"
@@ -73,24 +53,20 @@ def augment(
         height, width = loaded.image.shape[:2]
         tile = (loaded, (size_px - width) // 2, (size_px - height) // 2)
         sample = crop(_compose([tile], size_px, view.source), view, size_px)
-    ratios = 1 + rng.uniform(-1, 1, 3) * (how.hsv_h, how.hsv_s, how.hsv_v)
+    ratios = 1 + rng.uniform(-1, 1, 3) * (recipe.hsv_h, recipe.hsv_s, recipe.hsv_v)
     sample = sample._replace(image=hsv(sample.image, ratios))
-    up_down, left_right = rng.random(2) < (how.flipud, how.fliplr)
+    up_down, left_right = rng.random(2) < (recipe.flipud, recipe.fliplr)
     return flip(sample, left_right=bool(left_right), up_down=bool(up_down))
 
 
 def _drawn_mosaic(
-    load: LoadImage, index: int, num_images: int, size_px: int, rng: np.random.Generator, how: Augmentation
+    load: LoadImage, index: int, num_images: int, size_px: int, rng: np.random.Generator, recipe: Recipe
 ) -> Sample:
     indices = (index, *rng.integers(num_images, size=3).tolist())
     centre_x, centre_y = rng.integers(size_px // 2, 3 * size_px // 2, size=2, endpoint=True).tolist()
-    view = _draw_view(2 * size_px, size_px, rng, how)
+    view = draw_view(2 * size_px, size_px, rng, recipe)
     canvas = mosaic4(load, indices, (centre_x, centre_y), size_px, view.source)
-    return crop(copy_paste(canvas, rng, how.copy_paste), view, size_px)
-
-
-def _draw_view(canvas_px: int, size_px: int, rng: np.random.Generator, how: Augmentation) -> View:
-    return draw_view(canvas_px, size_px, rng, **{name: getattr(how, name) for name in _OF_VIEW})
+    return crop(copy_paste(canvas, rng, recipe.copy_paste), view, size_px)
 
 
 def mosaic4(

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from dsyolo.base.batch import Sample
+from dsyolo.config.recipe import Recipe
 from dsyolo.detection.boxes import PAD_GREY
 
 Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in whole pixels
@@ -30,38 +31,23 @@ class View(NamedTuple):
     target: Rect | None  # the part of the output that it fills by resizing; None if it must be warped
 
 
-def draw_view(
-    canvas_px: int,
-    size_px: int,
-    rng: np.random.Generator,
-    *,
-    degrees: float = 0.0,
-    translate: float = 0.0,
-    scale: float = 0.0,
-    shear: float = 0.0,
-    perspective: float = 0.0,
-) -> View:
+def draw_view(canvas_px: int, size_px: int, rng: np.random.Generator, recipe: Recipe) -> View:
     """Draw perspective, rotation and scale, shear, and shift; they apply in this order, about the centre.
 
     Args:
         canvas_px, size_px: sides of the square canvas and of the square output.
-        degrees, shear: drawn from +- this, in degrees.
-        translate: from +- this fraction of the output's side.
-        scale: the ratio is drawn from 1 +- this, under 1.
-        perspective: from +- this per pixel; sensible up to 0.001.
     """
     bend_x, bend_y, turn, zoom, shear_x, shear_y, move_x, move_y = rng.uniform(-1, 1, 8)
-    assert 0 <= scale < 1, f"scale gain {scale}, must be in [0, 1)"
-    ratio = 1 + zoom * scale
-    to_x, to_y = (0.5 + move_x * translate) * size_px, (0.5 + move_y * translate) * size_px
-    if degrees == shear == perspective == 0:
+    ratio = 1 + zoom * recipe.scale
+    to_x, to_y = (0.5 + move_x * recipe.translate) * size_px, (0.5 + move_y * recipe.translate) * size_px
+    if recipe.degrees == recipe.shear == recipe.perspective == 0:
         return _aligned_view(canvas_px, size_px, ratio, to_x, to_y)
     centre = np.array([[1, 0, -canvas_px / 2], [0, 1, -canvas_px / 2], [0, 0, 1]])
-    bend = np.array([[1, 0, 0], [0, 1, 0], [bend_x * perspective, bend_y * perspective, 1]])
-    angle = np.deg2rad(turn * degrees)
+    bend = np.array([[1, 0, 0], [0, 1, 0], [bend_x * recipe.perspective, bend_y * recipe.perspective, 1]])
+    angle = np.deg2rad(turn * recipe.degrees)
     cos, sin = ratio * np.cos(angle), ratio * np.sin(angle)
     rotate = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
-    tan_x, tan_y = np.tan(np.deg2rad(np.array([shear_x, shear_y]) * shear))
+    tan_x, tan_y = np.tan(np.deg2rad(np.array([shear_x, shear_y]) * recipe.shear))
     skew = np.array([[1, tan_x, 0], [tan_y, 1, 0], [0, 0, 1]])
     move = np.array([[1, 0, to_x], [0, 1, to_y], [0, 0, 1]])
     matrix = move @ skew @ rotate @ bend @ centre

@@ -5,7 +5,6 @@ So it runs on the host, in the loader's workers, and the device gets tensors of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +12,6 @@ import torch
 from dsyolo.base.batch import Targets
 
 MIN_CAPACITY = 256  # rows per level; above it the next power of two, so that few shapes occur
-
-
-class Matches(NamedTuple):
-    """The matches of one level, before padding. Rows in the order: own cell, left, upper, right, lower."""
-
-    cells: np.ndarray  # (M,) int64
-    boxes: np.ndarray  # (M, 4) float32
-    classes: np.ndarray  # (M,) int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +43,13 @@ class Assigner:
         for i, stride in enumerate(self.strides):
             grid_hw = (size_hw[0] // stride, size_hw[1] // stride)
             levels.append(self._level(i, images, classes, boxes_cxcywh / np.float32(stride), grid_hw))
-        most = max(len(level.cells) for level in levels)
+        most = max(len(level[0]) for level in levels)
         capacity = max(MIN_CAPACITY, 1 << (most - 1).bit_length() if most else 0)
         shape = (len(levels), capacity)
         cells, kinds = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         boxes, weights = np.full((*shape, 4), 0.5, np.float32), np.zeros(shape, np.float32)
         for i, level in enumerate(levels):
-            count = len(level.cells)
+            count = len(level[0])
             cells[i, :count], boxes[i, :count], kinds[i, :count] = level
             weights[i, :count] = 1
         arrays = (cells, boxes, kinds, weights, weights.sum(1), np.float32(num_images))
@@ -66,8 +57,11 @@ class Assigner:
 
     def _level(
         self, level: int, images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, grid_hw: tuple[int, int]
-    ) -> Matches:
-        """Return the matches of one level; `boxes` (T, 4) are centre and size in its cells."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return cells (M,), boxes (M, 4) and classes (M,) of a level; `boxes` (T, 4) are in its cells.
+
+        Rows are in the order: own cell, left, upper, right, lower.
+        """
         anchors = self.anchors_px[level] / self.strides[level]
         num_anchors = len(anchors)
         ratio = boxes[:, None, 2:] / anchors[None]  # (T, A, 2)
@@ -88,4 +82,4 @@ class Assigner:
         label, anchor, centre = label[pick], anchor[pick], centre[pick]
         flat = ((images[label] * num_anchors + anchor) * grid_hw[0] + cell[:, 1]) * grid_hw[1] + cell[:, 0]
         targets = np.concatenate((centre - cell, boxes[label, 2:]), 1, dtype=np.float32)
-        return Matches(flat, targets, classes[label])
+        return flat, targets, classes[label]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsyolo.base.batch import Targets
+from dsyolo.config.recipe import DEFAULT_RECIPE, Recipe
 from dsyolo.detection.boxes import paired_ciou
 
 # Objectness weight per level, finest first, by the number of levels. YOLOv5 has 3 or 4; the others follow its 4.
@@ -29,10 +30,7 @@ class DetectionLoss(nn.Module):
         anchors: (L, A, 2) widths and heights in cells.
         num_classes: K.
         image_size_px: of the training images; scales the objectness gain.
-        box, obj, cls: gains before scaling.
-        cls_pw, obj_pw: weights of the positives in the cross entropies.
-        fl_gamma: focal loss on objectness and classes when above 0.
-        label_smoothing: e; class targets become 1 - e / 2 and e / 2.
+        recipe: gains before scaling, weights of positives, focal loss, label smoothing.
     """
 
     anchors: torch.Tensor
@@ -40,34 +38,22 @@ class DetectionLoss(nn.Module):
     obj_pw: torch.Tensor
 
     def __init__(
-        self,
-        anchors: torch.Tensor,
-        num_classes: int,
-        image_size_px: int,
-        *,
-        box: float = 0.05,
-        obj: float = 1.0,
-        cls: float = 0.5,
-        cls_pw: float = 1.0,
-        obj_pw: float = 1.0,
-        fl_gamma: float = 0.0,
-        label_smoothing: float = 0.0,
+        self, anchors: torch.Tensor, num_classes: int, image_size_px: int, recipe: Recipe = DEFAULT_RECIPE
     ) -> None:
         super().__init__()
-        num_levels = len(anchors)
-        per_level = 3 / num_levels
+        per_level = 3 / len(anchors)
         self.num_classes = num_classes
         self.gains = (
-            box * per_level,
-            obj * (image_size_px / 640) ** 2 * per_level,
-            cls * num_classes / 80 * per_level,
+            recipe.box * per_level,
+            recipe.obj * (image_size_px / 640) ** 2 * per_level,
+            recipe.cls * num_classes / 80 * per_level,
         )
-        self.balance = BALANCE[num_levels]
-        self.fl_gamma = fl_gamma
-        self.class_targets = (1 - label_smoothing / 2, label_smoothing / 2)
+        self.balance = BALANCE[len(anchors)]
+        self.fl_gamma = recipe.fl_gamma
+        self.class_targets = (1 - recipe.label_smoothing / 2, recipe.label_smoothing / 2)
         self.register_buffer("anchors", anchors.clone(), persistent=False)
-        self.register_buffer("cls_pw", torch.tensor([cls_pw]), persistent=False)
-        self.register_buffer("obj_pw", torch.tensor([obj_pw]), persistent=False)
+        self.register_buffer("cls_pw", torch.tensor([recipe.cls_pw]), persistent=False)
+        self.register_buffer("obj_pw", torch.tensor([recipe.obj_pw]), persistent=False)
 
     def forward(self, maps: tuple[torch.Tensor, ...], targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of these maps' share of the batch that `targets` counts.

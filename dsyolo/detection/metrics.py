@@ -173,8 +173,8 @@ def _run_coco(
     sides = []
     for boxes in (labels, found):
         content = {"images": images, "categories": categories, "annotations": boxes.annotations()}
-        sides.append(COCO(content, print_function=_quiet))
-    run = COCOeval_faster(*sides, iouType="bbox", print_function=_quiet)
+        sides.append(COCO(content, print_function=lambda *_: None))
+    run = COCOeval_faster(*sides, iouType="bbox", print_function=lambda *_: None)
     run.params.maxDets = [MAX_DETECTIONS]  # per image and class: never cuts, since `_best` did
     run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]  # a quarter of COCO's default work
     run.evaluate()
@@ -236,7 +236,3 @@ def _at_best_f1(
     num_found = np.bincount(classes[: best + 1], minlength=len(num_labels))
     num_right = np.bincount(classes[: best + 1], weights=right[: best + 1], minlength=len(num_labels))
     return float(scores[best]), num_right / np.maximum(num_found, 1), num_right / np.maximum(num_labels, 1)
-
-
-def _quiet(*_: object) -> None:
-    """Replace the prints of pycocotools."""

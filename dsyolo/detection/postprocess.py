@@ -23,9 +23,7 @@ class PostProcessor:
     score_threshold: float  # minimum objectness x class probability
     iou_threshold: float  # of NMS within a class
     max_detections: int = 300  # per image
-    multi_label: bool = (
-        True  # report a box under every class above the threshold, not only under the best one
-    )
+    multi_label: bool = True  # report a box under every class above the threshold, not only the best one
 
     def __call__(self, decoded: torch.Tensor) -> Detections:
         """Return the detections of one image, in pixels of the network's input.

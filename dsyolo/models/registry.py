@@ -3,7 +3,6 @@
 A user's own is code that runs. Its name must come from the command line, never from weights, checkpoints or data.
 """
 
-import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.user_code import is_reference, load_object
+from dsyolo.base.user_code import is_reference, load_object, raised
 from dsyolo.models import yolov5
 from dsyolo.models.blocks import BatchNorm
 from dsyolo.models.detection_network import DetectionNetwork
@@ -88,17 +87,14 @@ def _builder(reference: str, _folder: Path) -> Callable[[int], Any]:
 
 def _call(reference: str, num_classes: int) -> DetectionNetwork:
     build = _builder(reference, Path.cwd())
-    remedy = "It must return a DetectionNetwork: see docs/model.md"
     try:
         network = build(num_classes)
     except UserError:
         raise
     except Exception as error:  # whatever the user's own function raises
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}, line {last.lineno}"
-        rule = f"it raised {type(error).__name__}: {error} ({where})"
-        raise _error(reference, rule, "Correct it") from error
+        raise _error(reference, raised(error), "Correct it") from error
     if not isinstance(network, DetectionNetwork):
+        remedy = "It must return a DetectionNetwork: see docs/model.md"
         raise _error(reference, f"it returned a {type(network).__name__}", remedy)
     if network.num_classes != num_classes:
         rule = f"it returned a network of {network.num_classes} classes for build({num_classes})"

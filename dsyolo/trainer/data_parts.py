@@ -1,7 +1,6 @@
 """The data of a run: its two splits, and this rank's loaders."""
 
 import logging
-from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +14,12 @@ from dsyolo.data.index_builder import build_index
 from dsyolo.data.loader import EvalLoader, TrainLoader
 from dsyolo.data.parallel_map import Communicator
 from dsyolo.data.sampler import StepSampler
-from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine import device
 from dsyolo.models.detection_network import DetectionNetwork
 
 log = logging.getLogger(__name__)
+RAM_CACHE_BYTES = 2 << 30  # of each loader worker
 
 
 class DataParts(NamedTuple):
@@ -89,7 +88,7 @@ def build_data(
     train_index, val_index = indexes
     num_workers = device.num_workers(world, config.workers)
     pin_memory = device.pins_memory()
-    train_set = DetectionDataset(train_index, config.imgsz, cache=config.cache)
+    train_set = DetectionDataset(train_index, config.imgsz, RAM_CACHE_BYTES if config.cache == "ram" else 0)
     val_set = DetectionDataset(val_index, config.imgsz)
     place = parallel_dims(world, ds.stages)
     sampler = StepSampler(
@@ -100,11 +99,10 @@ def build_data(
     train_loader = TrainLoader(
         train_set if place.is_first_stage or place.is_last_stage else None,
         sampler,
-        Augmentation(**{field.name: getattr(config.recipe, field.name) for field in fields(Augmentation)}),
+        config.recipe,
         Assigner(anchors_px.numpy(), strides, config.recipe.anchor_t),
         image_size_px=config.imgsz,
         stride=network.size_multiple_px,
-        multi_scale=config.recipe.multi_scale,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )

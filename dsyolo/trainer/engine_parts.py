@@ -25,7 +25,6 @@ from dsyolo.models.registry import build_model
 from dsyolo.models.weights import WeightsInfo, describe, load_into
 from dsyolo.planner.memory_estimate import RankLoad
 
-LOSS_SETTINGS = ("box", "obj", "cls", "cls_pw", "obj_pw", "fl_gamma", "label_smoothing")
 log = logging.getLogger(__name__)
 
 
@@ -64,8 +63,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
     network.checkpointed = spec.activations.checkpointed
     network.offload_inputs = ds.parallelism.offload.activations
     num_parameters = sum(p.numel() for p in network.parameters())
-    settings = {name: getattr(config.recipe, name) for name in LOSS_SETTINGS}
-    loss = DetectionLoss(network.anchors, network.num_classes, config.imgsz, **settings)
+    loss = DetectionLoss(network.anchors, network.num_classes, config.imgsz, config.recipe)
     schedule = build_schedule(spec, sampler)
     info = describe(network, spec.data.names, config.imgsz)
     if config.freeze_batchnorm:

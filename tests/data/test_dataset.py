@@ -226,7 +226,7 @@ def test_ram_keeps_images_up_to_its_budget_and_changes_nothing(tmp_path):
     found = read(tmp_path)
     plain, kept = (
         DetectionDataset(found, 64),
-        DetectionDataset(found, 64, cache="ram", cache_bytes=2 * 64 * 48 * 3),
+        DetectionDataset(found, 64, cache_bytes=2 * 64 * 48 * 3),
     )
     for index in range(3):
         kept.load(index).image[:] = 0  # the caller may write to what it gets

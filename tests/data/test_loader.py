@@ -7,25 +7,25 @@ import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dsyolo.base.batch import Batch
+from dsyolo.config.recipe import preset
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.index_builder import build_index
 from dsyolo.data.loader import EvalLoader, TrainLoader, stack_images
 from dsyolo.data.sampler import StepSampler
 from dsyolo.data.synthetic import draw_sample
-from dsyolo.data.transforms import Augmentation
 from dsyolo.detection.assigner import Assigner
 from dsyolo.models.yolov5 import anchors_px, level_strides
 
 SIZE_PX, STRIDE = 64, 32
-HOW = Augmentation(
-    hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, translate=0.1, scale=0.5, fliplr=0.5, mosaic=0.7, mixup=0.3
-)
+RECIPE = preset("low").model_copy(update={"mosaic": 0.7, "mixup": 0.3})
+PLAIN = dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "scale", "fliplr", "mosaic", "mixup"), 0.0)
 ASSIGN = Assigner(anchors_px("yolov5n").numpy(), level_strides("yolov5n"), 4.0)
 
 # N images, global batch G, micro-batch: N over, under, and a multiple of G
@@ -109,18 +109,16 @@ def make_loader(
     world_size: int = 1,
     seed: int = 0,
     micro: int = 2,
-    multi_scale: bool = False,
-    how: Augmentation = HOW,
+    recipe: dict[str, Any] | None = None,
     size_px: int = SIZE_PX,
 ) -> TrainLoader:
     return TrainLoader(
         dataset,
         StepSampler(len(dataset), seed, 4, micro, rank, world_size),
-        how,
+        RECIPE.model_copy(update=recipe),
         ASSIGN,
         image_size_px=size_px,
         stride=STRIDE,
-        multi_scale=multi_scale,
         num_workers=num_workers,
         pin_memory=False,
     )
@@ -214,7 +212,7 @@ def test_an_image_is_another_sample_in_every_epoch(dataset):
 
 def test_a_batch_holds_the_images_and_targets_of_its_samples(dataset):
     """Without augmentation the batch can be made by hand."""
-    loader = make_loader(dataset, how=Augmentation())
+    loader = make_loader(dataset, recipe=PLAIN)
     sampler = loader.sampler
     for step, batches in enumerate(run(loader, range(1))):
         for group, batch in zip(sampler.micro_batches(step), batches, strict=True):
@@ -263,19 +261,21 @@ def test_waiting_is_measured_and_taken_once(dataset):
 
 
 def test_sizes_are_pure_multiples_of_the_stride_over_the_whole_range(dataset):
-    loader = make_loader(dataset, multi_scale=True, size_px=256)
+    loader = make_loader(dataset, recipe={"multi_scale": True}, size_px=256)
     sizes = [loader.size_px(step) for step in range(300)]
-    assert sizes == [make_loader(dataset, multi_scale=True, size_px=256).size_px(step) for step in range(300)]
+    assert sizes == [
+        make_loader(dataset, recipe={"multi_scale": True}, size_px=256).size_px(step) for step in range(300)
+    ]
     assert set(sizes) == {STRIDE * k for k in range(4, 13)}  # 0.5 to 1.5 of 256
     assert min(Counter(sizes).values()) > 10
-    other = make_loader(dataset, multi_scale=True, size_px=256, seed=1)
+    other = make_loader(dataset, recipe={"multi_scale": True}, size_px=256, seed=1)
     assert sizes != [other.size_px(step) for step in range(300)]
     assert {make_loader(dataset, size_px=256).size_px(step) for step in range(9)} == {256}
 
 
 def test_a_step_has_one_size_on_all_ranks_and_micro_batches(dataset):
     for rank in range(2):
-        loader = make_loader(dataset, multi_scale=True, rank=rank, world_size=2, micro=1)
+        loader = make_loader(dataset, recipe={"multi_scale": True}, rank=rank, world_size=2, micro=1)
         sides = []
         for step, batches in enumerate(run(loader, range(3))):
             shapes = {tuple(batch.images.shape) for batch in batches}
@@ -310,6 +310,7 @@ def test_validation_reads_a_real_data_set(dataset):
 FORKS_THAT_HANG = """
 import os, sys, time
 from pathlib import Path
+from typing import Any
 from torch.utils.data import DataLoader
 from dsyolo.data import workers
 

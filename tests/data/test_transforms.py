@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,14 +14,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dsyolo.base.batch import Sample
-from dsyolo.data.transforms import Augmentation, augment, copy_paste, flip, hsv, mixup, mosaic4
+from dsyolo.config.recipe import Recipe, preset
+from dsyolo.data.transforms import augment, copy_paste, flip, hsv, mixup, mosaic4
 from dsyolo.data.warp import View, clip_labels, crop, draw_view, survives
 from dsyolo.detection.boxes import PAD_GREY, letterbox
 
 SIZE = 96
-LOW = Augmentation(
-    hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, translate=0.1, scale=0.5, fliplr=0.5, flipud=0.5, mosaic=1.0
-)
+
+
+def replace(recipe: Recipe, **changed: float) -> Recipe:
+    return recipe.model_copy(update=changed)
+
+
+NOTHING = replace(preset("low"), hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0, fliplr=0, mosaic=0)
+LOW = replace(preset("low"), flipud=0.5)
 EVERYTHING = replace(
     LOW, degrees=20, shear=5, perspective=0.0005, scale=0.9, mixup=0.5, mosaic=0.8, copy_paste=0.5
 )
@@ -117,7 +122,7 @@ def all_bytes(sample: Sample) -> tuple[bytes, ...]:
 
 
 @pytest.mark.parametrize("how", [LOW, EVERYTHING])
-def test_a_sample_is_a_function_of_the_generator(how: Augmentation) -> None:
+def test_a_sample_is_a_function_of_the_generator(how: Recipe) -> None:
 
     def epoch(number: int, indices: range) -> list[Sample]:
         return [
@@ -147,7 +152,7 @@ def test_another_process_gives_the_same_bytes() -> None:
 
 
 @pytest.mark.parametrize("how", [LOW, EVERYTHING])
-def test_loaded_samples_are_never_written_to(how: Augmentation) -> None:
+def test_loaded_samples_are_never_written_to(how: Recipe) -> None:
     kept = {i: polygon_load(i, SIZE) for i in range(8)}
     before = {i: all_bytes(sample) for i, sample in kept.items()}
 
@@ -174,7 +179,7 @@ def test_nothing_at_all_is_the_letterboxed_image(shape: tuple[int, int]) -> None
         1,
         96,
         np.random.default_rng(0),
-        Augmentation(),
+        NOTHING,
     )
     expected, scale, (left, top) = letterbox(image, (96, 96))
     assert scale == 1
@@ -218,7 +223,7 @@ def test_images_without_labels_go_through() -> None:
 
 
 @pytest.mark.parametrize("how", [LOW, replace(LOW, degrees=45), replace(LOW, scale=0.9, mosaic=0)])
-def test_boxes_follow_the_pixels_through_everything(how: Augmentation) -> None:
+def test_boxes_follow_the_pixels_through_everything(how: Recipe) -> None:
     """One colour per image; the box of what is left is exact for what only scales, a bound for what turns."""
     how = replace(how, hsv_h=0, hsv_s=0, hsv_v=0)
     num_boxes = 0
@@ -312,7 +317,7 @@ def test_images_that_a_crop_does_not_show_are_not_loaded() -> None:
 
 def test_mosaic_centres_and_partners_are_drawn_from_their_whole_range() -> None:
     """Seen from outside, by the corners at which the four flat images meet, and which images they are."""
-    how = Augmentation(mosaic=1.0)
+    how = replace(NOTHING, mosaic=1.0)
     loaded, centres = set(), []
 
     def load(index: int, long_side_px: int) -> Sample:
@@ -396,7 +401,7 @@ def test_boxes_are_where_their_pixels_are_after_a_crop(gains: dict[str, float], 
     canvas = painted(200, 200, boxes, [0, 1, 2, 3], polygons=polygons)
     num_boxes = 0
     for i in range(30):
-        view = draw_view(200, 100, np.random.default_rng(i), **gains)
+        view = draw_view(200, 100, np.random.default_rng(i), replace(NOTHING, **gains))
         x0, y0, x1, y1 = view.source
         shift = np.float32([x0, y0])
         part = canvas._replace(
@@ -421,7 +426,7 @@ def test_a_polygon_gives_tight_boxes_where_corners_cannot(gains: dict[str, float
     box = np.float32([[59, 59, 140, 140]])
     slack = []
     for i in range(10):
-        view = draw_view(200, 200, np.random.default_rng(i), **gains)
+        view = draw_view(200, 200, np.random.default_rng(i), replace(NOTHING, **gains))
         x0, y0, x1, y1 = view.source
         shift = np.float32([x0, y0])
         part = Sample(image[y0:y1, x0:x1], box - np.tile(shift, 2), np.array([0]), (outline - shift,))
@@ -435,7 +440,7 @@ def test_what_lies_outside_the_canvas_is_grey() -> None:
     canvas = unlabelled(np.zeros((200, 200, 3), np.uint8))
     for gains in ({"scale": 0.9}, {"scale": 0.9, "degrees": 1e-9}):
         for i in range(200):
-            view = draw_view(200, 100, np.random.default_rng(i), **gains)
+            view = draw_view(200, 100, np.random.default_rng(i), replace(NOTHING, **gains))
             if view.area_scale < 0.2**2:
                 break
         x0, y0, x1, y1 = view.source
@@ -453,7 +458,12 @@ def test_resizing_and_warping_give_the_same_picture() -> None:
     for i in range(20):
         pictures = []
         for degrees in (0, 1e-9):
-            view = draw_view(200, 100, np.random.default_rng(i), scale=0.4, translate=0.05, degrees=degrees)
+            view = draw_view(
+                200,
+                100,
+                np.random.default_rng(i),
+                replace(NOTHING, scale=0.4, translate=0.05, degrees=degrees),
+            )
             x0, y0, x1, y1 = view.source
             pictures.append(crop(empty._replace(image=image[y0:y1, x0:x1]), view, 100).image.astype(int))
         assert np.abs(pictures[0] - pictures[1]).max() <= 3
@@ -470,7 +480,7 @@ def test_warping_takes_the_middles_of_pixels() -> None:
 def test_views_are_drawn_from_their_ranges() -> None:
     scales, moves = [], []
     for i in range(400):
-        view = draw_view(2000, 1000, np.random.default_rng(i), scale=0.5, translate=0.1)
+        view = draw_view(2000, 1000, np.random.default_rng(i), replace(NOTHING, scale=0.5, translate=0.1))
         scales.append(view.matrix[0, 0])
         moves.append(view.matrix[:2] @ (1000, 1000, 1))
         assert np.isclose(view.matrix[0, 0], view.matrix[1, 1], rtol=2e-3)
@@ -574,7 +584,9 @@ def test_mixup_ratios_in_samples_are_those_of_beta_32_32() -> None:
     ratios = []
     for i in range(400):
         # The sample's own image is white (index 1), all others are drawn from image 0 alone.
-        image = augment(load, 1, 1, 32, np.random.default_rng(i), Augmentation(mosaic=1.0, mixup=1.0)).image
+        image = augment(
+            load, 1, 1, 32, np.random.default_rng(i), replace(NOTHING, mosaic=1.0, mixup=1.0)
+        ).image
         values = set(np.unique(image)) - {0, 57}
         ratios += [value / 255 for value in values if 60 <= value < 200 and value != PAD_GREY]
     ratios = np.array(ratios)

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsyolo.base.batch import Targets
+from dsyolo.config.recipe import Recipe
 from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.boxes import paired_ciou
 from dsyolo.detection.loss import BALANCE, DetectionLoss
@@ -24,7 +25,7 @@ def anchors_in_cells(variant: str = "yolov5n") -> torch.Tensor:
 
 
 def make_loss(num_classes: int = NUM_CLASSES, **settings) -> DetectionLoss:
-    return DetectionLoss(anchors_in_cells(), num_classes, SIZE_PX, **settings)
+    return DetectionLoss(anchors_in_cells(), num_classes, SIZE_PX, Recipe(**settings))
 
 
 def random_maps(num_images: int, seed: int = 0, num_classes: int = NUM_CLASSES) -> list[torch.Tensor]:
@@ -255,9 +256,9 @@ def test_one_class_has_no_class_loss():
 
 
 def test_gains_scale_with_levels_classes_and_image_size():
-    p5 = DetectionLoss(anchors_in_cells(), 80, 640, box=0.05, obj=0.7, cls=0.3)
+    p5 = DetectionLoss(anchors_in_cells(), 80, 640, Recipe(box=0.05, obj=0.7, cls=0.3))
     assert p5.gains == pytest.approx((0.05, 0.7, 0.3))
-    p6 = DetectionLoss(anchors_in_cells("yolov5n6"), 20, 1280, box=0.05, obj=0.7, cls=0.3)
+    p6 = DetectionLoss(anchors_in_cells("yolov5n6"), 20, 1280, Recipe(box=0.05, obj=0.7, cls=0.3))
     assert p6.gains == pytest.approx((0.0375, 0.75 * 0.7 * 4, 0.75 * 0.3 / 4))
     assert p6.balance == (4.0, 1.0, 0.25, 0.06)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from yolov5_names import to_yolov5
 
+from dsyolo.config.recipe import Recipe
 from dsyolo.detection.assigner import Assigner
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.models.weights import from_yolov5
@@ -107,10 +108,11 @@ def test_loss_and_gradients_equal_the_reference(case):
 
     boxes_px = labels[:, 2:] * np.array([width, height, width, height], np.float32)
     anchors = anchors_px(variant)
-    assign = Assigner(anchors.numpy(), strides, case["hyp"].pop("anchor_t"))
+    recipe = Recipe(**case["hyp"])
+    assign = Assigner(anchors.numpy(), strides, recipe.anchor_t)
     targets = assign(images, classes, boxes_px, batch, (height, width))
     cells = anchors / torch.tensor(strides).view(-1, 1, 1)
-    loss = DetectionLoss(cells, num_classes, case["imgsz"], **case["hyp"])
+    loss = DetectionLoss(cells, num_classes, case["imgsz"], recipe)
     gains = case["gains_after_scaling"]
     assert loss.gains == pytest.approx((gains["box"], gains["obj"], gains["cls"]), rel=1e-6)
 

@@ -1,6 +1,5 @@
 """The COCO format."""
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsyolo.base.errors import UserError
+from dsyolo.config.messages import did_you_mean
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.labels import Problem
 
@@ -54,10 +54,8 @@ def _coco_files(src: Path, headline: str) -> dict[str, Path]:
         elif of_split:
             chosen[split] = of_split[0]
         elif split != "test":
-            there = [file.name for file in folder.glob("*.json")]
-            close = difflib.get_close_matches(f"instances_{split}.json", there, 1, 0.6)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            problems.append(f"{split}: no {folder}/instances_{split}*.json.{hint}")
+            hint = did_you_mean(f"instances_{split}.json", [file.name for file in folder.glob("*.json")])
+            problems.append(f"{split}: no {folder}/instances_{split}*.json. {hint}".rstrip())
     if problems:
         raise UserError(headline, problems)
     return chosen

@@ -3,11 +3,10 @@
 A user's own is code that runs. Its name must come from the command line, never from a data set.
 """
 
-import traceback
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.user_code import is_reference, load_object
+from dsyolo.base.user_code import is_reference, load_object, raised
 from dsyolo.data.formats.coco import Coco
 from dsyolo.data.formats.data_format import DataFormat, SourceDataset
 from dsyolo.data.formats.voc import Voc
@@ -30,16 +29,15 @@ def convert(name: str, src: str | Path, dst: str | Path) -> Conversion:
     data_format = _find(name)
     if not src.exists():
         raise UserError(f"{src} cannot be converted from {name}", ["no such folder."])
-    return write_dataset(
-        dst, data_format().read(src) if name in FORMATS else _read_own(name, data_format, src)
-    )
+    source = data_format().read(src) if name in FORMATS else _read_own(name, data_format, src)
+    return write_dataset(dst, source)
 
 
 def _find(name: str) -> type[DataFormat]:
     if name in FORMATS:
         return FORMATS[name]
-    known = " or ".join(sorted(FORMATS))
     if not is_reference(name):
+        known = " or ".join(sorted(FORMATS))
         raise _error(name, f"there is no such format. Write {known}, or FILE.py:CLASS for your own")
     found = load_object(name, "FORMAT")
     if not (isinstance(found, type) and issubclass(found, DataFormat)):
@@ -53,9 +51,7 @@ def _read_own(name: str, data_format: type[DataFormat], src: Path) -> SourceData
     except UserError:
         raise
     except Exception as error:  # whatever the user's own class raises
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}, line {last.lineno}"
-        raise _error(name, f"it raised {type(error).__name__}: {error} ({where}). Correct it") from error
+        raise _error(name, f"{raised(error)}. Correct it") from error
     if not isinstance(source, SourceDataset):
         raise _error(name, f"read() returned a {type(source).__name__}. Return a SourceDataset")
     objects = [one for images in source.splits.values() for image in images for one in image.objects]

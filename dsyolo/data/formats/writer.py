@@ -95,7 +95,7 @@ def _write_image(
 def _rows(
     objects: Sequence[Object], numbers: dict[str, int], size_hw: tuple[int, int], problems: list[Problem]
 ) -> list[str]:
-    """Return label rows, clipped to the image: shares with six digits, 0.001 px of 1,000."""
+    """Return label rows, clipped to the image."""
     rows: dict[str, None] = {}
     wh = np.array([size_hw[1], size_hw[0]], np.float64)
     for one in objects:
@@ -116,8 +116,13 @@ def _rows(
         if reason in (None, OVER_EDGE):
             box = np.stack([inside.mean(0), size])
             values = box if one.polygon is None else (one.polygon / wh).clip(0, 1)
-            rows[" ".join([str(numbers[one.name]), *(f"{value:.6f}" for value in values.ravel())])] = None
+            rows[label_row(numbers[one.name], values)] = None
     return list(rows)
+
+
+def label_row(number: int, values: np.ndarray) -> str:
+    """Return a row of a label file: a class, and shares with six digits, 0.001 px of 1,000."""
+    return " ".join([str(number), *(f"{value:.6f}" for value in values.ravel())])
 
 
 def _link(source: Path, target: Path) -> None:
