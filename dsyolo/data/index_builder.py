@@ -94,9 +94,8 @@ def _check_same(communicator: Communicator, images: Sequence[str], sources: Sequ
         raise UserError("The ranks do not see the same data set", [f"{where}: {counts}. {rule}."])
 
 
-def read_image_record(image: str | Path, num_classes: int) -> ImageRecord:
+def read_image_record(image: str, num_classes: int) -> ImageRecord:
     """Read and check one image and its label file. Depends on nothing else, so any worker or rank can do it."""
-    image = str(image)
     size_hw, reason, detail = check_image(image)
     if size_hw is None:
         return ImageRecord(image, None, no_labels(), (Problem(image, 0, reason, detail),))

@@ -45,9 +45,8 @@ def save_cache(cache_file: Path, key: str, index: DatasetIndex) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        warnings.warn(
-            f"the index could not be cached, so the next run reads all files again: {error}", stacklevel=3
-        )
+        fault = f"the index could not be cached, so the next run reads all files again: {error}"
+        warnings.warn(fault, stacklevel=3)
 
 
 def load_cache(cache_file: Path, key: str) -> DatasetIndex | None:
@@ -66,9 +65,8 @@ def load_cache(cache_file: Path, key: str) -> DatasetIndex | None:
             if header["key"] != key:
                 return None
             problems = tuple(Problem(*problem) for problem in header["problems"])
-            return DatasetIndex(
-                header["num_classes"], **{name: stored[name] for name in ARRAYS}, problems=problems
-            )
+            arrays = {name: stored[name] for name in ARRAYS}
+            return DatasetIndex(header["num_classes"], **arrays, problems=problems)
     except (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         warnings.warn(f"{cache_file} is not used, and all files are read again: {error}", stacklevel=3)
         return None

@@ -78,10 +78,9 @@ def no_labels() -> Labels:
 
 
 def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Problem]]:
-    """Read one label file; a missing or empty one is a background, and no problem.
+    """Return the usable rows of a label file (duplicates of class and box once), and the problems of the others.
 
-    Returns:
-        The usable rows (duplicates of class and box once), and the problems of the others.
+    A missing or empty file is a background, and no problem.
     """
     try:
         raw = read_bytes(path, MOST_LABEL_BYTES)

@@ -42,13 +42,10 @@ def draw_sample(
     seed: int = 0,
     image_size: tuple[int, int] = (256, 256),
 ) -> Path:
-    """Draw the data set into `dst`, or return at once if it exists with the same settings.
+    """Draw the data set into `dst`, unless it exists with the same settings; return the path of its data.yaml.
 
     Args:
         image_size: (w, h) in px; one side of most images is up to a quarter shorter.
-
-    Returns:
-        The path of its data.yaml.
 
     Raises:
         UserError: settings out of range, or a `dst` that is not empty.

@@ -47,9 +47,7 @@ def augment(
     else:
         view = draw_view(size_px, size_px, rng, recipe)
         loaded = load(index, size_px)
-        assert max(loaded.image.shape) == size_px, (
-            f"image {index}: {loaded.image.shape}, not {size_px} px long"
-        )
+        assert max(loaded.image.shape) == size_px, f"image {index}: {loaded.image.shape}, not {size_px} px"
         height, width = loaded.image.shape[:2]
         tile = (loaded, (size_px - width) // 2, (size_px - height) // 2)
         sample = crop(_compose([tile], size_px, view.source), view, size_px)
@@ -70,20 +68,16 @@ def _drawn_mosaic(
 
 
 def mosaic4(
-    load: LoadImage,
-    indices: Sequence[int],
-    centre_xy: tuple[int, int],
-    size_px: int,
-    shown: Rect | None = None,
+    load: LoadImage, indices: Sequence[int], centre_xy: tuple[int, int], size_px: int, shown: Rect
 ) -> Sample:
     """Place four images around `centre_xy` of a grey canvas of twice `size_px`; what sticks out is cut off.
 
     Args:
         indices: of the images top left, top right, bottom left, bottom right.
-        shown: the part of the canvas to return, by default all of it. Labels are in its pixels, but clipped to the
+        shown: the part of the canvas to return. Labels are in its pixels, but clipped to the
             whole canvas. An image whose quarter lies outside is not loaded, and its labels are left out.
     """
-    x0, y0, x1, y1 = shown = shown or (0, 0, 2 * size_px, 2 * size_px)
+    x0, y0, x1, y1 = shown
     centre_x, centre_y = centre_xy
     tiles = []
     for place, index in enumerate(indices):

@@ -34,8 +34,7 @@ class View(NamedTuple):
 def draw_view(canvas_px: int, size_px: int, rng: np.random.Generator, recipe: Recipe) -> View:
     """Draw perspective, rotation and scale, shear, and shift; they apply in this order, about the centre.
 
-    Args:
-        canvas_px, size_px: sides of the square canvas and of the square output.
+    `canvas_px` and `size_px` are the sides of the square canvas and of the square output.
     """
     bend_x, bend_y, turn, zoom, shear_x, shear_y, move_x, move_y = rng.uniform(-1, 1, 8)
     ratio = 1 + zoom * recipe.scale
@@ -113,15 +112,12 @@ def crop(sample: Sample, view: View, size_px: int) -> Sample:
 
 
 def survives(boxes_xyxy: np.ndarray, area_before_px: np.ndarray, min_kept: np.ndarray | float) -> np.ndarray:
-    """Decide which boxes to keep after a crop.
+    """Return which boxes to keep after a crop, (N,) bool.
 
     Args:
         boxes_xyxy: (N, 4), after the crop, clipped to the image.
         area_before_px: (N,), before the crop, at the scale after it.
         min_kept: minimum share of the area that must be left, one number or (N,).
-
-    Returns:
-        (N,) bool.
     """
     width, height = boxes_xyxy[:, 2] - boxes_xyxy[:, 0], boxes_xyxy[:, 3] - boxes_xyxy[:, 1]
     is_large = (width > MIN_SIDE_PX) & (height > MIN_SIDE_PX)

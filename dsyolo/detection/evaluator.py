@@ -32,13 +32,9 @@ def validate(
     class_names: Sequence[str],
     all_gather: Callable[[Any], list[Any]],
 ) -> tuple[Metrics, list[ImageResult]]:
-    """Return the metrics over all ranks' images: the same on every rank, and for any number of ranks.
+    """Return the metrics over all ranks' images, and the detections in each image, by image.
 
-    Args:
-        all_gather: returns every rank's item, on every rank.
-
-    Returns:
-        The metrics, and the detections in each image, by image.
+    They are the same on every rank, and for any number of ranks: `all_gather` returns every rank's item.
     """
     own = detect_all(predict, batches, post_process)
     results = sorted((pair for part in all_gather(own) for pair in part), key=lambda pair: pair[0].image_id)

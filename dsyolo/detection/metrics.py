@@ -198,10 +198,9 @@ def _true_positives(ious: dict[tuple[int, int], Any], found: _Boxes) -> np.ndarr
     edges = np.flatnonzero(np.any(pairs[1:] != pairs[:-1], axis=1)) + 1
     for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(pairs)], strict=True):
         rows = by_pair[start:end]
-        iou = np.asarray(ious[tuple(pairs[start].tolist())])
+        iou = np.array(ious[tuple(pairs[start].tolist())])  # a copy to write to
         if iou.size == 0:
             continue
-        iou = iou.copy()
         for row in np.flatnonzero((iou >= 0.5).any(axis=1)):
             label = iou.shape[1] - 1 - int(iou[row, ::-1].argmax())  # the last of equals, as COCO
             if iou[row, label] >= 0.5:

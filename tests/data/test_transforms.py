@@ -270,7 +270,7 @@ def grey_load(index: int, long_side_px: int) -> Sample:
 
 
 def test_mosaic_places_four_images_around_its_centre() -> None:
-    sample = mosaic4(grey_load, (0, 1, 2, 3), (70, 60), 64)
+    sample = mosaic4(grey_load, (0, 1, 2, 3), (70, 60), 64, (0, 0, 128, 128))
     assert sample.image.shape == (128, 128, 3)
     expected = np.full((128, 128), PAD_GREY)
     boxes = [(6, 28, 70, 60), (70, 0, 102, 60), (6, 60, 70, 92), (70, 60, 102, 124)]
@@ -292,7 +292,7 @@ def test_mosaic_places_four_images_around_its_centre() -> None:
 def test_a_part_of_a_mosaic_is_a_part_of_the_whole(centre, x, y) -> None:
     assume(x[0] != x[1] and y[0] != y[1])
     x0, y0, x1, y1 = shown = (min(x), min(y), max(x), max(y))
-    whole = mosaic4(polygon_load, (4, 8, 13, 3), centre, 64)
+    whole = mosaic4(polygon_load, (4, 8, 13, 3), centre, 64, (0, 0, 128, 128))
     part = mosaic4(polygon_load, (4, 8, 13, 3), centre, 64, shown)
     assert np.array_equal(part.image, whole.image[y0:y1, x0:x1])
     boxes = (whole.boxes_xyxy - (x0, y0, x0, y0)).astype(np.float32)

@@ -3,7 +3,6 @@
 import glob
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,10 +17,8 @@ DIFFICULT = "object marked difficult (left out)"
 IN_TWO_SPLITS = "image in train and in val (kept in both)"
 
 
-class _Annotation(NamedTuple):
-    size_hw: tuple[int, int] | None
-    objects: list[Object]
-    is_spoiled: bool  # it has objects that cannot be read
+# size_hw, objects, and whether it has others that cannot be read
+_Annotation = tuple[tuple[int, int] | None, list[Object], bool]
 
 
 class Voc(DataFormat):
@@ -82,7 +79,7 @@ def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Proble
         stems = _voc_names(root, list_file, problems)
         parsed = [(stem, _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)) for stem in stems]
         # VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
-        starts = [min(one.box_xyxy[:2]) for _, found in parsed if found for one in found.objects]
+        starts = [min(one.box_xyxy[:2]) for _, found in parsed if found for one in found[1]]
         shift = 1.0 if min(starts, default=1.0) >= 1.0 else 0.0
         for stem, found in parsed:
             file = _voc_image(root / "JPEGImages", stem)
@@ -90,8 +87,9 @@ def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Proble
                 missing = str(root / "JPEGImages" / f"{stem}.jpg")
                 problems.append(Problem(missing, 0, NO_IMAGE, f"listed in {list_file}"))
             elif found is not None:
-                objects = [_shifted(one, shift) for one in found.objects]
-                images.append(Image(file, prefix + file.name, objects, found.size_hw, found.is_spoiled))
+                size_hw, objects, is_spoiled = found
+                objects = [_shifted(one, shift) for one in objects]
+                images.append(Image(file, prefix + file.name, objects, size_hw, is_spoiled))
     return images
 
 
@@ -158,4 +156,4 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
         else:
             problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {' '.join(sides)}"))
             is_spoiled = True
-    return _Annotation(size_hw if min(size_hw) > 0 else None, objects, is_spoiled)
+    return (size_hw if min(size_hw) > 0 else None), objects, is_spoiled

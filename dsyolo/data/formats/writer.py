@@ -136,18 +136,15 @@ def _link(source: Path, target: Path) -> None:
 def write_data_yaml(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
     """Write data.yaml without `path:`, so that the splits are relative to it and the folder can be moved."""
     content = {**{split: f"images/{split}" for split in splits}, "names": dict(enumerate(names))}
-    (folder / "data.yaml").write_text(
-        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
 
 
 def refuse_occupied(dst: Path) -> None:
     """Raise UserError if `dst` exists and is anything but an empty folder."""
-    if not dst.exists():
-        return
-    if not dst.is_dir():
+    if dst.exists() and not dst.is_dir():
         raise UserError(f"{dst} was not written", ["it is a file. Name a new folder."])
-    if any(dst.iterdir()):
+    if dst.is_dir() and any(dst.iterdir()):
         raise UserError(f"{dst} was not written", ["it is not empty. Name a new folder, or remove it."])
 
 

@@ -99,11 +99,7 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
             problems.append(f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but {fault}")
             return ()
         names = [names[k] for k in sorted(names)]
-    if (
-        not isinstance(names, list)
-        or not names
-        or any(n is None or isinstance(n, (dict, list)) for n in names)
-    ):
+    if not isinstance(names, list) or not names or any(isinstance(n, dict | list | None) for n in names):
         rule = "Give at least one class, as a list or as a map `0: cat`."
         problems.append(f"names: {shortened(repr(names))} given. {rule}")
         return ()
