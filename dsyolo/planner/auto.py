@@ -13,7 +13,7 @@ from dsyolo.config.deepspeed.json_reader import JsonSource
 from dsyolo.config.deepspeed.optimizers import RECIPE_WEIGHT_DECAY
 from dsyolo.config.resolve import PlannedConfig, largest_image_px
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
-from dsyolo.config.spec import Precision
+from dsyolo.config.spec import PRECISIONS, Precision
 from dsyolo.planner.hardware import GIB, Hardware
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner, StrategyEstimate
@@ -120,7 +120,7 @@ def _precisions(hardware: Hardware) -> list[Precision]:
         names = ["autocast_bf16" if hardware.device.has_bf16 else "fp32"]
     else:
         names = ["autocast_bf16", "bf16"] if hardware.device.has_bf16 else ["autocast_fp16", "fp16"]
-    return [Precision.named(name) for name in names]
+    return [PRECISIONS[name] for name in names]
 
 
 # ---- values that are "auto"

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from dsyolo.base.errors import UserError
 from dsyolo.config.resolve import resolve
 from dsyolo.config.run_config import MODELS, RunConfig, image_size_fault
-from dsyolo.config.spec import Precision
+from dsyolo.config.spec import PRECISIONS
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import choose, count_activations
@@ -99,7 +99,7 @@ def test_gains_are_not_decayed_whatever_their_module_is_called():
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16"])
 def test_counted_activations_are_those_that_the_allocator_gave_out(precision):
     network, images = own_network(), images_of(2, 320)
-    counted = count_activations(network, tuple(images.shape), Precision.named(precision))
+    counted = count_activations(network, tuple(images.shape), PRECISIONS[precision])
     step(network, images, precision)
     for names in (frozenset(), frozenset({"stem", "attention3"}), network.blocks()):
         network.checkpointed = names
@@ -115,9 +115,7 @@ def test_a_plan_knows_an_own_network():
     assert profile.flops > 0
     # two levels of three anchors: gradients of the maps, the largest once more, logits and targets of objectness
     cells = [3 * (64 // stride) ** 2 for stride in (8, 16)]
-    assert profile.loss_bytes(1, Precision.named("fp32")) == 4 * 8 * (sum(cells) + max(cells)) + 8 * sum(
-        cells
-    )
+    assert profile.loss_bytes(1, PRECISIONS["fp32"]) == 4 * 8 * (sum(cells) + max(cells)) + 8 * sum(cells)
 
 
 def test_checkpointed_blocks_change_no_bit(own_training):

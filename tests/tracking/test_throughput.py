@@ -16,7 +16,7 @@ import torch
 from ranks import run_ranks
 from runs import TRAIN, alone, arguments, environment, make_place, rows
 
-from dsyolo.config.spec import Precision
+from dsyolo.config.spec import PRECISIONS
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.step_timer import (
@@ -355,10 +355,10 @@ def test_a_line_tells_what_is_known():
 
 
 def test_peaks_of_devices():
-    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", Precision.named("autocast_bf16")).flops_per_s == 312e12
-    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", Precision.named("fp32")).flops_per_s < 100e12
-    assert peak_of_gpu("NVIDIA Unheard", Precision.named("fp32")) is None
-    found = peak_of_cpu(Precision.named("fp32"))
+    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", PRECISIONS["autocast_bf16"]).flops_per_s == 312e12
+    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", PRECISIONS["fp32"]).flops_per_s < 100e12
+    assert peak_of_gpu("NVIDIA Unheard", PRECISIONS["fp32"]) is None
+    found = peak_of_cpu(PRECISIONS["fp32"])
     assert found.flops_per_s > 1e8
     assert "float32" in found.source
 
