@@ -22,13 +22,13 @@ from dsyolo.checkpoint.latest import verify
 from dsyolo.checkpoint.manifest import (
     FORMAT,
     Manifest,
+    Reader,
     all_checkpoints,
     headline_of,
     read_manifest,
     readable_manifest,
     sha256_of,
 )
-from dsyolo.checkpoint.reader import Reader
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.collectives import barrier, first_problem_of_any_rank
 from dsyolo.cluster.shared_fs import free_path

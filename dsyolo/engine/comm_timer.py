@@ -40,14 +40,6 @@ class CommTimer:
     def close(self) -> None:
         self._replaced.close()
 
-    def sent_bytes(self, ranks: int) -> float:
-        """Return the bytes that one of N ranks sent, if every collective was a ring (Patarasu and Yuan 2009).
-
-        An all-reduce sends 2 (N - 1) / N of its tensor; a gather, scatter, or reduction to one rank half of that.
-        """
-        ring = (ranks - 1) / ranks
-        return ring * sum((2 if name == "all_reduce" else 1) * size for name, size in self.sizes.items())
-
     def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(plain)
         def timed(*args: Any, **settings: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.config.spec import OffloadSpec
-from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
+from dsyolo.engine.memory_profile import MemoryEstimate, MemoryTerms
 
 ALIGNMENT = 2  # elements: DeepSpeed pads a group of weights to a multiple of it times the ranks
 

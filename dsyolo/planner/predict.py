@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.spec import Precision
-from dsyolo.engine.memory_terms import MemoryEstimate
+from dsyolo.engine.memory_profile import MemoryEstimate
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
 from dsyolo.models.flops import BACKWARD

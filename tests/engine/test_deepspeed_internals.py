@@ -221,7 +221,7 @@ def test_the_dynamic_scaler_has_its_state():
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    feature = "resume with fp16 (engine/loss_scale.py)"
+    feature = "resume with fp16 (engine/engine.py)"
     scaler = DynamicLossScaler(
         init_scale=4,
         scale_window=10,

@@ -17,8 +17,7 @@ from ranks import run_ranks
 from runs import TRAIN, alone, arguments, environment, make_place, rows
 
 from dsyolo.config.spec import Precision
-from dsyolo.engine.memory_profile import MemoryMeasurement
-from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
+from dsyolo.engine.memory_profile import MemoryEstimate, MemoryMeasurement, MemoryTerms
 from dsyolo.engine.step_timer import (
     BACKWARD,
     COMMUNICATION,
