@@ -156,15 +156,15 @@ def choose(activations: Activations, recompute: str | int, *, offload: bool) -> 
     if fewest is None:
         plain = activations.peak_bytes()
         least = activations.peak_bytes(activations.blocks, offload=offload)
-        kept = f"a micro-batch keeps {_gib(least)} with all blocks recomputed, and {_gib(plain)} with none"
-        remedy = f"Set it to {_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
+        kept = f"a micro-batch keeps {budget_gib(least)} with all blocks recomputed, and {budget_gib(plain)} with none"
+        remedy = f"Set it to {budget_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
         problem = f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."
         raise UserError("The activations do not fit their budget", [problem])
     return ActivationPlan(activations, fewest, offload)
 
 
-def _gib(size: int) -> str:
-    """Format a size, rounded up so that it can be given as a budget."""
+def budget_gib(size: int) -> str:
+    """Return bytes as a budget of activations is written, rounded up."""
     return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 

@@ -87,7 +87,10 @@ def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -
     waiting = 0
     if ds.zero_stage == 2:
         whole = sum(
-            _overlapping(group, size, load.dp_rank) for group, size in zip(load.groups, shares, strict=True)
+            stop - start
+            for group, size in zip(load.groups, shares, strict=True)
+            for start, stop in _spans(group)
+            if _overlaps(start, stop, size, load.dp_rank)
         )
         waiting = summed * share if summed != weight else weight * whole if ds.accumulation > 1 else 0
     host = MemoryTerms(0, 4 * share + waiting, own, 4 * share, largest + weight * share)
@@ -170,11 +173,6 @@ def _spans(group: Sequence[int]) -> list[tuple[int, int]]:
 
 def _overlaps(start: int, stop: int, share: int, dp_rank: int) -> bool:
     return start < share * (dp_rank + 1) and stop > share * dp_rank
-
-
-def _overlapping(group: Sequence[int], share: int, dp_rank: int) -> int:
-    """Return the elements of the parameters that overlap a rank's share of their flattened group."""
-    return sum(stop - start for start, stop in _spans(group) if _overlaps(start, stop, share, dp_rank))
 
 
 def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: RankLoad) -> str:

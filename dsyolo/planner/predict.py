@@ -219,7 +219,8 @@ class Planner:
         """
         hardware, dp_size, accumulation = self.hardware, settings.dp_size, settings.accumulation
         number_bytes = settings.precision.params_bytes  # of a gradient or weight that is sent
-        again = self._share_recomputed(plan)
+        recomputed = sum(cost.flops for cost in self.profile.costs if cost.name in plan.checkpointed)
+        again = recomputed / self.profile.flops
         passes = [self._pass_s(settings, stage, 1 + BACKWARD + again) for stage in stages]
         image_bytes = settings.micro_batch * settings.precision.compute_bytes
         boundaries = [stage.boundary * image_bytes for stage in stages]
@@ -232,8 +233,7 @@ class Planner:
         numels = (
             [self.profile.numels] if len(stages) == 1 else [[n for g in s.groups for n in g] for s in stages]
         )
-        sizes = {"gradient_bytes": number_bytes, "weight_bytes": number_bytes}
-        volumes = [comm_bytes(zero, own, dp_size, accumulation, **sizes) for own in numels]
+        volumes = [comm_bytes(zero, own, dp_size, accumulation, number_bytes) for own in numels]
         firsts = range(0, len(stages) * dp_size, dp_size)
         link = min(hardware.ring_bytes_s(first, dp_size) for first in firsts)
         elements = max(map(sum, numels))
@@ -270,8 +270,3 @@ class Planner:
         if settings.offload_param:
             moved += 2 * settings.accumulation * share * number_bytes
         return moved / HOST_BYTES_S + share * 4 * 6 / HOST_STEP_BYTES_S
-
-    def _share_recomputed(self, plan: ActivationPlan) -> float:
-        """Return the recomputed share of the forward pass's FLOPs."""
-        recomputed = sum(cost.flops for cost in self.profile.costs if cost.name in plan.checkpointed)
-        return recomputed / self.profile.flops

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from dsyolo.config.deepspeed.batch_sizes import MOST_IMAGES, batch_json, divisors
 from dsyolo.config.deepspeed.optimizers import recipe_params
 from dsyolo.config.spec import BatchPlan, Precision
+from dsyolo.models.activation_memory import budget_gib
 
 OPTIMIZERS = ("SGD", "AdamW")
 # ZeRO stage, device of the optimizer, device of the parameters
@@ -54,7 +55,7 @@ class StrategySettings(NamedTuple):
             },
         }
         if self.recompute != "none":
-            budget = self.recompute if isinstance(self.recompute, str) else _gib(self.recompute)
+            budget = self.recompute if isinstance(self.recompute, str) else budget_gib(self.recompute)
             content["activation_checkpointing"] = {"recompute": budget}
         if self.pipeline_stages > 1:
             content["pipeline"] = {"stages": self.pipeline_stages, "partition": "balanced"}
@@ -71,11 +72,6 @@ class StrategySettings(NamedTuple):
         if self.recompute != "none":
             parts.append("recompute" if self.recompute == "blocks" else "recompute in part")
         return ", ".join(parts)
-
-
-def _gib(size: int) -> str:
-    """Return bytes as the JSON takes them, rounded up."""
-    return f"{-(-size * 1000 // 2**30) / 1000:.3f}GiB"
 
 
 def settings(

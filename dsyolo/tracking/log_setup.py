@@ -5,7 +5,6 @@ import logging.handlers
 import sys
 import warnings
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -95,12 +94,7 @@ class _Console(logging.Handler):
 
 
 def _log_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
     """Log the text of our own warnings; others go to the file only, with their place."""
     if category is UserWarning and PACKAGE in Path(filename).parents:
