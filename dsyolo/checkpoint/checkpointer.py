@@ -153,9 +153,7 @@ class Checkpointer:
         """Yield what this rank writes. All ranks run the same gathers in the same order."""
         partitions, ema = self._partitions, self._ema
         sources = [("param", partitions, partitions.masters())]
-        sources += [
-            (f"optimizer/{key}", partitions, state) for key, state in sorted(partitions.state().items())
-        ]
+        sources += [(f"optimizer/{key}", partitions, own) for key, own in sorted(partitions.state().items())]
         if ema.tensors:
             sources.append(("ema", ema.partitions, ema.tensors))
         sizes = [(name, math.prod(shape)) for name, shape in partitions.shapes.items()]

@@ -63,11 +63,7 @@ def readable_manifest(path: Path) -> Manifest | None:
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
-    """Read progress.json, and with `verify` compare every file's checksum.
-
-    Raises:
-        UserError: something is missing or damaged.
-    """
+    """Read progress.json, and with `verify` compare every file's checksum. Raise UserError if anything is damaged."""
     headline = headline_of(path)
     try:
         manifest = Manifest.model_validate_json(read_bytes(path / "progress.json", MOST_MANIFEST_BYTES))

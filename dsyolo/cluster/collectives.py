@@ -60,11 +60,7 @@ def run_on_rank0_and_broadcast(world: World, work: Callable[[], T]) -> T:
 
 
 def check_same(item: Any, what: str, remedy: str) -> None:
-    """Check that all ranks have the same plain data `item`; `what` names it.
-
-    Raises:
-        UserError: on all ranks, if one has another.
-    """
+    """Raise UserError on all ranks if their plain data `item`, which `what` names, differ."""
     first, *others = all_gather_objects(item)
     for rank, other in enumerate(others, 1):
         if other != first:

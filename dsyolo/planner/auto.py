@@ -80,11 +80,7 @@ def _plan_all(
 def _best(
     run: RunConfig, hardware: Hardware, profile: ModelProfile, batch: int
 ) -> tuple[StrategyEstimate, str]:
-    """Return the best strategy and, if memory ran out before, the memory that it is planned for.
-
-    Raises:
-        UserError: nothing fits.
-    """
+    """Return the best strategy and, if memory ran out before, the memory that it is planned for, or raise UserError."""
     chosen = read_recompute(run.recompute)
     recomputes = RECOMPUTES if chosen is None else (chosen,)
     precisions = _precisions(hardware)
@@ -106,12 +102,9 @@ def _best(
         smaller = [one for one in again.others[:1] if one.peak_bytes < best.peak_bytes]
         best = again.best or next(iter(smaller), None)
     if best is None:
-        remedy = (
-            "Take a smaller --imgsz or --model, or fewer ranks on a machine; `dsyolo plan` shows what fits"
-        )
-        raise UserError(
-            "No plan for this machine", [f"--deepspeed_config: auto given, but {rule}. {remedy}."]
-        )
+        remedy = "Take a smaller --imgsz or --model, or fewer ranks a machine; `dsyolo plan` shows what fits"
+        problem = f"--deepspeed_config: auto given, but {rule}. {remedy}."
+        raise UserError("No plan for this machine", [problem])
     return best, text
 
 

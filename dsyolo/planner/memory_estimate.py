@@ -43,27 +43,21 @@ class RankLoad(NamedTuple):
 
 
 def predict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
-    """Estimate the memory of a rank.
-
-    Args:
-        zero: the block `zero_optimization` that DeepSpeed gets: `DeepSpeedConfig.deepspeed_json`.
-    """
+    """Estimate the memory of a rank; `zero` is the block `zero_optimization` of `DeepSpeedConfig.deepspeed_json`."""
     by_stage = (_nothing_sharded, _states_sharded, _states_sharded, _all_sharded)
     device, host = by_stage[ds.zero_stage](load, ds, zero)
     if not load.ema:
         device, host = device._replace(ema=0), host._replace(ema=0)
-    return MemoryEstimate(
-        device._replace(activations=load.activations), host._replace(activations=load.activations_host)
-    )
+    device = device._replace(activations=load.activations)
+    return MemoryEstimate(device, host._replace(activations=load.activations_host))
 
 
 def _nothing_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
     whole = 4 * load.num_elements
     # All-reduced as one tensor, flattened from the gradients. The EMA is sharded.
     bucket = whole if load.dp_size > 1 else 0
-    return MemoryEstimate(
-        MemoryTerms(whole, whole, ds.optimizer.states_per_param * whole, whole // load.dp_size, bucket)
-    )
+    states = ds.optimizer.states_per_param * whole
+    return MemoryEstimate(MemoryTerms(whole, whole, states, whole // load.dp_size, bucket))
 
 
 def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
@@ -95,9 +89,8 @@ def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -
         waiting = summed * share if summed != weight else weight * whole if ds.accumulation > 1 else 0
     host = MemoryTerms(0, 4 * share + waiting, own, 4 * share, largest + weight * share)
     stays = gradients if ds.zero_stage == 1 else 0
-    return MemoryEstimate(
-        device._replace(gradients=stays, optimizer=0, ema=0, buckets=buckets + largest), host
-    )
+    device = device._replace(gradients=stays, optimizer=0, ema=0, buckets=buckets + largest)
+    return MemoryEstimate(device, host)
 
 
 def _all_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
@@ -143,9 +136,7 @@ def _waiting(load: RankLoad, zero: dict[str, Any], shares: Sequence[int] | None 
     """Return the most elements of a micro-batch's gradients that lie whole at once, outside of buckets.
 
     There are some only without `contiguous_gradients`: then a bucket is the list of the gradients, until it is sent.
-
-    Args:
-        shares: of each group under ZeRO 2, where gradients that overlap this rank's share stay.
+    Under ZeRO 2 those that overlap this rank's share stay; `shares` are the elements of each group's.
     """
     if zero.get("contiguous_gradients", True):
         return 0

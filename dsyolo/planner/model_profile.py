@@ -18,13 +18,7 @@ from dsyolo.models.registry import meta_network
 
 
 class ModelProfile:
-    """The memory and work of one network on images of one size.
-
-    Args:
-        model: variant.
-        num_classes: K.
-        image_size_px: side of the square images.
-    """
+    """The memory and work of one network on square images of one size."""
 
     def __init__(self, model: str, num_classes: int, image_size_px: int) -> None:
         self.model, self.num_classes, self.image_size_px = model, num_classes, image_size_px

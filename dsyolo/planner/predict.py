@@ -75,11 +75,7 @@ class StrategyEstimate(NamedTuple):
 
 
 class Planner:
-    """Predicts strategies of one network on one kind of machine.
-
-    Args:
-        ema: whether averaged weights are kept.
-    """
+    """Predicts strategies of one network, with averaged weights if `ema`, on one kind of machine."""
 
     def __init__(self, profile: ModelProfile, hardware: Hardware, *, ema: bool = True) -> None:
         self.profile, self.hardware, self.ema = profile, hardware, ema
@@ -87,14 +83,7 @@ class Planner:
         self._stages: dict[int, list[StageProfile]] = {}
 
     def predict(self, settings: StrategySettings, ds: DeepSpeedConfig | None = None) -> StrategyEstimate:
-        """Predict a strategy.
-
-        Args:
-            ds: its checked configuration, if there is one already.
-
-        Raises:
-            UserError: the settings cannot run.
-        """
+        """Predict a strategy, or raise UserError if it cannot run; `ds` is its checked configuration, if there is one."""
         profile, hardware = self.profile, self.hardware
         is_cpu = hardware.accelerator == "cpu"
         ds = ds or check(

@@ -92,7 +92,7 @@ def settings(
             continue
         share = global_batch // dp_size
         for sharding, precision in product(SHARDINGS, precisions):
-            if not _is_possible(*sharding[:2], precision, stages, dp_size):
+            if not _can_run(*sharding[:2], precision, stages, dp_size):
                 continue
             for micro_batch, recompute in product(divisors(share, MOST_IMAGES), recomputes):
                 accumulation = share // micro_batch
@@ -102,9 +102,7 @@ def settings(
                 yield StrategySettings(*sharding, recompute, precision, *sizes, optimizer)
 
 
-def _is_possible(
-    zero_stage: int, offload: str | None, precision: Precision, stages: int, dp_size: int
-) -> bool:
+def _can_run(zero_stage: int, offload: str | None, precision: Precision, stages: int, dp_size: int) -> bool:
     is_half = precision.params_bytes == 2
     if stages > 1 and (zero_stage > 1 or offload):
         return False

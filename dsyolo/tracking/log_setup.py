@@ -19,11 +19,8 @@ log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
 class RunLog:
     """The handlers of this rank, from construction to the end of the process.
 
-    The console shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's lines,
+    On ranks other than 0 the console shows only warnings. It shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's lines,
     which engine/process_group.py hands over, go to the file alone until `show_deepspeed` is called.
-
-    Args:
-        rank: of this process; all but rank 0 show only warnings on the console.
     """
 
     def __init__(self, rank: int) -> None:

@@ -56,12 +56,7 @@ def load_nvml() -> Any | None:
 
 
 class ResourceUsage:
-    """The use of one rank; the first rank of a machine also reads the machine's.
-
-    Args:
-        of_machine: whether to read it.
-        gpu: returns the use of the rank's GPU, or None.
-    """
+    """The use of one rank, of its GPU by `gpu`, and if `of_machine` of its machine."""
 
     def __init__(
         self, *, of_machine: bool, gpu: Callable[[], dict[str, float] | None] = lambda: None

@@ -316,7 +316,7 @@ def test_weights_go_back_into_the_network_that_the_user_names(tmp_path):
         .replace("Detect((64,", "Detect((32,")
     )
     with pytest.raises(
-        UserError, match=r"do not fit its metadata.*Give the my_net.py:build that it was trained with"
+        UserError, match=r"do not fit its metadata.*Give the my_net.py:build it was trained with"
     ):
         rebuild(path, f"{changed}:build")
 
