@@ -118,7 +118,7 @@ def _refuse_file(path: Path) -> None:
             "If you trust it, convert it once in the environment that wrote it: "
             "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
         )
-        raise _unusable(path, f"{what}, and reading one may run its code; only safetensors is read. {remedy}")
+        raise _unusable(path, f"{what}, and reading one may run code; only safetensors is read. {remedy}")
     if path.stat().st_size > MOST_BYTES:
         rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and a detector's weights at most {MOST_BYTES / 2**30:.0f}"
         raise _unusable(path, f"{rule}. Give a file that holds the weights alone.")
