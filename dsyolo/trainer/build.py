@@ -28,7 +28,7 @@ from dsyolo.tracking.writers import SafeWriter, WandbWriter, Writer
 from dsyolo.trainer.data_parts import DataParts, build_data, index_splits
 from dsyolo.trainer.engine_parts import EngineParts, build_engine, build_network
 from dsyolo.trainer.hooks.artifacts_hook import ArtifactsHook
-from dsyolo.trainer.hooks.base import Hook
+from dsyolo.trainer.hooks.base import Hook, HookList
 from dsyolo.trainer.hooks.checkpoint_hook import CheckpointHook
 from dsyolo.trainer.hooks.divergence_hook import DivergenceHook
 from dsyolo.trainer.hooks.ema_hook import EmaHook
@@ -42,13 +42,7 @@ from dsyolo.trainer.session import Session
 from dsyolo.trainer.trainer import Trainer
 
 SAME = ("epochs", "num_images", "global_batch", "seed")  # of TrainState, when a run is resumed
-DEEPSPEED_OUTPUT = (
-    "steps_per_print",
-    "dump_state",
-    "memory_breakdown",
-    "comms_logger",
-    "wall_clock_breakdown",
-)
+DEEPSPEED_OUTPUT = "steps_per_print", "dump_state", "memory_breakdown", "comms_logger", "wall_clock_breakdown"
 log = logging.getLogger(__name__)
 
 
@@ -96,7 +90,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     if any(spec.ds.source.get(key) for key in DEEPSPEED_OUTPUT):
         session.run_log.show_deepspeed()
     hooks = build_hooks(spec, parts, session, tracker, artifacts, user_hooks)
-    return Trainer(spec, world, parts.engine, data, state, _predictor(spec, world, parts), hooks)
+    return Trainer(spec, world, parts.engine, data, state, hooks, predict=_predictor(spec, parts))
 
 
 def build_hooks(
@@ -106,7 +100,7 @@ def build_hooks(
     tracker: RunTracker | None,
     artifacts: RunArtifacts | None,
     user_hooks: Sequence[Hook] = (),
-) -> list[Hook]:
+) -> HookList:
     """Return the hooks in the order in which they are called; they are closed in reverse order.
 
     Args:
@@ -130,7 +124,7 @@ def build_hooks(
         PreemptionHook(session.preemption),
         HeartbeatHook(session.watchdog),
     ]
-    return [hook for hook in hooks if hook is not None]
+    return HookList([hook for hook in hooks if hook is not None])
 
 
 def new_state(spec: RunSpec, sampler: StepSampler) -> TrainState:
@@ -173,16 +167,17 @@ def _user_hooks(references: str | None) -> list[Hook]:
         if not (isinstance(make, type) and issubclass(make, Hook)):
             rule = "it must be a class derived from dsyolo.trainer.hooks.base.Hook"
             raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."])
-        hooks.append(make())
+        try:
+            hooks.append(make())
+        except Exception as error:  # of the user's own code
+            rule = f"{name}() raised {type(error).__name__}: {error}. It is called without arguments"
+            raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."]) from error
     return hooks
 
 
-def _predictor(spec: RunSpec, world: World, parts: EngineParts) -> Predict:
-    """Return the prediction of a validation, which takes fewer images at a time where memory runs out.
-
-    Under ZeRO 3 every pass gathers weights from all ranks, and none can pass through more often.
-    """
-    if spec.ds.zero_stage == 3:
+def _predictor(spec: RunSpec, parts: EngineParts) -> Predict:
+    """Return the prediction of a validation, which takes fewer images at a time where memory runs out."""
+    if spec.ds.zero_stage == 3:  # every pass gathers weights from all ranks: none can make more of them
         return parts.engine.predict
     return OomSafePredictor(
         parts.engine.predict, lambda line: log.warning("%s", line), device.accelerator().empty_cache

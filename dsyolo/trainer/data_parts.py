@@ -42,21 +42,18 @@ class DataParts(NamedTuple):
         return self.val_set.load(index, max(self.val_set.ground_truth(index)[0])).image
 
     def image_names(self, start: int, stop: int) -> dict[int, list[str]]:
-        """The image files of steps `start` + 1 .. `stop`, of all ranks; mosaic and mixup drew others beside them."""
-        positions = {
-            step: range(step * self.sampler.global_batch, (step + 1) * self.sampler.global_batch)
-            for step in range(start, stop)
-        }
+        """Return the image files of steps `start` + 1 .. `stop`, of all ranks; mosaic and mixup drew others beside them."""
+        batch, path, at = self.sampler.global_batch, self.train_set.index.path, self.sampler.at
         return {
-            step + 1: [self.train_set.index.path(self.sampler.at(position)[1]) for position in places]
-            for step, places in positions.items()
+            step + 1: [path(at(step * batch + place)[1]) for place in range(batch)]
+            for step in range(start, stop)
         }
 
 
 def index_splits(
     run: RunSpec, world: World, communicator: Communicator | None = None
 ) -> tuple[DatasetIndex, DatasetIndex]:
-    """Reads both splits, from the cache where they are there, and says what is in them.
+    """Read both splits, from the cache if possible, and log what is in them.
 
     Args:
         communicator: the ranks, each of which reads its share; None: this process reads all.
@@ -84,7 +81,7 @@ def index_splits(
 def build_data(
     run: RunSpec, world: World, indexes: tuple[DatasetIndex, DatasetIndex], network: DetectionNetwork
 ) -> DataParts:
-    """The loaders of both splits."""
+    """Build the loaders of both splits."""
     config, ds = run.config, run.ds
     train_index, val_index = indexes
     num_workers = device.num_workers(world, config.workers)

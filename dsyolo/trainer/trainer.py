@@ -1,59 +1,33 @@
 """The training loop: epochs, steps and validations; everything else is a hook."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
-from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import preemption
 from dsyolo.cluster.preemption import Preempted
-from dsyolo.cluster.world import World
-from dsyolo.config.resolve import RunSpec
 from dsyolo.detection.evaluator import validate
 from dsyolo.detection.postprocess import PostProcessor
-from dsyolo.engine.engine import Engine
-from dsyolo.trainer.data_parts import DataParts
-from dsyolo.trainer.hooks.base import ExitStatus, Hook, HookList, StepResult, StopTraining, Validation
+from dsyolo.trainer.hooks.base import ExitStatus, RunningTrainer, StepResult, StopTraining, Validation
 
 
-class Trainer:
+@dataclass(eq=False)
+class Trainer(RunningTrainer):
     """Trains a run from where it is to its end.
-
-    Attributes:
-        spec: the resolved run.
-        state: how far the run is; hooks read it.
-        validation: of the last epoch, None where there was none.
-        figures: of the current epoch, for its row: hooks add theirs in `after_epoch`, before the metrics hook.
-        end: how the training ended, None until it did.
 
     Args:
         predict: decoded boxes (B, boxes, 5 + K) of uint8 images (B, 3, H, W), by the engine.
     """
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        world: World,
-        engine: Engine,
-        data: DataParts,
-        state: TrainState,
-        predict: Callable[[torch.Tensor], torch.Tensor],
-        hooks: Sequence[Hook],
-    ) -> None:
-        self.spec, self.world, self.engine, self.data, self.state = spec, world, engine, data, state
-        self.hooks = HookList(hooks)
-        self.validation: Validation | None = None
-        self.figures: dict[str, float] = {}
-        self.end: ExitStatus | None = None
-        self._predict = predict
-        self._epoch = state.epoch
+    predict: Callable[[torch.Tensor], torch.Tensor] = field(kw_only=True)
 
     def fit(self) -> ExitStatus:
         """Train to the end of the last epoch, or until a hook or a signal stops the run."""
         with self.hooks.running(self):
             end = ExitStatus()
             try:
-                for epoch in self._epochs():
+                for epoch in self.epochs():
                     self._train_epoch(epoch)
             except StopTraining as stop:
                 end = stop.end
@@ -63,11 +37,6 @@ class Trainer:
             self.hooks.call("finish")
             self.end = end
         return end
-
-    @property
-    def is_last_epoch(self) -> bool:
-        """Whether no epoch follows the one that is trained, or was trained last."""
-        return self._epoch + 1 == self.spec.config.epochs or self.state.stopped_early
 
     def evaluate(self) -> Validation:
         """Validate on all ranks together, and judge the result."""
@@ -79,14 +48,14 @@ class Trainer:
             )
         return Validation(metrics, found, self.state.judge(metrics.fitness, config.patience))
 
-    def _epochs(self) -> Iterator[int]:
+    def epochs(self) -> Iterator[int]:
         """Yield the epochs that are left, without those of a data set smaller than a batch that an earlier step trained."""
         epochs, sampler = self.spec.config.epochs, self.data.sampler
         for epoch in range(self.state.epoch, epochs):
             if self.state.stopped_early:
                 return
             is_empty = sampler.epoch_start_step(epoch) == sampler.epoch_start_step(epoch + 1)
-            self.state.epoch = self._epoch = epoch
+            self.state.epoch = self.epoch = epoch
             if not is_empty or epoch + 1 == epochs:
                 yield epoch
 
@@ -108,4 +77,4 @@ class Trainer:
 
     def _predict_batch(self, images: torch.Tensor) -> torch.Tensor:
         self.hooks.call("before_validation_batch")
-        return self._predict(images)
+        return self.predict(images)

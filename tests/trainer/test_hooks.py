@@ -161,9 +161,13 @@ def test_a_writer_that_fails_costs_a_warning(place: Path):
         ("gone.py:Hook", "gone.py cannot be imported: FileNotFoundError"),
         ("my_hooks.py:Conting", "my_hooks.py has no Conting"),
         ("json:loads", "must be a class derived from"),
+        ("needy.py:Needy", "Needy() raised TypeError"),
     ],
 )
 def test_a_hook_that_cannot_be_used_is_an_error_in_words(place: Path, hook: str, problem: str):
+    (place / "needy.py").write_text(
+        "from dsyolo.trainer.hooks.base import Hook\n\n\nclass Needy(Hook):\n    def __init__(self, x): ...\n"
+    )
     done = alone(place, "refused", "--hook", hook, epochs=1)
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"--hook: {hook} given" in done.stderr

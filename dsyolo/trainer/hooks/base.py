@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dsyolo.base.batch import StepStats
 from dsyolo.checkpoint.train_state import TrainState
@@ -52,16 +53,17 @@ class StopTraining(Exception):
         self.end = ExitStatus(status, message)
 
 
-class RunningTrainer(Protocol):
+@dataclass(eq=False)
+class RunningTrainer:
     """What hooks see of the trainer.
 
     Attributes:
         spec: the resolved run.
         state: how far the run is.
+        epoch: that is trained, or was trained last.
         validation: of the last epoch, None where there was none.
-        figures: of the current epoch, for its row: add yours in `after_epoch`.
+        figures: of the current epoch, for its row: add yours in `after_epoch`, before the metrics hook.
         end: how the training ended, None until it did.
-        is_last_epoch: whether no epoch follows the current one.
     """
 
     spec: RunSpec
@@ -70,12 +72,15 @@ class RunningTrainer(Protocol):
     data: DataParts
     state: TrainState
     hooks: HookList
-    validation: Validation | None
-    figures: dict[str, float]
-    end: ExitStatus | None
+    epoch: int = field(default=0, init=False)
+    validation: Validation | None = field(default=None, init=False)
+    figures: dict[str, float] = field(default_factory=dict, init=False)
+    end: ExitStatus | None = field(default=None, init=False)
 
     @property
-    def is_last_epoch(self) -> bool: ...
+    def is_last_epoch(self) -> bool:
+        """Whether no epoch follows `epoch`."""
+        return self.epoch + 1 == self.spec.config.epochs or self.state.stopped_early
 
 
 class Hook:
