@@ -11,7 +11,7 @@ import torch
 import training
 from ranks import run_ranks
 
-from dsyolo.engine.loss_scale import LossScale
+from dsyolo.engine.engine import LossScale
 
 OVERFLOWS = [True, True, False, True, *[False] * 7, True, *[False] * 14]
 

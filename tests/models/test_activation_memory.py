@@ -14,9 +14,9 @@ from dsyolo.base.errors import UserError
 from dsyolo.config import spec
 from dsyolo.models.activation_memory import Activations, NodeBytes, choose, count_activations
 from dsyolo.models.blocks import C3, Conv, Stem
-from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.models.network import Network, Node
 from dsyolo.models.yolov5 import build_yolov5
+from dsyolo.planner.model_profile import inference_bytes
 
 SOME = frozenset({"stem", "p3", "sppf", "out4"})
 

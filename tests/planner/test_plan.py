@@ -24,13 +24,12 @@ from dsyolo.config.run_config import RunConfig
 from dsyolo.config.spec import PRECISIONS
 from dsyolo.data.sampler import StepSampler
 from dsyolo.models.activation_memory import count_activations
-from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine
 from dsyolo.planner.auto import plan_config
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
 from dsyolo.planner.local_hardware import hardware_here
-from dsyolo.planner.model_profile import ModelProfile
+from dsyolo.planner.model_profile import ModelProfile, inference_bytes
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.search import search
 from dsyolo.planner.simulation import cover, simulate
