@@ -14,7 +14,7 @@ from itertools import chain, product
 import torch
 from recompute import MIB, PRECISIONS, allocations, forward, images_of, step
 
-from dsyolo.config.spec import Precision
+from dsyolo.config import spec
 from dsyolo.models.activation_memory import Activations, count_activations
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 
@@ -38,7 +38,7 @@ def main() -> None:
     print("| model | px | precision | recomputed | counted | kept | off |\n|---|---|---|---|---|---|---|")
     for model, size_px, precision in product(options.models, options.sizes, PRECISIONS):
         network, images = build_yolov5(model, NUM_CLASSES), images_of(options.batch, size_px)
-        counted = count_activations(network, tuple(images.shape), Precision.named(precision))
+        counted = count_activations(network, tuple(images.shape), spec.PRECISIONS[precision])
         step(network, images, precision)  # what is made once is there from now on
         for names in (frozenset[str](), network.blocks()):
             network.checkpointed = names

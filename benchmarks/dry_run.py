@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -107,9 +107,18 @@ def _run(case: DryRunCase) -> DryRunResult:
         expected.states,
         held.buckets,
         expected.buckets,
-        int(collectives.sent_bytes(case.ranks)),
+        int(sent_bytes(collectives.sizes, case.ranks)),
         int(comm_bytes(zero, numels, case.ranks, 1)),
     )
+
+
+def sent_bytes(sizes: Mapping[str, int], ranks: int) -> float:
+    """Return the bytes that one of N ranks sent, if every collective was a ring (Patarasu and Yuan 2009).
+
+    An all-reduce sends 2 (N - 1) / N of its tensor; a gather, scatter, or reduction to one rank half of that.
+    """
+    ring = (ranks - 1) / ranks
+    return ring * sum((2 if name == "all_reduce" else 1) * size for name, size in sizes.items())
 
 
 def one_batch(network: DetectionNetwork, images: int, size_px: int) -> Batch:

@@ -22,7 +22,7 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dsyolo.config.spec import Precision
+from dsyolo.config import spec
 from dsyolo.models.activation_memory import choose, count_activations
 from dsyolo.models.network import Network
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
@@ -69,7 +69,7 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 def compare(options: argparse.Namespace, precision: str) -> None:
     """Prints the two rows of a precision, and their ratios."""
     network, images = build_yolov5(options.model, 80), images_of(options.batch, options.imgsz)
-    counted = count_activations(network, tuple(images.shape), Precision.named(precision))
+    counted = count_activations(network, tuple(images.shape), spec.PRECISIONS[precision])
     wanted = int(options.budget_gib * 2**30) if options.budget_gib else "blocks"
     names = (frozenset[str](), choose(counted, wanted, offload=False).checkpointed)
     step(network, images, precision)  # the gradients of the parameters are allocated here

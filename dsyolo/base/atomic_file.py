@@ -5,11 +5,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and move it there.
-
-    Raises:
-        OSError: it cannot be written; a file that was there is kept.
-    """
+    """Write a file beside `path` and move it there. Raise OSError; a file that was there is then kept."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)

@@ -28,10 +28,9 @@ class Environment(NamedTuple):
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Read `variables` (default: this process's). Without a launcher the world has one rank.
+    """Read `variables` (default: this process's); without a launcher the world has one rank.
 
-    Raises:
-        UserError: a launcher's variables are incomplete.
+    Raises UserError where a launcher's are incomplete.
     """
     given = os.environ if variables is None else variables
     problems: list[str] = []

@@ -58,19 +58,14 @@ class _Loader(yaml.SafeLoader):
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice", key.start_mark
-                )
+                reason = f"{key.value} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
             seen.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str) -> Any:
-    """Return plain values: mappings, lists, strings, numbers, dates.
-
-    Raises:
-        BadYamlError: it cannot be read.
-    """
+    """Return plain values: mappings, lists, strings, numbers, dates. Raise BadYamlError where it cannot be read."""
     loader = None
     try:
         loader = _Loader(text)

@@ -20,13 +20,9 @@ def is_reference(name: str) -> bool:
 
 
 def load_object(reference: str, option: str) -> Any:
-    """Return the object that `MODULE:NAME` or `FILE.py:NAME` names.
+    """Return the object that `MODULE:NAME` or `FILE.py:NAME` names, as it was given to `option`, such as --model.
 
-    Args:
-        option: the option that it was given to, as `--model`, for the error.
-
-    Raises:
-        UserError: the module cannot be imported, or has no such name.
+    Raises UserError where the module cannot be imported, or has no such name.
     """
     where, colon, name = reference.rpartition(":")
     if not colon or not where or not name:
@@ -35,9 +31,8 @@ def load_object(reference: str, option: str) -> Any:
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:  # whatever the user's own module raises
-        raise _error(
-            option, reference, f"{where} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        rule = f"{where} cannot be imported: {type(error).__name__}: {error}"
+        raise _error(option, reference, rule) from error
     try:
         return getattr(module, name)
     except AttributeError:

@@ -22,13 +22,13 @@ from dsyolo.checkpoint.latest import verify
 from dsyolo.checkpoint.manifest import (
     FORMAT,
     Manifest,
+    Reader,
     all_checkpoints,
     headline_of,
     read_manifest,
     readable_manifest,
     sha256_of,
 )
-from dsyolo.checkpoint.reader import Reader
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.collectives import barrier, first_problem_of_any_rank
 from dsyolo.cluster.shared_fs import free_path
@@ -153,9 +153,7 @@ class Checkpointer:
         """Yield what this rank writes. All ranks run the same gathers in the same order."""
         partitions, ema = self._partitions, self._ema
         sources = [("param", partitions, partitions.masters())]
-        sources += [
-            (f"optimizer/{key}", partitions, state) for key, state in sorted(partitions.state().items())
-        ]
+        sources += [(f"optimizer/{key}", partitions, own) for key, own in sorted(partitions.state().items())]
         if ema.tensors:
             sources.append(("ema", ema.partitions, ema.tensors))
         sizes = [(name, math.prod(shape)) for name, shape in partitions.shapes.items()]

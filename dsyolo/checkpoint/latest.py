@@ -48,11 +48,7 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
 
 
 def verify(path: Path, world: World) -> Manifest:
-    """Compare the checksums of a checkpoint's files, each rank for its share. All ranks call it.
-
-    Raises:
-        UserError: on all ranks; something is missing or damaged.
-    """
+    """Compare the checksums of a checkpoint's files, each rank for its share. All ranks call it, and raise UserError alike."""
     manifest, sizes = run_on_rank0_and_broadcast(world, partial(_manifest_and_sizes, path))
     owner = balanced_owners(sizes, world.size)
     own = [name for name in manifest.files if owner[name] == world.rank]

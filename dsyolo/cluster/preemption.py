@@ -52,8 +52,7 @@ class PreemptionHandler:
     def raise_if_requested(self, *, wait: bool = False) -> None:
         """Raise Preempted on all ranks if one was asked to stop. All of them must call it after every step.
 
-        Args:
-            wait: wait for the answer of this step too.
+        With `wait`, wait for the answer of this step too.
         """
         requested = self.close() if self._group else self.asked()
         if self._group:

@@ -33,10 +33,9 @@ def free_path(path: Path) -> Path:
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Check that all hosts see the same `folder`, where every rank writes its share of a checkpoint. All ranks call it.
+    """Raise UserError on all ranks, which all call it, if a host has another `folder` of that name.
 
-    Raises:
-        UserError: on all ranks; a host has another folder of that name.
+    Every rank writes its share of a checkpoint there.
     """
     if world.local_size == world.size:
         return

@@ -78,11 +78,7 @@ class ScaleRequest(NamedTuple):
 
 
 def check(args: argparse.Namespace) -> ScaleRequest:
-    """Check the command line.
-
-    Raises:
-        UserError: with all mistakes.
-    """
+    """Check the command line. Raise UserError with all mistakes."""
     problems: list[str] = []
     ranks = _ranks(args.ranks, problems)
     problems += out_of_range(args, {name: (least, most) for name, (_, least, most, _) in NUMBERS.items()})

@@ -32,7 +32,8 @@ def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) ->
         UserError: config.yaml is missing or cannot be used.
     """
     path = config_path(folder)
-    if not (resume == "always" or (resume == "auto" and _has_checkpoint(folder))):
+    has_checkpoint = path.is_file() and any(folder.glob("checkpoints/step_*"))
+    if not (resume == "always" or (resume == "auto" and has_checkpoint)):
         return None
     status = path.stat() if path.is_file() else None
     version = (status.st_ino, status.st_size, status.st_mtime_ns) if status else (0, 0, 0)
@@ -44,7 +45,3 @@ def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) ->
 def config_path(folder: Path) -> Path:
     """Return where a run in `folder` keeps its settings."""
     return folder / "config.yaml"
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob("checkpoints/step_*")) and config_path(folder).is_file()

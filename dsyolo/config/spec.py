@@ -43,11 +43,6 @@ class Precision:
     grads: str = "fp32"  # the sums of gradients over micro-batches
     master: str = "fp32"  # the weights that the optimizer updates
 
-    @classmethod
-    def named(cls, name: str) -> Precision:
-        """Return one of `PRECISIONS` by its name."""
-        return PRECISIONS[name]
-
     @property
     def is_autocast(self) -> bool:
         """Whether torch casts fp32 weights for each operation."""
@@ -69,10 +64,6 @@ class Precision:
     @property
     def grads_bytes(self) -> int:
         return BYTES[self.grads]
-
-    @property
-    def master_bytes(self) -> int:
-        return BYTES[self.master]
 
     def with_bf16(self) -> Precision:
         """Return the precision with bf16 in the place of fp16: its tensors have the same sizes."""

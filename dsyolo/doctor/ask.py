@@ -24,20 +24,13 @@ SECTION_LIMITS_S = {"data": 120}
 
 @dataclass
 class Reply:
-    """The reply of a host.
+    """The reply of a host."""
 
-    Attributes:
-        sections: by name.
-        fault, remedy: why it is incomplete; empty if it is complete.
-        status: exit status of the command; None if it had to be stopped.
-        skew_s: least that its clock is ahead (negative: behind).
-    """
-
-    sections: dict[str, Answer] = field(default_factory=dict)
-    fault: str = ""
+    sections: dict[str, Answer] = field(default_factory=dict)  # by name
+    fault: str = ""  # why it is incomplete
     remedy: str = ""
-    status: int | None = None
-    skew_s: float = 0.0
+    status: int | None = None  # exit status of the command; None if it had to be stopped
+    skew_s: float = 0.0  # least that its clock is ahead (negative: behind)
 
     def get(self, kind: type[A]) -> A | None:
         """Return the section of a kind; None if it is missing or an error."""
@@ -46,19 +39,12 @@ class Reply:
 
 
 class Query(NamedTuple):
-    """What Python runs on a host, and the sections that it must print.
+    """What Python runs on a host, and the sections that it must print."""
 
-    Attributes:
-        host: its name for ssh, or `LOCAL`.
-        arguments: of Python.
-        sections: in the order of printing.
-        source: Python's standard input.
-    """
-
-    host: str
-    arguments: Sequence[str]
-    sections: Sequence[str]
-    source: bytes = b""
+    host: str  # its name for ssh, or `LOCAL`
+    arguments: Sequence[str]  # of Python
+    sections: Sequence[str]  # in the order of printing
+    source: bytes = b""  # Python's standard input
 
 
 def probe_query(host: str, request: Mapping[str, Any]) -> Query:

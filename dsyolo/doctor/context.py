@@ -32,23 +32,16 @@ class DoctorOptions(NamedTuple):
 
 
 class DoctorContext(NamedTuple):
-    """All that is known of the run.
-
-    Attributes:
-        source: content of the DeepSpeed JSON; empty without one.
-        ds: None without a JSON, or with one that is refused.
-        num_parameters: of the model; None without --model.
-        master: address of the ranks' rendezvous; None if it is not known.
-    """
+    """All that is known of the run."""
 
     options: DoctorOptions
     hosts: Sequence[Host]
     forwarded: ForwardedEnvironment
     replies: Mapping[str, Reply]
-    source: Mapping[str, Any]
-    ds: DeepSpeedConfig | None
-    num_parameters: int | None
-    master: str | None
+    source: Mapping[str, Any]  # content of the DeepSpeed JSON; empty without one
+    ds: DeepSpeedConfig | None  # None without a JSON, or with one that is refused
+    num_parameters: int | None  # of the model; None without --model
+    master: str | None  # address of the ranks' rendezvous; None if it is not known
 
     @property
     def names(self) -> list[str]:

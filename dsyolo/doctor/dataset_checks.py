@@ -68,11 +68,7 @@ def _differences(context: DoctorContext) -> list[_Difference]:
 
 
 def differing_files(context: DoctorContext, requests: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Ask the hosts whose data sets differ for their files, and yield those that do.
-
-    Args:
-        requests: the probe's, by host.
-    """
+    """Ask the hosts whose data sets differ for their files, and yield those that do. `requests`: the probe's, by host."""
     differences = _differences(context)
     wanted: dict[str, dict[str, list[int]]] = {}  # buckets to list, by host and split
     for one in differences:

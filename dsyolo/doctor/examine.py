@@ -17,9 +17,7 @@ from dsyolo.doctor.answers import Devices, Hello
 from dsyolo.doctor.ask import Query, Reply, ask, probe_query
 from dsyolo.doctor.context import DoctorContext, DoctorOptions
 from dsyolo.doctor.findings import FAIL, WARNING, Finding, merged
-from dsyolo.doctor.gradients import gradients
 from dsyolo.doctor.hosts import LOCAL, ForwardedEnvironment, Host, read_forwarded, read_hostfile
-from dsyolo.doctor.launcher import check_launcher
 from dsyolo.models.registry import build_model, has_parameters
 
 NUM_CLASSES = 80  # for the size of checkpoints; another number changes it by some 100 KB
@@ -40,7 +38,7 @@ def examine(options: DoctorOptions) -> tuple[list[Finding], list[str]]:
     requests = _requests(options, hosts, world_size, layers)
     queries = {name: probe_query(name, request) for name, request in requests.items()}
     with ThreadPoolExecutor(1) as pool:
-        launcher = pool.submit(check_launcher, options, hosts) if remote else None
+        launcher = pool.submit(interconnect.check_launcher, options, hosts) if remote else None
         replies = ask(queries, forwarded, options.timeout_s)
         launcher_findings, master = launcher.result() if launcher else ([], "127.0.0.1")
     source, ds = _json(options, world_size, replies)
@@ -111,7 +109,7 @@ def _json(
 def _check_replies(context: DoctorContext) -> Iterator[Finding]:
     for check_of in (
         *(_single_remote_host, interconnect.reached, software.python, software.packages, software.sources),
-        *(resources.slots, software.deepspeed_json, software.ops, software.locks, gradients),
+        *(resources.slots, software.deepspeed_json, software.ops, software.locks, software.gradients),
         *(dataset_checks.data_set, resources.disk, resources.shared_memory, resources.clock),
         *(interconnect.names, interconnect.interfaces, interconnect.rendezvous_address, interconnect.port),
     ):

@@ -1,14 +1,20 @@
-"""Check the network: ssh, host names, interfaces, the rendezvous address and port, and the speed of links."""
+"""Check the network: the launcher's ways to the hosts, names, interfaces, the rendezvous, and the speed of links."""
 
 import ipaddress
+import shutil
 import statistics
+import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
+from dsyolo.base.environment import all_variables
 from dsyolo.doctor.answers import Hello, LinkAnswer, NetworkAnswer, Port, Python, Result
 from dsyolo.doctor.ask import Reply
-from dsyolo.doctor.context import DoctorContext
+from dsyolo.doctor.context import DoctorContext, DoctorOptions
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
+from dsyolo.doctor.hosts import Host, ssh_options
 
 SLOW = 1e8  # bytes/s between hosts; a link of 1 Gbit/s carries 1.2e8
 UNEVEN = 0.5  # of the median of all links
@@ -20,6 +26,50 @@ NEEDED = {
     "data": ("data", FAIL, "Check that dsyolo and the data are there."),
 }
 FIX_FIRST = "Fix what failed above, and run this again."
+
+
+def check_launcher(options: DoctorOptions, hosts: Sequence[Host]) -> tuple[list[Finding], str | None]:
+    """Return findings on pdsh and on plain ssh to the first host, and the address of the ranks' rendezvous."""
+    names, first = [host.name for host in hosts], hosts[0].name
+    with ThreadPoolExecutor(1) as pool:
+        pdsh = pool.submit(_pdsh, names, options.timeout_s) if len(hosts) > 1 else None
+        command = ["ssh", *ssh_options(options.timeout_s), "--", first, "hostname -I"]
+        addresses = _stdout(command, options.timeout_s).split()
+        findings = [pdsh.result()] if pdsh else []
+    address = addresses[0] if addresses and is_address(addresses[0]) else None
+    master = options.master_addr or address
+    if address:
+        finding = Finding("launcher", "", OK, f"{first} gives its address over plain ssh: {address}")
+    else:
+        text = f"cannot get the address of {first} by plain ssh, without PDSH_SSH_ARGS_APPEND"
+        flags = "--no_ssh_check" if master else "--no_ssh_check --master_addr ADDRESS, and --master_addr here"
+        remedy = f"Put the ssh options into ~/.ssh/config, or give the launcher {flags}."
+        finding = Finding("launcher", "", WARNING if master else FAIL, text, remedy)
+    return [*findings, finding], master
+
+
+def _pdsh(names: Sequence[str], timeout_s: float) -> Finding:
+    if shutil.which("pdsh") is None:
+        return Finding("launcher", "", FAIL, "pdsh is not installed", "Install the package pdsh here.")
+    seconds, listed = str(max(1, round(timeout_s))), ",".join(names)
+    command = ["pdsh", "-N", "-S", "-t", seconds, "-u", seconds, "-w", listed, "echo", "here", "%h"]
+    lines = _stdout(command, timeout_s + 5).splitlines()  # pdsh puts each host's name for %h
+    reached = {line.removeprefix("here ").strip() for line in lines if line.startswith("here ")}
+    lost = [name for name in names if name.rpartition("@")[2] not in reached]
+    if lost:
+        text = f"pdsh does not reach {', '.join(lost)}"
+        return Finding("launcher", "", FAIL, text, f"See: PDSH_RCMD_TYPE=ssh pdsh -S -w {listed} true")
+    return Finding("launcher", "", OK, "pdsh reaches all hosts")
+
+
+def _stdout(command: Sequence[str], limit_s: float) -> str:
+    env = {**all_variables(), "PDSH_RCMD_TYPE": "ssh"}
+    options: dict[str, Any] = {"env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    options |= {"capture_output": True, "text": True, "errors": "replace"}
+    try:
+        return subprocess.run(command, timeout=limit_s, **options).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def reached(context: DoctorContext) -> Iterator[Finding]:
@@ -52,9 +102,8 @@ def interfaces(context: DoctorContext) -> Iterator[Finding]:
         usable = [name for name in known if name in up and not known[name].is_loopback]
         choice = f"{IFNAME}={'|'.join(usable) or 'eth0'}"
         remedy = f"Put {choice} into .deepspeed_env." if several else f"Set {choice}."
-        text = (
-            f"{address or ('none' if several else 'loopback')}, from the host's name, as {IFNAME} is not set"
-        )
+        usual = address or ("none" if several else "loopback")
+        text = f"{usual}, from the host's name, as {IFNAME} is not set"
         if given:
             text = f"{given}, {address}, from {IFNAME}"
             bad = next((name for name in given.split(",") if name not in up), None)
@@ -157,12 +206,7 @@ def port(context: DoctorContext) -> Iterator[Finding]:
 
 
 def links(context: DoctorContext, ranks: Sequence[str], replies: Sequence[Reply]) -> Iterator[Finding]:
-    """Yield what the network test found: hosts out of reach, separate folders of runs, slow links.
-
-    Args:
-        ranks: the host of each rank of the test.
-        replies: of the same ranks.
-    """
+    """Yield what the test's ranks (by their hosts) found: hosts out of reach, separate folders of runs, slow links."""
     results = [reply.get(Result) for reply in replies]
     unreached = [(i, to) for i, one in enumerate(results) if one for to in one.unreached if to < len(ranks)]
     for i, to in unreached:
@@ -178,10 +222,9 @@ def links(context: DoctorContext, ranks: Sequence[str], replies: Sequence[Reply]
             yield Finding("link", host, FAIL, text, "Check that torch and gloo work there.")
         elif result.fault:
             steps = {"meet": "no rendezvous at the first host", "measure": "gloo fails"}
-            remedy = (
-                "Check firewalls, --master_addr and the interface." if result.fault == "meet" else FIX_FIRST
-            )
             text = f"{steps.get(result.fault, result.fault)}: {result.text}"
+            look = "Check firewalls, --master_addr and the interface."
+            remedy = look if result.fault == "meet" else FIX_FIRST
             yield Finding("link", host, FAIL, text, remedy)
     measured = [
         (i, link) for i, one in enumerate(results) if one for link in one.links if link.to < len(ranks)

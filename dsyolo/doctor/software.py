@@ -1,9 +1,13 @@
-"""Check the interpreter, packages, dsyolo's own files, the DeepSpeed JSON, and compiled ops with their build locks."""
+"""Check Python, packages, dsyolo's own files, the DeepSpeed JSON, compiled ops and their locks, and gradients."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from dsyolo.base.environment import all_variables
 from dsyolo.config.messages import counted
 from dsyolo.doctor.answers import DeepSpeedJson, Devices, Locks, Package, Packages, Python, Sources
 from dsyolo.doctor.context import DoctorContext, common
@@ -12,13 +16,8 @@ from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding, split_problem
 # A run imports these first, and so does the probe. Of the others it reads the version.
 IMPORTED = ("torch", "deepspeed")
 OTHERS = (
-    "numpy",
-    "opencv-python-headless",
-    "pydantic",
-    "safetensors",
-    "faster-coco-eval",
-    "pillow",
-    "pyyaml",
+    *("numpy", "opencv-python-headless", "pydantic", "safetensors"),
+    *("faster-coco-eval", "pillow", "pyyaml"),
 )
 PACKAGES: dict[str, str | None] = {**{name: name for name in IMPORTED}, **dict.fromkeys(OTHERS)}
 
@@ -38,6 +37,9 @@ OPTIMIZER_OPS = {
     **{"fusedadam": "fused_adam", "cpuadam": "cpu_adam", "deepspeedcpuadam": "cpu_adam"},
     **{"lamb": "fused_lamb", "fusedlamb": "fused_lamb", "lion": "fused_lion", "fusedlion": "fused_lion"},
 }
+
+DEFAULT_STAGE = 2  # where users report wrong gradients, and what most JSONs ask for
+TIME_LIMIT_S = 120.0  # of the self-test: importing torch and DeepSpeed from a slow disk takes most of it
 
 
 def python(context: DoctorContext) -> Iterator[Finding]:
@@ -131,12 +133,8 @@ def deepspeed_json(context: DoctorContext) -> Iterator[Finding]:
             fault, remedy = split_problem(problem, "Correct the JSON.")
             yield finding(FAIL, f"{path}: {fault}", remedy)
         if one.digest != usual:
-            fault = (
-                f"differs from that on {usual_host}"
-                if one.digest
-                else f"is missing, but exists on {usual_host}"
-            )
-            yield finding(FAIL, f"{path} {fault}", f"Copy it from {usual_host}.")
+            fault = "differs from that" if one.digest else "is missing, but exists"
+            yield finding(FAIL, f"{path} {fault} on {usual_host}", f"Copy it from {usual_host}.")
         elif not one.problems:
             batch = f": {context.ds.global_batch} images a step" if context.ds else ""
             yield finding(OK, f"{path} is valid for {counted(context.world_size, 'rank')}{batch}")
@@ -194,3 +192,34 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(0, seconds):.0f} s"
+
+
+def gradients(context: DoctorContext) -> Iterator[Finding]:
+    """Check that DeepSpeed's gradients are those of autograd."""
+    stage = context.ds.zero_stage if context.ds else DEFAULT_STAGE
+    command = [sys.executable, "-m", "dsyolo.engine.self_test", "--stage", str(stage)]
+    options: dict[str, Any] = {"env": all_variables(), "stdin": subprocess.DEVNULL, "capture_output": True}
+    result = None
+    try:
+        done = subprocess.run(command, text=True, errors="replace", timeout=TIME_LIMIT_S, **options)
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        result = json.loads(lines[-1]) if lines else None
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    yield gradients_finding(stage, result, reason[:200])
+
+
+def gradients_finding(stage: int, result: dict[str, Any] | None, reason: str = "") -> Finding:
+    """Judge the self-test's result; None: it did not run, for this reason."""
+    if result is None:
+        remedy = f"See: python -m dsyolo.engine.self_test --stage {stage}"
+        return Finding(
+            "gradients", "", WARNING, f"the self-test of ZeRO {stage} did not run: {reason}", remedy
+        )
+    subject = f"ZeRO {stage} in DeepSpeed {result['deepspeed']}"
+    if result["ok"]:
+        return Finding("gradients", "", OK, f"{subject} equals autograd (error {result['error']:.0e})")
+    text = f"{subject} is wrong: {result['worst']} differs from autograd by {result['error']:.0%}"
+    remedy = "Install the tested version, deepspeed==0.19.8, or use a ZeRO stage that passes."
+    return Finding("gradients", "", FAIL, text, f"{remedy} Try: python -m dsyolo.engine.self_test --stage 1")

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,14 +40,6 @@ class CommTimer:
     def close(self) -> None:
         self._replaced.close()
 
-    def sent_bytes(self, ranks: int) -> float:
-        """Return the bytes that one of N ranks sent, if every collective was a ring (Patarasu and Yuan 2009).
-
-        An all-reduce sends 2 (N - 1) / N of its tensor; a gather, scatter, or reduction to one rank half of that.
-        """
-        ring = (ranks - 1) / ranks
-        return ring * sum((2 if name == "all_reduce" else 1) * size for name, size in self.sizes.items())
-
     def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(plain)
         def timed(*args: Any, **settings: Any) -> Any:
@@ -82,19 +74,16 @@ class _Timed:
         return getattr(self._work, name)
 
 
-class CommsLog:
-    """DeepSpeed's comms logger, on for one step only, since it waits for the device at every collective."""
+@contextlib.contextmanager
+def comms_logged(found: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Inside, DeepSpeed's comms logger is on, which waits for the device at every collective.
 
-    def __init__(self) -> None:
-        self._is_ours = not internals.comms_logger_is_on()  # else the JSON has it on for the whole run
-
-    def start(self) -> None:
-        if self._is_ours:
-            internals.set_comms_logger(True)
-
-    def stop(self) -> dict[str, dict[str, int]]:
-        """Stop logging. Return calls and bytes by operation, bytes of the tensors and not of what is sent."""
-        found = internals.logged_collectives()
-        if self._is_ours:
-            internals.set_comms_logger(False)
-        return found
+    At the end `found` gets calls and bytes by operation, bytes of the tensors and not of what is sent.
+    """
+    is_ours = not internals.comms_logger_is_on()  # else the JSON has it on for the whole run
+    if is_ours:
+        internals.set_comms_logger(True)
+    yield
+    found |= internals.logged_collectives()
+    if is_ours:
+        internals.set_comms_logger(False)

@@ -1,4 +1,4 @@
-"""Measures a rank's memory in a training step, term by term.
+"""The terms of a rank's memory, and their measurement in a training step.
 
 What stays is counted from tensors, each storage once. Activations come from the peaks of the allocator: torch's on an
 accelerator, the C library's malloc on a CPU.
@@ -19,7 +19,6 @@ from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.device import accelerator
 from dsyolo.engine.ema import Ema
 from dsyolo.engine.engine import Engine
-from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
 from dsyolo.engine.partitions import Partitions
 
 EVERY = 8  # parameters' gradients from one look to the next: a look takes some milliseconds
@@ -36,13 +35,49 @@ def peak_memory_gib(device: torch.device) -> float:
     return process_memory_gib() if device.type == "cpu" else accelerator().max_memory_allocated() / 2**30
 
 
+class MemoryTerms(NamedTuple):
+    """Bytes by term. Small parts are left out: BatchNorm's buffers, images, targets, scalars."""
+
+    parameters: int = 0  # that the network computes with
+    gradients: int = 0
+    optimizer: int = 0  # its states, and fp32 master weights where they are not the parameters themselves
+    ema: int = 0
+    buckets: int = 0  # copies in which gradients and weights travel
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """Return the sum: an upper bound, since the terms peak at different moments."""
+        return sum(self)
+
+    @property
+    def states(self) -> int:
+        """Return what does not depend on the images: parameters, gradients, optimizer and EMA."""
+        return self.parameters + self.gradients + self.optimizer + self.ema
+
+
+class MemoryEstimate(NamedTuple):
+    """The terms of one rank, by place. If the device is the CPU, `host` is still what was offloaded."""
+
+    device: MemoryTerms
+    host: MemoryTerms = MemoryTerms()
+
+    @property
+    def combined(self) -> MemoryTerms:
+        return MemoryTerms(*(a + b for a, b in zip(self.device, self.host, strict=True)))
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        return {"device": self.device._asdict(), "host": self.host._asdict()}
+
+
 class MemoryMeasurement(NamedTuple):
-    """The largest value of each term of one rank in one step, and of all together."""
+    """The largest value of each term of one rank in one step, and the peak of all together.
+
+    A `peak` of None is not known, nor are the activations then.
+    """
 
     terms: MemoryEstimate
-    peak: (
-        int | None
-    )  # less than the sum, since terms peak at different moments; None, and no activations: not known
+    peak: int | None
 
 
 def held(engine: Engine, partitions: Partitions, ema: Ema) -> MemoryEstimate:

@@ -52,10 +52,8 @@ class Activations(NamedTuple):
 
         Before the backward pass of a node, the nodes before it keep what they saved, or only their inputs if they
         are checkpointed, and the node itself has all of its own. At the end of the forward pass autocast still
-        holds its casts of all weights, including those of checkpointed nodes.
-
-        Args:
-            offload: the inputs of checkpointed nodes wait in host memory, which is not counted.
+        holds its casts of all weights, including those of checkpointed nodes. With `offload` the inputs of these
+        wait in host memory, which is not counted.
         """
         kept: frozenset[int] = frozenset()
         peak = 0
@@ -63,10 +61,6 @@ class Activations(NamedTuple):
             peak = max(peak, self.bytes_of(kept | node.saved))
             kept |= _kept(node, node.name in checkpointed, offload)
         return max(peak, self._bytes_at_turn(kept))
-
-    def kept_bytes(self, checkpointed: frozenset[str] = frozenset(), *, offload: bool = False) -> int:
-        """Return what waits for the backward pass."""
-        return self.bytes_of(chain(*(_kept(n, n.name in checkpointed, offload) for n in self.nodes)))
 
     def fewest(self, budget_bytes: int, *, offload: bool = False) -> frozenset[str] | None:
         """Return the fewest nodes to checkpoint so that the peak fits the budget; None if it never does.
@@ -84,9 +78,7 @@ class Activations(NamedTuple):
                 if node.name in self.blocks:
                     both = (kept | _kept(node, True, offload), names | {node.name})
                     choices.setdefault(count + 1, []).append(both)
-            best = {
-                count: min(pairs, key=lambda pair: self.bytes_of(pair[0])) for count, pairs in choices.items()
-            }
+            best = {n: min(pairs, key=lambda pair: self.bytes_of(pair[0])) for n, pairs in choices.items()}
         fitting = [n for n, (kept, _) in best.items() if self._bytes_at_turn(kept) <= budget_bytes]
         return best[min(fitting)][1] if fitting else None
 
@@ -125,8 +117,8 @@ class ActivationPlan(NamedTuple):
         checkpointed = self.checkpointed if checkpointed is None else checkpointed
         own = frozenset(names)
         part = self.counted._replace(nodes=tuple(n for n in self.counted.nodes if n.name in own))
-        waiting = part.kept_bytes(checkpointed, offload=self.offload) * (in_flight - 1)
-        return waiting + part.peak_bytes(checkpointed, offload=self.offload)
+        waiting = part.bytes_of(chain(*(_kept(n, n.name in checkpointed, self.offload) for n in part.nodes)))
+        return waiting * (in_flight - 1) + part.peak_bytes(checkpointed, offload=self.offload)
 
     def host_bytes(self, names: Iterable[str], in_flight: int = 1) -> int:
         """Return what the stage keeps in host memory: a copy of the inputs of each checkpointed node."""
@@ -144,11 +136,7 @@ class ActivationPlan(NamedTuple):
 
 
 def choose(activations: Activations, recompute: str | int, *, offload: bool) -> ActivationPlan:
-    """Return the plan for `recompute`: "none", "blocks", or a budget in bytes.
-
-    Raises:
-        UserError: even with all blocks checkpointed the budget is too small.
-    """
+    """Return the plan for "none", "blocks", or a budget in bytes; raise UserError if no plan fits the budget."""
     if isinstance(recompute, str):
         names = activations.blocks if recompute == "blocks" else frozenset[str]()
         return ActivationPlan(activations, names, offload)
@@ -156,15 +144,15 @@ def choose(activations: Activations, recompute: str | int, *, offload: bool) -> 
     if fewest is None:
         plain = activations.peak_bytes()
         least = activations.peak_bytes(activations.blocks, offload=offload)
-        kept = f"a micro-batch keeps {_gib(least)} with all blocks recomputed, and {_gib(plain)} with none"
-        remedy = f"Set it to {_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
+        kept = f"a micro-batch keeps {budget_gib(least)} with all blocks recomputed, and {budget_gib(plain)} with none"
+        remedy = f"Set it to {budget_gib(least)}, or lower train_micro_batch_size_per_gpu or --imgsz"
         problem = f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."
         raise UserError("The activations do not fit their budget", [problem])
     return ActivationPlan(activations, fewest, offload)
 
 
-def _gib(size: int) -> str:
-    """Format a size, rounded up so that it can be given as a budget."""
+def budget_gib(size: int) -> str:
+    """Return bytes as a budget of activations is written, rounded up."""
     return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 
@@ -205,11 +193,7 @@ def _count(
 
 
 class _Ledger:
-    """Numbers storages. It keeps them alive, so that no two get one number.
-
-    Args:
-        uncounted: tensors whose storages are left out.
-    """
+    """Numbers storages, without those of `uncounted`. It keeps them alive, so that no two get one number."""
 
     def __init__(self, uncounted: Iterable[torch.Tensor]) -> None:
         self.sizes: dict[int, int] = {}

@@ -57,11 +57,6 @@ def saved_name(name: str) -> str:
     return name if is_known(name) else Path(name).name
 
 
-def level_strides(name: str) -> tuple[int, ...]:
-    """Return the pixels per cell of the network's levels, finest first."""
-    return yolov5.level_strides(name) if is_known(name) else _checked_network(name).strides
-
-
 def max_stride(name: str) -> int:
     """Return the number of pixels that the sides of images must be multiples of."""
     return yolov5.level_strides(name)[-1] if is_known(name) else _checked_network(name).size_multiple_px

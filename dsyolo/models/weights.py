@@ -38,11 +38,7 @@ class WeightsInfo(BaseModel):
 
 
 def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename `model.<index>.<rest>` to `<node>.<rest>`. The highest index decides on the family.
-
-    Raises:
-        ValueError: a name is not of YOLOv5's form.
-    """
+    """Rename `model.<index>.<rest>` to `<node>.<rest>`, or raise ValueError. The highest index decides on the family."""
     indices = {}
     for name in state_dict:
         head, _, rest = name.removeprefix("model.").partition(".")
@@ -111,9 +107,7 @@ def _unusable(path: Path, problem: str) -> UserError:
 
 def _refuse_file(path: Path) -> None:
     if path.is_dir():
-        raise _unusable(
-            path, "it is a folder. Give a .safetensors file, such as RUN/weights/best.safetensors."
-        )
+        raise _unusable(path, "it is a folder. Give a .safetensors file: RUN/weights/best.safetensors.")
     if not path.is_file():
         raise _unusable(path, "there is no such file, and nothing is downloaded. Check the path.")
     what = f"{path.suffix} files are pickled" if path.suffix in PICKLED_SUFFIXES else ""
@@ -124,9 +118,7 @@ def _refuse_file(path: Path) -> None:
             "If you trust it, convert it once in the environment that wrote it: "
             "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
         )
-        raise _unusable(
-            path, f"{what}, and reading one may run code from it; only safetensors is read. {remedy}"
-        )
+        raise _unusable(path, f"{what}, and reading one may run code; only safetensors is read. {remedy}")
     if path.stat().st_size > MOST_BYTES:
         rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and a detector's weights at most {MOST_BYTES / 2**30:.0f}"
         raise _unusable(path, f"{rule}. Give a file that holds the weights alone.")
@@ -142,10 +134,7 @@ def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None =
     """Load into `network` the tensors of `path` whose names and shapes fit; return a line for the log.
 
     A detector of other classes fits in all but its last layer, which is what fine-tuning wants. A network of the
-    user's own takes what it shares with any other.
-
-    Args:
-        read: what `read_weights` returned, if the file was read already.
+    user's own takes what it shares with any other. `read` is what `read_weights` returned, if it was called already.
 
     Raises:
         UserError: as `read_weights`; or the file is of another variant, or too few tensors fit.
@@ -197,9 +186,7 @@ def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, Wei
     except UserError:
         raise
     except (ValueError, RuntimeError) as error:
-        remedy = (
-            "Take another copy" if is_known(model) else f"Give the {info.variant} that it was trained with"
-        )
+        remedy = "Take another copy" if is_known(model) else f"Give the {info.variant} it was trained with"
         raise _unusable(path, f"its tensors do not fit its metadata ({error}). {remedy}.") from None
     return network.eval(), info
 

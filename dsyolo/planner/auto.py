@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, halved, open_batch
-from dsyolo.config.deepspeed.config import DeepSpeedConfig, cannot_be_used, check
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, open_batch
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import JsonSource
 from dsyolo.config.deepspeed.optimizers import RECIPE_WEIGHT_DECAY
 from dsyolo.config.resolve import PlannedConfig, largest_image_px
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
-from dsyolo.config.spec import Precision
+from dsyolo.config.spec import PRECISIONS, Precision
 from dsyolo.planner.hardware import GIB, Hardware
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner, StrategyEstimate
@@ -80,11 +80,7 @@ def _plan_all(
 def _best(
     run: RunConfig, hardware: Hardware, profile: ModelProfile, batch: int
 ) -> tuple[StrategyEstimate, str]:
-    """Return the best strategy and, if memory ran out before, the memory that it is planned for.
-
-    Raises:
-        UserError: nothing fits.
-    """
+    """Return the best strategy and, if memory ran out before, the memory that it is planned for, or raise UserError."""
     chosen = read_recompute(run.recompute)
     recomputes = RECOMPUTES if chosen is None else (chosen,)
     precisions = _precisions(hardware)
@@ -106,12 +102,9 @@ def _best(
         smaller = [one for one in again.others[:1] if one.peak_bytes < best.peak_bytes]
         best = again.best or next(iter(smaller), None)
     if best is None:
-        remedy = (
-            "Take a smaller --imgsz or --model, or fewer ranks on a machine; `dsyolo plan` shows what fits"
-        )
-        raise UserError(
-            "No plan for this machine", [f"--deepspeed_config: auto given, but {rule}. {remedy}."]
-        )
+        remedy = "Take a smaller --imgsz or --model, or fewer ranks a machine; `dsyolo plan` shows what fits"
+        problem = f"--deepspeed_config: auto given, but {rule}. {remedy}."
+        raise UserError("No plan for this machine", [problem])
     return best, text
 
 
@@ -120,7 +113,7 @@ def _precisions(hardware: Hardware) -> list[Precision]:
         names = ["autocast_bf16" if hardware.device.has_bf16 else "fp32"]
     else:
         names = ["autocast_bf16", "bf16"] if hardware.device.has_bf16 else ["autocast_fp16", "fp16"]
-    return [Precision.named(name) for name in names]
+    return [PRECISIONS[name] for name in names]
 
 
 # ---- values that are "auto"
@@ -141,17 +134,22 @@ def _fill_values(
     is_open = all(content.get(key) is None for key in BATCH_KEYS[1:])
     if batch := open_batch(content, hardware.ranks):
         content[BATCH_KEYS[0]] = saved_batch or batch
-    ds = check(
-        replace(source, content=content),
-        world_size=hardware.ranks,
-        accelerator=hardware.accelerator,
-        layers=profile.layers,
-        recompute=run.recompute,
-        halve=run.halve_micro_batch and not is_open,
-        saved_batch=saved_batch,
-    )
+
+    def checked(halve: bool) -> DeepSpeedConfig:
+        return check(
+            replace(source, content=content),
+            world_size=hardware.ranks,
+            accelerator=hardware.accelerator,
+            layers=profile.layers,
+            recompute=run.recompute,
+            halve=halve,
+            saved_batch=saved_batch,
+        )
+
+    ds = checked(run.halve_micro_batch and not is_open)
     if is_open:
-        ds = _with_planned_batch(ds, Planner(profile, hardware, ema=run.ema), halve=run.halve_micro_batch)
+        content[BATCH_KEYS[1]] = _planned_micro_batch(ds, Planner(profile, hardware, ema=run.ema))
+        ds = checked(run.halve_micro_batch)
         content[BATCH_KEYS[1]] = ds.micro_batch
     used = ds.deepspeed_json(profile.num_parameters, cpu=hardware.accelerator == "cpu")
     used |= {"optimizer": {"type": ds.optimizer.type, "params": dict(ds.optimizer.params)}}
@@ -200,16 +198,10 @@ def _is_on(content: Mapping[str, Any], name: str) -> bool:
     return isinstance(block, dict) and bool(block.get("enabled"))
 
 
-def _with_planned_batch(ds: DeepSpeedConfig, planner: Planner, *, halve: bool) -> DeepSpeedConfig:
-    """Take the largest micro-batch that fits with headroom and divides a rank's share; 1 if none does.
+def _planned_micro_batch(ds: DeepSpeedConfig, planner: Planner) -> int:
+    """Return the largest micro-batch that fits with headroom and divides a rank's share; 1 if none does.
 
     A pipeline gets two micro-batches a stage, if the share has so many images: with fewer its stages wait.
-
-    Args:
-        halve: take half of it.
-
-    Raises:
-        UserError: it cannot be halved.
     """
     room = (1 - HEADROOM) * planner.hardware.usable_bytes
     share = ds.batch.share
@@ -219,13 +211,7 @@ def _with_planned_batch(ds: DeepSpeedConfig, planner: Planner, *, halve: bool) -
         found = planner.predict(_settings_of(fitting), fitting)
         if found.fits and found.peak_bytes <= room:
             break
-    if not halve:
-        return fitting
-    problems: list[str] = []
-    half = halved(fitting.batch, problems)
-    if half is None:
-        raise cannot_be_used(ds.path, ds.world_size, problems)
-    return replace(fitting, batch=half)
+    return micro
 
 
 def _settings_of(ds: DeepSpeedConfig) -> StrategySettings:

@@ -15,9 +15,7 @@ def comm_bytes(
     numels: Sequence[int],
     ranks: int,
     accumulation: int,
-    *,
-    gradient_bytes: int = 4,
-    weight_bytes: int = 4,
+    number_bytes: int = 4,
 ) -> float:
     """Return the bytes that one of `ranks` ranks with the same parameters sends in a step.
 
@@ -25,16 +23,17 @@ def comm_bytes(
         zero: the block `zero_optimization` that DeepSpeed gets: `DeepSpeedConfig.deepspeed_json`.
         numels: elements of each parameter, in the order of the forward pass.
         accumulation: micro-batches of a step. ZeRO 2 sends the gradients of each, ZeRO 3 the weights for each too.
+        number_bytes: of a gradient or weight that is sent.
     """
     stage = zero["stage"]
     elements = sum(numels)
     share = (ranks - 1) / ranks
     if stage == 0:
-        return share * elements * 2 * gradient_bytes
+        return share * elements * 2 * number_bytes
     if stage < 3:
         # Reduced to the owner alone, or all-reduced where shares are small: config/deepspeed/config.py
-        gradients = gradient_bytes * (2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1)
-        return share * elements * (gradients * (accumulation if stage == 2 else 1) + weight_bytes)
+        reductions = 2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1
+        return share * elements * number_bytes * (reductions * (accumulation if stage == 2 else 1) + 1)
     padded = [math.ceil(numel / ranks) * ranks for numel in numels]  # all ranks send parts of one size
     threshold = int(zero.get("stage3_param_persistence_threshold", 0))
     live = int(zero.get("stage3_max_live_parameters", 0))  # the last layers stay whole until backward
@@ -48,10 +47,8 @@ def comm_bytes(
         else:
             live = 0
             gathered += 2 * size
-    each = weight_bytes * gathered + gradient_bytes * sum(padded)
-    return share * (
-        accumulation * each + weight_bytes * persistent
-    )  # those are gathered once, after the step
+    # Persistent ones are gathered once, after the step.
+    return share * number_bytes * (accumulation * (gathered + sum(padded)) + persistent)
 
 
 def num_messages(zero: Mapping[str, Any], numels: Sequence[int], accumulation: int) -> int:

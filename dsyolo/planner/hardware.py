@@ -123,10 +123,9 @@ def typical_device(memory_bytes: int) -> Device:
 
 
 def device_named(name: str, memory_bytes: float | None = None) -> Device | None:
-    """Return the device of a driver's name, such as "NVIDIA A100-SXM4-80GB"; None: it is not in the table.
+    """Return the device of a driver's name, such as "NVIDIA A100-SXM4-80GB"; None if it is not in the table.
 
-    Args:
-        memory_bytes: distinguishes variants; None: the first of them.
+    `memory_bytes` distinguishes variants; without it, take the first of them.
     """
     upper = name.upper().replace("RTX ", "RTX")
     # No letter or digit before it, and no digit behind: an A100 is no A10, an L40S no L4.

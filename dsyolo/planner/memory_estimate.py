@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.config.spec import OffloadSpec
-from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
+from dsyolo.engine.memory_profile import MemoryEstimate, MemoryTerms
 
 ALIGNMENT = 2  # elements: DeepSpeed pads a group of weights to a multiple of it times the ranks
 
@@ -43,27 +43,21 @@ class RankLoad(NamedTuple):
 
 
 def predict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
-    """Estimate the memory of a rank.
-
-    Args:
-        zero: the block `zero_optimization` that DeepSpeed gets: `DeepSpeedConfig.deepspeed_json`.
-    """
+    """Estimate the memory of a rank; `zero` is the block `zero_optimization` of `DeepSpeedConfig.deepspeed_json`."""
     by_stage = (_nothing_sharded, _states_sharded, _states_sharded, _all_sharded)
     device, host = by_stage[ds.zero_stage](load, ds, zero)
     if not load.ema:
         device, host = device._replace(ema=0), host._replace(ema=0)
-    return MemoryEstimate(
-        device._replace(activations=load.activations), host._replace(activations=load.activations_host)
-    )
+    device = device._replace(activations=load.activations)
+    return MemoryEstimate(device, host._replace(activations=load.activations_host))
 
 
 def _nothing_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
     whole = 4 * load.num_elements
     # All-reduced as one tensor, flattened from the gradients. The EMA is sharded.
     bucket = whole if load.dp_size > 1 else 0
-    return MemoryEstimate(
-        MemoryTerms(whole, whole, ds.optimizer.states_per_param * whole, whole // load.dp_size, bucket)
-    )
+    states = ds.optimizer.states_per_param * whole
+    return MemoryEstimate(MemoryTerms(whole, whole, states, whole // load.dp_size, bucket))
 
 
 def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
@@ -87,14 +81,16 @@ def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -
     waiting = 0
     if ds.zero_stage == 2:
         whole = sum(
-            _overlapping(group, size, load.dp_rank) for group, size in zip(load.groups, shares, strict=True)
+            stop - start
+            for group, size in zip(load.groups, shares, strict=True)
+            for start, stop in _spans(group)
+            if _overlaps(start, stop, size, load.dp_rank)
         )
         waiting = summed * share if summed != weight else weight * whole if ds.accumulation > 1 else 0
     host = MemoryTerms(0, 4 * share + waiting, own, 4 * share, largest + weight * share)
     stays = gradients if ds.zero_stage == 1 else 0
-    return MemoryEstimate(
-        device._replace(gradients=stays, optimizer=0, ema=0, buckets=buckets + largest), host
-    )
+    device = device._replace(gradients=stays, optimizer=0, ema=0, buckets=buckets + largest)
+    return MemoryEstimate(device, host)
 
 
 def _all_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
@@ -140,9 +136,7 @@ def _waiting(load: RankLoad, zero: dict[str, Any], shares: Sequence[int] | None 
     """Return the most elements of a micro-batch's gradients that lie whole at once, outside of buckets.
 
     There are some only without `contiguous_gradients`: then a bucket is the list of the gradients, until it is sent.
-
-    Args:
-        shares: of each group under ZeRO 2, where gradients that overlap this rank's share stay.
+    Under ZeRO 2 those that overlap this rank's share stay; `shares` are the elements of each group's.
     """
     if zero.get("contiguous_gradients", True):
         return 0
@@ -170,11 +164,6 @@ def _spans(group: Sequence[int]) -> list[tuple[int, int]]:
 
 def _overlaps(start: int, stop: int, share: int, dp_rank: int) -> bool:
     return start < share * (dp_rank + 1) and stop > share * dp_rank
-
-
-def _overlapping(group: Sequence[int], share: int, dp_rank: int) -> int:
-    """Return the elements of the parameters that overlap a rank's share of their flattened group."""
-    return sum(stop - start for start, stop in _spans(group) if _overlaps(start, stop, share, dp_rank))
 
 
 def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: RankLoad) -> str:

@@ -1,24 +1,24 @@
 """What a network needs for an image, counted once for every size of micro-batch."""
 
+import weakref
+from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsyolo.config.spec import Precision
-from dsyolo.models.activation_memory import Activations, count_activations
+from dsyolo.models.activation_memory import DTYPES, Activations, count_activations, fake_copy
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.flops import NodeCost, node_costs
-from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.models.registry import meta_network
 
 
 class ModelProfile:
-    """The memory and work of one network on images of one size.
-
-    Args:
-        model: variant.
-        num_classes: K.
-        image_size_px: side of the square images.
-    """
+    """The memory and work of one network on square images of one size."""
 
     def __init__(self, model: str, num_classes: int, image_size_px: int) -> None:
         self.model, self.num_classes, self.image_size_px = model, num_classes, image_size_px
@@ -86,3 +86,46 @@ class StageProfile(NamedTuple):
     flops: int  # of one image, forward
     elements: int  # read and written for it
     boundary: int  # elements of it that go to the next stage
+
+
+def inference_bytes(network: DetectionNetwork, images_shape: Sequence[int], precision: Precision) -> int:
+    """Return the peak bytes of a forward pass without gradients on uint8 images (B, 3, H, W), to decoded boxes.
+
+    It is counted on fake tensors. Weights and images are not; autocast's copies of weights are.
+    """
+    dtype = DTYPES[precision.compute] if precision.is_autocast else None
+    autocast = torch.autocast("cpu", dtype, enabled=precision.is_autocast)
+    with FakeTensorMode():
+        fake = fake_copy(network, DTYPES[precision.params]).eval()
+        images = torch.empty(images_shape, dtype=torch.uint8)
+        with torch.no_grad(), autocast, _LiveBytes() as live:
+            fake.decode(fake(images))
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations allocate, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if _address(tensor) not in before and _address(tensor) not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

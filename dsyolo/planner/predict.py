@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.spec import Precision
-from dsyolo.engine.memory_terms import MemoryEstimate
+from dsyolo.engine.memory_profile import MemoryEstimate
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
 from dsyolo.models.flops import BACKWARD
@@ -75,11 +75,7 @@ class StrategyEstimate(NamedTuple):
 
 
 class Planner:
-    """Predicts strategies of one network on one kind of machine.
-
-    Args:
-        ema: whether averaged weights are kept.
-    """
+    """Predicts strategies of one network, with averaged weights if `ema`, on one kind of machine."""
 
     def __init__(self, profile: ModelProfile, hardware: Hardware, *, ema: bool = True) -> None:
         self.profile, self.hardware, self.ema = profile, hardware, ema
@@ -87,14 +83,7 @@ class Planner:
         self._stages: dict[int, list[StageProfile]] = {}
 
     def predict(self, settings: StrategySettings, ds: DeepSpeedConfig | None = None) -> StrategyEstimate:
-        """Predict a strategy.
-
-        Args:
-            ds: its checked configuration, if there is one already.
-
-        Raises:
-            UserError: the settings cannot run.
-        """
+        """Predict a strategy, or raise UserError if it cannot run; `ds` is its checked configuration, if there is one."""
         profile, hardware = self.profile, self.hardware
         is_cpu = hardware.accelerator == "cpu"
         ds = ds or check(
@@ -219,7 +208,8 @@ class Planner:
         """
         hardware, dp_size, accumulation = self.hardware, settings.dp_size, settings.accumulation
         number_bytes = settings.precision.params_bytes  # of a gradient or weight that is sent
-        again = self._share_recomputed(plan)
+        recomputed = sum(cost.flops for cost in self.profile.costs if cost.name in plan.checkpointed)
+        again = recomputed / self.profile.flops
         passes = [self._pass_s(settings, stage, 1 + BACKWARD + again) for stage in stages]
         image_bytes = settings.micro_batch * settings.precision.compute_bytes
         boundaries = [stage.boundary * image_bytes for stage in stages]
@@ -232,8 +222,7 @@ class Planner:
         numels = (
             [self.profile.numels] if len(stages) == 1 else [[n for g in s.groups for n in g] for s in stages]
         )
-        sizes = {"gradient_bytes": number_bytes, "weight_bytes": number_bytes}
-        volumes = [comm_bytes(zero, own, dp_size, accumulation, **sizes) for own in numels]
+        volumes = [comm_bytes(zero, own, dp_size, accumulation, number_bytes) for own in numels]
         firsts = range(0, len(stages) * dp_size, dp_size)
         link = min(hardware.ring_bytes_s(first, dp_size) for first in firsts)
         elements = max(map(sum, numels))
@@ -270,8 +259,3 @@ class Planner:
         if settings.offload_param:
             moved += 2 * settings.accumulation * share * number_bytes
         return moved / HOST_BYTES_S + share * 4 * 6 / HOST_STEP_BYTES_S
-
-    def _share_recomputed(self, plan: ActivationPlan) -> float:
-        """Return the recomputed share of the forward pass's FLOPs."""
-        recomputed = sum(cost.flops for cost in self.profile.costs if cost.name in plan.checkpointed)
-        return recomputed / self.profile.flops

@@ -99,9 +99,7 @@ def why(one: StrategyEstimate, best: StrategyEstimate) -> str:
 def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
     """Return the strategy that is nearest to fitting, and what would help."""
     if not ranking.others:
-        return (
-            "No strategy exists for these ranks and this global batch, which must be a multiple of the ranks."
-        )
+        return "No strategy exists for these ranks and this global batch: it must be a multiple of the ranks."
     nearest = ranking.others[0]
     need = (nearest.peak_bytes + hardware.memory_bytes - hardware.usable_bytes) / GIB
     return (

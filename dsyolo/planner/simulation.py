@@ -58,11 +58,7 @@ class SimulatedScale(NamedTuple):
 def simulate(
     model: str, num_classes: int, num_images: int, ranks: Sequence[int], global_batch: int, micro_batch: int
 ) -> list[SimulatedScale]:
-    """Simulate ZeRO 0 to 3 with fp32 weights on each number of ranks.
-
-    Args:
-        global_batch: rounded up to whole micro-batches for each rank.
-    """
+    """Simulate ZeRO 0 to 3 with fp32 weights on each number of ranks. Round the batch up to whole micro-batches."""
     network = meta_network(model, num_classes)
     found = []
     for num in ranks:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from dsyolo.config.deepspeed.batch_sizes import MOST_IMAGES, batch_json, divisors
 from dsyolo.config.deepspeed.optimizers import recipe_params
 from dsyolo.config.spec import BatchPlan, Precision
+from dsyolo.models.activation_memory import budget_gib
 
 OPTIMIZERS = ("SGD", "AdamW")
 # ZeRO stage, device of the optimizer, device of the parameters
@@ -54,7 +55,7 @@ class StrategySettings(NamedTuple):
             },
         }
         if self.recompute != "none":
-            budget = self.recompute if isinstance(self.recompute, str) else _gib(self.recompute)
+            budget = self.recompute if isinstance(self.recompute, str) else budget_gib(self.recompute)
             content["activation_checkpointing"] = {"recompute": budget}
         if self.pipeline_stages > 1:
             content["pipeline"] = {"stages": self.pipeline_stages, "partition": "balanced"}
@@ -71,11 +72,6 @@ class StrategySettings(NamedTuple):
         if self.recompute != "none":
             parts.append("recompute" if self.recompute == "blocks" else "recompute in part")
         return ", ".join(parts)
-
-
-def _gib(size: int) -> str:
-    """Return bytes as the JSON takes them, rounded up."""
-    return f"{-(-size * 1000 // 2**30) / 1000:.3f}GiB"
 
 
 def settings(
@@ -96,7 +92,7 @@ def settings(
             continue
         share = global_batch // dp_size
         for sharding, precision in product(SHARDINGS, precisions):
-            if not _is_possible(*sharding[:2], precision, stages, dp_size):
+            if not _can_run(*sharding[:2], precision, stages, dp_size):
                 continue
             for micro_batch, recompute in product(divisors(share, MOST_IMAGES), recomputes):
                 accumulation = share // micro_batch
@@ -106,9 +102,7 @@ def settings(
                 yield StrategySettings(*sharding, recompute, precision, *sizes, optimizer)
 
 
-def _is_possible(
-    zero_stage: int, offload: str | None, precision: Precision, stages: int, dp_size: int
-) -> bool:
+def _can_run(zero_stage: int, offload: str | None, precision: Precision, stages: int, dp_size: int) -> bool:
     is_half = precision.params_bytes == 2
     if stages > 1 and (zero_stage > 1 or offload):
         return False

@@ -32,11 +32,7 @@ def efficiency(one: CaseResult, ranks: int, base: CaseResult, base_ranks: int) -
 
 
 def bottleneck(one: CaseResult, ranks: int, base: CaseResult | None, base_ranks: int, scaling: str) -> str:
-    """Return what limits a size.
-
-    Args:
-        base: the smallest size; None for itself.
-    """
+    """Return what limits a size. `base` is the smallest size; None for itself."""
     shares = {name: seconds / one.step_s for name, seconds in one.split_s.items()}
     computing = sum(shares.pop(name) for name in COMPUTING)
     worst = max(shares, key=shares.__getitem__)
@@ -69,9 +65,8 @@ def _loss_of_scaling(one: CaseResult, ranks: int, base: CaseResult, base_ranks: 
     )
     text = f"A step takes {1000 * over_s:.0f} ms more than ideal scaling from {counted(base_ranks, 'rank')}: {parts}."
     if sum(grown[name] for name in COMPUTING) > 0.3 * over_s and one.about["device"] == "CPU":
-        text += (
-            " Ranks that share a machine also share memory bandwidth, caches, clock and cores for workers."
-        )
+        shared = "memory bandwidth, caches, clock and cores for workers"
+        text += f" Ranks that share a machine also share {shared}."
     return text
 
 

@@ -20,26 +20,17 @@ HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")
 
 
 class ScalingStrategy(NamedTuple):
-    """A DeepSpeed JSON without its batch sizes.
-
-    Attributes:
-        micro_batch, accumulation: of a data-parallel rank, under weak scaling.
-        global_batch: under strong scaling.
-    """
+    """A DeepSpeed JSON without its batch sizes."""
 
     name: str
     source: Mapping[str, Any]
     stages: int
-    micro_batch: int
+    micro_batch: int  # of a data-parallel rank under weak scaling, as `accumulation`
     accumulation: int
-    global_batch: int
+    global_batch: int  # under strong scaling
 
     def on(self, dp_size: int, scaling: str) -> tuple[int, int]:
-        """Return (micro-batch, accumulation) of each data-parallel rank.
-
-        Raises:
-            UserError: if the global batch cannot be divided among them.
-        """
+        """Return (micro-batch, accumulation) of each rank. Raise UserError for a batch that they cannot share."""
         if scaling == WEAK:
             return self.micro_batch, self.accumulation
         if self.global_batch % dp_size:
@@ -97,13 +88,9 @@ class Wanted(NamedTuple):
 def read_strategy(
     path: Path, smallest: int, micro_batch: int | None, accumulation: int | None, problems: list[str]
 ) -> ScalingStrategy | None:
-    """Read a JSON, whose batch sizes are taken as those of a training on `smallest` ranks.
+    """Read a JSON, whose batch sizes are taken as those of a training on `smallest` ranks, where none are given here.
 
     Other values that are "auto" stay so: train.py fills them in.
-
-    Args:
-        micro_batch, accumulation: instead of the JSON's.
-        problems: receives a line for each fault.
     """
     read = read_json(path)
     source, faults = read.content or {}, list(read.problems)

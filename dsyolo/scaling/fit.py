@@ -43,27 +43,17 @@ class Prediction(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """The fit of one strategy under one scaling.
-
-    Attributes:
-        coefficients: of the formula, in seconds; empty where nothing was fitted.
-        reliability: how far to trust the predictions.
-    """
+    """The fit of one strategy under one scaling."""
 
     formula: str
-    coefficients: dict[str, float]
+    coefficients: dict[str, float]  # of the formula, in seconds; empty where nothing was fitted
     predictions: list[Prediction]
-    reliability: str
+    reliability: str  # how far to trust the predictions
 
 
 def fit(scaling: str, measured: Mapping[int, Sequence[Sequence[float]]]) -> Fit:
-    """Return the fit.
-
-    Args:
-        measured: by number of ranks the rounds, each the seconds of its steps.
-    """
-    sizes = sorted(measured)
-    formula = FORMULAS[scaling]
+    """Return the fit of what was measured: by number of ranks the rounds, each the seconds of its steps."""
+    sizes, formula = sorted(measured), FORMULAS[scaling]
     if len(sizes) < 2:
         return Fit(formula, {}, [], "One measured size gives no prediction.")
     models = [tuple(TERMS[scaling])] if len(sizes) > 2 else list(PAIRS[scaling])

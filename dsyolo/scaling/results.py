@@ -11,50 +11,34 @@ COMPUTING = ("forward", "backward")
 
 
 class Use(NamedTuple):
-    """Use of the machines, over the measured steps. None: not measured.
+    """Use of the machines, over the measured steps. None: not measured."""
 
-    Attributes:
-        cpu: busy share of the cores of all machines, by all programs.
-        cpu_own: the run's part of it.
-        process_gib: peak of the rank that needs most; `activations_gib` its activations.
-        machine_gib: memory in use by all programs, on the machine that uses most.
-        sent_mb: a step, over network interfaces, of the host that sends most; `inside_mb` over the loopback.
-        gpu: busy share of the GPUs; `gpu_gib` and `gpu_w` are means per GPU.
-    """
-
-    cpu: float | None
-    cpu_own: float | None
-    process_gib: float | None
-    activations_gib: float | None
-    machine_gib: float | None
-    sent_mb: float | None
-    inside_mb: float | None
-    gpu: float | None
-    gpu_gib: float | None
+    cpu: float | None  # busy share of the cores of all machines, by all programs
+    cpu_own: float | None  # the run's part of it
+    process_gib: float | None  # peak of the rank that needs most
+    activations_gib: float | None  # its part in that
+    machine_gib: float | None  # memory in use by all programs, on the machine that uses most
+    sent_mb: float | None  # a step, over network interfaces, of the host that sends most
+    inside_mb: float | None  # the same over the loopback
+    gpu: float | None  # busy share of the GPUs
+    gpu_gib: float | None  # mean per GPU, as `gpu_w`
     gpu_w: float | None
 
 
 class CaseResult(NamedTuple):
-    """The results of all rounds of a case; the times are medians over the rounds.
+    """The results of all rounds of a case; the times are medians over the rounds."""
 
-    Attributes:
-        rounds_s: the seconds of each round's measured steps, means over ranks.
-        split_s: seconds of a step by phase; they add up to `step_s`.
-        collectives_a_step: that a rank takes part in; `collective_mb_a_step`: tensors that it hands to them.
-        comms_logger: the same as DeepSpeed logs them.
-    """
-
-    rounds_s: list[list[float]]
-    split_s: dict[str, float]
+    rounds_s: list[list[float]]  # seconds of each round's measured steps, means over ranks
+    split_s: dict[str, float]  # seconds of a step by phase; they add up to `step_s`
     images_per_step: int
     startup_s: float
     validation_s: float
     checkpoint_s: float
     wall_s: float
     use: Use
-    collectives_a_step: float
-    collective_mb_a_step: float
-    comms_logger: dict[str, dict[str, int]]
+    collectives_a_step: float  # that a rank takes part in
+    collective_mb_a_step: float  # tensors that it hands to them
+    comms_logger: dict[str, dict[str, int]]  # the same as DeepSpeed logs them
     about: dict[str, Any]
     mfu: float | None
 
@@ -75,11 +59,7 @@ class CaseResult(NamedTuple):
 
 
 def combine_rounds(found: Sequence[Mapping[str, Any]], walls_s: Sequence[float], warmup: int) -> CaseResult:
-    """Combine the steps.json of one case's rounds.
-
-    Raises:
-        ValueError: if no step is left after the warm-up.
-    """
+    """Combine the steps.json of one case's rounds. Raise ValueError where no step is left after the warm-up."""
     rounds = [_phase_seconds(one["ranks"], warmup) for one in found]
     seconds_s = [one.sum(1).tolist() for one in rounds]
     middle, step_s = _middle_half(np.concatenate(rounds)), float(np.median(np.concatenate(seconds_s)))

@@ -31,13 +31,9 @@ MAX_REASON = 300  # characters
 
 
 class EndRequest:
-    """Record a signal that asks to end, so that the run in progress is ended and the report written.
+    """Record a signal that asks to end, so that the run in progress is ended and the report written."""
 
-    Attributes:
-        number: of the first signal; 0: none.
-    """
-
-    number = 0
+    number = 0  # of the first signal; 0: none
 
     def __enter__(self) -> EndRequest:
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -55,26 +51,18 @@ class EndRequest:
 
 
 class ScalingPlan(NamedTuple):
-    """What all trainings share.
-
-    Attributes:
-        options: of train.py.
-        warmup, steps: optimizer steps that are dropped, and that are measured.
-        cores_per_rank: of this machine, workers included; None: no limit.
-        launcher_options: of deepspeed.
-        end: the request to end early.
-    """
+    """What all trainings share."""
 
     folder: Path
-    options: Sequence[str]
-    warmup: int
-    steps: int
+    options: Sequence[str]  # of train.py
+    warmup: int  # optimizer steps that are dropped
+    steps: int  # those that are measured
     hostfile: Path | None
     hosts: Sequence[Host]
     port: int
     timeout_s: float
-    cores_per_rank: int | None
-    launcher_options: Sequence[str]
+    cores_per_rank: int | None  # of this machine, workers included; None: no limit
+    launcher_options: Sequence[str]  # of deepspeed
     end: EndRequest
 
 
@@ -111,12 +99,7 @@ def write_data(data: DataSpec, folder: Path, num_train: int, num_val: int) -> Pa
 def run(
     plan: ScalingPlan, case: ScalingCase, turn: int, number: int, epochs: int, data: Path, config: Path
 ) -> Outcome:
-    """Run one training of a case. Its output goes to a file beside its folder.
-
-    Args:
-        turn: the round, from 0.
-        number: of runs before it: each run has its own port.
-    """
+    """Run one training of a case, in round `turn` from 0, as run `number` of all. Its log lies beside its folder."""
     name = f"{case.name}_round{turn + 1}"
     train = str(Path(dsyolo.__file__).with_name("train.py"))
     command = [*_launcher(plan, case.ranks, number), train, *arguments(plan, name, epochs, data, config)]
@@ -160,13 +143,9 @@ def _has_enough(found: dict[str, Any], warmup: int) -> bool:
 def _launcher(plan: ScalingPlan, ranks: int, number: int) -> list[str]:
     if ranks == 1 and not plan.hostfile:
         return [sys.executable]
-    port = str(plan.port + number % 50)
-    launcher = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--master_port",
-        port,
-        *plan.launcher_options,
-    ]
+    port = str(plan.port + number % 50)  # each run has its own
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launcher = [deepspeed, "--master_port", port, *plan.launcher_options]
     if not plan.hostfile:
         return [*launcher, "--num_gpus", str(ranks)]
     return [*launcher, "--hostfile", str(plan.hostfile), "--include", include(plan.hosts, ranks)]

@@ -68,9 +68,7 @@ class RunArtifacts:
     def save_weights(self, state: Mapping[str, torch.Tensor], is_best: bool) -> str | None:
         """Write weights/last.safetensors, and best.safetensors if it is; return the problem if that fails."""
         if not (self.folder / "config.yaml").exists():
-            warnings.warn(
-                f"{self.folder} was removed during the run, and is made again from now on.", stacklevel=2
-            )
+            warnings.warn(f"{self.folder} was removed during the run, and is made again.", stacklevel=2)
             with contextlib.suppress(OSError):  # reported below
                 self._begin()
         for name in ("last", "best") if is_best else ("last",):

@@ -5,7 +5,6 @@ import logging.handlers
 import sys
 import warnings
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -20,11 +19,8 @@ log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
 class RunLog:
     """The handlers of this rank, from construction to the end of the process.
 
-    The console shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's lines,
+    On ranks other than 0 the console shows only warnings. It shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's lines,
     which engine/process_group.py hands over, go to the file alone until `show_deepspeed` is called.
-
-    Args:
-        rank: of this process; all but rank 0 show only warnings on the console.
     """
 
     def __init__(self, rank: int) -> None:
@@ -95,12 +91,7 @@ class _Console(logging.Handler):
 
 
 def _log_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
     """Log the text of our own warnings; others go to the file only, with their place."""
     if category is UserWarning and PACKAGE in Path(filename).parents:

@@ -4,7 +4,6 @@ Images are (H, W, 3) uint8 RGB throughout; only `save` knows of OpenCV's BGR.
 """
 
 import colorsys
-import os
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -85,21 +84,14 @@ def grid(images: Sequence[np.ndarray], *, columns: int, cell_px: int, gap_px: in
     return np.concatenate(strips)[: -gap_px or None, : -gap_px or None]
 
 
-def save(path: str | os.PathLike[str], image_rgb: np.ndarray) -> None:
-    """Write .jpg or .png.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written.
-    """
-    path = Path(path)
+def save(path: Path, image_rgb: np.ndarray) -> None:
+    """Write .jpg or .png, or raise OSError if the folder does not exist or cannot be written."""
     ok, data = cv2.imencode(path.suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
     assert ok, f"{path}: OpenCV cannot write {path.suffix}"
     write_file(path, data.tobytes())
 
 
-def save_curves(
-    path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]
-) -> None:
+def save_curves(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]) -> None:
     """Write a PNG with one panel per entry.
 
     Args:
@@ -135,7 +127,7 @@ def save_curves(
     figure.supxlabel("epoch", fontsize=9, y=0.05 * inch_y)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_file(Path(path), buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _corners(box_xyxy: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -4,20 +4,11 @@ import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
 GAUGE_INTERVAL_S = 0.5  # at least, between two readings of what is not a counter
-
-
-class GpuUse(NamedTuple):
-    """The driver's last sample, which spans 1/6 to 1 s."""
-
-    busy: float  # share of the time in which some kernel ran
-    memory_busy: float  # share of the time in which memory was read or written
-    memory_bytes: int  # of all processes
-    power_w: float
 
 
 class Gpu:
@@ -33,8 +24,12 @@ class Gpu:
         with contextlib.suppress(nvml.NVMLError):
             self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
 
-    def use(self) -> GpuUse | None:
-        """Return what the GPU does now; None if the driver does not report it, as on some virtual GPUs."""
+    def use(self) -> dict[str, float] | None:
+        """Return the driver's last sample, of 1/6 to 1 s; None if it reports none, as on some virtual GPUs.
+
+        `busy` is the share of the time in which some kernel ran, `memory_busy` that in which memory was accessed,
+        `memory_bytes` those of all processes.
+        """
         if self._handle is None:
             return None
         try:
@@ -43,7 +38,8 @@ class Gpu:
             milliwatts = self._nvml.nvmlDeviceGetPowerUsage(self._handle)
         except self._nvml.NVMLError:
             return None
-        return GpuUse(rates.gpu / 100, rates.memory / 100, memory.used, milliwatts / 1000)
+        shares = {"busy": rates.gpu / 100, "memory_busy": rates.memory / 100}
+        return {**shares, "memory_bytes": memory.used, "power_w": milliwatts / 1000}
 
 
 def load_nvml() -> Any | None:
@@ -60,14 +56,11 @@ def load_nvml() -> Any | None:
 
 
 class ResourceUsage:
-    """The use of one rank; the first rank of a machine also reads the machine's.
+    """The use of one rank, of its GPU by `gpu`, and if `of_machine` of its machine."""
 
-    Args:
-        of_machine: whether to read it.
-        gpu: returns the use of the rank's GPU, or None.
-    """
-
-    def __init__(self, *, of_machine: bool, gpu: Callable[[], GpuUse | None] = lambda: None) -> None:
+    def __init__(
+        self, *, of_machine: bool, gpu: Callable[[], dict[str, float] | None] = lambda: None
+    ) -> None:
         self._of_machine, self._gpu = of_machine, gpu
         self._own = psutil.Process()
         self._processes: dict[int, psutil.Process] = {}
@@ -93,7 +86,7 @@ class ResourceUsage:
             if self._of_machine:
                 seen["memory_bytes"] = psutil.virtual_memory().used
             if use := self._gpu():
-                seen["gpu"] = use._asdict()
+                seen["gpu"] = use
         return seen
 
     def _own_cpu_s(self) -> float:

@@ -3,10 +3,11 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsyolo.engine.comm_timer import CommsLog, CommTimer
+from dsyolo.engine.comm_timer import CommTimer, comms_logged
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimes
 from dsyolo.tracking.resource_usage import ResourceUsage
@@ -32,7 +33,6 @@ class StepDetails:
         self._step = 0
         self._seen: dict[int, dict[str, Any]] = {}
         self._comms: dict[str, Any] = {}
-        self._log = CommsLog()
 
     def of_each(self, steps: Iterator[T], start: int, collectives: CommTimer) -> Iterator[T]:
         """Yield what `steps` yields, and take a sample of counters after each."""
@@ -41,11 +41,8 @@ class StepDetails:
         self._look(collectives)
         for batches in steps:
             self._step += 1
-            if self._step == LOGGED_STEP:
-                self._log.start()
-            yield batches
-            if self._step == LOGGED_STEP:
-                self._comms = self._log.stop()
+            with comms_logged(self._comms) if self._step == LOGGED_STEP else nullcontext():
+                yield batches
             self._look(collectives)
 
     def end(self, collectives: CommTimer) -> None:

@@ -36,12 +36,7 @@ class Writer:
 
 
 class SafeWriter(Writer):
-    """A writer that never stops the training: at its first failure it warns, and is off from then on.
-
-    Args:
-        name: of the service, for the warning.
-        make: builds the writer.
-    """
+    """A writer that never stops the training: at its first failure it warns, and is off from then on."""
 
     def __init__(self, name: str, make: Callable[[], Writer]) -> None:
         self._name, self._lock = name, threading.Lock()

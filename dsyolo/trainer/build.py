@@ -15,7 +15,6 @@ from dsyolo.checkpoint.latest import newest_whole
 from dsyolo.checkpoint.manifest import read_manifest
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import collectives
-from dsyolo.cluster.communicator import ClusterCommunicator
 from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
@@ -65,7 +64,9 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     session.run_log.open_file(spec.folder)
     plan = spec.ds.source if spec.planned else None
     collectives.check_same(plan, "the plan of --deepspeed_config auto", "write one by dsyolo plan")
-    with contextlib.closing(ClusterCommunicator(world, watchdog.at, preemption.asked)) as communicator:
+    with contextlib.closing(
+        collectives.ClusterCommunicator(world, watchdog.at, preemption.asked)
+    ) as communicator:
         indexes = index_splits(spec, world, communicator)
     folder = spec.folder / "checkpoints"
     set_aside = spec.config.resume == "auto"

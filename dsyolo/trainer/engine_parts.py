@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from dsyolo.checkpoint.checkpointer import Checkpointer
-from dsyolo.checkpoint.reader import read_buffers
+from dsyolo.checkpoint.manifest import read_buffers
 from dsyolo.cluster.world import World, parallel_dims, set_threads
 from dsyolo.config.resolve import RunSpec
 from dsyolo.data.sampler import StepSampler

@@ -24,8 +24,7 @@ from source_files import FILES, each, name_of, parse
 from dsyolo.base import safe_io as untrusted
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint import manifest as manifests
-from dsyolo.checkpoint.manifest import Manifest, read_manifest
-from dsyolo.checkpoint.reader import read_buffers
+from dsyolo.checkpoint.manifest import Manifest, read_buffers, read_manifest
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.config import cli_args
 from dsyolo.config import run_config as config

@@ -11,7 +11,7 @@ from dsyolo.config.deepspeed.batch_sizes import batch_json, divisors, fitted, ha
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import read_source
 from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_spec, recipe_params
-from dsyolo.config.spec import PRECISIONS, BatchPlan, Precision
+from dsyolo.config.spec import BYTES, PRECISIONS, BatchPlan, Precision
 
 
 def test_a_batch_carries_its_arithmetic() -> None:
@@ -42,7 +42,7 @@ def test_a_batch_carries_its_arithmetic() -> None:
 def test_a_precision_knows_its_bytes_and_its_json(name: str, sizes: tuple[int, ...]) -> None:
     given = PRECISIONS[name]
     assert given.name == name
-    assert (given.compute_bytes, given.params_bytes, given.grads_bytes, given.master_bytes) == sizes
+    assert (given.compute_bytes, given.params_bytes, given.grads_bytes, BYTES[given.master]) == sizes
     stage = int(given.params != "fp32")
     source = {"train_batch_size": 8, "zero_optimization": {"stage": stage}, **given.deepspeed_json()}
     assert check(source, world_size=1, accelerator="cuda").precision == given

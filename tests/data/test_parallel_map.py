@@ -12,7 +12,7 @@ from image_files import NUM_CLASSES, add, encoded, picture
 from ranks import run_ranks
 
 from dsyolo.base.errors import UserError
-from dsyolo.cluster.communicator import ClusterCommunicator
+from dsyolo.cluster.collectives import ClusterCommunicator
 from dsyolo.cluster.preemption import Preempted
 from dsyolo.data import index_builder, parallel_map
 from dsyolo.data.index import ARRAYS, DatasetIndex

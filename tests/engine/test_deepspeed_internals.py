@@ -199,7 +199,7 @@ def test_the_backend_is_where_reductions_are_replaced():
 
     assert hasattr(comm, "cdb"), "gloo's reductions and the time profile depend on deepspeed.comm.comm.cdb"
     for function in ("reduce_scatter_tensor", "reduce"):
-        message = f"fewer bytes over gloo (engine/gloo.py) depend on the backend's {function}"
+        message = f"fewer bytes over gloo (engine/process_group.py) depend on the backend's {function}"
         assert callable(getattr(TorchBackend, function, None)), message
     source = inspect.getsource(TorchBackend)
     for name in ("all_gather_function", "reduce_scatter_function"):
@@ -221,7 +221,7 @@ def test_the_dynamic_scaler_has_its_state():
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    feature = "resume with fp16 (engine/loss_scale.py)"
+    feature = "resume with fp16 (engine/engine.py)"
     scaler = DynamicLossScaler(
         init_scale=4,
         scale_window=10,

@@ -11,7 +11,7 @@ import torch
 import training
 from ranks import run_ranks
 
-from dsyolo.engine.loss_scale import LossScale
+from dsyolo.engine.engine import LossScale
 
 OVERFLOWS = [True, True, False, True, *[False] * 7, True, *[False] * 14]
 
@@ -78,10 +78,10 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     from dsyolo.checkpoint.manifest import all_checkpoints
     from dsyolo.checkpoint.train_state import TrainState
     from dsyolo.cluster.collectives import barrier
-    from dsyolo.config.deepspeed import config as ds_config
-    from dsyolo.config.spec import Precision
+    from dsyolo.config.deepspeed import rules
+    from dsyolo.config.spec import PRECISIONS
 
-    ds_config.precision = lambda *_: Precision.named("autocast_fp16")
+    rules.precision = lambda *_: PRECISIONS["autocast_fp16"]
     json_block = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     engine, partitions, ema, checkpoints = training.build(0, Path(folder), **json_block)
     # the first scale, 2^16, is known to be fine or too large by a factor of 2; this one is surely too large

@@ -11,7 +11,7 @@ import pytest
 from ranks import run_ranks
 from source_files import PACKAGE
 
-from dsyolo.doctor.gradients import finding
+from dsyolo.doctor.software import gradients_finding as finding
 from dsyolo.engine.self_test import STAGES, TOLERANCE
 
 

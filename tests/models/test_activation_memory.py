@@ -11,12 +11,12 @@ from recompute import PRECISIONS, allocations, forward, images_of, step
 from torch import nn
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.spec import Precision
+from dsyolo.config import spec
 from dsyolo.models.activation_memory import Activations, NodeBytes, choose, count_activations
 from dsyolo.models.blocks import C3, Conv, Stem
-from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.models.network import Network, Node
 from dsyolo.models.yolov5 import build_yolov5
+from dsyolo.planner.model_profile import inference_bytes
 
 SOME = frozenset({"stem", "p3", "sppf", "out4"})
 
@@ -32,7 +32,7 @@ def own_bytes(counted: Activations) -> dict[str, int]:
 )
 def test_counted_bytes_are_those_that_the_allocator_gave_out(variant, size_px, batch, precision):
     network, images = build_yolov5(variant, 20), images_of(batch, size_px)
-    counted = count_activations(network, tuple(images.shape), Precision.named(precision))
+    counted = count_activations(network, tuple(images.shape), spec.PRECISIONS[precision])
     step(network, images, precision)
     for names in (frozenset(), SOME, network.blocks()):
         network.checkpointed = names
@@ -58,15 +58,15 @@ def test_what_a_pass_without_gradients_takes_is_what_the_allocator_gave_out(
 
     passes()
     _, peak = allocations(passes)
-    counted = inference_bytes(network, tuple(images.shape), Precision.named(precision))
+    counted = inference_bytes(network, tuple(images.shape), spec.PRECISIONS[precision])
     assert counted == pytest.approx(peak, rel=0.001)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_of_two_bytes_have_activations_of_two_bytes(precision):
     network = build_yolov5("yolov5n", 3)
-    whole = own_bytes(count_activations(network, (2, 3, 64, 64), Precision.named("fp32")))
-    half = own_bytes(count_activations(network, (2, 3, 64, 64), Precision.named(precision)))
+    whole = own_bytes(count_activations(network, (2, 3, 64, 64), spec.PRECISIONS["fp32"]))
+    half = own_bytes(count_activations(network, (2, 3, 64, 64), spec.PRECISIONS[precision]))
     # not in half: statistics of batches, and BatchNorm's weights are copied to fp32
     assert half["p2"] == pytest.approx(whole["p2"] / 2, rel=0.02)
     assert next(network.parameters()).dtype == torch.float32
@@ -79,15 +79,15 @@ def test_real_weights_are_neither_needed_nor_touched():
     network.checkpointed = SOME
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shape = (1, 3, 64, 64)
-    counted = count_activations(network, shape, Precision.named("fp32"))
-    assert own_bytes(counted) == own_bytes(count_activations(empty, shape, Precision.named("fp32")))
+    counted = count_activations(network, shape, spec.PRECISIONS["fp32"])
+    assert own_bytes(counted) == own_bytes(count_activations(empty, shape, spec.PRECISIONS["fp32"]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert network.checkpointed == SOME
 
 
 def test_a_conv_by_hand():
     network = Network([Node("one", Stem(3, 8), ("images",)), Node("two", Conv(8, 8), ("one",))])
-    counted = count_activations(network, (2, 3, 10, 10), Precision.named("fp32"))
+    counted = count_activations(network, (2, 3, 10, 10), spec.PRECISIONS["fp32"])
     plane, statistics = 2 * 25 * 4, 2 * 8 * 4
     own = own_bytes(counted)
     # the convolution's input, cast to float; its output; what enters SiLU; mean and deviation of the batch
@@ -116,7 +116,7 @@ def small() -> Activations:
         Node("d", C3(40, 16, 3, False), ("join",)),
         Node("e", Conv(16, 32), ("d",)),
     ]
-    return count_activations(Network(nodes), (2, 3, 32, 32), Precision.named("fp32"))
+    return count_activations(Network(nodes), (2, 3, 32, 32), spec.PRECISIONS["fp32"])
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -139,7 +139,7 @@ def test_the_fewest_blocks_are_the_fewest_of_all_choices(offload):
 def test_casts_of_weights_are_alive_at_the_end_of_the_forward_pass():
     network = build_yolov5("yolov5s", 3)
     # few pixels: casts are the most
-    counted = count_activations(network, (1, 3, 64, 64), Precision.named("autocast_bf16"))
+    counted = count_activations(network, (1, 3, 64, 64), spec.PRECISIONS["autocast_bf16"])
     casts = counted.bytes_of(frozenset().union(*(node.casts for node in counted.nodes)))
     assert casts == 2 * sum(p.numel() for p in network.parameters() if p.ndim == 4)
     for names in (frozenset(), counted.blocks):

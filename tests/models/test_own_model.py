@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from dsyolo.base.errors import UserError
 from dsyolo.config.resolve import resolve
 from dsyolo.config.run_config import MODELS, RunConfig, image_size_fault
-from dsyolo.config.spec import Precision
+from dsyolo.config.spec import PRECISIONS
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import choose, count_activations
 from dsyolo.models.detection_network import DetectionNetwork
-from dsyolo.models.registry import build_model, has_parameters, level_strides, max_stride
+from dsyolo.models.registry import build_model, has_parameters, max_stride
 from dsyolo.models.weights import describe, load_into, rebuild, save_weights
-from dsyolo.models.yolov5 import VARIANTS, build_yolov5
+from dsyolo.models.yolov5 import VARIANTS, build_yolov5, level_strides
 from dsyolo.planner.model_profile import ModelProfile
 
 FILE = ROOT / "examples" / "my_net.py"
@@ -78,7 +78,7 @@ def test_variants_are_entries_that_need_no_network():
 
 
 def test_an_own_network_gives_its_facts():
-    assert level_strides(MODEL) == (8, 16)
+    assert build_model(MODEL, 2).strides == (8, 16)
     assert max_stride(MODEL) == 16
     assert sum(has_parameters(MODEL)) == 11
     network = own_network()
@@ -99,7 +99,7 @@ def test_gains_are_not_decayed_whatever_their_module_is_called():
 @pytest.mark.parametrize("precision", ["fp32", "autocast_bf16"])
 def test_counted_activations_are_those_that_the_allocator_gave_out(precision):
     network, images = own_network(), images_of(2, 320)
-    counted = count_activations(network, tuple(images.shape), Precision.named(precision))
+    counted = count_activations(network, tuple(images.shape), PRECISIONS[precision])
     step(network, images, precision)
     for names in (frozenset(), frozenset({"stem", "attention3"}), network.blocks()):
         network.checkpointed = names
@@ -115,9 +115,7 @@ def test_a_plan_knows_an_own_network():
     assert profile.flops > 0
     # two levels of three anchors: gradients of the maps, the largest once more, logits and targets of objectness
     cells = [3 * (64 // stride) ** 2 for stride in (8, 16)]
-    assert profile.loss_bytes(1, Precision.named("fp32")) == 4 * 8 * (sum(cells) + max(cells)) + 8 * sum(
-        cells
-    )
+    assert profile.loss_bytes(1, PRECISIONS["fp32"]) == 4 * 8 * (sum(cells) + max(cells)) + 8 * sum(cells)
 
 
 def test_checkpointed_blocks_change_no_bit(own_training):
@@ -257,7 +255,7 @@ BUILDS = {
 def test_what_is_no_detector_is_refused_with_the_rule(tmp_path, message):
     (tmp_path / "net.py").write_text(HEAD + BUILDS[message])
     with pytest.raises(UserError) as caught:
-        level_strides(f"{tmp_path}/net.py:build")
+        max_stride(f"{tmp_path}/net.py:build")
     (line,) = caught.value.problems
     assert line.startswith(f"--model: {tmp_path}/net.py:build given, but ")
     assert re.search(message, line, re.DOTALL), line
@@ -316,7 +314,7 @@ def test_weights_go_back_into_the_network_that_the_user_names(tmp_path):
         .replace("Detect((64,", "Detect((32,")
     )
     with pytest.raises(
-        UserError, match=r"do not fit its metadata.*Give the my_net.py:build that it was trained with"
+        UserError, match=r"do not fit its metadata.*Give the my_net.py:build it was trained with"
     ):
         rebuild(path, f"{changed}:build")
 

@@ -12,8 +12,7 @@ from ranks import run_ranks
 from runs import arguments, environment, make_place
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
-from dsyolo.engine.memory_profile import MemoryProfiler
-from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
+from dsyolo.engine.memory_profile import MemoryEstimate, MemoryProfiler, MemoryTerms
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
 

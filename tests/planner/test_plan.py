@@ -21,16 +21,15 @@ from dsyolo.config.deepspeed.config import UNNAMED, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.resolve import PlannedConfig
 from dsyolo.config.run_config import RunConfig
-from dsyolo.config.spec import PRECISIONS, Precision
+from dsyolo.config.spec import PRECISIONS
 from dsyolo.data.sampler import StepSampler
 from dsyolo.models.activation_memory import count_activations
-from dsyolo.models.inference_memory import inference_bytes
 from dsyolo.planner import local_hardware as machine
 from dsyolo.planner.auto import plan_config
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
 from dsyolo.planner.local_hardware import hardware_here
-from dsyolo.planner.model_profile import ModelProfile
+from dsyolo.planner.model_profile import ModelProfile, inference_bytes
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.search import search
 from dsyolo.planner.simulation import cover, simulate
@@ -45,7 +44,7 @@ PUBLISHED_GB = {
     ("yolov5s6", 1280): 10.5,
     ("yolov5l6", 1280): 30.5,
 }
-PLAIN = StrategySettings(0, None, None, "none", Precision.named("autocast_fp16"), 16, 1, 1, 1, "SGD")
+PLAIN = StrategySettings(0, None, None, "none", PRECISIONS["autocast_fp16"], 16, 1, 1, 1, "SGD")
 
 
 def one_gpu(memory_gib: int = 80) -> Hardware:
@@ -65,8 +64,8 @@ def test_published_peaks_are_predicted(case):
 def test_activations_of_any_micro_batch_are_those_that_a_run_counts(precision):
     work = ModelProfile("yolov5n", 5, 128)
     for images in (2, 7):
-        direct = count_activations(work.network, (images, 3, 128, 128), Precision.named(precision))
-        drawn = work.activations(images, Precision.named(precision))
+        direct = count_activations(work.network, (images, 3, 128, 128), PRECISIONS[precision])
+        drawn = work.activations(images, PRECISIONS[precision])
         assert drawn.peak_bytes() == direct.peak_bytes()
         assert drawn.peak_bytes(drawn.blocks) == direct.peak_bytes(direct.blocks)
 
@@ -117,7 +116,7 @@ def test_bytes_on_the_wire_are_those_that_were_measured():
 
 def test_a_pipeline_sends_what_was_measured_and_crosses_nodes_where_its_stages_are():
     """The ranks of a stage are neighbours: on two nodes of two GPUs each node has a stage, whose activations cross."""
-    pipeline = StrategySettings(1, None, None, "none", Precision.named("fp32"), 4, 4, 2, 1, "SGD")
+    pipeline = StrategySettings(1, None, None, "none", PRECISIONS["fp32"], 4, 4, 2, 1, "SGD")
     found = Planner(ModelProfile("yolov5n", 4, 128), one_gpu()._replace(gpus=2)).predict(pipeline)
     assert found.comm_bytes / 1e6 == pytest.approx(1.58, rel=0.01)  # of a rank, on loopback
     work = ModelProfile("yolov5s", 80, 320)
@@ -162,11 +161,11 @@ def test_as_json_every_strategy_has_its_terms(capsys):
 
 def test_a_cpu_is_its_own_host():
     cpu = one_gpu()._replace(accelerator="cpu")
-    planner, precisions = Planner(ModelProfile("yolov5s", 80, 64), cpu), (Precision.named("fp32"),)
+    planner, precisions = Planner(ModelProfile("yolov5s", 80, 64), cpu), (PRECISIONS["fp32"],)
     found = search(planner, 8, "SGD", precisions)
     assert len(found.fitting) > 4
     assert not [one for one in found.fitting + found.others if one.settings.offload_optimizer]
-    plain = PLAIN._replace(precision=Precision.named("fp32"), micro_batch=8, zero_stage=1)
+    plain = PLAIN._replace(precision=PRECISIONS["fp32"], micro_batch=8, zero_stage=1)
     own, offloaded = (planner.predict(plain._replace(offload_optimizer=device)) for device in (None, "cpu"))
     assert offloaded.peak_bytes > own.peak_bytes  # copies come on top
     assert offloaded.host_bytes == 0
@@ -188,9 +187,9 @@ def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
     assert f"--data data.yaml --val_batch_size {images}\n" in out
     assert 8 < images < 16
     work = ModelProfile("yolov5n6", 80, 1280)
-    most = inference_bytes(work.network, (images, 3, 1280, 1280), Precision.named("autocast_bf16"))
-    assert work.most_inferred(most, Precision.named("autocast_bf16")) == images
-    assert work.most_inferred(most - 1, Precision.named("autocast_bf16")) == images - 1
+    most = inference_bytes(work.network, (images, 3, 1280, 1280), PRECISIONS["autocast_bf16"])
+    assert work.most_inferred(most, PRECISIONS["autocast_bf16"]) == images
+    assert work.most_inferred(most - 1, PRECISIONS["autocast_bf16"]) == images - 1
     status, out, err = plan(capsys, *words[:4], "--gpus", "1x0.65GiB", "--write", str(tmp_path / "none.json"))
     assert (status, (tmp_path / "none.json").exists()) == (1, False)
     assert "Nothing was written to" in err
@@ -311,7 +310,7 @@ def test_the_loss_holds_what_it_is_said_to():
         if event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
-    assert most == pytest.approx(work.loss_bytes(4, Precision.named("fp32")), rel=0.15)
+    assert most == pytest.approx(work.loss_bytes(4, PRECISIONS["fp32"]), rel=0.15)
 
 
 # ---- what a JSON leaves to the machine

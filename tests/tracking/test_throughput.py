@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import count, pairwise
 from types import SimpleNamespace
 
@@ -16,9 +17,8 @@ import torch
 from ranks import run_ranks
 from runs import TRAIN, alone, arguments, environment, make_place, rows
 
-from dsyolo.config.spec import Precision
-from dsyolo.engine.memory_profile import MemoryMeasurement
-from dsyolo.engine.memory_terms import MemoryEstimate, MemoryTerms
+from dsyolo.config.spec import PRECISIONS
+from dsyolo.engine.memory_profile import MemoryEstimate, MemoryMeasurement, MemoryTerms
 from dsyolo.engine.step_timer import (
     BACKWARD,
     COMMUNICATION,
@@ -31,7 +31,7 @@ from dsyolo.engine.step_timer import (
     StepTimer,
 )
 from dsyolo.planner.local_hardware import peak_of_cpu, peak_of_gpu
-from dsyolo.tracking.resource_usage import Gpu, GpuUse, ResourceUsage, load_nvml
+from dsyolo.tracking.resource_usage import Gpu, ResourceUsage, load_nvml
 from dsyolo.tracking.throughput import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
 from dsyolo.trainer.hooks.time_profile_hook import device_name
 
@@ -171,28 +171,26 @@ def collectives() -> dict:
     from deepspeed.comm import comm as deepspeed_comm
 
     from dsyolo.engine import process_group
-    from dsyolo.engine.comm_timer import CommsLog, CommTimer
+    from dsyolo.engine.comm_timer import CommTimer, comms_logged
 
     before = torch_dist.all_reduce
     with process_group.started(60):
         pass
     phases = StepTimer(HostClock())
-    counted, log = CommTimer(phases), CommsLog()
+    counted, logged = CommTimer(phases), {}
     ones = torch.ones(1000)
     torch_dist.all_reduce(ones)  # outside of steps
     outside = counted.calls
     for step in phases.steps(iter(range(2)), 0):
-        if step == 1:
-            log.start()
-        deepspeed_comm.all_reduce(torch.ones(1000))
-        torch_dist.all_gather([torch.empty(10), torch.empty(10)], torch.ones(10))
-        work = torch_dist.all_reduce(torch.ones(500), async_op=True)
-        if torch_dist.get_rank() == 1:
-            time.sleep(0.2)
-        work.wait()
-        with phases.phase(BACKWARD):
-            deepspeed_comm.barrier()
-    logged = log.stop()
+        with comms_logged(logged) if step == 1 else nullcontext():
+            deepspeed_comm.all_reduce(torch.ones(1000))
+            torch_dist.all_gather([torch.empty(10), torch.empty(10)], torch.ones(10))
+            work = torch_dist.all_reduce(torch.ones(500), async_op=True)
+            if torch_dist.get_rank() == 1:
+                time.sleep(0.2)
+            work.wait()
+            with phases.phase(BACKWARD):
+                deepspeed_comm.barrier()
     steps = phases.take()
     counted.close()
     return {
@@ -266,7 +264,7 @@ def test_usage_asks_a_gpu_not_more_often_than_it_samples():
 
     def gpu():
         asked.append(1)
-        return GpuUse(0.5, 0.25, 3, 90.0)
+        return {"busy": 0.5, "memory_busy": 0.25, "memory_bytes": 3, "power_w": 90.0}
 
     usage = ResourceUsage(of_machine=False, gpu=gpu)
     assert usage.look()["gpu"] == {"busy": 0.5, "memory_busy": 0.25, "memory_bytes": 3, "power_w": 90.0}
@@ -301,7 +299,8 @@ def nvml(*, reports_power: bool = True) -> SimpleNamespace:
 
 
 def test_nvml_reports_the_gpu_that_was_named():
-    assert Gpu(nvml(), "GPU-1").use() == GpuUse(0.75, 0.4, 30, 250.5)
+    use = {"busy": 0.75, "memory_busy": 0.4, "memory_bytes": 30, "power_w": 250.5}
+    assert Gpu(nvml(), "GPU-1").use() == use
     assert Gpu(nvml(), "GPU-2").use() is None  # unknown to the driver
     assert Gpu(nvml(reports_power=False), "GPU-1").use() is None  # as on some virtual GPUs
 
@@ -355,10 +354,10 @@ def test_a_line_tells_what_is_known():
 
 
 def test_peaks_of_devices():
-    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", Precision.named("autocast_bf16")).flops_per_s == 312e12
-    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", Precision.named("fp32")).flops_per_s < 100e12
-    assert peak_of_gpu("NVIDIA Unheard", Precision.named("fp32")) is None
-    found = peak_of_cpu(Precision.named("fp32"))
+    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", PRECISIONS["autocast_bf16"]).flops_per_s == 312e12
+    assert peak_of_gpu("NVIDIA A100-SXM4-80GB", PRECISIONS["fp32"]).flops_per_s < 100e12
+    assert peak_of_gpu("NVIDIA Unheard", PRECISIONS["fp32"]) is None
+    found = peak_of_cpu(PRECISIONS["fp32"])
     assert found.flops_per_s > 1e8
     assert "float32" in found.source
 

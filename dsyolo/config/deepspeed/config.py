@@ -11,17 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
+from dsyolo.config.deepspeed import rules
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, sane_part
-from dsyolo.config.deepspeed.rules import (
-    activations,
-    data_types,
-    monitors,
-    offload,
-    optimizer,
-    pipeline,
-    precision,
-)
 from dsyolo.config.messages import counted
 from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision
 
@@ -176,9 +168,8 @@ class DeepSpeedConfig:
             f"gradient norm: {clipped}",
         ]
         if parallelism.recompute != "none":
-            what = (
-                "all blocks" if parallelism.recompute == "blocks" else "the fewest blocks that fit the budget"
-            )
+            is_all = parallelism.recompute == "blocks"
+            what = "all blocks" if is_all else "the fewest blocks that fit the budget"
             where = ", their inputs in host memory" if parallelism.offload.activations else ""
             lines.append(f"recompute: {what}{where}")
         if self.stages > 1:
@@ -227,14 +218,15 @@ def check(
     faults: list[str] = []
     sane = sane_part(source, faults)
     zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
-    stages, partition = pipeline(sane, zero_stage, world_size, layers, faults)
+    stages, partition = rules.pipeline(sane, zero_stage, world_size, layers, faults)
     batch = batch_plan(source, sane, world_size, stages, problems, saved_batch)
     problems += faults  # a reader wants those of the batch first
-    runs = optimizer(sane, problems)
-    kinds = data_types(sane, precision(sane, accelerator, zero_stage, problems), zero_stage, problems)
-    offloaded = offload(sane, zero_stage, problems)
-    recomputed, offload_activations = activations(sane, stages, recompute, problems)
-    monitors(sane, stages, problems)
+    runs = rules.optimizer(sane, problems)
+    kinds = rules.precision(sane, accelerator, zero_stage, problems)
+    kinds = rules.data_types(sane, kinds, zero_stage, problems)
+    offloaded = rules.offload(sane, zero_stage, problems)
+    recomputed, offload_activations = rules.activations(sane, stages, recompute, problems)
+    rules.monitors(sane, stages, problems)
     if batch and halve:
         batch = halved(batch, problems)
     if problems or batch is None:

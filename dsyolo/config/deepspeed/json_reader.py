@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.json_keys import JsonKey, JsonSection, Keys, Refused
 from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
-from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
+from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Keys, Refused
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import AUTO, RUN_KEYS
@@ -202,12 +201,11 @@ def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
         return f"the run configuration owns it. Leave it out and give --{name}."
     if hint := did_you_mean(name, keys):
         return f"unknown key. {hint}"
-    homes = [
-        f"{top}." for top, part in TOP_LEVEL.items() if isinstance(part, JsonSection) and name in part.keys
-    ]
-    homes += ["optimizer.params."] if any(name in facts.keys for facts in OPTIMIZERS.values()) else []
-    homes += [""] if name in TOP_LEVEL and prefix else []
+    sections = {top: part.keys for top, part in TOP_LEVEL.items() if isinstance(part, JsonSection)}
+    homes = [f"{top}." for top, inner in sections.items() if name in inner]
     owners = [owner for owner, facts in OPTIMIZERS.items() if name in facts.keys]
+    homes += ["optimizer.params."] if owners else []
+    homes += [""] if name in TOP_LEVEL and prefix else []
     if owners and prefix == "optimizer.params.":
         return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
     if homes:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsyolo.config.deepspeed.json_keys import BETAS, FLAG, Keys, Refused, number
+from dsyolo.config.deepspeed.schema import BETAS, FLAG, Keys, Refused, number
 from dsyolo.config.spec import OptimizerSpec
 
 RECIPE_WEIGHT_DECAY = 0.0005  # what a plan and the value "auto" take, whatever the optimizer
@@ -14,9 +14,8 @@ RECIPE_WEIGHT_DECAY = 0.0005  # what a plan and the value "auto" take, whatever 
 class OptimizerFacts:
     """Defaults, keys and states of one optimizer."""
 
-    defaults: Mapping[
-        str, Any
-    ]  # where the JSON gives none: SGD's are the recipe's (docs/yolov5.md), the others torch's
+    # Where the JSON gives none: SGD's are the recipe's (docs/yolov5.md), the others torch's.
+    defaults: Mapping[str, Any]
     keys: Keys  # of `optimizer.params`
     states: int  # tensors that it keeps for each weight
 

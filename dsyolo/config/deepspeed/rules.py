@@ -17,7 +17,7 @@ from dsyolo.config.deepspeed.optimizers import optimizer_name, optimizer_spec
 from dsyolo.config.deepspeed.schema import FLOAT16_NAMES
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.run_config import read_recompute
-from dsyolo.config.spec import OffloadSpec, OptimizerSpec, Precision
+from dsyolo.config.spec import PRECISIONS, OffloadSpec, OptimizerSpec, Precision
 
 # What may be offloaded, and the ZeRO stages that can: as numbers and as text.
 OFFLOADED = {"offload_optimizer": ((1, 2, 3), "1, 2 or 3"), "offload_param": ((3,), "3")}
@@ -138,7 +138,7 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
             remedy = 'Use "bfloat16", or fp16.enabled, or stage 0'
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but {rule}. {remedy}.")
         return Precision("fp16" if dtype in FLOAT16_NAMES else "bf16")
-    return Precision.named(on[0] if on else "fp32")
+    return PRECISIONS[on[0] if on else "fp32"]
 
 
 def data_types(sane: Mapping[str, Any], given: Precision, zero_stage: int, problems: list[str]) -> Precision:

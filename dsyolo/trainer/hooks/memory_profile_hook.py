@@ -6,8 +6,7 @@ from typing import Any
 
 from dsyolo.engine import device
 from dsyolo.engine.ema import Ema
-from dsyolo.engine.memory_profile import MemoryMeasurement, MemoryProfiler
-from dsyolo.engine.memory_terms import MemoryEstimate
+from dsyolo.engine.memory_profile import MemoryEstimate, MemoryMeasurement, MemoryProfiler
 from dsyolo.engine.partitions import Partitions
 from dsyolo.planner.local_hardware import host_bytes
 from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
