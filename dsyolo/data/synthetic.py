@@ -13,7 +13,6 @@ import numpy as np
 
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.writer import label_row, new_folder, write_data_yaml
-from dsyolo.detection.boxes import xyxy_to_cxcywh
 
 NAMES = ("circle", "square", "triangle", "star", "ring")
 
@@ -98,7 +97,8 @@ def _draw_all(
         encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
         (folder / "images" / split / f"{index:05d}.jpg").write_bytes(encoded.tobytes())
         wh = np.tile(image.shape[1::-1], 2)
-        rows = [label_row(shape.number, xyxy_to_cxcywh(shape.box_xyxy / wh)) for shape in shapes]
+        corners = [(shape.number, (shape.box_xyxy / wh).reshape(2, 2)) for shape in shapes]
+        rows = [label_row(number, np.stack([two.mean(0), np.ptp(two, 0)])) for number, two in corners]
         (folder / "labels" / split / f"{index:05d}.txt").write_text("".join(f"{row}\n" for row in rows))
     write_data_yaml(folder, NAMES, ("train", "val"))
 
