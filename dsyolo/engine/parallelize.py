@@ -19,7 +19,7 @@ from dsyolo.engine.pipeline import PipelineEngine, StagePartitions
 from dsyolo.models.activation_memory import ActivationPlan, count_activations
 from dsyolo.models.flops import node_costs
 from dsyolo.models.network import Network, PipelineStage
-from dsyolo.models.partition import ACCELERATOR, CPU, balanced_cuts, stage_table
+from dsyolo.models.pipeline_cuts import ACCELERATOR, CPU, balanced_cuts, stage_table
 
 
 class Parallelized(NamedTuple):

@@ -15,7 +15,7 @@ from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
 from dsyolo.models.flops import BACKWARD
 from dsyolo.models.network import PipelineStage
-from dsyolo.models.partition import ACCELERATOR, balanced_cuts, boundary_elements
+from dsyolo.models.pipeline_cuts import ACCELERATOR, balanced_cuts, boundary_elements
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.hardware import HOST_BYTES_S, REACHED_BANDWIDTH, Hardware
 from dsyolo.planner.memory_estimate import RankLoad, predict
