@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.writer import label_row, new_folder, write_data_yaml
+from dsyolo.data.formats.yolo_writer import label_row, new_folder, write_data_yaml
 
 NAMES = ("circle", "square", "triangle", "star", "ring")
 

@@ -10,7 +10,7 @@ from dsyolo.base.user_code import is_reference, load_object, raised
 from dsyolo.data.formats.coco import Coco
 from dsyolo.data.formats.data_format import DataFormat, SourceDataset
 from dsyolo.data.formats.voc import Voc
-from dsyolo.data.formats.writer import Conversion, refuse_occupied, write_dataset
+from dsyolo.data.formats.yolo_writer import Conversion, refuse_occupied, write_dataset
 
 FORMATS: dict[str, type[DataFormat]] = {"coco": Coco, "voc": Voc}
 

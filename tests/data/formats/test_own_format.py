@@ -13,8 +13,8 @@ from dsyolo import cli
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE
 from dsyolo.data.formats.format_registry import FORMATS, convert
-from dsyolo.data.formats.writer import BAD_IMAGE, DEGENERATE
 from dsyolo.data.formats.yolo import read_data_yaml
+from dsyolo.data.formats.yolo_writer import BAD_IMAGE, DEGENERATE
 from dsyolo.data.index_builder import build_index
 from dsyolo.data.labels import read_labels
 
