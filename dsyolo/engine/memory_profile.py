@@ -84,7 +84,7 @@ def held(engine: Engine, partitions: Partitions, ema: Ema) -> MemoryEstimate:
     """Return the bytes that this rank holds now, without activations."""
     keys = [partition.key for partition in partitions.flat]
     parameters = list(engine.network.parameters())
-    weights, gradients, buckets, rest = internals.memory_held(engine.deepspeed.optimizer, parameters, keys)
+    weights, gradients, buckets, rest = internals.memory_held(engine.ds_engine.optimizer, parameters, keys)
     states = [list(partitions.optimizer.state[key].values()) for key in keys]
     seen: set[int] = set()
     parts = {
@@ -175,7 +175,7 @@ class Probe:
     def looking(self) -> Iterator[None]:
         """Wrap the step."""
         engine = self._parts[0]
-        optimizer = engine.deepspeed.optimizer
+        optimizer = engine.ds_engine.optimizer
 
         def last_look(*args: Any, **settings: Any) -> Any:
             self._look(in_passes=False)

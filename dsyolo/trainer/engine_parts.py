@@ -84,7 +84,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
     if config.ema:
         ema = Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)
     if any(ds.parallelism.offload.folders):
-        move_to_folders(ds.parallelism.offload.folders, engine.deepspeed, partitions, ema.tensors, world)
+        move_to_folders(ds.parallelism.offload.folders, engine.ds_engine, partitions, ema.tensors, world)
     checkpoints = spec.folder / "checkpoints"
     checkpointer = Checkpointer(checkpoints, engine, partitions, ema, world, keep=config.keep_checkpoints)
     if world.is_main_process:
