@@ -57,7 +57,7 @@ def saved_name(name: str) -> str:
     return name if is_known(name) else Path(name).name
 
 
-def max_stride(name: str) -> int:
+def size_multiple_px(name: str) -> int:
     """Return the number of pixels that the sides of images must be multiples of."""
     return yolov5.level_strides(name)[-1] if is_known(name) else _checked_network(name).size_multiple_px
 

@@ -27,7 +27,7 @@ from dsyolo.detection.assigner import Assigner
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import choose, count_activations
 from dsyolo.models.detection_network import DetectionNetwork
-from dsyolo.models.registry import build_model, has_parameters, max_stride
+from dsyolo.models.registry import build_model, has_parameters, size_multiple_px
 from dsyolo.models.weights import describe, load_into, rebuild, save_weights
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5, level_strides
 from dsyolo.planner.model_profile import ModelProfile
@@ -68,7 +68,7 @@ def test_variants_are_entries_that_need_no_network():
         parts = [network.get_submodule(node) for node in network.order]
         assert has_parameters(name) == tuple(any(True for _ in part.parameters()) for part in parts)
         assert level_strides(name) == network.strides
-        assert max_stride(name) == network.size_multiple_px == network.strides[-1]
+        assert size_multiple_px(name) == network.size_multiple_px == network.strides[-1]
         with_batchnorm = {
             n
             for n in network.order
@@ -79,7 +79,7 @@ def test_variants_are_entries_that_need_no_network():
 
 def test_an_own_network_gives_its_facts():
     assert build_model(MODEL, 2).strides == (8, 16)
-    assert max_stride(MODEL) == 16
+    assert size_multiple_px(MODEL) == 16
     assert sum(has_parameters(MODEL)) == 11
     network = own_network()
     assert network.variant == "my_net.py:build"
@@ -255,7 +255,7 @@ BUILDS = {
 def test_what_is_no_detector_is_refused_with_the_rule(tmp_path, message):
     (tmp_path / "net.py").write_text(HEAD + BUILDS[message])
     with pytest.raises(UserError) as caught:
-        max_stride(f"{tmp_path}/net.py:build")
+        size_multiple_px(f"{tmp_path}/net.py:build")
     (line,) = caught.value.problems
     assert line.startswith(f"--model: {tmp_path}/net.py:build given, but ")
     assert re.search(message, line, re.DOTALL), line
@@ -271,7 +271,7 @@ def test_a_file_that_is_missing_and_a_name_that_is_none_are_refused(tmp_path):
 
 
 def test_sizes_of_images_are_judged_by_the_network(tmp_path):
-    assert image_size_fault(48, MODEL, max_stride(MODEL)) is None
+    assert image_size_fault(48, MODEL, size_multiple_px(MODEL)) is None
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     (tmp_path / "ds.json").write_text("{}")
     argv = ["--data", str(tmp_path / "data.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]
