@@ -185,7 +185,7 @@ class Engine:
             ]
 
     def _write_own_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
-        """Write DeepSpeed's events but its loss, which is per step and not per image, and there in a pipeline only."""
+        """Write DeepSpeed's events except its loss, a sum that exists only in a pipeline; `_stats` writes ours."""
         self._write_events([event for event in events if event[0] != _LOSS_EVENT])
 
     def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
@@ -220,7 +220,7 @@ class LossScale:
         self._before = self._torch.get_scale() if self._torch else 0.0
 
     def step_was_applied(self) -> bool:
-        """Whether the last step changed the weights. Waits for the device under fp16 autocast only."""
+        """Return whether the last step changed the weights. Waits for the device under fp16 autocast only."""
         if self._torch is None:
             return self._engine.was_step_applied()
         before, self._before = self._before, self._torch.get_scale()

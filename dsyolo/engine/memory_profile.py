@@ -38,7 +38,7 @@ def peak_memory_gib(device: torch.device) -> float:
 class MemoryTerms(NamedTuple):
     """Bytes by term. Small parts are left out: BatchNorm's buffers, images, targets, scalars."""
 
-    parameters: int = 0  # that the network computes with
+    parameters: int = 0  # those that the network computes with
     gradients: int = 0
     optimizer: int = 0  # its states, and fp32 master weights where they are not the parameters themselves
     ema: int = 0

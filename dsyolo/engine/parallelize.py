@@ -27,7 +27,7 @@ class Parallelized(NamedTuple):
 
     engine: Engine
     partitions: Partitions
-    nodes: tuple[str, ...]  # of the network, on this rank
+    nodes: tuple[str, ...]  # the network's nodes on this rank
     groups: tuple[tuple[int, ...], ...]  # elements of each parameter on this rank, in the optimizer's groups
     lines: list[str]
 

@@ -32,7 +32,7 @@ class Fragment(NamedTuple):
 class FlatPartition(NamedTuple):
     """One of the flat fp32 tensors that the torch optimizer steps, with its fragments of parameters."""
 
-    key: torch.Tensor  # of the torch optimizer's state
+    key: torch.Tensor  # key into the torch optimizer's state
     master: torch.Tensor  # the same memory
     fragments: list[Fragment]
 
@@ -54,7 +54,7 @@ class Partitions:
         self.stage: int = engine.ds_engine.zero_optimization_stage()
         self.shapes = {name: internals.full_shape(p) for name, p in self._params.items()}
         self.replicated = self.stage == 0
-        self._all = self  # of which this may be a part: see `to_average`
+        self._all = self  # the partitions that these may be a part of: see `to_average`
         self.has_all, self.contributes = self.replicated, True
         self.optimizer = internals.torch_optimizer(engine.ds_engine)
         self.flat = self._whole() if self.replicated else self._partitioned()

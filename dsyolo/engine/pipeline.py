@@ -116,7 +116,7 @@ class PipelineEngine(Engine):
     def _norm_of_stages(self) -> torch.Tensor:
         """Return the gradient norm over all stages.
 
-        ZeRO 1's own sums over stages group by group: the others would wait for ever for a stage with fewer groups.
+        ZeRO 1's own sums over stages group by group: the others would wait forever for a stage with fewer groups.
         """
         with internals.without_sum_over_stages(self.ds_engine.optimizer):
             own = torch.as_tensor(self._norm_of_stage(), dtype=torch.float32, device=self.device)

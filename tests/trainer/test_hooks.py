@@ -154,13 +154,23 @@ def test_a_writer_that_fails_costs_a_warning(place: Path):
     assert said.count("my_writer.py:Failing failed, and the run goes on without it. OSError: no room") == 1
 
 
+def test_two_hooks_may_not_keep_their_states_under_one_key():
+    class Counting(Hook):
+        def state_dict(self):
+            return {"count": 1}
+
+    assert HookList([Hook(), Counting()]).state_dict() == {"count": 1}
+    with pytest.raises(ValueError, match="the key 'count' is in the state of another"):
+        HookList([Counting(), Counting()]).state_dict()
+
+
 @pytest.mark.parametrize(
     ("hook", "problem"),
     [
         ("my_hooks.py", "it must be MODULE:NAME or FILE.py:NAME"),
         ("gone.py:Hook", "gone.py cannot be imported: FileNotFoundError"),
         ("my_hooks.py:Conting", "my_hooks.py has no Conting"),
-        ("json:loads", "must be a class derived from"),
+        ("json:loads", "is not a subclass of"),
         ("needy.py:Needy", "Needy() raised TypeError"),
     ],
 )

@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
     """One optimizer step."""
 
     stats: StepStats
-    lr: float  # of the weights
+    lr: float  # learning rate of the weights
     data_wait_s: float  # seconds that this rank waited for its batches
 
 
@@ -60,9 +60,9 @@ class RunningTrainer:
     Attributes:
         spec: the resolved run.
         state: how far the run is.
-        epoch: that is trained, or was trained last.
-        validation: of the last epoch, None where there was none.
-        figures: of the current epoch, for its row: add yours in `after_epoch`, before the metrics hook.
+        epoch: the one that is trained, or was trained last.
+        validation: that of the last epoch, None where there was none.
+        figures: those of the current epoch, for its row: add yours in `after_epoch`, before the metrics hook.
         end: how the training ended, None until it did.
     """
 
@@ -79,7 +79,7 @@ class RunningTrainer:
 
     @property
     def is_last_epoch(self) -> bool:
-        """Whether no epoch follows `epoch`."""
+        """Return whether no epoch follows `epoch`."""
         return self.epoch + 1 == self.spec.config.epochs or self.state.stopped_early
 
 
@@ -94,34 +94,34 @@ class Hook:
     trainer: RunningTrainer
 
     def open(self) -> None:
-        """Before the first step; `self.trainer.state` says where the run is."""
+        """Called before the first step; `self.trainer.state` says where the run is."""
 
     def before_epoch(self) -> None:
-        """Before the first step of an epoch, or of its rest after a resume."""
+        """Called before the first step of an epoch, or of its rest after a resume."""
 
     def before_step(self) -> None:
-        """After the batches were loaded, before they are trained."""
+        """Called after the batches were loaded, before they are trained."""
 
     def after_step(self, result: StepResult) -> None:
-        """After an optimizer step; `self.trainer.state.step` counts it already."""
+        """Called after an optimizer step; `self.trainer.state.step` counts it already."""
 
     def before_validation_batch(self) -> None:
-        """Before each batch of a validation."""
+        """Called before each batch of a validation."""
 
     def after_validation(self, validation: Validation) -> None:
-        """After a validation."""
+        """Called after a validation."""
 
     def after_epoch(self) -> None:
-        """After an epoch and its validation; `self.trainer.validation` is None where there was none."""
+        """Called after an epoch and its validation; `self.trainer.validation` is None where there was none."""
 
     def between_epochs(self) -> None:
-        """After `after_epoch` of all hooks: `state.epoch` is the next epoch, and what is saved resumes there."""
+        """Called after `after_epoch` of all hooks: `state.epoch` is the next epoch, and what is saved resumes there."""
 
     def preempted(self) -> ExitStatus | None:
-        """After a rank was asked to stop: save, and return how the run ends."""
+        """Called after a rank was requested to stop: save, and return how the run ends."""
 
     def finish(self) -> None:
-        """After the last step of an orderly end, on all ranks. Collectives are allowed here, but not in `close`."""
+        """Called after the last step of an orderly end, on all ranks. Collectives are allowed here, but not in `close`."""
 
     def close(self) -> None:
         """Release what `open` took, whatever was raised."""
@@ -135,7 +135,10 @@ class Hook:
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the hook wants in a checkpoint's JSON; it is in `state.tracking` after a resume."""
+        """Return what the hook wants in a checkpoint's JSON, under keys of its own.
+
+        After a resume it is in `self.trainer.state.tracking`.
+        """
         return {}
 
 
@@ -153,7 +156,7 @@ class HookList:
 
     @contextmanager
     def running(self, trainer: RunningTrainer) -> Iterator[None]:
-        """Open all hooks; close them at the end. What fails to close is logged where something else was raised before."""
+        """Open all hooks; close them at the end. Log close errors if another exception is being raised; raise them otherwise."""
         opened: list[Hook] = []
         try:
             for hook in self._hooks:
@@ -187,8 +190,15 @@ class HookList:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all hooks in one mapping."""
-        return {key: value for hook in self._hooks for key, value in hook.state_dict().items()}
+        """Return the states of all hooks in one mapping, or raise ValueError if two have a key in common."""
+        merged: dict[str, Any] = {}
+        for hook in self._hooks:
+            own = hook.state_dict()
+            if taken := merged.keys() & own.keys():
+                rule = f"the key {min(taken)!r} is in the state of another hook. Name it otherwise"
+                raise ValueError(f"{type(hook).__name__}.state_dict: {rule}.")
+            merged |= own
+        return merged
 
 
 def _close(hooks: list[Hook]) -> list[Exception]:
