@@ -229,15 +229,15 @@ class Pair(nn.Module):
     def forward(self, x): return x, x
 """
 BUILDS = {
-    "is no function": "build = 3",
+    "is not a function": "build = 3",
     "has no build. It has: .*detector": "",
     r"cannot be imported: SyntaxError": "def",
-    r"it raised ZeroDivisionError: .* \(net.py, line \d+\). Correct it": "def build(k): return 1 / 0",
+    r"it raised ZeroDivisionError: .* \(net.py, line \d+\). Fix the function": "def build(k): return 1 / 0",
     "it raised TypeError": "def build(): ...",
     "it returned a Linear. It must return a DetectionNetwork": "def build(k): return nn.Linear(1, 1)",
     "it returned a network of 7 classes": "def build(k): return detector(7)",
     r"are \(4, 2\). Give 1 to 5, finest first": "def build(k): return detector(k, strides=(4, 2))",
-    "size_multiple_px, 6, is no multiple": "def build(k): return detector(k, size_multiple_px=6)",
+    "size_multiple_px, 6, must be a multiple of every stride": "def build(k): return detector(k, size_multiple_px=6)",
     "the buffer `anchors` of its last node, detect, is None": "def build(k): return detector(k, head=nn.Identity())",
     r"detect, is \(1, 2, 2\). It must be \(2, A, 2\)": "def build(k): return detector(k, strides=(4, 8))",
     "norm is a BatchNorm2d of torch": "def build(k): return detector(k, Node('norm', nn.BatchNorm2d(8)))",
@@ -314,7 +314,7 @@ def test_weights_go_back_into_the_network_that_the_user_names(tmp_path):
         .replace("Detect((64,", "Detect((32,")
     )
     with pytest.raises(
-        UserError, match=r"do not fit its metadata.*Give the my_net.py:build it was trained with"
+        UserError, match=r"do not fit its metadata.*Give the --model my_net.py:build it was trained with"
     ):
         rebuild(path, f"{changed}:build")
 
