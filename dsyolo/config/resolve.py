@@ -76,7 +76,9 @@ def resolve(
         UserError: something in it cannot be used.
     """
     run, resume = read_command_line(argv)
-    if fault := image_size_fault(run.imgsz, run.model, size_multiple_px(run.model)):  # of a user's own network
+    if fault := image_size_fault(
+        run.imgsz, run.model, size_multiple_px(run.model)
+    ):  # of a user's own network
         raise UserError("This run cannot start", [f"--imgsz: {fault}"])
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)
