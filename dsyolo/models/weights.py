@@ -209,7 +209,7 @@ def _model_of(variant: str, model: str | None, path: Path) -> str:
         raise _unusable(path, f"{rule}. Name the file that builds it: --model {name}.")
     if model is not None and saved_name(model) != variant:
         raise _unusable(
-            path, f"it is of {name}, but --model {model} was given. Give --model {name}, or other weights."
+            path, f"it is of {name}, but --model {model} was given. Give its own --model, or other weights."
         )
     return model or variant
 
