@@ -141,7 +141,7 @@ class RunConfig(BaseModel):
         model = info.data.get("model")
         if model is None or is_reference(model):  # refused itself; or checked with the network (registry.py)
             return imgsz
-        if fault := image_size_fault(imgsz, model, max_stride(model)):
+        if fault := image_size_fault(imgsz, model, _variant_stride(model)):
             raise ValueError(fault)
         return imgsz
 
@@ -214,7 +214,7 @@ def image_size_fault(size_px: int, model: str, multiple: int, times: int = 2) ->
     return f"{size_px} given, but the images of {model} {rule}. Set it to {below}{above}."
 
 
-def max_stride(model: str) -> int:
+def _variant_stride(model: str) -> int:
     """Return the pixels of the input per cell of the coarsest level: 32, or 64 for the P6 variants."""
     return 64 if model.endswith("6") else 32
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS
 from dsyolo.config.messages import counted
 from dsyolo.doctor.answers import Devices, Disk, Hello
 from dsyolo.doctor.context import DoctorContext, common

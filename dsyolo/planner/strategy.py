@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.batch_sizes import MOST_IMAGES, batch_json, divisors
-from dsyolo.config.deepspeed.optimizers import recipe_params
+from dsyolo.config.deepspeed.optimizer_table import recipe_params
 from dsyolo.config.spec import BatchPlan, Precision
 from dsyolo.models.activation_memory import budget_gib
 

@@ -14,7 +14,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import schema as ds_keys
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS
 from dsyolo.config.deepspeed.config import MAX_BUCKET_ELEMENTS, DeepSpeedConfig, check
-from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import RUN_KEYS
 from dsyolo.models.yolov5 import has_parameters

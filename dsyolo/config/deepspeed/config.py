@@ -13,7 +13,7 @@ from typing import Any
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import rules
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
-from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, sane_part
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, valid_part
 from dsyolo.config.messages import counted
 from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision
 
@@ -216,24 +216,24 @@ def check(
     if config.left_open and (open_to := open_batch(source, world_size)):
         source[BATCH_KEYS[0]] = open_to
     faults: list[str] = []
-    sane = sane_part(source, faults)
-    zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
-    stages, partition = rules.pipeline(sane, zero_stage, world_size, layers, faults)
-    batch = batch_plan(source, sane, world_size, stages, problems, saved_batch)
+    valid = valid_part(source, faults)
+    zero_stage = int(valid.get("zero_optimization", {}).get("stage", 0))
+    stages, partition = rules.pipeline(valid, zero_stage, world_size, layers, faults)
+    batch = batch_plan(source, valid, world_size, stages, problems, saved_batch)
     problems += faults  # a reader wants those of the batch first
-    runs = rules.optimizer(sane, problems)
-    kinds = rules.precision(sane, accelerator, zero_stage, problems)
-    kinds = rules.data_types(sane, kinds, zero_stage, problems)
-    offloaded = rules.offload(sane, zero_stage, problems)
-    recomputed, offload_activations = rules.activations(sane, stages, recompute, problems)
-    rules.monitors(sane, stages, problems)
+    runs = rules.optimizer(valid, problems)
+    kinds = rules.precision(valid, accelerator, zero_stage, problems)
+    kinds = rules.data_types(valid, kinds, zero_stage, problems)
+    offloaded = rules.offload(valid, zero_stage, problems)
+    recomputed, offload_activations = rules.activations(valid, stages, recompute, problems)
+    rules.monitors(valid, stages, problems)
     if batch and halve:
         batch = halved(batch, problems)
     if problems or batch is None:
         raise cannot_be_used(config.name, world_size, problems)
     offloaded = replace(offloaded, activations=offload_activations)
     parallelism = Parallelism(zero_stage, stages, partition, offloaded, recomputed)
-    clipping = float(sane.get("gradient_clipping", GRADIENT_CLIPPING))
+    clipping = float(valid.get("gradient_clipping", GRADIENT_CLIPPING))
     return DeepSpeedConfig(config.name, world_size, batch, kinds, runs, parallelism, clipping, source)
 
 

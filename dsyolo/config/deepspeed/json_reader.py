@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_name
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Keys, Refused
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.recipe import RECIPE_KEYS
@@ -128,9 +128,9 @@ def _syntax_remedy(text: str, position: int) -> str:
 # ---- keys and types
 
 
-def sane_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+def valid_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return the part of the JSON with legal keys and types; add a problem for each of the others."""
-    return _sane_block(source, _keys_for(source), "", problems)
+    return _valid_block(source, _keys_for(source), "", problems)
 
 
 def without_auto(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
@@ -172,10 +172,10 @@ def _without_auto(
     return rest, found
 
 
-def _sane_block(
+def _valid_block(
     block: Mapping[str, Any], keys: Mapping[str, Any], prefix: str, problems: list[str]
 ) -> dict[str, Any]:
-    sane = {}
+    valid = {}
     for name, value in block.items():
         path, key = prefix + name, keys.get(name)
         if key is None:
@@ -184,16 +184,16 @@ def _sane_block(
             if not key.lets_through(value):
                 problems.append(f"{path}: {shown(value)} given, but {key.reason}")
         elif isinstance(key, JsonSection) and isinstance(value, dict):
-            sane[name] = _sane_block(value, key.keys, f"{path}.", problems)
+            valid[name] = _valid_block(value, key.keys, f"{path}.", problems)
         elif isinstance(key, JsonSection) and value is None and key.may_be_null:
             continue
         elif isinstance(key, JsonKey) and key.keeps(value):
-            sane[name] = value
+            valid[name] = value
         else:
             rule = "a block of keys, in braces" if isinstance(key, JsonSection) else key.rule
             rule += f". {_type_remedy(value, key)}"
             problems.append(f"{path}: {shown(value)} given, but it must be {rule}")
-    return sane
+    return valid
 
 
 def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:

@@ -217,7 +217,7 @@ _MONITOR = JsonSection({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
 TOP_LEVEL: Keys = {
     **_each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps", whole(1)),
     "gradient_clipping": number(),
-    "optimizer": JsonSection({}),  # its keys follow from its type: optimizers.py
+    "optimizer": JsonSection({}),  # its keys follow from its type: optimizer_table.py
     "zero_optimization": JsonSection(ZERO),
     "fp16": JsonSection(FP16),
     "bf16": JsonSection(BF16),
