@@ -8,11 +8,11 @@ from dsyolo.config.run_config import RunConfig
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The run that goes on, as its folder was when it was read."""
+    """The run to resume, as its folder was when it was read."""
 
     folder: Path
     config: RunConfig  # its settings so far
-    version: tuple[int, int, int]  # of config.yaml: inode, size and time of change
+    version: tuple[int, int, int]  # inode, size and time of change of config.yaml
     global_batch: int | None = None  # images in a step so far; None: no checkpoint could be read yet
 
     @property
@@ -22,7 +22,7 @@ class ResumePoint:
 
 
 def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) -> ResumePoint | None:
-    """Return where a run in `folder` goes on; None where it begins anew.
+    """Return the point to resume from in `folder`; None to start from scratch.
 
     Args:
         resume: the option: never, always, or auto: where there is a checkpoint.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number, by DeepSpeed's name of its type
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number, by DeepSpeed's name of its type
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Precision:
 
     @property
     def is_autocast(self) -> bool:
-        """Whether torch casts fp32 weights for each operation."""
+        """Return whether torch casts fp32 weights for each operation."""
         return self.compute != self.params
 
     @property
@@ -119,7 +119,7 @@ class OffloadSpec:
 
     optimizer: str | None = None
     params: str | None = None
-    optimizer_folder: str | None = None  # of the files, under `nvme`
+    optimizer_folder: str | None = None  # folder of the files, under `nvme`
     params_folder: str | None = None
     activations: bool = False  # the inputs of recomputed blocks wait in host memory
 
@@ -137,7 +137,7 @@ class Parallelism:
     """How a training is divided among ranks, and what it saves of memory."""
 
     zero_stage: int = 0
-    stages: int = 1  # of the pipeline; 1: none
+    stages: int = 1  # stages of the pipeline; 1: no pipeline
     partition: str | tuple[int, ...] = "balanced"  # or the layer index at which each further stage begins
     offload: OffloadSpec = OffloadSpec()
     recompute: str | int = "none"  # or "blocks", or bytes: the fewest blocks that fit these in a micro-batch

@@ -25,7 +25,7 @@ class ScalingStrategy(NamedTuple):
     name: str
     source: Mapping[str, Any]
     stages: int
-    micro_batch: int  # of a data-parallel rank under weak scaling, as `accumulation`
+    micro_batch: int  # images of a data-parallel rank under weak scaling, as `accumulation`
     accumulation: int
     global_batch: int  # under strong scaling
 

@@ -8,7 +8,7 @@ from dsyolo.config.messages import counted
 from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.spec import BatchPlan
 
-MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more
+MOST_IMAGES = 2**16  # images in a micro-batch: beyond it not even byte counts can be computed
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -83,7 +83,7 @@ def batch_plan(
     Args:
         source: the JSON as given.
         valid: the part of it with legal keys and types.
-        saved_batch: global batch of the run that goes on: it stays, and the others are fitted to the ranks.
+        saved_batch: global batch of the resumed run: it stays, and the others are fitted to the ranks.
     """
     if any(key in source and key not in valid for key in BATCH_KEYS):
         return None  # refused itself

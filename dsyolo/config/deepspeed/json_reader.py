@@ -31,10 +31,10 @@ class _Object(dict[str, Any]):
 class JsonSource:
     """A DeepSpeed JSON as its file was read."""
 
-    name: str  # of the file
+    name: str  # the file's path, or what messages call it
     content: Mapping[str, Any] | None  # without the values that are "auto"; None: it could not be read
     left_open: tuple[tuple[str, ...], ...] = ()  # the paths of these values
-    problems: tuple[str, ...] = ()  # of its syntax
+    problems: tuple[str, ...] = ()  # mistakes in its syntax
 
 
 def read_json(path: str | Path) -> JsonSource:
@@ -119,10 +119,10 @@ def _syntax_remedy(text: str, position: int) -> str:
     if text[position:].startswith(",") and text[position + 1 :].lstrip().startswith(("}", "]")):
         return "Leave out this comma, the last of its block."
     if here.startswith("'"):
-        return 'Texts stand in double quotes: "stage".'
+        return 'Strings need double quotes: "stage".'
     if here.startswith(("True", "False", "None")):
         return "Write true, false or null."
-    return "Correct it there."
+    return "Correct the syntax there."
 
 
 # ---- keys and types
@@ -191,8 +191,7 @@ def _valid_block(
             valid[name] = value
         else:
             rule = "a block of keys, in braces" if isinstance(key, JsonSection) else key.rule
-            rule += f". {_type_remedy(value, key)}"
-            problems.append(f"{path}: {shown(value)} given, but it must be {rule}")
+            problems.append(f"{path}: {shown(value)} given, but it must be {rule}{_type_remedy(value, key)}.")
     return valid
 
 
@@ -217,8 +216,8 @@ def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
     if isinstance(value, str) and isinstance(key, JsonKey):
         with suppress(ValueError):
             if key.keeps(json.loads(value)):
-                return f"Write {value} without quotes."
-    return "Correct it, or leave it out."
+                return f". Write {value} without quotes"
+    return ". Or leave it out"
 
 
 def shown(value: Any) -> str:

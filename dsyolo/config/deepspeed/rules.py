@@ -38,8 +38,8 @@ def pipeline(
     partition = given if isinstance(given, str) else tuple(int(cut) for cut in given)
     before = len(problems)
     if stages > 1 and zero_stage >= 2:
-        rule = "DeepSpeed pipelines allow ZeRO 0 or 1"
-        problems.append(f"pipeline.stages: {stages} with zero_optimization.stage {zero_stage}. {rule}.")
+        rule = f"DeepSpeed pipelines need ZeRO 0 or 1, and zero_optimization.stage is {zero_stage}"
+        problems.append(f"pipeline.stages: {stages} given, but {rule}. Set it to 1, or remove pipeline.")
     if world_size % stages:
         fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         rule = f"the number of ranks, {world_size}, is not a multiple of it"
@@ -47,7 +47,7 @@ def pipeline(
         problems.append(f"pipeline.stages: {stages} given, but {rule}. {remedy}.")
     if isinstance(partition, tuple) and len(partition) != stages - 1:
         rule = f"{stages} stage{'s need' if stages > 1 else ' needs'} {stages - 1} cuts"
-        remedy = 'Give so many, or write "balanced"'
+        remedy = f'Give {stages - 1} cuts, or write "balanced"'
         problems.append(f"pipeline.partition: {len(partition)} cuts given, but {rule}. {remedy}.")
     elif layers and isinstance(partition, tuple):
         _cuts(partition, layers, problems)
@@ -73,7 +73,7 @@ def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str
 def activations(
     valid: Mapping[str, Any], stages: int, command_line: str, problems: list[str]
 ) -> tuple[str | int, bool]:
-    """Return (none, blocks or the bytes of a budget, whether the inputs of the blocks wait in host memory)."""
+    """Return the recompute choice ("none", "blocks" or a byte budget) and whether block inputs go to host memory."""
     block = valid.get("activation_checkpointing", {})
     given = block.get("recompute", command_line)
     path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
@@ -83,7 +83,7 @@ def activations(
     assert choice is not None, given
     offloads = bool(block.get("cpu_checkpointing", False))
     if offloads and choice == "none":
-        rule = 'it is for the inputs of recomputed blocks, and none is. Set recompute to "blocks"'
+        rule = 'it offloads the inputs of recomputed blocks, and no block is recomputed. Set recompute to "blocks"'
         problems.append(f"activation_checkpointing.cpu_checkpointing: true given, but {rule}.")
     if isinstance(choice, int) and stages > 1:
         rule = "a stage of a pipeline keeps the activations of several micro-batches"
@@ -123,7 +123,7 @@ def precision(valid: Mapping[str, Any], accelerator: str, zero_stage: int, probl
         problems.append(f"fp16.enabled: true given, but DeepSpeed has no fp16 on a CPU. {remedy}")
     for key in {"bf16", "fp16"} & set(on):
         if zero_stage == 0:
-            rule = "DeepSpeed then keeps its fp32 weights where no checkpoint finds them. Set the stage to 1"
+            rule = "DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint. Set the stage to 1"
             problems.append(f"{key}.enabled: true with zero_optimization.stage 0, but {rule}.")
     if "torch_autocast" in on:
         dtype = valid["torch_autocast"].get("dtype")
@@ -133,7 +133,7 @@ def precision(valid: Mapping[str, Any], accelerator: str, zero_stage: int, probl
         if accelerator == "cpu" and dtype in FLOAT16_NAMES:
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
         elif zero_stage > 0 and dtype in FLOAT16_NAMES:
-            # Its norm is of scaled gradients, and an infinite one skips the step before the scaler hears of it.
+            # DeepSpeed checks the norm of the scaled gradients and skips a non-finite step before the scaler sees it.
             rule = f"with zero_optimization.stage {zero_stage} DeepSpeed never lowers its loss scale"
             remedy = 'Use "bfloat16", or fp16.enabled, or stage 0'
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but {rule}. {remedy}.")
@@ -160,7 +160,7 @@ def data_types(valid: Mapping[str, Any], given: Precision, zero_stage: int, prob
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     is_offloaded = valid.get("zero_optimization", {}).get("offload_optimizer")
     if (zero_stage, model, gradients) == (1, "bf16", "fp32") and not is_offloaded:
-        rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights where no checkpoint finds them"
+        rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint"
         remedy = "Leave it out, or set zero_optimization.stage to 2"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     return replace(given, grads=gradients)
@@ -189,10 +189,10 @@ def offload(valid: Mapping[str, Any], zero_stage: int, problems: list[str]) -> O
 def _folder_fault(path: str | None, device: str) -> str | None:
     """Return what is wrong with the folder of an offload."""
     if device != "nvme":
-        rule = 'it belongs to the device "nvme". Leave it out, or set device'
+        rule = 'it is used only with device "nvme". Leave it out, or set device to "nvme"'
         return f"{shown(path)} given, but {rule}." if path else None
     if path is None:
-        return "missing. Give a folder on a fast local disk; a file of each rank will lie there."
+        return "missing. Give a folder on a fast local disk, for one file per rank."
     if not os.path.exists(path):
         return f"{shown(path)} given, but there is no such folder. Make it, or name another."
     fault = cannot_hold_files(Path(path))

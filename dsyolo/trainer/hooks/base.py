@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from dsyolo.base.batch import StepStats
+from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
@@ -79,7 +80,7 @@ class RunningTrainer:
 
     @property
     def is_last_epoch(self) -> bool:
-        """Whether no epoch follows `epoch`."""
+        """Return whether no epoch follows `epoch`."""
         return self.epoch + 1 == self.spec.config.epochs or self.state.stopped_early
 
 
@@ -94,37 +95,37 @@ class Hook:
     trainer: RunningTrainer
 
     def open(self) -> None:
-        """Before the first step; `self.trainer.state` says where the run is."""
+        """Called before the first step; `self.trainer.state` says where the run is."""
 
     def before_epoch(self) -> None:
-        """Before the first step of an epoch, or of its rest after a resume."""
+        """Called before the first step of an epoch, or of its rest after a resume."""
 
     def before_step(self) -> None:
-        """After the batches were loaded, before they are trained."""
+        """Called before each step, when its batches are loaded."""
 
     def after_step(self, result: StepResult) -> None:
-        """After an optimizer step; `self.trainer.state.step` counts it already."""
+        """Called after each optimizer step; `self.trainer.state.step` counts it already."""
 
     def before_validation_batch(self) -> None:
-        """Before each batch of a validation."""
+        """Called before each batch of a validation."""
 
     def after_validation(self, validation: Validation) -> None:
-        """After a validation."""
+        """Called after a validation."""
 
     def after_epoch(self) -> None:
-        """After an epoch and its validation; `self.trainer.validation` is None where there was none."""
+        """Called after an epoch and its validation; `self.trainer.validation` is None where there was none."""
 
     def between_epochs(self) -> None:
-        """After `after_epoch` of all hooks: `state.epoch` is the next epoch, and what is saved resumes there."""
+        """Called after `after_epoch` of all hooks: `state.epoch` is the next epoch, and what is saved resumes there."""
 
     def preempted(self) -> ExitStatus | None:
-        """After a rank was asked to stop: save, and return how the run ends."""
+        """Called after a rank was asked to stop: save, and return how the run ends."""
 
     def finish(self) -> None:
-        """After the last step of an orderly end, on all ranks. Collectives are allowed here, but not in `close`."""
+        """Called on all ranks after the last step of an orderly end. Collectives are allowed here, but not in `close`."""
 
     def close(self) -> None:
-        """Release what `open` took, whatever was raised."""
+        """Called at the end, whatever was raised: release what `open` took."""
 
     def steps(self, batches: Iterator[T]) -> Iterator[T]:
         """Wrap an epoch's iterator of batches."""
@@ -135,7 +136,10 @@ class Hook:
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the hook wants in a checkpoint's JSON; it is in `state.tracking` after a resume."""
+        """Return what the hook wants in a checkpoint's JSON, where its keys must be unique among all hooks.
+
+        After a resume it is in `self.trainer.state.tracking`.
+        """
         return {}
 
 
@@ -153,7 +157,7 @@ class HookList:
 
     @contextmanager
     def running(self, trainer: RunningTrainer) -> Iterator[None]:
-        """Open all hooks; close them at the end. What fails to close is logged where something else was raised before."""
+        """Open all hooks; close them at the end. Log close errors if another exception is being raised; raise them otherwise."""
         opened: list[Hook] = []
         try:
             for hook in self._hooks:
@@ -187,8 +191,15 @@ class HookList:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all hooks in one mapping."""
-        return {key: value for hook in self._hooks for key, value in hook.state_dict().items()}
+        """Return the states of all hooks in one mapping. Raise UserError where two hooks use one key."""
+        states: dict[str, Any] = {}
+        for hook in self._hooks:
+            state = hook.state_dict()
+            for key in states.keys() & state.keys():
+                rule = f"{type(hook).__name__}.state_dict returns the key {key!r}, which another hook uses"
+                raise UserError("The checkpoint cannot be written", [f"--hook: {rule}. Rename it."])
+            states |= state
+        return states
 
 
 def _close(hooks: list[Hook]) -> list[Exception]:
