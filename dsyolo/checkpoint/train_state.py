@@ -26,7 +26,7 @@ class TrainState(BaseModel):
     best_epoch: int = -1
     stopped_early: bool = False
     skipped_in_a_row: int = 0  # steps, up to now
-    tracking: dict[str, Any] = {}  # the tracker's own state
+    tracking: dict[str, Any] = {}  # the states of all hooks, the metrics hook's (the tracker's) among them
     settings: dict[str, Any] = {}  # that a resumed run must repeat, by the names that users know
 
     def advance(self, stats: StepStats) -> TrainState:

@@ -17,7 +17,7 @@ class ResumePoint:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of its checkpoints."""
+        """Return the folder of its checkpoints."""
         return self.folder / "checkpoints"
 
 

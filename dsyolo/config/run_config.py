@@ -166,7 +166,7 @@ class RunConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """The folder of the run."""
+        """Return the folder of the run."""
         return Path(self.project, self.name)
 
     def dump(self) -> dict[str, Any]:

@@ -20,12 +20,12 @@ class BatchPlan:
 
     @property
     def global_batch(self) -> int:
-        """Images in an optimizer step."""
+        """Return the images in an optimizer step."""
         return self.micro * self.accumulation * self.dp_size
 
     @property
     def share(self) -> int:
-        """Images of a data-parallel rank in an optimizer step."""
+        """Return the images of a data-parallel rank in an optimizer step."""
         return self.micro * self.accumulation
 
     def with_micro(self, micro: int) -> BatchPlan:
@@ -50,7 +50,7 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """fp32, autocast_bf16, autocast_fp16, bf16 or fp16."""
+        """Return fp32, autocast_bf16, autocast_fp16, bf16 or fp16."""
         return f"autocast_{self.compute}" if self.is_autocast else self.compute
 
     @property
@@ -105,7 +105,7 @@ class OptimizerSpec:
 
     @property
     def momentum(self) -> float:
-        """SGD's momentum; 0 where there is none."""
+        """Return SGD's momentum; 0 where there is none."""
         return float(self.params.get("momentum", 0.0))
 
     @property

@@ -452,7 +452,10 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int)
         ({"pipeline": {"stages": 2, "partition": [3, 9]}}, "2 stages need 1 cuts"),
         ({"pipeline": {"stages": 2, "partition": [25]}}, "the network has 25 layers"),
         ({"pipeline": {"stages": 4, "partition": [3, 11, 13]}}, "layers 11 to 12 would have no parameters"),
-        ({"pipeline": {"stages": 2, "partition": "best"}}, '"balanced" or an increasing list of layer indices'),
+        (
+            {"pipeline": {"stages": 2, "partition": "best"}},
+            '"balanced" or an increasing list of layer indices',
+        ),
     ],
 )
 def test_combinations_that_cannot_run(block: dict[str, Any], problem: str) -> None:

@@ -203,7 +203,9 @@ def test_two_hooks_may_not_keep_their_states_under_one_key():
     hooks = HookList([first, second, third])
     assert hooks.state_dict() == {"mine": 1, "ours": 2}
     second.state_dict = first.state_dict
-    with pytest.raises(UserError, match=r"Noting\.state_dict returns the key 'mine', which another hook uses"):
+    with pytest.raises(
+        UserError, match=r"Noting\.state_dict returns the key 'mine', which another hook uses"
+    ):
         hooks.state_dict()
 
 
