@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     run_log = RunLog(world.rank)
     try:
         with preemption.ends_at_once(world):
-            spec = read(argv, program, world)
+            spec = read(argv, world, program)
             session = Session(spec, world, run_log)
         return train(spec, world, session)
     except UserError as error:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         return 130
 
 
-def read(argv: Sequence[str] | None, program: str, world: World) -> RunSpec:
+def read(argv: Sequence[str] | None, world: World, program: str = "train.py") -> RunSpec:
     """Resolve the run, with what it needs to know of this machine and of the run's folder.
 
     Raises:
