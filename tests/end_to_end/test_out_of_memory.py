@@ -151,7 +151,7 @@ def test_one_image_that_does_not_fit_and_other_errors_are_raised():
     seen: list[int] = []
     whole = OomSafePredictor(lambda part: seen.append(len(part)) or part, told.append, lambda: None)
     assert torch.equal(whole(torch.arange(5)), torch.arange(5))
-    whole._most = 2
+    whole._limit = 2
     assert torch.equal(whole(torch.arange(5)), torch.arange(5))
     assert seen == [5, 2, 2, 1]
 

@@ -364,7 +364,7 @@ def test_anchors_of_the_weights_are_those_of_targets_loss_and_network(place, two
     assert "tensors taken" in taken
     torch.testing.assert_close(network.anchors, weights["detect.anchors"])
     data = build_data(run, world, index_splits(run, world), network)
-    big = data.train._collate._assign(
+    big = data.train.assign(
         np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([[32, 32, 60, 60]], np.float32), 1, (64, 64)
     )
     # 60 px fit anchors of 30 to 99 px within a factor of 4: now those of the first level too
