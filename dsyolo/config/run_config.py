@@ -6,6 +6,7 @@ A knob has one owner; `JSON_KNOBS` names the JSON's key for those that people lo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -198,6 +199,11 @@ def read_recompute(text: str) -> str | int | None:
     if budget and len(budget[1]) < 20:  # longer ones are no numbers of bytes
         return int(float(budget[1]) * 2**30) or None
     return text if text in ("none", "blocks") else None
+
+
+def budget_gib(size: int) -> str:
+    """Return bytes as `read_recompute` reads them, rounded up."""
+    return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 
 def check_model_name(model: str) -> str:
