@@ -14,12 +14,15 @@ TRAIN = "train"  # has a parser of its own
 COMMANDS = {
     TRAIN: ("dsyolo.train", "train a detector: the same as dsyolo/train.py"),
     "val": ("dsyolo.commands.val", "validate weights on a data set's val split"),
-    "detect": ("dsyolo.commands.detect", "draw the objects that a network finds in images"),
+    "detect": ("dsyolo.commands.detect", "detect objects in images and draw them"),
     "convert": ("dsyolo.commands.convert", "bring a data set into YOLO format"),
-    "sample": ("dsyolo.commands.sample", "draw a small data set to try things with"),
+    "sample": ("dsyolo.commands.sample", "generate a small synthetic data set"),
     "doctor": ("dsyolo.commands.doctor", "check whether a run can start on its hosts"),
     "plan": ("dsyolo.commands.plan", "find strategies that fit given GPUs, and their costs"),
-    "simulate": ("dsyolo.commands.simulate", "count a training on thousands of ranks, without them"),
+    "simulate": (
+        "dsyolo.commands.simulate",
+        "compute what training on thousands of ranks would need, without running it",
+    ),
     "scale": ("dsyolo.commands.scale", "train at several sizes, and report how it scales"),
 }
 
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == [TRAIN]:
         outlive_readers()  # before train.py is imported, as in its own entry: loggers take hold of the streams
-        return import_module(COMMANDS[TRAIN][0]).main(argv[1:])
+        return import_module(COMMANDS[TRAIN][0]).main(argv[1:], f"dsyolo {TRAIN}")
     args = parse(argv)
     try:
         status = args.run(args)

@@ -38,8 +38,8 @@ GRACE_S = 10
 log = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
+def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
+    """Run the command line of `program`; return the exit status.
 
     0; 2 for a mistake of the user's; 65 where the training diverges; 74 where its end could not be saved; 75 after
     SIGTERM, with all saved, and where another run is in its folder; 130 for Ctrl-C. A rank that is lost ends all of
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_log = RunLog(world.rank)
     try:
         with preemption.ends_at_once(world):
-            spec = read(argv, world)
+            spec = read(argv, world, program)
             session = Session(spec, world, run_log)
         return train(spec, world, session)
     except UserError as error:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def read(argv: Sequence[str] | None, world: World) -> RunSpec:
+def read(argv: Sequence[str] | None, world: World, program: str = "train.py") -> RunSpec:
     """Resolve the run, with what it needs to know of this machine and of the run's folder.
 
     Raises:
@@ -78,6 +78,7 @@ def read(argv: Sequence[str] | None, world: World) -> RunSpec:
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
     return resolve(
         argv,
+        program,
         world_size=world.size,
         accelerator=accelerator,
         plan=lambda config, source, *rest: plan_config(

@@ -36,15 +36,15 @@ def test_every_command_has_help(name, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
     assert end.value.code == 0
-    assert "usage: " in capsys.readouterr().out
+    assert f"usage: dsyolo {name} " in capsys.readouterr().out
 
 
 def test_train_is_the_entry_of_train_py(monkeypatch):
     given = []
     monkeypatch.setattr(cli, "outlive_readers", lambda: given.append("streams"))
-    monkeypatch.setattr(train, "main", lambda argv: given.append(argv) or 7)
+    monkeypatch.setattr(train, "main", lambda *args: given.extend(args) or 7)
     assert cli.main(["train", "--data", "x", "--", "--help"]) == 7
-    assert given == ["streams", ["--data", "x", "--", "--help"]]
+    assert given == ["streams", ["--data", "x", "--", "--help"], "dsyolo train"]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class GroundTruth(NamedTuple):
     """The labels of one image in its own pixels, and the transform from it to the network's input."""
 
     image_id: int  # index in the data set
-    size_hw: tuple[int, int]  # of the original image
+    size_hw: tuple[int, int]  # height and width of the original image
     boxes_xyxy: np.ndarray  # (N, 4) float32, pixels of the original image
     classes: np.ndarray  # (N,) int64
     scale: float  # input pixels per original pixel
@@ -72,5 +72,5 @@ class StepStats(NamedTuple):
 
     losses: torch.Tensor  # (3,) float32: box, objectness, class; each times its gain, per image
     grad_norm: torch.Tensor | float | None  # before clipping; None if the engine does not know it
-    num_images: int  # of the global batch
+    num_images: int  # images of the global batch
     was_applied: bool = True  # False: gradients were not finite, and the weights are unchanged

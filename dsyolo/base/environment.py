@@ -24,7 +24,7 @@ class Environment(NamedTuple):
     master_port: int | None
     accelerator: str | None  # DS_ACCELERATOR; None: DeepSpeed chooses
     cache: Path  # for files that can be made again: $XDG_CACHE_HOME, else ~/.cache
-    under_torchrun: bool = False  # whose agents keep the rendezvous' store, and end all ranks if one fails
+    under_torchrun: bool = False  # its agents keep the rendezvous' store, and end all ranks if one fails
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -96,7 +96,9 @@ def _from_srun(given: Mapping[str, str], problems: list[str]) -> tuple[int, int,
     size = _number(given, "SLURM_STEP_NUM_TASKS", 1, problems)
     per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "")
     if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", per_node):
-        problems.append(f"SLURM_STEP_TASKS_PER_NODE: {per_node!r} given, but it must be like 8(x2),4.")
+        problems.append(
+            f"SLURM_STEP_TASKS_PER_NODE: {per_node!r} given, but it must look like 8(x2),4. Start ranks with srun."
+        )
         per_node = "1"
     counts = [
         int(count)

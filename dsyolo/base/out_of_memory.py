@@ -7,7 +7,7 @@ _MESSAGES = ("can't allocate memory", "out of memory", "bad_alloc", "could not c
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the device or on the host."""
+    """Return whether an allocation failed, on the device or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)

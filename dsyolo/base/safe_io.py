@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-MOST_TEXT_BYTES = 4 << 20  # of a settings file; 20,000 class names take a tenth
+MOST_TEXT_BYTES = 4 << 20  # limit for a settings file; 20,000 class names take a tenth
 CUT = 200  # characters of a value in a message
 
 _ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
@@ -36,7 +36,7 @@ def read_bytes(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
-    """Read a UTF-8 file, as `read_bytes`, with or without a byte order mark. Raise UnicodeDecodeError too."""
+    """Read a UTF-8 file with or without a BOM. Raise what `read_bytes` raises, and UnicodeDecodeError."""
     return read_bytes(path, most_bytes).decode("utf-8-sig")
 
 
@@ -101,7 +101,7 @@ def pickled(path: Path) -> str | None:
 
 
 def _is_old_pickle(data: bytes) -> bool:
-    """Whether data are a pickle of protocol 0 or 1, which have no signature: all operations must parse."""
+    """Return whether data are a pickle of protocol 0 or 1, which have no signature: all operations must parse."""
     try:
         return sum(1 for _ in pickletools.genops(data)) > 1  # parses, and runs nothing
     except (ValueError, OverflowError, UnicodeDecodeError, IndexError):

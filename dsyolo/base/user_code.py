@@ -15,7 +15,7 @@ from dsyolo.base.errors import UserError
 
 
 def is_reference(name: str) -> bool:
-    """Whether `name` has the form `MODULE:NAME` or `FILE.py:NAME`."""
+    """Return whether `name` has the form `MODULE:NAME` or `FILE.py:NAME`."""
     return ":" in name
 
 

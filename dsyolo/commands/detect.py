@@ -1,4 +1,4 @@
-"""`dsyolo detect`: draw the objects that a network finds in images."""
+"""`dsyolo detect`: detect objects in images and draw them."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _pictures(images: Sequence[Path], out: Path) -> dict[Path, Path]:
         if picture.exists() and _file_id(picture) in inputs:
             problems.append(f"{picture}: it is one of the images given. Name another folder by --out.")
         elif other := image_of.get(picture):
-            remedy = "Give them one after the other, each with its own --out"
-            problems.append(f"{picture}: both {other} and {path} would go there. {remedy}.")
+            remedy = "Run them separately, each with its own --out"
+            problems.append(f"{picture}: both {other} and {path} would be written there. {remedy}.")
         pictures[path], image_of[picture] = picture, path
     if problems:
         more = [f"and {len(problems) - MOST_PROBLEMS} more."] if len(problems) > MOST_PROBLEMS else []

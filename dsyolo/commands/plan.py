@@ -15,7 +15,7 @@ from dsyolo.config.spec import PRECISIONS
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, read_bytes, read_gpus, read_rate, typical_device
 from dsyolo.planner.strategy import OPTIMIZERS
 
-BANDWIDTH = "3GB/s"  # of 25 Gbit/s Ethernet
+BANDWIDTH = "3GB/s"  # the rate of 25 Gbit/s Ethernet
 MAX_RANKS = 2**16
 BOUNDS = {"nodes": (1, 1024), "global-batch": (1, 2**16), "classes": (1, 10**4), "imgsz": (1, 2**13)}
 
@@ -37,13 +37,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gpu", type=str.upper, choices=DEVICES, metavar="NAME", help=text)
     text = "host memory of each node, for offload: 256GiB (default: not checked)"
     add("--host-memory", "--host_memory", metavar="M", help=text)
-    add("--classes", type=int, default=80, metavar="N", help="classes of the data set (default: 80)")
+    text = "classes of the data set (default: 80)"
+    add("--classes", "--num-classes", "--num_classes", type=int, default=80, metavar="N", help=text)
     add("--optimizer", choices=OPTIMIZERS, default="SGD", help="default: SGD")
-    add("--precision", choices=PRECISIONS, help="only this one (default: all that the GPU has)")
-    add("--no-ema", "--no_ema", action="store_true", help="without averaged weights")
+    add("--precision", choices=PRECISIONS, help="only this precision (default: all that the GPU has)")
+    add("--no-ema", "--no_ema", action="store_true", help="plan without EMA")
     add("--json", action="store_true", help="print all strategies as JSON, and nothing else")
-    add("--write", type=Path, metavar="FILE", help="write the recommended one as DeepSpeed JSON")
-    add("--force", action="store_true", help="overwrite another file")
+    add("--write", type=Path, metavar="FILE", help="write the recommended strategy as DeepSpeed JSON")
+    add("--force", action="store_true", help="overwrite an existing file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,7 +92,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
         try:
             return reader(text)
         except ValueError as error:
-            problems.append(f"--{option}: {text!r} given, but it must be {error}. Correct it.")
+            problems.append(f"--{option}: {text!r} given, but it must be {error}.")
             return default
 
     gpus, memory = read("gpus", args.gpus, read_gpus, (1, GIB))

@@ -1,4 +1,4 @@
-"""`dsyolo sample`: draw a small synthetic data set to try things with."""
+"""`dsyolo sample`: generate a small synthetic data set."""
 
 import argparse
 from pathlib import Path

@@ -32,13 +32,13 @@ NUMBERS: dict[str, tuple[float | None, int, int, str]] = {
     "imgsz": (640, 64, 8192, "image size in pixels"),
     "micro_batch": (None, 1, 4096, "images of a micro-batch (default: the JSON's)"),
     "accumulation": (None, 1, 4096, "micro-batches of a step and rank (default: the JSON's)"),
-    "steps": (20, 1, 10**5, "least number of measured optimizer steps"),
+    "steps": (20, 1, 10**5, "minimum number of measured optimizer steps"),
     "warmup": (5, 0, 10**5, "steps before them that are not measured"),
     "rounds": (2, 1, 100, "runs of each size, in turn"),
     "threads": (None, 1, 1024, "threads per rank (default: 1 on a CPU)"),
     "workers": (None, 0, 1024, "loader workers per rank (default: as in a run)"),
     "cores": (None, 1, 1024, "cores of this machine for a rank and its workers (default: no limit)"),
-    "timeout": (1800.0, 5, 10**6, "most seconds of a run"),
+    "timeout": (1800.0, 5, 10**6, "maximum seconds of a run"),
     "master_port": (29600, 1024, 65000, "first port for the ranks' rendezvous"),
 }
 
@@ -46,7 +46,7 @@ NUMBERS: dict[str, tuple[float | None, int, int, str]] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options: what is trained, at which sizes, and how long."""
     add = parser.add_argument
-    add("--ranks", required=True, metavar="N,N", help="sizes to run, as 1,2,4")
+    add("--ranks", required=True, metavar="N,N", help="numbers of ranks to run, as 1,2,4")
     strategies = "files in ds_configs/, or paths (default: --deepspeed_config)"
     add("--strategies", metavar="NAME,NAME", help=strategies)
     default = Path("ds_configs/zero1.json")
@@ -106,7 +106,7 @@ def _ranks(text: str, problems: list[str]) -> list[int]:
     parts = text.split(",")
     if all(part.strip().isdecimal() and 1 <= int(part) <= MAX_RANKS for part in parts):
         return sorted({int(part) for part in parts})
-    problems.append(f"--ranks: {text!r} given, but it must be numbers of at least 1, as 1,2,4. Correct it.")
+    problems.append(f"--ranks: {text!r} given, but it must be numbers of 1 to {MAX_RANKS}, as 1,2,4.")
     return []
 
 

@@ -1,4 +1,4 @@
-"""`dsyolo simulate`: count a training on thousands of ranks, without them."""
+"""`dsyolo simulate`: compute what training on thousands of ranks would need, without running it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dsyolo.config.option_checks import model_option, out_of_range
 if TYPE_CHECKING:
     from dsyolo.planner.simulation import SimulatedScale
 
-COCO_IMAGES = 118287  # of COCO's train2017
+COCO_IMAGES = 118287  # images of COCO's train2017
 MOST_RANKS = 4096
 BOUNDS = {
-    "num_classes": (1, 10**4),
+    "classes": (1, 10**4),
     "images": (1, 10**7),
     "global_batch": (1, 2**20),
     "micro_batch": (1, 2**10),
@@ -28,7 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "variant, or FILE.py:FUNCTION (default: yolov5x)"
     add("--model", type=model_option, default="yolov5x", metavar="NAME", help=text)
-    add("--num-classes", "--num_classes", type=int, default=80, metavar="N", help="classes (default: 80)")
+    text = "classes of the data set (default: 80)"
+    add("--classes", "--num-classes", "--num_classes", type=int, default=80, metavar="N", help=text)
     text = "images in the data set (default: COCO's)"
     add("--images", type=int, default=COCO_IMAGES, metavar="N", help=text)
     add("--ranks", default="8,64,512,4096", metavar="N,N", help="numbers of ranks (default: 8,64,512,4096)")
@@ -48,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
         if text.strip().isdecimal() and 1 <= int(text) <= MOST_RANKS:
             ranks.add(int(text))
         else:
-            rule = f"each is a number from 1 to {MOST_RANKS}. Correct it"
+            rule = f"each must be a number from 1 to {MOST_RANKS}"
             problems.append(f"--ranks: {text!r} given, but {rule}.")
     if problems:
         raise UserError("The command line cannot be used", problems)
     found = simulate(
-        args.model, args.num_classes, args.images, sorted(ranks), args.global_batch, args.micro_batch
+        args.model, args.classes, args.images, sorted(ranks), args.global_batch, args.micro_batch
     )
     print(json.dumps([one.to_json() for one in found], indent=1) if args.json else _table(found))
     return 0 if all(one.coverage[1:] == (1, 1) for one in found) else 1

@@ -31,9 +31,9 @@ def add_weights_options(parser: argparse.ArgumentParser, *, score: float, iou: f
     add("--weights", type=Path, required=True, metavar="FILE", help="a .safetensors file of a run")
     add("--model", type=model_option, metavar="FILE.py:FUNCTION", help="for weights of your own network")
     add("--imgsz", type=int, metavar="N", help="image size in pixels (default: of the training)")
-    add_number(parser, "--score_threshold", score, "least score of a detection")
-    add_number(parser, "--iou_threshold", iou, "IoU of NMS")
-    add_number(parser, "--max_detections", 300, "most detections per image")
+    add_number(parser, "--score_threshold", score, "minimum score of a detection")
+    add_number(parser, "--iou_threshold", iou, "IoU threshold of NMS")
+    add_number(parser, "--max_detections", 300, "maximum detections per image")
 
 
 def add_number(

@@ -26,18 +26,20 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
     return read_command_line(argv)[0]
 
 
-def read_command_line(argv: Sequence[str] | None = None) -> tuple[RunConfig, ResumePoint | None]:
-    """Read a command line (None: of this process); return the run and where it resumes.
+def read_command_line(
+    argv: Sequence[str] | None = None, program: str = "train.py"
+) -> tuple[RunConfig, ResumePoint | None]:
+    """Read a command line (None: of this process); return the run and where it resumes. The help names `program`.
 
     Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
-    `config.yaml` of the run that goes on, then the defaults.
+    `config.yaml` of the resumed run, then the defaults.
 
     Raises:
         UserError: unknown options, values out of range, missing files: all of them at once.
     """
     problems: list[str] = []
     fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
-    given = read_options({**fields, **Recipe.model_fields}, argv, problems)
+    given = read_options({**fields, **Recipe.model_fields}, argv, problems, program)
     point = _resume_point(given, problems)
     resumes = point is not None or given.get("resume") == "always"
     base = point.config.dump() if point else {}
@@ -67,7 +69,7 @@ def _resume_point(given: Mapping[str, Any], problems: list[str]) -> ResumePoint 
     folder = Path(*(given.get(key, fields[key].default) for key in FOLDER_KEYS))
     resume = given.get("resume", fields["resume"].default)
     if resume == "always" and not config_path(folder).is_file():
-        rule = f"{config_path(folder)} does not exist, so there is no run to go on with"
+        rule = f"{config_path(folder)} does not exist, so there is no run to resume"
         problems.append(f"--resume: {rule}. Check --project and --name, or leave --resume out.")
         return None
     return resume_point(resume, folder)
@@ -122,15 +124,15 @@ def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
 
 
 def read_options(
-    fields: Mapping[str, FieldInfo], argv: Sequence[str] | None, problems: list[str]
+    fields: Mapping[str, FieldInfo], argv: Sequence[str] | None, problems: list[str], program: str
 ) -> dict[str, Any]:
     """Return the options given, by field; `none` and `auto` are None where a field may be None.
 
-    An argument that is no option is a problem. An option without its value raises UserError, `--help` exits with 0.
+    An argument that is not an option is a problem. An option without its value raises UserError, `--help` exits with 0.
     """
     flags = {key for key, field in fields.items() if field.annotation is bool}
     argv = [_canonical(one, flags) for one in (sys.argv[1:] if argv is None else argv)]
-    known, unknown = _build_parser(fields).parse_known_args(argv)
+    known, unknown = _build_parser(fields, program).parse_known_args(argv)
     was_option = False
     for one in unknown:
         if one.startswith("--"):
@@ -154,9 +156,9 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _build_parser(fields: Mapping[str, FieldInfo]) -> argparse.ArgumentParser:
+def _build_parser(fields: Mapping[str, FieldInfo], program: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        usage="train.py --data FILE [options]",
+        usage=f"{program} --data FILE [options]",
         description="Train a YOLOv5 detector under DeepSpeed.",
         epilog="The DeepSpeed JSON sets how the training runs: batch sizes, precision, ZeRO, optimizer, lr.",
         argument_default=argparse.SUPPRESS,
@@ -181,16 +183,19 @@ def _option(field: FieldInfo) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction, "help": f"{field.description} (default: {default})"}
     if field.is_required():
         return {"metavar": "FILE", "help": f"{field.description} (required)"}
-    default = "none" if field.default is None else field.default
-    choices = choices_of(field)
-    text = f"{field.description}{': ' + ', '.join(choices) if choices else ''} (default: {default})"
+    default = extra_of(field, "unset") if field.default is None else field.default
+    text, choices = str(field.description), choices_of(field)
+    if not all(choice in text for choice in choices):
+        text += f": {', '.join(choices)}"
     if alone := extra_of(field, "alone"):
-        text += f"; {alone} without a value"
+        text += f". Without a value: {alone} (default: {default})"
         return {"nargs": "?", "const": alone, "metavar": "TEXT", "help": text}
+    text += f" (default: {default})"
     return {"metavar": {int: "N", float: "X"}.get(plain_type(field), "TEXT"), "help": text}
 
 
 def _canonical(argument: str, flags: Iterable[str]) -> str:
+    """Return an argument with the option's name as argparse knows it: --save-every is --save_every, --no_ema --no-ema."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")

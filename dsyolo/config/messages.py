@@ -37,7 +37,7 @@ def validate(
             if field is None:
                 problems.append(unknown(key))
             elif fault["type"] == "missing":
-                problems.append(f"{prefix}{key}: missing.")
+                problems.append(f"{prefix}{key}: missing. Give the {field.description}.")
             elif fault["type"] == "value_error":
                 problems.append(f"{prefix}{key}: {fault['ctx']['error']}")
             else:
@@ -82,7 +82,9 @@ def rule_of(field: FieldInfo) -> str:
     limits = _limits(field)
     if "min_length" in limits:
         return "a name, not empty"
-    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(plain_type(field), "text")
+    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(
+        plain_type(field), "a string"
+    )
     names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = " and ".join(f"{names[key]} {limits[key]}" for key in names if key in limits)
     return f"{kind}{', ' + bounds if bounds else ''}"

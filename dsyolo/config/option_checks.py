@@ -23,7 +23,7 @@ def out_of_range(args: argparse.Namespace, bounds: Mapping[str, tuple[int, int]]
         value = getattr(args, option.replace("-", "_"))
         if value is not None and not least <= value <= most:
             given = str(value).removesuffix(".0")
-            problems.append(f"--{option}: {given} given, but it must be {least} to {most}. Correct it.")
+            problems.append(f"--{option}: {given} given, but it must be between {least} and {most}.")
     return problems
 
 

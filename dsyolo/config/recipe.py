@@ -16,13 +16,21 @@ PRESETS = ("low", "med", "high")
 
 
 def knob(
-    default: Any, text: str, group: str, *, learned: bool = False, alone: str = "", **limits: Any
+    default: Any,
+    text: str,
+    group: str,
+    *,
+    learned: bool = False,
+    alone: str = "",
+    unset: str = "none",
+    **limits: Any,
 ) -> Any:
     """Describe a field: its default, help text, help group, whether it changes what is learned, and its limits.
 
-    `alone` is the value of the option where the command line gives none.
+    `alone` is the value of the option when it is given without one (argparse's const), `unset` what the help calls a
+    default of None.
     """
-    extra: dict[str, Any] = {"group": group, "learned": learned, "alone": alone}
+    extra: dict[str, Any] = {"group": group, "learned": learned, "alone": alone, "unset": unset}
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
 
@@ -56,15 +64,15 @@ class Recipe(BaseModel):
     box: float = _loss(0.05, "gain of the box loss", ge=0)
     cls: float = _loss(0.5, "gain of the class loss", ge=0)
     obj: float = _loss(1.0, "gain of the objectness loss", ge=0)
-    cls_pw: float = _loss(1.0, "positive weight of the class loss", gt=0)
-    obj_pw: float = _loss(1.0, "positive weight of the objectness loss", gt=0)
+    cls_pw: float = _loss(1.0, "weight of positives in the class loss", gt=0)
+    obj_pw: float = _loss(1.0, "weight of positives in the objectness loss", gt=0)
     fl_gamma: float = _loss(0.0, "gamma of the focal factor, 0 for none", ge=0, le=10)
     label_smoothing: float = _loss(0.0, "epsilon of label smoothing", ge=0, lt=1)
     anchor_t: float = _loss(4.0, "largest ratio of box to anchor sides", gt=1)
 
-    hsv_h: float = _augment(0.015, "gain of the hue", ge=0, le=1)
-    hsv_s: float = _augment(0.7, "gain of the saturation", ge=0, le=1)
-    hsv_v: float = _augment(0.4, "gain of the brightness", ge=0, le=1)
+    hsv_h: float = _augment(0.015, "largest relative change of the hue", ge=0, le=1)
+    hsv_s: float = _augment(0.7, "largest relative change of the saturation", ge=0, le=1)
+    hsv_v: float = _augment(0.4, "largest relative change of the brightness", ge=0, le=1)
     degrees: float = _augment(0.0, "largest rotation in degrees", ge=0, le=180)
     translate: float = _augment(0.1, "largest shift as a fraction of the image's side", ge=0, lt=1)
     scale: float = _augment(0.5, "largest change of scale, as in 1 +- scale", ge=0, lt=1)

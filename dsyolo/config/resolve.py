@@ -29,7 +29,7 @@ class PlannedConfig(NamedTuple):
     val_images: int | None = None  # the most that can be validated at a time, where that was planned
 
 
-# Of a run, its JSON (None: all is planned), its number of classes, the global batch of the run that goes on.
+# Takes the run, its JSON (None: plan all of it), the number of classes and the global batch of the resumed run.
 Planner = Callable[[RunConfig, JsonSource | None, int, int | None], PlannedConfig]
 
 
@@ -42,19 +42,20 @@ class RunSpec:
     data: DataSpec
     folder: Path
     activations: ActivationPlan
-    resume: ResumePoint | None = None  # None: it begins anew
+    resume: ResumePoint | None = None  # None: start from scratch
     planned: tuple[str, ...] = ()  # what the JSON left to the machine, as lines for the start of the run
-    # That it starts from. They are maps of the file: page cache, and no memory of the process's own.
+    # The weights that it starts from: maps of the file, so page cache and not memory of the process.
     weights: GivenWeights | None = field(default=None, repr=False, compare=False)
 
     @property
     def resumes(self) -> bool:
-        """Whether it begins at a checkpoint."""
+        """Return whether the run begins at a checkpoint."""
         return self.resume is not None
 
 
 def resolve(
     argv: Sequence[str] | None,
+    program: str,
     *,
     world_size: int,
     accelerator: str,
@@ -66,6 +67,7 @@ def resolve(
 
     Args:
         argv: the command line; None: of this process.
+        program: its name in the help.
         world_size: ranks of the run, all hosts together.
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         plan: fills in what the DeepSpeed JSON leaves to the machine.
@@ -75,10 +77,9 @@ def resolve(
     Raises:
         UserError: something in it cannot be used.
     """
-    run, resume = read_command_line(argv)
-    if fault := image_size_fault(
-        run.imgsz, run.model, size_multiple_px(run.model)
-    ):  # of a user's own network
+    run, resume = read_command_line(argv, program)
+    # A user's own network is checked only here:
+    if fault := image_size_fault(run.imgsz, run.model, size_multiple_px(run.model)):
         raise UserError("This run cannot start", [f"--imgsz: {fault}"])
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)

@@ -8,21 +8,21 @@ from dsyolo.config.run_config import RunConfig
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The run that goes on, as its folder was when it was read."""
+    """The run to resume, as its folder was when it was read."""
 
     folder: Path
     config: RunConfig  # its settings so far
-    version: tuple[int, int, int]  # of config.yaml: inode, size and time of change
+    version: tuple[int, int, int]  # inode, size and time of change of config.yaml
     global_batch: int | None = None  # images in a step so far; None: no checkpoint could be read yet
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of its checkpoints."""
+        """Return the folder of its checkpoints."""
         return self.folder / "checkpoints"
 
 
 def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) -> ResumePoint | None:
-    """Return where a run in `folder` goes on; None where it begins anew.
+    """Return the point to resume from in `folder`; None to start from scratch.
 
     Args:
         resume: the option: never, always, or auto: where there is a checkpoint.

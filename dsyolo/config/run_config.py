@@ -6,6 +6,7 @@ A knob has one owner; `JSON_KNOBS` names the JSON's key for those that people lo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -73,13 +74,17 @@ class RunConfig(BaseModel):
     seed: int = _run(0, "random seed", learned=True, ge=0, lt=2**63)
     hyp: str = _run("low", "recipe: low, med, high or a YAML file")
     resume: Literal["never", "always", "auto"] = _run(
-        "never", "resume PROJECT/NAME where it stopped; auto: if it has a checkpoint", alone="always"
+        "never",
+        "resume PROJECT/NAME: never, always, or auto (resume if there is a checkpoint, else start)",
+        alone="always",
     )
     project: str = _run("runs", "folder of runs", min_length=1)
     name: str = _run("train", "folder of this run inside the project", min_length=1)
 
-    workers: int | None = _machine(None, "loader processes per rank; auto: by the number of cores", ge=0)
-    threads: int | None = _machine(None, "threads per rank; auto: by the number of cores", ge=1)
+    workers: int | None = _machine(
+        None, "loader processes per rank; auto: by the number of cores", unset="auto", ge=0
+    )
+    threads: int | None = _machine(None, "threads per rank; auto: by the number of cores", unset="auto", ge=1)
     recompute: str = _machine(
         "auto",
         "activation checkpointing: none, blocks, as few blocks as fit a budget like 4.5GiB; auto: as in the JSON",
@@ -96,7 +101,7 @@ class RunConfig(BaseModel):
         "start", "when to measure the memory of a step, term by term"
     )
     time_profile: Literal["epochs", "steps", "off"] = _machine(
-        "epochs", "log where the time goes after every epoch; steps: also write each step to steps.json"
+        "epochs", "log the time profile: epochs, steps (also write each step to steps.json), off"
     )
     cache: Literal["none", "ram"] = _machine("none", "where to keep decoded images")
 
@@ -113,20 +118,21 @@ class RunConfig(BaseModel):
     log_every: int = _training(10, "optimizer steps between logged steps", ge=1)
 
     val_batch_size: int = _validation(16, "largest validation batch of a rank, in images", ge=1)
-    score_threshold: float = _validation(0.001, "lowest score of a detection", ge=0, lt=1)
-    iou_threshold: float = _validation(0.6, "IoU of NMS", gt=0, le=1)
-    max_detections: int = _validation(300, "most detections per image", ge=1)
+    score_threshold: float = _validation(0.001, "minimum score of a detection", ge=0, lt=1)
+    iou_threshold: float = _validation(0.6, "IoU threshold of NMS", gt=0, le=1)
+    max_detections: int = _validation(300, "maximum detections per image", ge=1)
     rect_val: bool = _validation(True, "pad validation images to the shape of their batch only")
 
     hook: str | None = _tracking(
-        None, "your own hooks, as my_module:MyHook or my_file.py:MyHook, several with commas"
+        None, "your own hooks, as my_module:MyHook or my_file.py:MyHook, separated by commas"
     )
     writer: str | None = _tracking(
-        None, "your own writers of figures, as my_module:MyWriter, several with commas"
+        None,
+        "your own writers of figures, as my_module:MyWriter or my_file.py:MyWriter, separated by commas",
     )
     wandb: Literal["disabled", "online", "offline"] = _tracking("disabled", "Weights & Biases")
     wandb_project: str = _tracking("dsyolo", "W&B project", min_length=1)
-    wandb_name: str | None = _tracking(None, "W&B name of the run; default: --name")
+    wandb_name: str | None = _tracking(None, "W&B name of the run", unset="--name")
 
     recipe: Recipe = knob(DEFAULT_RECIPE, "", "recipe", learned=True)
 
@@ -141,7 +147,7 @@ class RunConfig(BaseModel):
         model = info.data.get("model")
         if model is None or is_reference(model):  # refused itself; or checked with the network (registry.py)
             return imgsz
-        if fault := image_size_fault(imgsz, model, max_stride(model)):
+        if fault := image_size_fault(imgsz, model, _variant_stride(model)):
             raise ValueError(fault)
         return imgsz
 
@@ -161,7 +167,7 @@ class RunConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """The folder of the run."""
+        """Return the folder of the run."""
         return Path(self.project, self.name)
 
     def dump(self) -> dict[str, Any]:
@@ -195,6 +201,11 @@ def read_recompute(text: str) -> str | int | None:
     return text if text in ("none", "blocks") else None
 
 
+def budget_gib(size: int) -> str:
+    """Return bytes as `read_recompute` reads them, rounded up."""
+    return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
+
+
 def check_model_name(model: str) -> str:
     """Return `model`. Raises ValueError where it is neither a variant nor FILE.py:FUNCTION."""
     if model not in MODELS and not is_reference(model):
@@ -205,7 +216,7 @@ def check_model_name(model: str) -> str:
 
 
 def image_size_fault(size_px: int, model: str, multiple: int, times: int = 2) -> str | None:
-    """Return the fault of a size that is no multiple, or less than `times` the multiple; None for a size that fits."""
+    """Return why a size is not a multiple of `multiple`, or is less than `times` of it; None for a size that fits."""
     if size_px % multiple == 0 and size_px >= times * multiple:
         return None
     below = max(size_px // multiple, times) * multiple
@@ -214,7 +225,7 @@ def image_size_fault(size_px: int, model: str, multiple: int, times: int = 2) ->
     return f"{size_px} given, but the images of {model} {rule}. Set it to {below}{above}."
 
 
-def max_stride(model: str) -> int:
+def _variant_stride(model: str) -> int:
     """Return the pixels of the input per cell of the coarsest level: 32, or 64 for the P6 variants."""
     return 64 if model.endswith("6") else 32
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number, by DeepSpeed's name of its type
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number, by DeepSpeed's name of its type
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class BatchPlan:
 
     @property
     def global_batch(self) -> int:
-        """Images in an optimizer step."""
+        """Return the images in an optimizer step."""
         return self.micro * self.accumulation * self.dp_size
 
     @property
     def share(self) -> int:
-        """Images of a data-parallel rank in an optimizer step."""
+        """Return the images of a data-parallel rank in an optimizer step."""
         return self.micro * self.accumulation
 
     def with_micro(self, micro: int) -> BatchPlan:
@@ -45,12 +45,12 @@ class Precision:
 
     @property
     def is_autocast(self) -> bool:
-        """Whether torch casts fp32 weights for each operation."""
+        """Return whether torch casts fp32 weights for each operation."""
         return self.compute != self.params
 
     @property
     def name(self) -> str:
-        """fp32, autocast_bf16, autocast_fp16, bf16 or fp16."""
+        """Return fp32, autocast_bf16, autocast_fp16, bf16 or fp16."""
         return f"autocast_{self.compute}" if self.is_autocast else self.compute
 
     @property
@@ -105,7 +105,7 @@ class OptimizerSpec:
 
     @property
     def momentum(self) -> float:
-        """SGD's momentum; 0 where there is none."""
+        """Return SGD's momentum; 0 where there is none."""
         return float(self.params.get("momentum", 0.0))
 
     @property
@@ -119,7 +119,7 @@ class OffloadSpec:
 
     optimizer: str | None = None
     params: str | None = None
-    optimizer_folder: str | None = None  # of the files, under `nvme`
+    optimizer_folder: str | None = None  # folder of the files, under `nvme`
     params_folder: str | None = None
     activations: bool = False  # the inputs of recomputed blocks wait in host memory
 
@@ -137,7 +137,7 @@ class Parallelism:
     """How a training is divided among ranks, and what it saves of memory."""
 
     zero_stage: int = 0
-    stages: int = 1  # of the pipeline; 1: none
+    stages: int = 1  # stages of the pipeline; 1: no pipeline
     partition: str | tuple[int, ...] = "balanced"  # or the layer index at which each further stage begins
     offload: OffloadSpec = OffloadSpec()
     recompute: str | int = "none"  # or "blocks", or bytes: the fewest blocks that fit these in a micro-batch

@@ -26,7 +26,7 @@ SECTION_LIMITS_S = {"data": 120}
 class Reply:
     """The reply of a host."""
 
-    sections: dict[str, Answer] = field(default_factory=dict)  # by name
+    sections: dict[str, Answer] = field(default_factory=dict)  # answers by section name
     fault: str = ""  # why it is incomplete
     remedy: str = ""
     status: int | None = None  # exit status of the command; None if it had to be stopped
@@ -42,7 +42,7 @@ class Query(NamedTuple):
     """What Python runs on a host, and the sections that it must print."""
 
     host: str  # its name for ssh, or `LOCAL`
-    arguments: Sequence[str]  # of Python
+    arguments: Sequence[str]  # arguments of Python
     sections: Sequence[str]  # in the order of printing
     source: bytes = b""  # Python's standard input
 
@@ -151,10 +151,11 @@ def _reason(status: int, stderr: str, query: Query, timeout_s: float) -> tuple[s
         return f"Python ended with status {status}: {last}", "Repair the Python environment there."
     command = shlex.join([*ssh_command(query.host, timeout_s), "true"])
     if "verification failed" in stderr:
-        return last, f"Its key is not known here: connect once by hand, or use ssh-keyscan {query.host}."
+        scan = f"ssh-keyscan {query.host} >> ~/.ssh/known_hosts"
+        return last, f"The host key of {query.host} is not known: connect once by hand, or run {scan}."
     if "ermission denied" in stderr:
         return last, f"ssh must work without a password: ssh-copy-id {query.host}. Test it with: {command}"
-    return last, f"This must work without a prompt: {command}"
+    return last, f"Make this command work without a prompt: {command}"
 
 
 async def _tail(stream: asyncio.StreamReader | None, most: int = 4096) -> str:

@@ -40,7 +40,7 @@ class DoctorContext(NamedTuple):
     replies: Mapping[str, Reply]
     source: Mapping[str, Any]  # content of the DeepSpeed JSON; empty without one
     ds: DeepSpeedConfig | None  # None without a JSON, or with one that is refused
-    num_parameters: int | None  # of the model; None without --model
+    num_parameters: int | None  # the model's; None without --model
     master: str | None  # address of the ranks' rendezvous; None if it is not known
 
     @property

@@ -8,7 +8,7 @@ from dsyolo.doctor.ask import ask, probe_query
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, Finding, split_problem
 
-MAX_BUCKETS = 8  # that hosts are asked to list
+MAX_BUCKETS = 8  # buckets that a host is asked to list
 MAX_NAMED = 3  # files in a finding
 
 
@@ -28,7 +28,7 @@ def data_set(context: DoctorContext) -> Iterator[Finding]:
     path = context.options.data
     for host, one in found.items():
         for problem in one.problems:
-            fault, remedy = split_problem(problem, "Correct it.")
+            fault, remedy = split_problem(problem, f"Correct {path}.")
             fault = fault if str(path) in fault else f"{path}: {fault}"
             remedy = f"Make it the same as on {next(iter(usable))}." if usable else remedy
             yield Finding("data", host, FAIL, fault, remedy)

@@ -17,7 +17,7 @@ from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
 from dsyolo.doctor.hosts import Host, ssh_options
 
 SLOW = 1e8  # bytes/s between hosts; a link of 1 Gbit/s carries 1.2e8
-UNEVEN = 0.5  # of the median of all links
+UNEVEN = 0.5  # share of the median bandwidth of all links
 IFNAME = "GLOO_SOCKET_IFNAME"
 # Sections without which no run can start: the check that an error of theirs fails, and the remedy.
 NEEDED = {

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS
 from dsyolo.config.messages import counted
 from dsyolo.doctor.answers import Devices, Disk, Hello
 from dsyolo.doctor.context import DoctorContext, common
@@ -15,7 +15,7 @@ LOW_SHM = 1 << 30  # bytes; the default of a container is 64 MiB
 CACHE = 64 << 20  # bytes of the label cache: some hundred an image
 MAX_SKEW_S = 1.0
 MAX_RANKS_PER_CORE = 8  # each rank takes some 400 MiB before it has a model
-VAL_BATCH, PREFETCHED = 16, 2  # of the validation loader
+VAL_BATCH, PREFETCHED = 16, 2  # settings of the validation loader
 
 
 def slots(context: DoctorContext) -> Iterator[Finding]:

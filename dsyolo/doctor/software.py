@@ -39,7 +39,9 @@ OPTIMIZER_OPS = {
 }
 
 DEFAULT_STAGE = 2  # where users report wrong gradients, and what most JSONs ask for
-TIME_LIMIT_S = 120.0  # of the self-test: importing torch and DeepSpeed from a slow disk takes most of it
+TIME_LIMIT_S = (
+    120.0  # limit of the self-test: importing torch and DeepSpeed from a slow disk takes most of it
+)
 
 
 def python(context: DoctorContext) -> Iterator[Finding]:

@@ -4,7 +4,6 @@ The network runs on fake tensors (shapes without memory) while hooks see what au
 """
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from dsyolo.base.errors import UserError
+from dsyolo.config.run_config import budget_gib
 from dsyolo.config.spec import Precision
 from dsyolo.models.network import Network
 
@@ -149,11 +149,6 @@ def choose(activations: Activations, recompute: str | int, *, offload: bool) -> 
         problem = f"recompute: {recompute / 2**30:.4g}GiB given, but {kept}. {remedy}."
         raise UserError("The activations do not fit their budget", [problem])
     return ActivationPlan(activations, fewest, offload)
-
-
-def budget_gib(size: int) -> str:
-    """Return bytes as a budget of activations is written, rounded up."""
-    return f"{math.ceil(size / 2**30 * 1000) / 1000:.3f}GiB"
 
 
 def count_activations(network: Network, images_shape: Sequence[int], precision: Precision) -> Activations:

@@ -10,7 +10,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, open_batch
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import JsonSource
-from dsyolo.config.deepspeed.optimizers import RECIPE_WEIGHT_DECAY
+from dsyolo.config.deepspeed.optimizer_table import RECIPE_WEIGHT_DECAY
 from dsyolo.config.resolve import PlannedConfig, largest_image_px
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
 from dsyolo.config.spec import PRECISIONS, Precision

@@ -5,9 +5,9 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.batch_sizes import MOST_IMAGES, batch_json, divisors
-from dsyolo.config.deepspeed.optimizers import recipe_params
+from dsyolo.config.deepspeed.optimizer_table import recipe_params
+from dsyolo.config.run_config import budget_gib
 from dsyolo.config.spec import BatchPlan, Precision
-from dsyolo.models.activation_memory import budget_gib
 
 OPTIMIZERS = ("SGD", "AdamW")
 # ZeRO stage, device of the optimizer, device of the parameters

@@ -5,16 +5,16 @@ from dsyolo.scaling.cases import WEAK, Wanted
 from dsyolo.scaling.results import COMPUTING, CaseResult
 
 SOME, MUCH = 0.05, 0.15  # shares worth mentioning, and worth a remedy
-NO_LOSS = 0.02  # of the ideal time; less is noise
+NO_LOSS = 0.02  # share of the ideal time; less is noise
 REMEDY = {
     "data": "raise --workers, use --cache ram, or store smaller images",
     "copy": "use larger micro-batches or pinned memory",
     "communication": "send less often by larger micro-batches or more accumulation, or use a lower ZeRO stage "
     "or faster links",
-    "optimizer": "use a ZeRO stage that shares it, or no offload",
+    "optimizer": "use a ZeRO stage that shards it, or no offload",
     "other": "use larger micro-batches, as it is paid once a step",
 }
-SINGLE_RANK_OPTIMIZER = "use more accumulation, as it is paid once a step, or no offload"
+SINGLE_RANK_OPTIMIZER = "use more accumulation steps (the optimizer runs once per step), or no offload"
 PHASE_TEXT = {
     "data": "waiting for data",
     "copy": "copying to the device",
@@ -56,7 +56,7 @@ def _loss_of_scaling(one: CaseResult, ranks: int, base: CaseResult, base_ranks: 
     ideal_s = base.step_s * share
     over_s = one.step_s - ideal_s
     if over_s < NO_LOSS * ideal_s:
-        return f"Nothing is lost against {counted(base_ranks, 'rank')}."
+        return f"No scaling loss against {counted(base_ranks, 'rank')}."
     grown = {name: one.split_s[name] - base.split_s[name] * share for name in one.split_s}
     parts = ", ".join(
         f"{1000 * seconds:.0f} ms in {PHASE_TEXT[name]}"

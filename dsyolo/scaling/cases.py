@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_sizes, fitted
 from dsyolo.config.deepspeed.config import check
-from dsyolo.config.deepspeed.json_reader import read_json, sane_part, without_auto
+from dsyolo.config.deepspeed.json_reader import read_json, valid_part, without_auto
 from dsyolo.config.run_config import AUTO
 from dsyolo.config.spec import BatchPlan
 from dsyolo.models.registry import has_parameters
@@ -25,7 +25,7 @@ class ScalingStrategy(NamedTuple):
     name: str
     source: Mapping[str, Any]
     stages: int
-    micro_batch: int  # of a data-parallel rank under weak scaling, as `accumulation`
+    micro_batch: int  # images of a data-parallel rank under weak scaling, as `accumulation`
     accumulation: int
     global_batch: int  # under strong scaling
 
@@ -95,15 +95,15 @@ def read_strategy(
     read = read_json(path)
     source, faults = read.content or {}, list(read.problems)
     content, left_open = without_auto(source)
-    sane = sane_part(content, faults)
+    valid = valid_part(content, faults)
     if not micro_batch:
         rule = "it would differ between sizes. Give a number, or --micro_batch"
         faults += [f'{key}: "auto" given, but {rule}.' for key in BATCH_KEYS if (key,) in left_open]
     if faults:
         problems += [f"{path}: {fault}" for fault in faults]
         return None
-    stages = int(sane.get("pipeline", {}).get("stages", 1))
-    train, micro, steps = batch_sizes(sane)
+    stages = int(valid.get("pipeline", {}).get("stages", 1))
+    train, micro, steps = batch_sizes(valid)
     dp_size = max(1, smallest // stages)
     share = train // dp_size if train else None  # images of a data-parallel rank in a step
     micro_given, micro = micro, micro_batch or micro

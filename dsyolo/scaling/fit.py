@@ -21,7 +21,7 @@ from dsyolo.scaling.cases import STRONG, WEAK
 
 SIZES = tuple(2**power for power in range(1, 11))
 DRAWS, SEED, BAND = 300, 0, (5, 95)
-MISFIT = 0.05  # of a measured time: the report warns beyond it
+MISFIT = 0.05  # share of a measured time: the report warns beyond it
 FAR = 4  # times the largest measured size: a prediction beyond it is called a guess
 
 TERMS: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
@@ -46,7 +46,7 @@ class Fit(NamedTuple):
     """The fit of one strategy under one scaling."""
 
     formula: str
-    coefficients: dict[str, float]  # of the formula, in seconds; empty where nothing was fitted
+    coefficients: dict[str, float]  # the formula's, in seconds; empty where nothing was fitted
     predictions: list[Prediction]
     reliability: str  # how far to trust the predictions
 

@@ -36,7 +36,7 @@ class CaseResult(NamedTuple):
     checkpoint_s: float
     wall_s: float
     use: Use
-    collectives_a_step: float  # that a rank takes part in
+    collectives_a_step: float  # collectives that a rank takes part in
     collective_mb_a_step: float  # tensors that it hands to them
     comms_logger: dict[str, dict[str, int]]  # the same as DeepSpeed logs them
     about: dict[str, Any]

@@ -33,7 +33,7 @@ MAX_REASON = 300  # characters
 class EndRequest:
     """Record a signal that asks to end, so that the run in progress is ended and the report written."""
 
-    number = 0  # of the first signal; 0: none
+    number = 0  # number of the first signal; 0: none
 
     def __enter__(self) -> EndRequest:
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -54,15 +54,15 @@ class ScalingPlan(NamedTuple):
     """What all trainings share."""
 
     folder: Path
-    options: Sequence[str]  # of train.py
+    options: Sequence[str]  # options of train.py
     warmup: int  # optimizer steps that are dropped
     steps: int  # those that are measured
     hostfile: Path | None
     hosts: Sequence[Host]
     port: int
     timeout_s: float
-    cores_per_rank: int | None  # of this machine, workers included; None: no limit
-    launcher_options: Sequence[str]  # of deepspeed
+    cores_per_rank: int | None  # cores of this machine, workers included; None: no limit
+    launcher_options: Sequence[str]  # options of deepspeed
     end: EndRequest
 
 

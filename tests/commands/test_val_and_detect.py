@@ -89,7 +89,7 @@ def test_two_images_of_one_name_do_not_share_a_picture(place, tmp_path, capsys):
     sources = (tmp_path / "a", tmp_path / "b")
     assert run(place, "detect", "--out", tmp_path / "out", *sources) == 2
     told = capsys.readouterr().err
-    assert f"both {tmp_path}/a/i.jpg and {tmp_path}/b/i.jpg would go there" in told
+    assert f"both {tmp_path}/a/i.jpg and {tmp_path}/b/i.jpg would be written there" in told
     assert not (tmp_path / "out").exists()
     # one image named twice is one image
     assert run(place, "detect", "--out", tmp_path / "out", tmp_path / "a", tmp_path / "a/i.jpg") == 0

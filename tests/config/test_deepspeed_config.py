@@ -14,7 +14,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import schema as ds_keys
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS
 from dsyolo.config.deepspeed.config import MAX_BUCKET_ELEMENTS, DeepSpeedConfig, check
-from dsyolo.config.deepspeed.optimizers import OPTIMIZERS
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import RUN_KEYS
 from dsyolo.models.yolov5 import has_parameters
@@ -60,7 +60,8 @@ def test_the_example_of_the_design(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "  train_batch_size: 256 given, but 16 per GPU x 2 accumulation x 6 ranks = 192. Set it to 192, or "
         "leave it out.\n"
         "  grandient_accumulation_steps: unknown key. Did you mean gradient_accumulation_steps?\n"
-        "  pipeline.stages: 2 with zero_optimization.stage 2. DeepSpeed pipelines allow ZeRO 0 or 1."
+        "  pipeline.stages: 2 given, but DeepSpeed pipelines need ZeRO 0 or 1, and zero_optimization.stage is 2. "
+        "Set it to 1, or remove pipeline."
     )
 
 
@@ -269,7 +270,7 @@ def test_numbers_with_an_exponent_are_whole() -> None:
         ('{\n  "train_batch_size": 64, // images\n}', "line 2, column 27: "),
         ('{\n  "train_batch_size": 64, // images\n}', "JSON has no comments: leave it out."),
         ('{"train_batch_size": 64,}', "Leave out"),
-        ("{'train_batch_size': 64}", 'Texts stand in double quotes: "stage".'),
+        ("{'train_batch_size': 64}", 'Strings need double quotes: "stage".'),
         ('{"bf16": {"enabled": True}}', "line 1, column 22: Expecting value. Write true, false or null."),
         ('{"train_batch_size": NaN}', "NaN is not JSON."),
         (f'{{"train_batch_size": {"9" * 400}}}', "99999999... has 400 digits"),
@@ -416,7 +417,7 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int)
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "nvme_path": "/"}}},
-            'it belongs to the device "nvme"',
+            'it is used only with device "nvme"',
         ),
         (
             {
@@ -451,7 +452,10 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int)
         ({"pipeline": {"stages": 2, "partition": [3, 9]}}, "2 stages need 1 cuts"),
         ({"pipeline": {"stages": 2, "partition": [25]}}, "the network has 25 layers"),
         ({"pipeline": {"stages": 4, "partition": [3, 11, 13]}}, "layers 11 to 12 would have no parameters"),
-        ({"pipeline": {"stages": 2, "partition": "best"}}, '"balanced" or a list of layer indices'),
+        (
+            {"pipeline": {"stages": 2, "partition": "best"}},
+            '"balanced" or an increasing list of layer indices',
+        ),
     ],
 )
 def test_combinations_that_cannot_run(block: dict[str, Any], problem: str) -> None:

@@ -37,7 +37,7 @@ counted(yolov5, "build_yolov5", lambda: built.append(torch.get_default_device().
 from dsyolo.models import weights
 counted(weights, "safe_open")
 from dsyolo.config.deepspeed import config
-counted(config, "sane_part")
+counted(config, "valid_part")
 from dsyolo.planner.predict import Planner
 counted(Planner, "predict")
 from dsyolo import train
@@ -87,7 +87,7 @@ def first(place: Path) -> Counts:
 
 def test_a_run_opens_each_file_once_and_builds_two_networks(place: Path, first: Counts) -> None:
     assert first.of(place / "ds.json", place / "sample/data.yaml", place / "mine.yaml") == [1, 1, 1]
-    assert first.calls["sane_part"] == 1
+    assert first.calls["valid_part"] == 1
     assert sorted(first.built) == ["cpu", "meta"]
 
 
@@ -104,14 +104,14 @@ def test_a_resumed_run_reads_its_settings_once(place: Path, first: Counts) -> No
     assert found.of(place / "ds.json", place / "sample/data.yaml") == [1, 1]
     assert found.of(place / "runs/first/config.yaml") == [1]
     assert found.of(place / "mine.yaml") == [0]  # its values are in config.yaml
-    assert found.calls["sane_part"] == 1
+    assert found.calls["valid_part"] == 1
     assert sorted(found.built) == ["cpu", "meta"]
 
 
 def test_values_that_are_auto_are_filled_in_without_another_look(place: Path) -> None:
     found = run(place, "values", deepspeed_config=place / "auto.json")
     assert found.of(place / "auto.json", place / "sample/data.yaml") == [1, 1]
-    assert found.calls["sane_part"] == 1  # candidates are other batches of the one that was checked
+    assert found.calls["valid_part"] == 1  # candidates are other batches of the one that was checked
     assert found.calls["predict"] >= 1
     assert sorted(found.built) == ["cpu", "meta"]
 
@@ -119,5 +119,5 @@ def test_values_that_are_auto_are_filled_in_without_another_look(place: Path) ->
 def test_a_plan_checks_each_candidate_once(place: Path) -> None:
     found = run(place, "all", deepspeed_config="auto")
     assert found.of(place / "sample/data.yaml") == [1]
-    assert found.calls["sane_part"] == found.calls["predict"] > 1
+    assert found.calls["valid_part"] == found.calls["predict"] > 1
     assert sorted(found.built) == ["cpu", "meta"]

@@ -10,7 +10,7 @@ import pytest
 from dsyolo.config.deepspeed.batch_sizes import batch_json, divisors, fitted, halved
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import read_source
-from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_spec, recipe_params
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_spec, recipe_params
 from dsyolo.config.spec import BYTES, PRECISIONS, BatchPlan, Precision
 
 

@@ -273,7 +273,7 @@ def test_a_small_gpu_gets_the_fewest_recomputed_blocks_and_too_small_a_one_is_to
         ),
         ("--gpus 1x24GiB --bandwidth 25", "--bandwidth: '25' given, but it must be a rate such as 25GB/s"),
         ("--gpus 1x16GiB --precision bf16", "--precision: bf16 given, but a T4 has no bf16"),
-        ("--gpus 1x16GiB --classes 0", "--classes: 0 given, but it must be 1 to 10000"),
+        ("--gpus 1x16GiB --classes 0", "--classes: 0 given, but it must be between 1 and 10000"),
     ],
 )
 def test_mistakes_are_told(capsys, words, told):
@@ -616,7 +616,7 @@ def test_the_simulation_is_printed_and_its_mistakes_told(capsys):
     assert cli.main([*words, "--global-batch", "7", "--json"]) == 0
     assert {row["global_batch"] for row in json.loads(capsys.readouterr().out)} == {8}
     assert cli.main([*words[:-1], "2,none"]) == 2
-    assert "--ranks: 'none' given, but each is a number from 1 to 4096" in capsys.readouterr().err
+    assert "--ranks: 'none' given, but each must be a number from 1 to 4096" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

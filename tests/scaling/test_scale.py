@@ -315,7 +315,7 @@ def test_the_remedy_for_an_optimizer_is_one_that_there_is():
     slow = measured._replace(split_s={**measured.split_s, "optimizer": 0.3 * measured.step_s})
     text = {ranks: bottleneck(slow, ranks, None, ranks, WEAK) for ranks in (1, 2)}
     assert "The optimizer takes 30% of a step: use more accumulation" in text[1]
-    assert "The optimizer takes 30% of a step: use a ZeRO stage that shares it" in text[2]
+    assert "The optimizer takes 30% of a step: use a ZeRO stage that shards it" in text[2]
 
 
 def test_the_markdown_has_even_tables(report):

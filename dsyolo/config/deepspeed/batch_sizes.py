@@ -8,7 +8,7 @@ from dsyolo.config.messages import counted
 from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.spec import BatchPlan
 
-MOST_IMAGES = 2**16  # in a micro-batch: beyond it not even counts of bytes are numbers any more
+MOST_IMAGES = 2**16  # images in a micro-batch: beyond it not even byte counts can be computed
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -72,7 +72,7 @@ def halved(batch: BatchPlan, problems: list[str]) -> BatchPlan | None:
 
 def batch_plan(
     source: Mapping[str, Any],
-    sane: Mapping[str, Any],
+    valid: Mapping[str, Any],
     world_size: int,
     stages: int,
     problems: list[str],
@@ -82,12 +82,12 @@ def batch_plan(
 
     Args:
         source: the JSON as given.
-        sane: the part of it with legal keys and types.
-        saved_batch: global batch of the run that goes on: it stays, and the others are fitted to the ranks.
+        valid: the part of it with legal keys and types.
+        saved_batch: global batch of the resumed run: it stays, and the others are fitted to the ranks.
     """
-    if any(key in source and key not in sane for key in BATCH_KEYS):
+    if any(key in source and key not in valid for key in BATCH_KEYS):
         return None  # refused itself
-    train, micro, steps = batch_sizes(sane)
+    train, micro, steps = batch_sizes(valid)
     dp_size = world_size // stages
     ranks = counted(dp_size, "data-parallel rank" if stages > 1 else "rank")
     if saved_batch and train in (None, saved_batch) and (micro or train):

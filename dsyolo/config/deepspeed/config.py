@@ -13,11 +13,11 @@ from typing import Any
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import rules
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
-from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, sane_part
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, valid_part
 from dsyolo.config.messages import counted
 from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision
 
-GRADIENT_CLIPPING = 10.0  # the recipe's; DeepSpeed's own default, 1.0, would be silently another training
+GRADIENT_CLIPPING = 10.0  # the recipe's; DeepSpeed's own default, 1.0, would silently be another training
 # Read by dsyolo; DeepSpeed gets objects instead.
 OWN_BLOCKS = ("optimizer", "pipeline", "activation_checkpointing")
 
@@ -38,7 +38,7 @@ NO_PRINT = 10**9  # steps between DeepSpeed's own lines; dsyolo's tracker prints
 class DeepSpeedConfig:
     """A checked DeepSpeed JSON on a given number of ranks, with everything resolved that DeepSpeed derives."""
 
-    path: str  # of the file, for messages
+    path: str  # the file, for messages
     world_size: int
     batch: BatchPlan
     precision: Precision
@@ -73,7 +73,7 @@ class DeepSpeedConfig:
 
     @property
     def num_gradient_types(self) -> int:
-        """Types of gradients that are sent: ZeRO has a bucket for each."""
+        """Return the number of types of gradients that are sent: ZeRO has a bucket for each."""
         autocast = self.source["torch_autocast"] if self.precision.is_autocast else {}
         return 2 if autocast.get("lower_precision_safe_modules") else 1
 
@@ -90,7 +90,7 @@ class DeepSpeedConfig:
         out["zero_allow_untested_optimizer"] = True  # SGD is untested for DeepSpeed
         out["zero_force_ds_cpu_optimizer"] = False  # its CPU Adam is a compiled op
         prints = any(out.get(key) for key in PRINTING_KEYS)
-        out.setdefault("log_level", "info" if prints else "warning")  # of DeepSpeed's own lines
+        out.setdefault("log_level", "info" if prints else "warning")  # level of DeepSpeed's own lines
         out.setdefault("steps_per_print", NO_PRINT)
         out.setdefault("timers", {"throughput": {"enabled": False}})
         if self.precision.is_autocast:
@@ -197,7 +197,7 @@ def check(
         layers: of the network's sequence, whether each has parameters, for a pipeline to be checked against it.
         recompute: the option; `auto` leaves it to the JSON.
         halve: take half of the JSON's micro-batch, and twice the accumulation.
-        saved_batch: global batch of the run that goes on. It stays on any ranks that divide it: micro-batch and
+        saved_batch: global batch of the resumed run. It stays on any ranks that divide it: micro-batch and
             accumulation are fitted, where a run that begins must have them right.
         name: of the file that a content comes from.
 
@@ -216,24 +216,24 @@ def check(
     if config.left_open and (open_to := open_batch(source, world_size)):
         source[BATCH_KEYS[0]] = open_to
     faults: list[str] = []
-    sane = sane_part(source, faults)
-    zero_stage = int(sane.get("zero_optimization", {}).get("stage", 0))
-    stages, partition = rules.pipeline(sane, zero_stage, world_size, layers, faults)
-    batch = batch_plan(source, sane, world_size, stages, problems, saved_batch)
+    valid = valid_part(source, faults)
+    zero_stage = int(valid.get("zero_optimization", {}).get("stage", 0))
+    stages, partition = rules.pipeline(valid, zero_stage, world_size, layers, faults)
+    batch = batch_plan(source, valid, world_size, stages, problems, saved_batch)
     problems += faults  # a reader wants those of the batch first
-    runs = rules.optimizer(sane, problems)
-    kinds = rules.precision(sane, accelerator, zero_stage, problems)
-    kinds = rules.data_types(sane, kinds, zero_stage, problems)
-    offloaded = rules.offload(sane, zero_stage, problems)
-    recomputed, offload_activations = rules.activations(sane, stages, recompute, problems)
-    rules.monitors(sane, stages, problems)
+    runs = rules.optimizer(valid, problems)
+    kinds = rules.precision(valid, accelerator, zero_stage, problems)
+    kinds = rules.data_types(valid, kinds, zero_stage, problems)
+    offloaded = rules.offload(valid, zero_stage, problems)
+    recomputed, offload_activations = rules.activations(valid, stages, recompute, problems)
+    rules.monitors(valid, stages, problems)
     if batch and halve:
         batch = halved(batch, problems)
     if problems or batch is None:
         raise cannot_be_used(config.name, world_size, problems)
     offloaded = replace(offloaded, activations=offload_activations)
     parallelism = Parallelism(zero_stage, stages, partition, offloaded, recomputed)
-    clipping = float(sane.get("gradient_clipping", GRADIENT_CLIPPING))
+    clipping = float(valid.get("gradient_clipping", GRADIENT_CLIPPING))
     return DeepSpeedConfig(config.name, world_size, batch, kinds, runs, parallelism, clipping, source)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.optimizers import OPTIMIZERS, optimizer_name
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_name
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Keys, Refused
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.recipe import RECIPE_KEYS
@@ -31,10 +31,10 @@ class _Object(dict[str, Any]):
 class JsonSource:
     """A DeepSpeed JSON as its file was read."""
 
-    name: str  # of the file
+    name: str  # the file's path, or what messages call it
     content: Mapping[str, Any] | None  # without the values that are "auto"; None: it could not be read
     left_open: tuple[tuple[str, ...], ...] = ()  # the paths of these values
-    problems: tuple[str, ...] = ()  # of its syntax
+    problems: tuple[str, ...] = ()  # mistakes in its syntax
 
 
 def read_json(path: str | Path) -> JsonSource:
@@ -119,18 +119,18 @@ def _syntax_remedy(text: str, position: int) -> str:
     if text[position:].startswith(",") and text[position + 1 :].lstrip().startswith(("}", "]")):
         return "Leave out this comma, the last of its block."
     if here.startswith("'"):
-        return 'Texts stand in double quotes: "stage".'
+        return 'Strings need double quotes: "stage".'
     if here.startswith(("True", "False", "None")):
         return "Write true, false or null."
-    return "Correct it there."
+    return "Correct the syntax there."
 
 
 # ---- keys and types
 
 
-def sane_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+def valid_part(source: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return the part of the JSON with legal keys and types; add a problem for each of the others."""
-    return _sane_block(source, _keys_for(source), "", problems)
+    return _valid_block(source, _keys_for(source), "", problems)
 
 
 def without_auto(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
@@ -172,10 +172,10 @@ def _without_auto(
     return rest, found
 
 
-def _sane_block(
+def _valid_block(
     block: Mapping[str, Any], keys: Mapping[str, Any], prefix: str, problems: list[str]
 ) -> dict[str, Any]:
-    sane = {}
+    valid = {}
     for name, value in block.items():
         path, key = prefix + name, keys.get(name)
         if key is None:
@@ -184,16 +184,15 @@ def _sane_block(
             if not key.lets_through(value):
                 problems.append(f"{path}: {shown(value)} given, but {key.reason}")
         elif isinstance(key, JsonSection) and isinstance(value, dict):
-            sane[name] = _sane_block(value, key.keys, f"{path}.", problems)
+            valid[name] = _valid_block(value, key.keys, f"{path}.", problems)
         elif isinstance(key, JsonSection) and value is None and key.may_be_null:
             continue
         elif isinstance(key, JsonKey) and key.keeps(value):
-            sane[name] = value
+            valid[name] = value
         else:
             rule = "a block of keys, in braces" if isinstance(key, JsonSection) else key.rule
-            rule += f". {_type_remedy(value, key)}"
-            problems.append(f"{path}: {shown(value)} given, but it must be {rule}")
-    return sane
+            problems.append(f"{path}: {shown(value)} given, but it must be {rule}{_type_remedy(value, key)}.")
+    return valid
 
 
 def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
@@ -217,8 +216,8 @@ def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
     if isinstance(value, str) and isinstance(key, JsonKey):
         with suppress(ValueError):
             if key.keeps(json.loads(value)):
-                return f"Write {value} without quotes."
-    return "Correct it, or leave it out."
+                return f". Write {value} without quotes"
+    return ". Or leave it out"
 
 
 def shown(value: Any) -> str:

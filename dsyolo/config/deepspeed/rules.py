@@ -1,6 +1,6 @@
 """The rules of the DeepSpeed JSON, one function each. A broken rule adds a line to `problems`.
 
-They get the part of the JSON that `json_reader.sane_part` let through, and so meet only legal keys and types. The
+They get the part of the JSON that `json_reader.valid_part` let through, and so meet only legal keys and types. The
 rules of the batch are in batch_sizes.py.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.config.deepspeed.json_reader import shown
-from dsyolo.config.deepspeed.optimizers import optimizer_name, optimizer_spec
+from dsyolo.config.deepspeed.optimizer_table import optimizer_name, optimizer_spec
 from dsyolo.config.deepspeed.schema import FLOAT16_NAMES
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.run_config import read_recompute
@@ -25,21 +25,21 @@ AUTOCAST_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
 
 
 def pipeline(
-    sane: Mapping[str, Any],
+    valid: Mapping[str, Any],
     zero_stage: int,
     world_size: int,
     layers: Sequence[bool] | None,
     problems: list[str],
 ) -> tuple[int, str | tuple[int, ...]]:
     """Return (stages, partition). An impossible number of stages is refused and counted as 1."""
-    block = sane.get("pipeline", {})
+    block = valid.get("pipeline", {})
     stages = int(block.get("stages", 1))
     given = block.get("partition", "balanced")
     partition = given if isinstance(given, str) else tuple(int(cut) for cut in given)
     before = len(problems)
     if stages > 1 and zero_stage >= 2:
-        rule = "DeepSpeed pipelines allow ZeRO 0 or 1"
-        problems.append(f"pipeline.stages: {stages} with zero_optimization.stage {zero_stage}. {rule}.")
+        rule = f"DeepSpeed pipelines need ZeRO 0 or 1, and zero_optimization.stage is {zero_stage}"
+        problems.append(f"pipeline.stages: {stages} given, but {rule}. Set it to 1, or remove pipeline.")
     if world_size % stages:
         fitting = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         rule = f"the number of ranks, {world_size}, is not a multiple of it"
@@ -47,7 +47,7 @@ def pipeline(
         problems.append(f"pipeline.stages: {stages} given, but {rule}. {remedy}.")
     if isinstance(partition, tuple) and len(partition) != stages - 1:
         rule = f"{stages} stage{'s need' if stages > 1 else ' needs'} {stages - 1} cuts"
-        remedy = 'Give so many, or write "balanced"'
+        remedy = f'Give {stages - 1} cuts, or write "balanced"'
         problems.append(f"pipeline.partition: {len(partition)} cuts given, but {rule}. {remedy}.")
     elif layers and isinstance(partition, tuple):
         _cuts(partition, layers, problems)
@@ -71,10 +71,10 @@ def _cuts(partition: tuple[int, ...], layers: Sequence[bool], problems: list[str
 
 
 def activations(
-    sane: Mapping[str, Any], stages: int, command_line: str, problems: list[str]
+    valid: Mapping[str, Any], stages: int, command_line: str, problems: list[str]
 ) -> tuple[str | int, bool]:
-    """Return (none, blocks or the bytes of a budget, whether the inputs of the blocks wait in host memory)."""
-    block = sane.get("activation_checkpointing", {})
+    """Return the recompute choice ("none", "blocks" or a byte budget) and whether block inputs go to host memory."""
+    block = valid.get("activation_checkpointing", {})
     given = block.get("recompute", command_line)
     path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
     if "recompute" in block and command_line != "auto":
@@ -83,7 +83,7 @@ def activations(
     assert choice is not None, given
     offloads = bool(block.get("cpu_checkpointing", False))
     if offloads and choice == "none":
-        rule = 'it is for the inputs of recomputed blocks, and none is. Set recompute to "blocks"'
+        rule = 'it offloads the inputs of recomputed blocks, and no block is recomputed. Set recompute to "blocks"'
         problems.append(f"activation_checkpointing.cpu_checkpointing: true given, but {rule}.")
     if isinstance(choice, int) and stages > 1:
         rule = "a stage of a pipeline keeps the activations of several micro-batches"
@@ -91,12 +91,12 @@ def activations(
     return choice, offloads
 
 
-def optimizer(sane: Mapping[str, Any], problems: list[str]) -> OptimizerSpec:
+def optimizer(valid: Mapping[str, Any], problems: list[str]) -> OptimizerSpec:
     """Return the optimizer that runs; the recipe's SGD where none is given.
 
     As in DeepSpeed, `Adam` decouples the weight decay, and so is AdamW, unless `adam_w_mode` is false.
     """
-    block = sane.get("optimizer", {})
+    block = valid.get("optimizer", {})
     given = optimizer_name(block.get("type", "SGD"))
     if given is None:
         return optimizer_spec("SGD", {})
@@ -112,9 +112,9 @@ def optimizer(sane: Mapping[str, Any], problems: list[str]) -> OptimizerSpec:
     return spec
 
 
-def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, problems: list[str]) -> Precision:
+def precision(valid: Mapping[str, Any], accelerator: str, zero_stage: int, problems: list[str]) -> Precision:
     """Return the types that the JSON asks for, without `data_types`."""
-    on = [key for key in ("torch_autocast", "bf16", "fp16") if sane.get(key, {}).get("enabled")]
+    on = [key for key in ("torch_autocast", "bf16", "fp16") if valid.get(key, {}).get("enabled")]
     if len(on) > 1:
         rule = f"and so is {' and '.join(f'{key}.enabled' for key in on[1:])}"
         problems.append(f"{on[0]}.enabled: true given, {rule}. One of them can be on.")
@@ -123,17 +123,17 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
         problems.append(f"fp16.enabled: true given, but DeepSpeed has no fp16 on a CPU. {remedy}")
     for key in {"bf16", "fp16"} & set(on):
         if zero_stage == 0:
-            rule = "DeepSpeed then keeps its fp32 weights where no checkpoint finds them. Set the stage to 1"
+            rule = "DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint. Set the stage to 1"
             problems.append(f"{key}.enabled: true with zero_optimization.stage 0, but {rule}.")
     if "torch_autocast" in on:
-        dtype = sane["torch_autocast"].get("dtype")
+        dtype = valid["torch_autocast"].get("dtype")
         if dtype is None:
             rule = "missing, and DeepSpeed has no default"
             problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16" or "float16".')
         if accelerator == "cpu" and dtype in FLOAT16_NAMES:
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
         elif zero_stage > 0 and dtype in FLOAT16_NAMES:
-            # Its norm is of scaled gradients, and an infinite one skips the step before the scaler hears of it.
+            # DeepSpeed checks the norm of the scaled gradients and skips a non-finite step before the scaler sees it.
             rule = f"with zero_optimization.stage {zero_stage} DeepSpeed never lowers its loss scale"
             remedy = 'Use "bfloat16", or fp16.enabled, or stage 0'
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but {rule}. {remedy}.")
@@ -141,12 +141,12 @@ def precision(sane: Mapping[str, Any], accelerator: str, zero_stage: int, proble
     return PRECISIONS[on[0] if on else "fp32"]
 
 
-def data_types(sane: Mapping[str, Any], given: Precision, zero_stage: int, problems: list[str]) -> Precision:
+def data_types(valid: Mapping[str, Any], given: Precision, zero_stage: int, problems: list[str]) -> Precision:
     """Return the precision with the gradients' type of `data_types`.
 
     `data_types` may not contradict the precision, nor take BatchNorm's buffers out of fp32.
     """
-    block, model = sane.get("data_types", {}), given.params
+    block, model = valid.get("data_types", {}), given.params
     for key, dtype, rule in (
         ("param_dtype", model, f"weights are {model} here"),
         ("buffer_dtype", "fp32", "the statistics of BatchNorm stay fp32"),
@@ -158,20 +158,20 @@ def data_types(sane: Mapping[str, Any], given: Precision, zero_stage: int, probl
         rule = f"at ZeRO 0 gradients are summed in the weights' type, {model}"
         remedy = "Leave it out, or set zero_optimization.stage to 1"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
-    is_offloaded = sane.get("zero_optimization", {}).get("offload_optimizer")
+    is_offloaded = valid.get("zero_optimization", {}).get("offload_optimizer")
     if (zero_stage, model, gradients) == (1, "bf16", "fp32") and not is_offloaded:
-        rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights where no checkpoint finds them"
+        rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint"
         remedy = "Leave it out, or set zero_optimization.stage to 2"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     return replace(given, grads=gradients)
 
 
-def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> OffloadSpec:
+def offload(valid: Mapping[str, Any], zero_stage: int, problems: list[str]) -> OffloadSpec:
     """Return where the optimizer's states and the parameters lie."""
     devices: list[str | None] = []
     folders: list[str | None] = []
     for key, (stages, listed) in OFFLOADED.items():
-        path, block = f"zero_optimization.{key}", sane.get("zero_optimization", {}).get(key, {})
+        path, block = f"zero_optimization.{key}", valid.get("zero_optimization", {}).get(key, {})
         device = block.get("device", "none")
         if block and "device" not in block:
             problems.append(f'{path}.device: missing. Write "cpu" or "nvme", or leave the block out.')
@@ -189,32 +189,32 @@ def offload(sane: Mapping[str, Any], zero_stage: int, problems: list[str]) -> Of
 def _folder_fault(path: str | None, device: str) -> str | None:
     """Return what is wrong with the folder of an offload."""
     if device != "nvme":
-        rule = 'it belongs to the device "nvme". Leave it out, or set device'
+        rule = 'it is used only with device "nvme". Leave it out, or set device to "nvme"'
         return f"{shown(path)} given, but {rule}." if path else None
     if path is None:
-        return "missing. Give a folder on a fast local disk; a file of each rank will lie there."
+        return "missing. Give a folder on a fast local disk, for one file per rank."
     if not os.path.exists(path):
         return f"{shown(path)} given, but there is no such folder. Make it, or name another."
     fault = cannot_hold_files(Path(path))
     return f"{shown(path)} given, but {fault}" if fault else None
 
 
-def monitors(sane: Mapping[str, Any], stages: int, problems: list[str]) -> None:
+def monitors(valid: Mapping[str, Any], stages: int, problems: list[str]) -> None:
     """Check what DeepSpeed's own monitors need: TensorBoard a package, files a folder, its timers no pipeline."""
     timed = {
-        "wall_clock_breakdown": bool(sane.get("wall_clock_breakdown")),
-        "flops_profiler.enabled": bool(sane.get("flops_profiler", {}).get("enabled")),
+        "wall_clock_breakdown": bool(valid.get("wall_clock_breakdown")),
+        "flops_profiler.enabled": bool(valid.get("flops_profiler", {}).get("enabled")),
     }
     for path in [path for path, is_on in timed.items() if is_on and stages > 1]:
         rule = "in a pipeline DeepSpeed starts its timers twice, and fails"
         problems.append(f"{path}: true given with pipeline.stages {stages}, but {rule}. Leave it out.")
     outputs = {"csv_monitor": "output_path", "tensorboard": "output_path", "flops_profiler": "output_file"}
     for block, key in outputs.items():
-        path = sane.get(block, {}).get(key)
-        if path and sane[block].get("enabled"):
+        path = valid.get(block, {}).get(key)
+        if path and valid[block].get("enabled"):
             folder = Path(path).parent if key == "output_file" else Path(path)
             if fault := cannot_hold_files(folder):
                 problems.append(f"{block}.{key}: {shown(path)} given, but {fault}")
-    if sane.get("tensorboard", {}).get("enabled") and importlib.util.find_spec("tensorboard") is None:
+    if valid.get("tensorboard", {}).get("enabled") and importlib.util.find_spec("tensorboard") is None:
         rule = "the package tensorboard is not installed"
         problems.append(f"tensorboard.enabled: true given, but {rule}. Install it, or leave the block out.")

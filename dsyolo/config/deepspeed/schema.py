@@ -71,21 +71,21 @@ def number(least: float = 0.0, *, above: bool = False, below: float = math.inf) 
 
 
 def one_of(*values: str) -> JsonKey:
-    """Describe one of these texts."""
+    """Describe one of these strings."""
     names = [json.dumps(value) for value in values]
     return JsonKey(" or ".join(names), lambda v: isinstance(v, str) and v in values)
 
 
 FLAG = JsonKey("true or false", lambda v: isinstance(v, bool))
-TEXT = JsonKey("text in quotes", lambda v: isinstance(v, str))
-TEXTS = JsonKey("a list of texts in quotes", lambda v: isinstance(v, list) and {*map(type, v)} <= {str})
+TEXT = JsonKey("a string", lambda v: isinstance(v, str))
+TEXTS = JsonKey("a list of strings", lambda v: isinstance(v, list) and {*map(type, v)} <= {str})
 BETAS = JsonKey(
     "two numbers of at least 0 and below 1",
     lambda v: isinstance(v, list) and len(v) == 2 and all(_is_number(x) and 0 <= x < 1 for x in v),
 )
 PATTERNS = JsonKey('"auto" or a list of names', lambda v: v == "auto" or TEXTS.keeps(v))
 PARTITION = JsonKey(
-    '"balanced" or a list of layer indices, growing',
+    '"balanced" or an increasing list of layer indices',
     lambda v: (
         v == "balanced" or (isinstance(v, list) and all(whole(1).keeps(x) for x in v) and v == sorted(set(v)))
     ),
@@ -97,7 +97,7 @@ BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
 
 _REMOVED = "DeepSpeed removed it. Leave it out."
-_PLAIN_MEAN = "the loss counts on DeepSpeed's plain mean over ranks. Leave it out."
+_PLAIN_MEAN = "the loss relies on DeepSpeed's plain mean over ranks. Leave it out."
 _OWN_CHECKPOINTS = "dsyolo writes its own checkpoints of named tensors. Leave it out."
 _OWN_TRACKING = "the run configuration owns tracking. Leave it out and use --wandb."
 _OWN_FOLDER = "dsyolo maps files to memory, and needs no compiled op for it. Leave it out."
@@ -121,7 +121,7 @@ _OFFLOAD: Keys = {
     "device": one_of("none", "cpu", "nvme"),
     "pin_memory": FLAG,
     "buffer_count": whole(),
-    "nvme_path": JsonKey("the path of a folder, in quotes", lambda v: isinstance(v, str) and v != ""),
+    "nvme_path": JsonKey("the path of a folder, as a string", lambda v: isinstance(v, str) and v != ""),
 }
 OFFLOAD_OPTIMIZER: Keys = {
     **_OFFLOAD,
@@ -150,7 +150,7 @@ ZERO: Keys = {
     "offload_optimizer": JsonSection(OFFLOAD_OPTIMIZER, may_be_null=True),
     "offload_param": JsonSection(OFFLOAD_PARAM, may_be_null=True),
     "round_robin_gradients": Refused(
-        "it deals weights out in an order that no checkpoint finds. Leave it out."
+        "it deals weights out in an order that dsyolo cannot checkpoint. Leave it out."
     ),
     **{f"stage3_{name}": key for name, key in _STAGE3.items()},
     **{name: _renamed(f"stage3_{name}") for name in _STAGE3},
@@ -217,7 +217,7 @@ _MONITOR = JsonSection({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
 TOP_LEVEL: Keys = {
     **_each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps", whole(1)),
     "gradient_clipping": number(),
-    "optimizer": JsonSection({}),  # its keys follow from its type: optimizers.py
+    "optimizer": JsonSection({}),  # its keys follow from its type: optimizer_table.py
     "zero_optimization": JsonSection(ZERO),
     "fp16": JsonSection(FP16),
     "bf16": JsonSection(BF16),
@@ -239,7 +239,7 @@ TOP_LEVEL: Keys = {
             **_each("profile_step top_modules", whole(1)),
             "recompute_fwd_factor": number(),
             "module_depth": whole(-1),
-            "output_file": JsonKey("text in quotes or null", lambda v: v is None or isinstance(v, str)),
+            "output_file": JsonKey("a string or null", lambda v: v is None or isinstance(v, str)),
         }
     ),
     "comms_logger": JsonSection({**_each("enabled prof_all verbose debug", FLAG), "prof_ops": TEXTS}),
@@ -250,7 +250,7 @@ TOP_LEVEL: Keys = {
     "zero_allow_untested_optimizer": Refused("dsyolo sets it to true. Leave it out.", True),
     "zero_force_ds_cpu_optimizer": Refused("dsyolo sets it to false. Leave it out.", False),
     "managed_gradient_accumulation": Refused(
-        "dsyolo counts on DeepSpeed's accumulation. Leave it out.", True
+        "dsyolo relies on DeepSpeed's accumulation. Leave it out.", True
     ),
     "dataloader_drop_last": Refused("dsyolo has its own loader. Leave it out."),
     **_each("checkpoint nebula", Refused(_OWN_CHECKPOINTS, NEVER)),

@@ -16,7 +16,7 @@ class OptimizerFacts:
 
     # Where the JSON gives none: SGD's are the recipe's (docs/yolov5.md), the others torch's.
     defaults: Mapping[str, Any]
-    keys: Keys  # of `optimizer.params`
+    keys: Keys  # keys of `optimizer.params`
     states: int  # tensors that it keeps for each weight
 
 
