@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class MemoryProfileHook(Hook):
-    """On all ranks.
+    """Reports and measures memory, on all ranks.
 
     Args:
         load: what this rank trains.

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class TimeProfileHook(Hook):
-    """On all ranks. On an accelerator only some steps are measured, so that events cost nothing.
+    """Measures steps on all ranks. On an accelerator only some are measured, so that events cost nothing.
 
     Args:
         in_detail: keep each step of each rank, in steps.json of the run's folder.
