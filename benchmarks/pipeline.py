@@ -24,7 +24,7 @@ from dsyolo.config.deepspeed.config import check
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.optimizer import Schedule
 from dsyolo.models.flops import node_costs
-from dsyolo.models.partition import CPU, balanced_cuts
+from dsyolo.models.pipeline_cuts import CPU, balanced_cuts
 from dsyolo.models.yolov5 import build_yolov5
 
 NUM_CLASSES, NUM_MATCHES = 80, 64

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         return error.status
     except KeyboardInterrupt:
         if world.is_main_process:
-            log.error("Interrupted. --resume goes on from the run's last checkpoint, if it has one.")
+            log.error("Interrupted. --resume continues from the last checkpoint, if there is one.")
         return 130
 
 

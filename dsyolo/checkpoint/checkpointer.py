@@ -58,7 +58,7 @@ class Checkpointer:
         if problem is None:
             return None
         if self._world.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)  # on a full disk, room for the rest of the run
+            shutil.rmtree(part, ignore_errors=True)  # make room on a full disk for the rest of the run
         newest = all_checkpoints(self.folder)[-1:]
         kept = f"The one before, {newest[0].name}, is kept" if newest else "There is none before it"
         return f"The checkpoint of step {progress.step} could not be written: {problem}. {kept}."
@@ -74,7 +74,7 @@ class Checkpointer:
         return first_problem_of_any_rank(problem)
 
     def _begin(self, part: Path) -> None:
-        for old in self.folder.glob(".step_*.part"):  # of runs that were killed
+        for old in self.folder.glob(".step_*.part"):  # killed runs left them
             shutil.rmtree(old, ignore_errors=True)
         part.mkdir(parents=True)
 
@@ -125,7 +125,7 @@ class Checkpointer:
         states = manifest.optimizer_states
         optimizer = type(self._partitions.optimizer).__name__
         if unknown := states - set(FIRST_STATE[optimizer][0]):
-            rule = f"{optimizer} has no such state"
+            rule = f"{optimizer} has no such state. Resume with the optimizer it was saved with"
             raise UserError(headline_of(reader.path), [f"optimizer/{shortened(min(unknown))}: {rule}."])
         kinds = ["param", *(f"optimizer/{state}" for state in sorted(states)), *["ema"] * averaged]
         shapes = {f"{kind}/{name}": one for kind in kinds for name, one in self._partitions.shapes.items()}
@@ -133,15 +133,16 @@ class Checkpointer:
         flat = tuple(buffers.gathered(buffers.flat).shape)
         shapes |= dict.fromkeys(["buffers/network", *["buffers/ema"] * averaged], flat)
         problems = [
-            f"{name}: {found or 'nothing'} in it, but {shape} needed. It belongs to another network or setting."
+            f"{name}: the checkpoint has {found or 'no such tensor'}, but this run needs {shape}. "
+            "It was saved with another network or other settings."
             for name, shape in shapes.items()
             if (found := reader.shape(name)) != shape
         ]
         problems = problems or [
-            f"{name}: {fault}. Take another checkpoint." for name in shapes if (fault := reader.fault(name))
+            f"{name}: {fault}. Use another checkpoint." for name in shapes if (fault := reader.fault(name))
         ]
         problems = problems or [
-            f"{name}: a variance below 0 in it. Take another checkpoint."
+            f"{name}: the checkpoint has a variance below 0. Use another checkpoint."
             for name, value in buffers.named(reader.tensor("buffers/network")).items()
             if name.endswith("running_var") and bool((value < 0).any())
         ]

@@ -40,7 +40,7 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
             if not set_aside:
                 raise
             if path == paths[0]:
-                rule = "No other checkpoint of this run is whole. Put a copy of one here, or start anew under another --name."
+                rule = "No other checkpoint of this run is intact. Copy one here, or start a new run with another --name."
                 faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
                 raise UserError(error.headline, [*faults, rule]) from None
             run_on_rank0_and_broadcast(world, partial(_set_aside, path, error))
@@ -72,4 +72,4 @@ def _set_aside(path: Path, error: UserError) -> None:
     except OSError as failure:
         problems = [*error.problems, f"It cannot be renamed: {failure.strerror}."]
         raise UserError(headline_of(path), problems) from None
-    log.warning("%s\nIt is %s now; the one before it is taken.", error, aside)
+    log.warning("%s\nIt was renamed to %s; the one before it is used.", error, aside)

@@ -17,7 +17,7 @@ from dsyolo.models.weights import is_finite
 
 FORMAT = 1
 REMEDY = "Remove this folder to use the checkpoint before it."
-MOST_COUNT = 2**53  # of images and steps; a float still represents each such number
+MOST_COUNT = 2**53  # images or steps; a float still represents each such number
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
 MOST_MANIFEST_BYTES = 16 << 20  # half a MiB is the largest network's, saved by a thousand ranks
 _FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
@@ -32,8 +32,8 @@ class Manifest(BaseModel):
     progress: TrainState
     optimizer_scalars: dict[str, float]
     ema_updates: int
-    loss_scale: dict[str, float] = {}  # of fp16; see LossScale.state
-    is_best: bool = False  # of the epochs validated so far
+    loss_scale: dict[str, float] = {}  # under fp16; see LossScale.state
+    is_best: bool = False  # the best of the epochs validated so far
     files: dict[str, str]  # file name -> sha256
     tensors: dict[str, str]  # tensor name -> file name
 
@@ -71,20 +71,27 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
         what = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise UserError(headline, [f"progress.json cannot be read ({what}). {REMEDY}"]) from None
     if manifest.format != FORMAT:
-        raise UserError(headline, [f"it has format {manifest.format}, but this dsyolo reads {FORMAT}."])
+        raise UserError(
+            headline,
+            [
+                f"it has format {manifest.format}, but this dsyolo reads {FORMAT}. Use the dsyolo version that wrote it."
+            ],
+        )
     if not _is_possible(manifest):
-        raise UserError(headline, ["progress.json has numbers that no run has. Take another copy."])
+        raise UserError(
+            headline, ["progress.json has numbers that no run has. Copy the file again, or use another."]
+        )
     for name in {*manifest.files, *manifest.tensors.values()}:
         if not _FILE.fullmatch(name) or name not in manifest.files or (path / name).is_symlink():
             rule = f"{shortened(name)}: progress.json may name only safetensors files in its own folder, and no links"
-            raise UserError(headline, [f"{rule}. Take no checkpoint from whoever made this one."])
+            raise UserError(headline, [f"{rule}. Do not use checkpoints from this source."])
     if verify and (damaged := damaged_files(path, manifest, manifest.files)):
         raise UserError(headline, damaged)
     return manifest
 
 
 def _is_possible(manifest: Manifest) -> bool:
-    """Whether a run can have reached these numbers."""
+    """Return whether a run can have reached these numbers."""
     now, scale, tracking = manifest.progress, manifest.loss_scale, manifest.progress.tracking
     totals = (now.total_steps, now.epochs, now.num_images, now.global_batch)
     if not all(0 < total < MOST_COUNT for total in totals):
@@ -152,7 +159,7 @@ class Reader:
             raise UserError(headline_of(path), [f"a file is damaged ({error})."]) from None
         if lost := [name for name, file in self._where.items() if name not in names[file]]:
             rule = f"{lost[0]}: progress.json says it is in {self._where[lost[0]]}, and it is not"
-            raise UserError(headline_of(path), [f"{rule}. Take another copy."])
+            raise UserError(headline_of(path), [f"{rule}. Copy the file again, or use another."])
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return a tensor's shape; None if there is no such tensor."""

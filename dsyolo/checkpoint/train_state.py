@@ -16,7 +16,7 @@ class TrainState(BaseModel):
 
     total_steps: int
     epochs: int
-    num_images: int  # of the training split
+    num_images: int  # images of the training split
     global_batch: int
     seed: int
     step: int = 0  # optimizer steps done
@@ -25,9 +25,9 @@ class TrainState(BaseModel):
     best_fitness: float = -1.0
     best_epoch: int = -1
     stopped_early: bool = False
-    skipped_in_a_row: int = 0  # steps, up to now
-    tracking: dict[str, Any] = {}  # the states of all hooks, the metrics hook's (the tracker's) among them
-    settings: dict[str, Any] = {}  # that a resumed run must repeat, by the names that users know
+    skipped_in_a_row: int = 0  # the last steps, up to now
+    tracking: dict[str, Any] = {}  # the states of all hooks; the key in checkpoints stays
+    settings: dict[str, Any] = {}  # what a resumed run must repeat, by the names that users know
 
     def advance(self, stats: StepStats) -> TrainState:
         """Count one more optimizer step."""

@@ -23,12 +23,12 @@ import torch.distributed as torch_dist
 from dsyolo.cluster.shared_fs import appears
 
 LIFE_S = 50  # then it ends itself, since nobody may be left to do it
-WAIT_S = 20  # for the other ranks, which may import torch from a slow disk
+WAIT_S = 20  # the other ranks may import torch from a slow disk
 CONNECT_S = 3
 PINGS = 30
 LEAST_BYTES, MOST_BYTES = 1 << 18, 1 << 25  # doubled until a message takes MESSAGE_S
 MESSAGE_S = 0.1
-LAST = -1  # as a size: no more messages
+LAST = -1  # a size that means: no more messages
 
 
 def main(request: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch.distributed as torch_dist
 
 STATUS = 70  # exit status of all ranks when one is lost: EX_SOFTWARE of sysexits.h
-LOGGING_S = 5.0  # for the last message of a process
+LOGGING_S = 5.0  # most seconds for the last message of a process
 log = logging.getLogger(__name__)
 
 

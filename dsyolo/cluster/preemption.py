@@ -18,14 +18,14 @@ from dsyolo.cluster.world import World
 
 STATUS = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of sysexits.h
 POLL_S = 1.0
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler; of a terminal or an ssh session that ends
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's; a terminal's or an ssh session's that ends
 END = 0  # ends the listening thread; no signal has this number
 # The program that starts `deepspeed.launcher.launch` on one machine: a script, or a module after python -m.
 _RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
 
 
 class Preempted(Exception):
-    """A rank was asked to stop. Raised on all ranks at the same step."""
+    """A rank was requested to stop. Raised on all ranks at the same step."""
 
 
 class PreemptionHandler:
@@ -36,46 +36,50 @@ class PreemptionHandler:
     """
 
     def __init__(self, world: World) -> None:
-        self._signalled, self._launcher = False, _Launcher()
+        self._is_signalled, self._launcher = False, _Launcher()
         self._group = torch_dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
         for number in _handled_signals():
             signal.signal(number, self._handle)
 
     def _handle(self, *_: Any) -> None:
-        self._signalled = True
+        self._is_signalled = True
 
-    def asked(self) -> bool:
-        """Whether this rank was asked to stop; the others may not know yet."""
-        return self._signalled or self._launcher.has_gone()
+    def is_requested(self) -> bool:
+        """Return whether this rank was requested to stop; the others may not know yet."""
+        return self._is_signalled or self._launcher.has_gone()
 
     def raise_if_requested(self, *, wait: bool = False) -> None:
-        """Raise Preempted on all ranks if one was asked to stop. All of them must call it after every step.
+        """Raise Preempted on all ranks if one was requested to stop. All of them must call it after every step.
 
         With `wait`, wait for the answer of this step too.
         """
-        requested = self.close() if self._group else self.asked()
+        is_requested = self._take_answer() if self._group else self.is_requested()
         if self._group:
-            asked = torch.tensor([self.asked()], dtype=torch.uint8)
-            work = torch_dist.all_reduce(asked, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
-            self._pending = work, asked
-            requested = (wait and self.close()) or requested
-        if requested:
+            request = torch.tensor([self.is_requested()], dtype=torch.uint8)
+            work = torch_dist.all_reduce(request, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._pending = work, request
+            is_requested = (wait and self._take_answer()) or is_requested
+        if is_requested:
             raise Preempted
 
-    def close(self) -> bool:
-        """Wait for the exchange under way, and return its answer."""
+    def close(self) -> None:
+        """Wait for the exchange under way."""
+        self._take_answer()
+
+    def _take_answer(self) -> bool:
+        """Wait for the exchange under way; return whether a rank was requested to stop."""
         if self._pending is None:
             return False
-        work, asked = self._pending
+        work, request = self._pending
         work.wait()
         self._pending = None
-        return bool(asked)
+        return bool(request)
 
 
 @contextlib.contextmanager
 def ends_at_once(world: World) -> Iterator[None]:
-    """Inside, a rank that is asked to stop ends at once. Create the `PreemptionHandler` inside.
+    """Inside, a rank that is requested to stop ends at once. Create the `PreemptionHandler` inside.
 
     A thread listens, since the main thread may wait for other ranks in C++, where Python handles no signals.
     """
@@ -114,7 +118,9 @@ def _handled_signals() -> list[signal.Signals]:
 def leave_at_once(world: World) -> NoReturn:
     """End this process without waiting for reading threads, which a slow disk may hold for minutes."""
     if world.is_main_process:
-        log_last_error("Stopped as asked before the first step. --resume auto goes on.")
+        log_last_error(
+            "Preempted before the first step: nothing to save. Run the same command again with --resume auto."
+        )
     os._exit(STATUS)
 
 

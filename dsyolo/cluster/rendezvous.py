@@ -1,4 +1,4 @@
-"""Rendezvous of all ranks before torch joins them: none waits for ever for a rank that died or never comes.
+"""Rendezvous of all ranks before torch joins them: no rank waits forever for one that died or never comes.
 
 Torch's own waits half an hour, and over several hosts no launcher ends all ranks when one fails. So each rank beats into
 the store in which torch will join them, and rank 0 judges.
@@ -20,6 +20,7 @@ from dsyolo.cluster.heartbeat import STATUS, Heartbeat, log_last_error
 BEAT_S = 0.5
 LOST_S = 15.0  # without a beat: dead, stopped, or behind a network that is down
 NAME, ALL_HERE = "rendezvous", "rendezvous/all"
+END = "All ranks end; --resume auto resumes the run."
 
 
 class Rendezvous:
@@ -62,7 +63,7 @@ class Rendezvous:
             except (OSError, RuntimeError):
                 if time.monotonic() > end:
                     text = f"Rank {self._rank} found no rank 0 at {self._place} within {self._wait_s:.0f} s."
-                    self._finish(text, 1)
+                    self._finish(f"{text}\n{END}", 1)
                 time.sleep(BEAT_S)
 
     def _attend(self, store: torch_dist.TCPStore) -> None:
@@ -80,7 +81,8 @@ class Rendezvous:
                     self._all_here.set()
             except RuntimeError:
                 if not self._closed.is_set():
-                    self._finish(f"Rank 0 at {self._place} is lost: it was there, and stopped answering.", 1)
+                    text = f"Rank 0 at {self._place} is lost: it stopped answering during the rendezvous."
+                    self._finish(f"{text}\n{END}", 1)
             turns += 1
             self._closed.wait(0.05 if turns < 10 else BEAT_S)
         if self._rank:
@@ -94,18 +96,23 @@ class Rendezvous:
             store.set(ALL_HERE, "yes")
         elif waited_s > self._wait_s:
             some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            what = f"{len(missing)} of {self._size} ranks did not come within {waited_s:.0f} s: {some}."
-            text = f"{what} Look at their output on their hosts, or raise --rendezvous_timeout_s."
+            text = (
+                f"{len(missing)} of {self._size} ranks did not join the rendezvous within {waited_s:.0f} s ({some}), "
+                "so all ranks end. Check their hosts' output or raise --rendezvous_timeout_s; "
+                "--resume auto resumes the run."
+            )
         for info, silent_s, _, has_left in beats.values():
             if silent_s > LOST_S and not has_left:
-                text = f"{info} is lost: it has not answered for {silent_s:.0f} s, during the rendezvous."
+                text = (
+                    f"{info} is lost: it has not answered for {silent_s:.0f} s during the rendezvous.\n{END}"
+                )
         if text:
             heartbeat.give_verdict({"text": text})
             self._finish(text, 0)
 
     def _finish(self, text: str, reporter: int) -> NoReturn:
         if self._rank == reporter:
-            log_last_error(f"{text}\nAll ranks end. --resume auto goes on.")
+            log_last_error(text)
         if self._rank == 0:
             time.sleep(2 * BEAT_S)  # for the others to read the verdict before the store goes
         os._exit(STATUS)
@@ -118,4 +125,4 @@ def _listen(address: str, port: int, options: dict[str, Any]) -> torch_dist.TCPS
         rule = f"rank 0 cannot listen at {address}:{port} ({str(error).splitlines()[0][:120]})"
         remedy = "Name another free port there: deepspeed --master_port N"
         problem = f"MASTER_PORT: {port} given, but {rule}. {remedy}."
-        raise UserError("The ranks cannot meet", [problem]) from None
+        raise UserError("The rendezvous failed", [problem]) from None

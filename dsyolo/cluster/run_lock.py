@@ -15,10 +15,8 @@ from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.cluster import preemption
-from dsyolo.cluster.shared_fs import free_path
 
 FILE = ".lock"
-LOGS = "logs"  # log files of the ranks, in the run's folder
 POLL_S = 0.2
 BUSY = preemption.STATUS  # try again later: the lock of a machine that went down is released after a while
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -26,10 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """The lock of rank 0 on `folder`. It lasts as long as the process, and is not inherited by fork or exec."""
+    """The lock of rank 0 on `folder`. It lasts as long as the process, and is not inherited by fork or exec.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
+    Args:
+        disposable: name of a folder inside, which alone is no reason to keep `folder`.
+    """
+
+    def __init__(self, folder: Path, *, disposable: str = FILE) -> None:
+        self._path, self._disposable = folder / FILE, disposable
         self._file: int | None = None
         self._has_made_folder = False
 
@@ -45,7 +47,7 @@ class RunLock:
             while not self._is_taken():
                 holder = self._path.read_text(errors="replace")[:200].strip() or "another process"
                 if time.monotonic() > end or is_over():
-                    rule = f"a run is in it: {holder}. Wait for its end, or stop it; or name another folder by --name."
+                    rule = f"a run is in it: {holder}. Wait for its end, or stop it; or choose another folder with --name."
                     raise UserError(f"{folder} cannot be used", [rule], BUSY)
                 if not has_logged:
                     log.info("%s is in use by %s: waiting for it, %.0f s at most", folder, holder, wait_s)
@@ -55,12 +57,12 @@ class RunLock:
             raise UserError(f"{folder} cannot be used", [f"{self._path}: {error.strerror}."]) from None
 
     def leave(self) -> None:
-        """Release the lock, and remove a folder that this run has made and left nothing but logs in."""
+        """Release the lock, and remove a folder that this run has made and left nothing in but what is disposable."""
         if self._file is None:
             return
         folder = self._path.parent
-        if self._has_made_folder and set(os.listdir(folder)) <= {FILE, LOGS}:
-            shutil.rmtree(folder / LOGS, ignore_errors=True)
+        if self._has_made_folder and set(os.listdir(folder)) <= {FILE, self._disposable}:
+            shutil.rmtree(folder / self._disposable, ignore_errors=True)
             self._path.unlink()
             folder.rmdir()
         os.close(self._file)
@@ -85,16 +87,3 @@ class RunLock:
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
         return True
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Rename a folder with files in it, or raise UserError. Return its new path; None if there are none."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    free = free_path(folder)
-    try:
-        folder.rename(free)
-    except OSError as error:
-        rule = f"it cannot be renamed to {free.name}: {error.strerror}"
-        raise UserError(f"{folder} cannot be used", [f"{rule}. Name another folder by --name."]) from None
-    return free

@@ -1,4 +1,4 @@
-"""Folders that ranks share: whether all hosts see the same one, and free names in it."""
+"""Folders that ranks share: whether all hosts see the same one, free names in it, and what is moved to these."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ APPEARS_S = 10.0  # network file systems show a new file after some seconds
 
 
 def appears(marker: Path) -> bool:
-    """Whether a file or folder appears here within seconds after another host created it."""
+    """Return whether a file or folder appears here within seconds after another host created it."""
     end = time.monotonic() + APPEARS_S
     # A listing asks the server again.
     while not (marker.parent.is_dir() and marker.name in os.listdir(marker.parent)):
@@ -32,6 +32,19 @@ def free_path(path: Path) -> Path:
     return next(one for one in paths if not one.exists())
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder with files in it, or raise UserError. Return its new path; None if there are none."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    free = free_path(folder)
+    try:
+        folder.rename(free)
+    except OSError as error:
+        rule = f"it cannot be renamed to {free.name}: {error.strerror}"
+        raise UserError(f"{folder} cannot be used", [f"{rule}. Choose another folder with --name."]) from None
+    return free
+
+
 def check_shared(folder: Path, world: World) -> None:
     """Raise UserError on all ranks, which all call it, if a host has another `folder` of that name.
 
@@ -45,7 +58,7 @@ def check_shared(folder: Path, world: World) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix=".seen-", dir=folder))
         except OSError as error:
-            problem = f"{error.strerror}. Name another folder by --project."
+            problem = f"{error.strerror}. Choose another folder with --project."
             raise UserError(f"{folder} cannot be used", [problem]) from None
 
     def look() -> None:

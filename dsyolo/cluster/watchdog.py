@@ -1,6 +1,6 @@
 """Notices a rank that has died, was stopped, or hangs, and ends all ranks with one message that names it.
 
-Without it the others wait in a collective for ten minutes or for ever. Every rank beats once a second into a store on
+Without it the others wait in a collective for ten minutes or forever. Every rank beats once a second into a store on
 rank 0, which judges. A rank that cannot reach the store takes rank 0 for lost.
 """
 
@@ -26,14 +26,14 @@ from dsyolo.cluster.world import World
 
 BEAT_S = 1.0
 LOST_S = 20.0  # without a beat: dead, stopped, or behind a network that is down
-STACK_FRAMES = 6  # of the main thread, innermost, in a beat
+STACK_FRAMES = 6  # innermost frames of the main thread in a beat
 PROCESS_STATES = {
     psutil.STATUS_STOPPED: "stopped",
     psutil.STATUS_TRACING_STOP: "stopped by a debugger",
     psutil.STATUS_DISK_SLEEP: "waiting for a disk or network",
     psutil.STATUS_ZOMBIE: "dead",
 }
-NO_STATUS = {"progress": 0, "where": "starting", "stack": ""}  # of a rank that has not beaten yet
+NO_STATUS = {"progress": 0, "where": "starting", "stack": ""}  # status of a rank that has not beaten yet
 REPORTER_OF_RANK_0 = 1  # the rank that prints the message when rank 0 is lost
 
 
@@ -49,7 +49,7 @@ class Watchdog:
         self._world, self._late_s, self._end = world, late_s, end
         self._own = own_info(world.rank)
         self._main = threading.get_ident()
-        self.where, self._progress = "starting", 0  # of the main thread
+        self.where, self._progress = "starting", 0  # the main thread's
         self._closed = threading.Event()
         self._ended = threading.Lock()
         self._ranks = [self._own]
@@ -157,7 +157,7 @@ class Watchdog:
         return self._text(rank, f"lost: {what}", status)
 
     def _text(self, rank: int, what: str, status: Mapping[str, Any]) -> str:
-        return f"{self._ranks[rank]} is {what}. Its last place: {status['where']}.\n{status['stack']}"
+        return f"{self._ranks[rank]} is {what}. It was last at: {status['where']}.\n{status['stack']}"
 
     def _process_state(self, rank: int) -> str:
         """Return gone, dead, stopped, ... of a rank's process; empty if it runs, or is on another machine."""
@@ -174,7 +174,7 @@ class Watchdog:
             return
         lost, again = verdict["rank"], verdict.get("again")
         if self._world.rank == (0 if lost or self._world.size == 1 else REPORTER_OF_RANK_0):
-            next_ = "start again." if again else "end. --resume auto goes on from the last checkpoint."
+            next_ = "start again." if again else "end; --resume auto resumes from the last checkpoint."
             log_last_error(f"{verdict['text'].rstrip()}\nAll ranks {next_}")
         if self._world.size > 1 and self._world.is_main_process:
             time.sleep(2 * BEAT_S)  # for the others to read the verdict before the store goes

@@ -15,7 +15,7 @@ from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
-from dsyolo.models.registry import has_parameters, max_stride, meta_network
+from dsyolo.models.registry import has_parameters, meta_network, size_multiple_px
 from dsyolo.models.weights import GivenWeights, read_weights
 
 T = TypeVar("T")
@@ -78,9 +78,8 @@ def resolve(
         UserError: something in it cannot be used.
     """
     run, resume = read_command_line(argv, program)
-    if fault := image_size_fault(
-        run.imgsz, run.model, max_stride(run.model)
-    ):  # a user's own network is checked only here
+    # A user's own network is checked only here.
+    if fault := image_size_fault(run.imgsz, run.model, size_multiple_px(run.model)):
         raise UserError("This run cannot start", [f"--imgsz: {fault}"])
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)
@@ -155,4 +154,4 @@ def largest_image_px(config: RunConfig) -> int:
     """Return the largest side of a training's images."""
     if not config.recipe.multi_scale:
         return config.imgsz
-    return largest_size_px(config.imgsz, max_stride(config.model))
+    return largest_size_px(config.imgsz, size_multiple_px(config.model))

@@ -22,7 +22,7 @@ TOO_SMALL = "image too small (left out)"
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _JPEG_END = b"\xff\xd9"
-_Header = tuple[int, int, int] | None  # of a JPEG: height, width, start of the pixel data
+_Header = tuple[int, int, int] | None  # a JPEG's height, width, start of the pixel data
 # OpenCV 5 refuses IMREAD_REDUCED_COLOR_n together with IMREAD_COLOR_RGB, which both carry a channel order: these are
 # the reducing bits alone. Measured on 640 x 480 JPEGs: RGB 1.4 ms; reduced to 1/2 0.9 ms, 1/4 0.7 ms; 1/8 grey 0.5 ms.
 _REDUCED_BITS = {1: 0, 2: 16, 4: 32, 8: 64}
@@ -52,7 +52,7 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
         detail = "its data are damaged" if known else "OpenCV cannot decode it: convert it to JPEG or PNG"
         return None, NOT_AN_IMAGE, detail
     if header and _ends_early(data, header[2], grey):
-        return None, TRUNCATED, "JPEG with its end marker before the end of its image"
+        return None, TRUNCATED, "JPEG whose end marker comes before its pixel data ends"
     if min(size_hw) < MIN_SIDE_PX:
         return None, TOO_SMALL, f"{size_hw[1]} x {size_hw[0]} px, at least {MIN_SIDE_PX} needed"
     return size_hw, "", ""
@@ -98,7 +98,7 @@ def _jpeg_header(data: bytes) -> _Header:
 
 
 def _ends_early(data: bytes, start: int, grey: np.ndarray) -> bool:
-    """Whether a JPEG lacks blocks despite its end marker, as after a repair. Progressive ones are not detected.
+    """Return whether a JPEG lacks blocks despite its end marker, as after a repair. Progressive ones are not detected.
 
     Missing blocks decode to 128. Filler in front of the marker is decoded in their place, but leaves a whole image as
     it is. Only an image with 128 in a corner (the last one, before EXIF rotation) is decoded twice more.

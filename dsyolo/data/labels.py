@@ -30,7 +30,7 @@ OUTSIDE_LIMIT = 0.01
 # Below this overhang (0.6 px of 640) a clipped corner is rounding, and not reported.
 ROUNDING = 1e-3
 MOST_LABEL_BYTES = 64 << 20
-NUM_SHOWN = 3  # of problems of one kind
+NUM_SHOWN = 3  # problems of one kind that are listed
 
 
 class Problem(NamedTuple):

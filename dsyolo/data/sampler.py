@@ -26,7 +26,7 @@ class SampleKey(NamedTuple):
 class StepSampler:
     """The order of a run's samples, and this rank's share of them."""
 
-    num_images: int  # of the data set, at least 1
+    num_images: int  # images of the data set, at least 1
     seed: int
     global_batch: int  # images per optimizer step over all ranks: micro_batch x accumulation x dp_size
     micro_batch: int

@@ -12,13 +12,13 @@ import cv2
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats.writer import label_row, new_folder, write_data_yaml
+from dsyolo.data.formats.yolo_writer import label_row, new_folder, write_data_yaml
 
 NAMES = ("circle", "square", "triangle", "star", "ring")
 
 _VERSION = 1  # raise it whenever equal settings draw something else
 _OPTIONS_FILE = "sample.json"
-_HUES = (10, 45, 85, 120, 155)  # of 180: each class prefers one
+_HUES = (10, 45, 85, 120, 155)  # 0 to 179; each class prefers one
 _HUE_SPREAD = 14  # standard deviation: neighbours overlap
 _MIN_SIDE_PX = 12
 _MAX_OVERLAP = 0.4  # share of the smaller of two boxes that may be covered by the other
@@ -67,7 +67,7 @@ def draw_sample(
             _draw_all(building, num_images, val_share, seed, image_size)
             (building / _OPTIONS_FILE).write_text(options_json)
     except UserError:
-        if not is_complete():  # else another process has drawn the same meanwhile
+        if not is_complete():  # another process may have drawn the same meanwhile
             raise
     return dst / "data.yaml"
 

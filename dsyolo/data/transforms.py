@@ -3,7 +3,7 @@
 A sample is a pure function of the generator's state and the images: nothing here keeps state, and arrays that
 `load` returns are never written to. Boxes are in continuous pixels, in which pixel i spans [i, i + 1].
 
-All numbers are drawn first. So only the part of a mosaic that the crop shows is built, and images outside of it are
+A mosaic's view is drawn before its canvas is built, so only the visible part is built, and images outside of it are
 not loaded. Loader workers should call `cv2.setNumThreads(1)`: OpenCV's threads would compete with the other workers.
 """
 

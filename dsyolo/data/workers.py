@@ -62,7 +62,8 @@ class Worker(ForkProcess):
                 return popen
             popen.kill()
             popen.wait()
-        raise RuntimeError(f"{TRIES} loader workers in turn gave no sign of life")
+        what = f"{TRIES} loader workers in a row failed to start within {ALIVE_S} s"
+        raise RuntimeError(f"{what}. Lower --workers or check memory.")
 
     def _bootstrap(self, *args: Any, **options: Any) -> int:
         os.write(self.signal_fd, b"lives")

@@ -24,7 +24,7 @@ class ClassMetrics:
     """One class. Without labels its four figures are None, and it is left out of the means."""
 
     name: str
-    num_images: int  # that have a label of this class
+    num_images: int  # images that have a label of this class
     num_labels: int
     precision: float | None
     recall: float | None
@@ -41,14 +41,14 @@ class Metrics:
     map75: float
     precision: float  # at `confidence`, IoU 0.5
     recall: float
-    confidence: float  # where F1, averaged over classes, is best; 0 if nothing was found
+    confidence: float  # the score at which F1, averaged over classes, is best; 0 if nothing was found
     num_images: int
     num_labels: int
     per_class: tuple[ClassMetrics, ...]
 
     @property
     def fitness(self) -> float:
-        """The measure for the best weights and for early stopping: 0.1 mAP50 + 0.9 mAP50-95."""
+        """Return 0.1 mAP50 + 0.9 mAP50-95, which selects the best weights and drives early stopping."""
         return 0.1 * self.map50 + 0.9 * self.map50_95
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class PostProcessor:
     """Turns decoded boxes into detections."""
 
     score_threshold: float  # minimum objectness x class probability
-    iou_threshold: float  # of NMS within a class
+    iou_threshold: float  # NMS within a class drops boxes above it
     max_detections: int = 300  # per image
     multi_label: bool = True  # report a box under every class above the threshold, not only the best one
 
@@ -75,7 +75,7 @@ class OomSafePredictor:
             self.free()
             self._limit = limit // 2
             self.warn(
-                f"WARNING: out of memory with {limit} images to validate at a time: from now on {self._limit}. "
+                f"Out of memory while validating {limit} images at a time: {self._limit} from now on. "
                 f"Set --val_batch_size {self._limit} to avoid this."
             )
 

@@ -72,7 +72,7 @@ class _CpuSyncBatchNorm(torch.autograd.Function):
         grad = grad.float()
         normalised = (x.float() - _by_channel(mean)) * _by_channel(inverse_std)
         sums = torch.stack((grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))))
-        own = sums.clone()  # of bias and weight: DeepSpeed sums those of all ranks
+        own = sums.clone()  # gradients of bias and weight: DeepSpeed sums those of all ranks
         torch_dist.all_reduce(sums, group=ctx.group)
         mean_grad, mean_grad_normalised = sums / ctx.count.float()
         inner = grad - _by_channel(mean_grad) - normalised.mul_(_by_channel(mean_grad_normalised))

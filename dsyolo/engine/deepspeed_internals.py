@@ -63,7 +63,7 @@ def rebound_collectives() -> Iterator[None]:
 
 
 def comms_logger_is_on() -> bool:
-    """Whether the JSON's `comms_logger` block, or `set_comms_logger`, has it on."""
+    """Return whether the JSON's `comms_logger` block, or `set_comms_logger`, has it on."""
     logger = _comm().comms_logger
     return logger is not None and logger.enabled
 
@@ -165,7 +165,7 @@ def load_scaler_state(scaler: Any, state: Mapping[str, float]) -> None:
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """Return the shape of the whole parameter, of which ZeRO 3 leaves an empty tensor."""
+    """Return the parameter's full shape; under ZeRO 3 the tensor itself is empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -25,7 +25,7 @@ def current_device() -> torch.device:
 
 
 def pins_memory() -> bool:
-    """Whether batches are copied to an accelerator, from pinned memory."""
+    """Return whether batches are copied to an accelerator, from pinned memory."""
     return accelerator().device_name() != "cpu"
 
 

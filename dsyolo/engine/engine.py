@@ -59,19 +59,19 @@ class Engine:
         self.deepspeed_json = dict(deepspeed_json)  # as given, for the run's folder
         self.network = network.to(self.device)
         settings = {"optimizer": optimizer, "config": dict(deepspeed_json)}
-        self.deepspeed: Any = deepspeed.initialize(model=self._module(), **settings)[0]
-        internals.accumulate_in_partition(self.deepspeed)
+        self.ds_engine: Any = deepspeed.initialize(model=self._module(), **settings)[0]
+        internals.accumulate_in_partition(self.ds_engine)
         self._undo_averaging = accumulation * self.dp_size  # DeepSpeed divides by both, and the loss is a sum
         self._norm: torch.Tensor | None = None
         self._phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
-        if self.deepspeed.zero_optimization_stage() == 0:
-            internals.replace_clipping(self.deepspeed, self._clip_gradients)
-            self._take_step = internals.replace_step(self.deepspeed.optimizer, self._step_if_finite)
-        self._write_events = internals.replace_monitor_writer(self.deepspeed, self._write_own_events)
+        if self.ds_engine.zero_optimization_stage() == 0:
+            internals.replace_clipping(self.ds_engine, self._clip_gradients)
+            self._take_step = internals.replace_step(self.ds_engine.optimizer, self._step_if_finite)
+        self._write_events = internals.replace_monitor_writer(self.ds_engine, self._write_own_events)
         self.buffers = self._make_buffers()
         broadcast(self.buffers.flat, self.dp_group)
         self._statistics_weight = self._scale_batchnorm_momentum() if statistics_move else None
-        self.loss_scale = LossScale(self.deepspeed)
+        self.loss_scale = LossScale(self.ds_engine)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
         """Take one optimizer step from this rank's micro-batches, after `step` others in the whole run.
@@ -80,14 +80,14 @@ class Engine:
         to 3 it is DeepSpeed's own. Return the statistics of the global batch, and the learning rate of the weights.
         """
         assert len(batches) == self.accumulation
-        self.deepspeed.train()
-        lr = self.schedule.apply(self.deepspeed.optimizer, step)
+        self.ds_engine.train()
+        lr = self.schedule.apply(self.ds_engine.optimizer, step)
         buffers_before = self.buffers.flat.clone()
         losses = torch.zeros(3, device=self.device)
         for batch, targets in zip(batches, self._counted_targets(batches), strict=True):
             losses += self._add_gradients(batch.images, targets)
             with self._phase(OPTIMIZER):
-                self.deepspeed.step()
+                self.ds_engine.step()
         return self._stats(losses, len(batches[0].images), buffers_before), lr
 
     def _add_gradients(self, images: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -95,10 +95,10 @@ class Engine:
         with self._phase(COPY):
             images = self.to_device_images(images)
         with self._phase(FORWARD):
-            maps = self.deepspeed(images)
+            maps = self.ds_engine(images)
             total, parts = self.loss(maps, targets)
         with self._phase(BACKWARD):
-            self.deepspeed.backward(total * self._undo_averaging)
+            self.ds_engine.backward(total * self._undo_averaging)
         return parts
 
     def set_timer(self, timer: StepTimer) -> None:
@@ -107,9 +107,9 @@ class Engine:
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Return decoded boxes (B, boxes, 5 + K) on the device. Under ZeRO 3 all ranks must call it equally often."""
-        self.deepspeed.eval()
+        self.ds_engine.eval()
         network: Any = self.network  # a DetectionNetwork here; a stage of one has no decode
-        return network.decode(self.deepspeed(self.to_device_images(images)))
+        return network.decode(self.ds_engine(self.to_device_images(images)))
 
     def to_device_images(self, images: torch.Tensor) -> torch.Tensor:
         """Copy uint8 images (B, 3, H, W) to the device, channels-last, without waiting."""
@@ -130,7 +130,7 @@ class Engine:
     def _clip_gradients(self) -> None:
         self._norm = self._total_norm()
         parameters = [p for p in self.network.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.deepspeed.gradient_clipping(), self._norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.ds_engine.gradient_clipping(), self._norm)
 
     def _total_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -140,10 +140,10 @@ class Engine:
         """Step at ZeRO 0; ZeRO's own optimizers check by themselves."""
         overflow = False
         if not self.loss_scale.can_skip:
-            if self._norm is None or not self.deepspeed.gradient_clipping():
+            if self._norm is None or not self.ds_engine.gradient_clipping():
                 self._norm = self._total_norm()
             overflow = not bool(self._norm.isfinite())
-        internals.set_overflow(self.deepspeed.optimizer, overflow)
+        internals.set_overflow(self.ds_engine.optimizer, overflow)
         if not overflow:
             self._take_step()
 
@@ -185,7 +185,7 @@ class Engine:
             ]
 
     def _write_own_events(self, events: Sequence[tuple[str, Any, int]]) -> None:
-        """Write DeepSpeed's events but its loss, which is per step and not per image, and there in a pipeline only."""
+        """Write DeepSpeed's events except its loss, a sum that exists only in a pipeline; `_stats` writes ours."""
         self._write_events([event for event in events if event[0] != _LOSS_EVENT])
 
     def _stats(self, losses: torch.Tensor, micro_batch: int, buffers_before: torch.Tensor) -> StepStats:
@@ -194,12 +194,12 @@ class Engine:
             # Anchors do not move, so they stay bit-equal.
             moved = (self.buffers.flat - buffers_before).mul_(self._statistics_weight)
             torch.add(buffers_before, all_reduce_sum(moved, self.dp_group), out=self.buffers.flat)
-        norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
+        norm = self.ds_engine.get_global_grad_norm() if self._norm is None else self._norm
         applied = self.loss_scale.step_was_applied()
         if not applied:
             self.buffers.flat.copy_(buffers_before)  # non-finite values may have reached BatchNorm
         losses = all_reduce_sum(losses)
-        if (samples := internals.monitor_samples(self.deepspeed)) is not None:
+        if (samples := internals.monitor_samples(self.ds_engine)) is not None:
             # waits for the device, as DeepSpeed's own events do
             self._write_events([(_LOSS_EVENT, losses.sum().item(), samples)])
         return StepStats(losses, norm, self._undo_averaging * micro_batch, applied)
@@ -220,7 +220,7 @@ class LossScale:
         self._before = self._torch.get_scale() if self._torch else 0.0
 
     def step_was_applied(self) -> bool:
-        """Whether the last step changed the weights. Waits for the device under fp16 autocast only."""
+        """Return whether the last step changed the weights. Waits for the device under fp16 autocast only."""
         if self._torch is None:
             return self._engine.was_step_applied()
         before, self._before = self._before, self._torch.get_scale()

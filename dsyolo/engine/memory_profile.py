@@ -38,7 +38,7 @@ def peak_memory_gib(device: torch.device) -> float:
 class MemoryTerms(NamedTuple):
     """Bytes by term. Small parts are left out: BatchNorm's buffers, images, targets, scalars."""
 
-    parameters: int = 0  # that the network computes with
+    parameters: int = 0  # those that the network computes with
     gradients: int = 0
     optimizer: int = 0  # its states, and fp32 master weights where they are not the parameters themselves
     ema: int = 0
@@ -84,7 +84,7 @@ def held(engine: Engine, partitions: Partitions, ema: Ema) -> MemoryEstimate:
     """Return the bytes that this rank holds now, without activations."""
     keys = [partition.key for partition in partitions.flat]
     parameters = list(engine.network.parameters())
-    weights, gradients, buckets, rest = internals.memory_held(engine.deepspeed.optimizer, parameters, keys)
+    weights, gradients, buckets, rest = internals.memory_held(engine.ds_engine.optimizer, parameters, keys)
     states = [list(partitions.optimizer.state[key].values()) for key in keys]
     seen: set[int] = set()
     parts = {
@@ -175,7 +175,7 @@ class Probe:
     def looking(self) -> Iterator[None]:
         """Wrap the step."""
         engine = self._parts[0]
-        optimizer = engine.deepspeed.optimizer
+        optimizer = engine.ds_engine.optimizer
 
         def last_look(*args: Any, **settings: Any) -> Any:
             self._look(in_passes=False)

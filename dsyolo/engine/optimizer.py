@@ -68,13 +68,16 @@ class Schedule:
     warmup_momentum: float
     is_adam: bool
 
-    def explain(self) -> list[str]:
-        """Return a line for the start of a run, and a warning if the run is too short to learn."""
-        line = f"steps: {self.total_steps}, of them {min(self.warmup_steps, self.total_steps)} to warm up"
+    def explain(self) -> str:
+        """Return a line for the start of a run."""
+        return f"steps: {self.total_steps}, of them {min(self.warmup_steps, self.total_steps)} to warm up"
+
+    def warning(self) -> str:
+        """Return a warning if the run is too short to learn; empty if it is not."""
         if self.total_steps > self.warmup_steps:
-            return [line]
-        remedy = "Take more epochs, a smaller train_batch_size, or a smaller --warmup_min_images."
-        return [line, f"WARNING: the run ends before the learning rate has risen to its value. {remedy}"]
+            return ""
+        what = f"The run ends during the warm-up, after {self.total_steps} of {self.warmup_steps} steps"
+        return f"{what}. Train more epochs, or lower train_batch_size or --warmup_min_images."
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the weights at step `step` (0-based), without the warm-up."""

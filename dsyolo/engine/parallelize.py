@@ -19,7 +19,7 @@ from dsyolo.engine.pipeline import PipelineEngine, StagePartitions
 from dsyolo.models.activation_memory import ActivationPlan, count_activations
 from dsyolo.models.flops import node_costs
 from dsyolo.models.network import Network, PipelineStage
-from dsyolo.models.partition import ACCELERATOR, CPU, balanced_cuts, stage_table
+from dsyolo.models.pipeline_cuts import ACCELERATOR, CPU, balanced_cuts, stage_table
 
 
 class Parallelized(NamedTuple):
@@ -27,7 +27,7 @@ class Parallelized(NamedTuple):
 
     engine: Engine
     partitions: Partitions
-    nodes: tuple[str, ...]  # of the network, on this rank
+    nodes: tuple[str, ...]  # the network's nodes on this rank
     groups: tuple[tuple[int, ...], ...]  # elements of each parameter on this rank, in the optimizer's groups
     lines: list[str]
 

@@ -32,7 +32,7 @@ class Fragment(NamedTuple):
 class FlatPartition(NamedTuple):
     """One of the flat fp32 tensors that the torch optimizer steps, with its fragments of parameters."""
 
-    key: torch.Tensor  # of the torch optimizer's state
+    key: torch.Tensor  # key into the torch optimizer's state
     master: torch.Tensor  # the same memory
     fragments: list[Fragment]
 
@@ -51,12 +51,12 @@ class Partitions:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._params: dict[str, nn.Parameter] = dict(engine.network.named_parameters())
-        self.stage: int = engine.deepspeed.zero_optimization_stage()
+        self.stage: int = engine.ds_engine.zero_optimization_stage()
         self.shapes = {name: internals.full_shape(p) for name, p in self._params.items()}
         self.replicated = self.stage == 0
-        self._all = self  # of which this may be a part: see `to_average`
+        self._all = self  # the partitions that these may be a part of: see `to_average`
         self.has_all, self.contributes = self.replicated, True
-        self.optimizer = internals.torch_optimizer(engine.deepspeed)
+        self.optimizer = internals.torch_optimizer(engine.ds_engine)
         self.flat = self._whole() if self.replicated else self._partitioned()
 
     def _whole(self) -> list[FlatPartition]:
@@ -66,7 +66,7 @@ class Partitions:
         ]
 
     def _partitioned(self) -> list[FlatPartition]:
-        engine, rank = self._engine.deepspeed, torch.distributed.get_rank()
+        engine, rank = self._engine.ds_engine, torch.distributed.get_rank()
         flat = [FlatPartition(master, master.detach(), []) for master in internals.flat_masters(engine)]
         for name, p in self._params.items():
             if found := internals.fragment_address(engine, p, rank):
@@ -157,7 +157,7 @@ class Partitions:
                 if name in self._params:
                     self._params[name].data.copy_(value)
             return
-        with internals.persistent_parameters_sharded(self._engine.deepspeed.optimizer):
+        with internals.persistent_parameters_sharded(self._engine.ds_engine.optimizer):
             for partition, tensor in zip(self.flat, tensors, strict=True):
                 for fragment in partition.fragments:
                     values = tensor[fragment.in_master]

@@ -36,13 +36,13 @@ class PipelineEngine(Engine):
         self._whole_on_device: Any = None
         super().__init__(stage, *others, **settings)
         self._losses = torch.zeros(3, device=self.device)
-        if self.deepspeed.zero_optimization_stage() == 1:
-            optimizer = self.deepspeed.optimizer
+        if self.ds_engine.zero_optimization_stage() == 1:
+            optimizer = self.ds_engine.optimizer
             self._norm_of_stage = internals.replace_global_norm(optimizer, self._norm_of_stages)
 
     def train_step(self, batches: Sequence[Batch], step: int) -> tuple[StepStats, float]:
         """Take one optimizer step, as `Engine.train_step`. Only the first and the last stage read `batches`, the same ones."""
-        lr = self.schedule.apply(self.deepspeed.optimizer, step)
+        lr = self.schedule.apply(self.ds_engine.optimizer, step)
         buffers_before = self.buffers.flat.clone()
         self._losses.zero_()
         images: Sequence[torch.Tensor | None] = [None] * self.accumulation
@@ -52,8 +52,8 @@ class PipelineEngine(Engine):
                 images = [self.to_device_images(batch.images) for batch in batches]
         if self.place.is_last_stage:
             labels = self._counted_targets(batches)
-        self.deepspeed.train_batch(iter(zip(images, labels, strict=True)))
-        micro_batch = self.deepspeed.train_micro_batch_size_per_gpu()
+        self.ds_engine.train_batch(iter(zip(images, labels, strict=True)))
+        micro_batch = self.ds_engine.train_micro_batch_size_per_gpu()
         return self._stats(self._losses.clone(), micro_batch, buffers_before), lr
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class PipelineEngine(Engine):
 
             return run if name in phase_of else instruction
 
-        internals.replace_instructions(self.deepspeed, timed)
+        internals.replace_instructions(self.ds_engine, timed)
 
     @contextmanager
     def with_whole(self) -> Iterator[nn.Module]:
@@ -95,7 +95,7 @@ class PipelineEngine(Engine):
 
     @property
     def dp_group(self) -> Any:
-        return internals.dp_group(self.deepspeed)
+        return internals.dp_group(self.ds_engine)
 
     def _module(self) -> nn.Module:
         from deepspeed.pipe import PipelineModule
@@ -111,14 +111,14 @@ class PipelineEngine(Engine):
         return total * self._undo_averaging
 
     def _sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
-        return all_reduce_sum(tensor, internals.stage_group(self.deepspeed))
+        return all_reduce_sum(tensor, internals.stage_group(self.ds_engine))
 
     def _norm_of_stages(self) -> torch.Tensor:
         """Return the gradient norm over all stages.
 
-        ZeRO 1's own sums over stages group by group: the others would wait for ever for a stage with fewer groups.
+        ZeRO 1's own sums over stages group by group: the others would wait forever for a stage with fewer groups.
         """
-        with internals.without_sum_over_stages(self.deepspeed.optimizer):
+        with internals.without_sum_over_stages(self.ds_engine.optimizer):
             own = torch.as_tensor(self._norm_of_stage(), dtype=torch.float32, device=self.device)
         return self._sum_over_stages(torch.where(own < 0, torch.inf, own.square())).sqrt()  # -1: not finite
 
@@ -127,8 +127,8 @@ class PipelineEngine(Engine):
 
     def _autocast(self) -> AbstractContextManager:
         """Return the autocast context that DeepSpeed runs its forward passes in."""
-        if self.deepspeed.torch_autocast_enabled():
-            return torch.autocast(self.device.type, dtype=self.deepspeed.torch_autocast_dtype())
+        if self.ds_engine.torch_autocast_enabled():
+            return torch.autocast(self.device.type, dtype=self.ds_engine.torch_autocast_dtype())
         return nullcontext()
 
 

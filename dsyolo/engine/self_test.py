@@ -21,8 +21,8 @@ from dsyolo.engine.process_group import join_store
 
 STAGES = (0, 1, 2, 3)
 STEPS, ACCUMULATION, IMAGES, SIZE_PX = 2, 2, 2, 8
-BUCKET_ELEMENTS = 640  # of 1,100: the largest weight has 576, so a border lies before and behind it
-TOLERANCE = 1e-4  # of a tensor's largest update; rounding makes 1e-6, a lost micro-batch 0.1 and more
+BUCKET_ELEMENTS = 640  # the network has 1,100, its largest weight 576: a border lies before and behind that
+TOLERANCE = 1e-4  # share of a tensor's largest update; rounding makes 1e-6, a lost micro-batch 0.1 and more
 
 
 class SelfTestResult(NamedTuple):

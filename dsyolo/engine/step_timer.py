@@ -38,7 +38,7 @@ class HostClock:
         return second - first
 
     def has_passed(self, stamp: Any) -> bool:
-        """Whether `between` needs no wait for this stamp."""
+        """Return whether `between` needs no wait for this stamp."""
         return True
 
     def wait(self, stamp: Any) -> None:

@@ -102,7 +102,7 @@ class ActivationPlan(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        """The peak of the whole network, as planned."""
+        """Return the planned peak activation bytes of the whole network."""
         return self.stage_bytes([node.name for node in self.counted.nodes])
 
     def stage_bytes(

@@ -79,7 +79,7 @@ class Network(nn.Module):
 
     @property
     def has_parameters(self) -> tuple[bool, ...]:
-        """Whether each node, in order, has parameters."""
+        """Return, for every node in order, whether it has parameters."""
         return tuple(any(True for _ in self.get_submodule(name).parameters()) for name in self.order)
 
     def blocks(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 A user's own is code that runs. Its name must come from the command line, never from weights, checkpoints or data.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ _CHECKED_CLASSES = 2
 
 
 def is_known(name: str) -> bool:
-    """Whether `name` is one of the variants, which need no code of the user's."""
+    """Return whether `name` is one of the variants, which need no code of the user's."""
     return name in VARIANTS
 
 
@@ -57,13 +58,13 @@ def saved_name(name: str) -> str:
     return name if is_known(name) else Path(name).name
 
 
-def max_stride(name: str) -> int:
+def size_multiple_px(name: str) -> int:
     """Return the number of pixels that the sides of images must be multiples of."""
     return yolov5.level_strides(name)[-1] if is_known(name) else _checked_network(name).size_multiple_px
 
 
 def has_parameters(name: str) -> tuple[bool, ...]:
-    """Return for every node, in order, whether it has parameters."""
+    """Return, for every node in order, whether it has parameters."""
     return yolov5.has_parameters(name) if is_known(name) else _checked_network(name).has_parameters
 
 
@@ -76,7 +77,7 @@ def _builder(reference: str, _folder: Path) -> Callable[[int], Any]:
     with torch.device("cpu"):  # tensors that the file makes must not become those of a meta build
         build = load_object(reference, "--model")
     if not callable(build):
-        raise _error(reference, f"{build!r} is no function", "Name a function build(num_classes)")
+        raise _error(reference, f"{build!r} is not a function", "Name a function build(num_classes)")
     return build
 
 
@@ -87,7 +88,7 @@ def _call(reference: str, num_classes: int) -> DetectionNetwork:
     except UserError:
         raise
     except Exception as error:  # whatever the user's own function raises
-        raise _error(reference, raised(error), "Correct it") from error
+        raise _error(reference, raised(error), "Fix the function") from error
     if not isinstance(network, DetectionNetwork):
         remedy = "It must return a DetectionNetwork: see docs/model.md"
         raise _error(reference, f"it returned a {type(network).__name__}", remedy)
@@ -112,8 +113,8 @@ def _check(reference: str, network: DetectionNetwork) -> None:
     if not 1 <= len(strides) <= MOST_LEVELS or list(strides) != sorted(set(strides)):
         raise _error(reference, f"its strides are {strides}", f"Give 1 to {MOST_LEVELS}, finest first")
     if any(multiple % stride for stride in strides):
-        rule = f"its size_multiple_px, {multiple}, is no multiple of each of its strides, {strides}"
-        raise _error(reference, rule, "Correct it")
+        rule = f"its size_multiple_px, {multiple}, must be a multiple of every stride, {strides}"
+        raise _error(reference, rule, f"Set it to {math.lcm(*strides)}")
     anchors = network.get_submodule(network.head)._buffers.get("anchors")
     if anchors is None or anchors.ndim != 3 or (len(anchors), anchors.shape[2]) != (len(strides), 2):
         shape = None if anchors is None else tuple(anchors.shape)
@@ -124,12 +125,12 @@ def _check(reference: str, network: DetectionNetwork) -> None:
             rule = f"{name} is a {type(module).__name__} of torch, whose statistics move twice in a checkpointed block"
             raise _error(reference, rule, "Use dsyolo.models.blocks.BatchNorm")
         if isinstance(module, _DropoutNd):
-            rule = f"{name} is a {type(module).__name__}, and a checkpointed block would draw other numbers"
+            rule = f"{name} is a {type(module).__name__}, which would draw different numbers when a checkpointed block is recomputed"
             raise _error(reference, rule, "Leave it out")
     in_nodes = [p for node in network.order for p in network.get_submodule(node).parameters()]
     if len(in_nodes) != len({id(p) for p in in_nodes}) or len(in_nodes) != len(list(network.parameters())):
         rule = "some of its parameters are in two nodes, or in none, so that no stage of a pipeline would own them"
-        raise _error(reference, rule, "Put each into one node")
+        raise _error(reference, rule, "Give every parameter exactly one node")
     _check_shapes(reference, network, anchors.shape[1])
 
 

@@ -23,7 +23,7 @@ from dsyolo.planner.strategy import RECOMPUTES, StrategySettings
 
 PRECISION_BLOCKS = ("bf16", "fp16", "torch_autocast")
 AGAIN = 0.6  # after memory ran out: the share of the first plan's peak that the next one is made for
-NAME = f"--deepspeed_config {AUTO}"  # of a configuration without a file
+NAME = f"--deepspeed_config {AUTO}"  # names a configuration without a file
 
 
 def plan_config(
@@ -102,7 +102,7 @@ def _best(
         smaller = [one for one in again.others[:1] if one.peak_bytes < best.peak_bytes]
         best = again.best or next(iter(smaller), None)
     if best is None:
-        remedy = "Take a smaller --imgsz or --model, or fewer ranks a machine; `dsyolo plan` shows what fits"
+        remedy = "Use a smaller --imgsz or --model, or fewer ranks a machine; `dsyolo plan` shows what fits"
         problem = f"--deepspeed_config: auto given, but {rule}. {remedy}."
         raise UserError("No plan for this machine", [problem])
     return best, text
@@ -176,7 +176,7 @@ def _fill_precision(hardware: Hardware, content: dict[str, Any], paths: Sequence
     has_bf16, on_gpu = hardware.device.has_bf16, hardware.accelerator != "cpu"
     zero = content.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    best = "float16" if on_gpu and not has_bf16 and stage == 0 else "bfloat16"  # of autocast
+    best = "float16" if on_gpu and not has_bf16 and stage == 0 else "bfloat16"  # autocast's type
     asked = [name for name in PRECISION_BLOCKS if (name,) in paths or (name, "enabled") in paths]
     for name in asked:
         block = content.get(name, {})

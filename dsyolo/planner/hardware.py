@@ -12,9 +12,9 @@ from typing import NamedTuple
 from dsyolo.config.spec import Precision
 
 GIB = 2**30
-REACHED_FLOPS, REACHED_BANDWIDTH = 0.4, 0.7  # of the peaks; assumptions
-RESERVED_BYTES = int(0.6 * GIB)  # of a GPU: context of CUDA, libraries, NCCL's buffers; an assumption
-HOST_BYTES_S = 12e9  # of a GPU to the host's memory and back, PCIe 4 x16 in practice; an assumption
+REACHED_FLOPS, REACHED_BANDWIDTH = 0.4, 0.7  # shares of the peaks; assumptions
+RESERVED_BYTES = int(0.6 * GIB)  # a GPU's for CUDA's context, libraries, NCCL's buffers; an assumption
+HOST_BYTES_S = 12e9  # between a GPU and the host's memory, PCIe 4 x16 in practice; an assumption
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -28,7 +28,7 @@ class Device(NamedTuple):
     tflops_half: float  # fp16 and bf16
     has_bf16: bool
     memory_bytes_s: float
-    link_bytes_s: float  # to the other GPUs of its machine, each way
+    link_bytes_s: float  # rate to the other GPUs of its machine, each way
 
 
 DEVICES: Mapping[str, Device] = {
@@ -78,7 +78,7 @@ class Hardware(NamedTuple):
         return self.memory_bytes - RESERVED_BYTES
 
     def is_on_one_node(self, first: int, ranks: int) -> bool:
-        """Whether `ranks` consecutive ranks from `first` on share a node. Ranks fill one node after the other."""
+        """Return whether `ranks` consecutive ranks from `first` on share a node. Ranks fill one node after the other."""
         return first // self.gpus == (first + ranks - 1) // self.gpus
 
     def ring_bytes_s(self, first: int, ranks: int) -> float:

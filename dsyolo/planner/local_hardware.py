@@ -12,7 +12,7 @@ from dsyolo.config.spec import Precision
 from dsyolo.engine.device import total_memory
 from dsyolo.planner.hardware import GIB, Device, Hardware, device_named, typical_device
 
-CPU_SHARE = 0.8  # of a machine's memory that training may take
+CPU_SHARE = 0.8  # share of a machine's memory that training may take
 # Measured on one thread of an AMD EPYC: 28 GFLOP/s in a network, twice as much in bf16 if it has instructions for it.
 CPU_TFLOPS, CPU_BYTES_S, CPU_LINK_BYTES_S = 0.07, 20e9, 1.5e9
 GRAIN = GIB // 4  # a rank's memory is rounded down to it, so that all ranks see the same
@@ -51,12 +51,12 @@ def host_bytes() -> int:
 
 
 def _gpu_has_bf16(world: World) -> bool:
-    """Whether the GPU's generation has bf16: torch also says yes for older ones, which emulate it."""
+    """Return whether the GPU's generation has bf16: torch also says yes for older ones, which emulate it."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(world.local_rank) >= AMPERE
 
 
 def _has_bf16() -> bool:
-    """Whether this CPU has bf16 instructions: without them bf16 is slower than fp32."""
+    """Return whether this CPU has bf16 instructions: without them bf16 is slower than fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

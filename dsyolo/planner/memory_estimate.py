@@ -53,15 +53,16 @@ def predict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> Memory
 
 
 def _nothing_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
+    """Return the terms under ZeRO 0, which shards only the EMA."""
     whole = 4 * load.num_elements
-    # All-reduced as one tensor, flattened from the gradients. The EMA is sharded.
+    # All-reduced as one tensor, flattened from the gradients.
     bucket = whole if load.dp_size > 1 else 0
     states = ds.optimizer.states_per_param * whole
     return MemoryEstimate(MemoryTerms(whole, whole, states, whole // load.dp_size, bucket))
 
 
 def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
-    """ZeRO 1 and 2."""
+    """Return the terms under ZeRO 1 and 2, which shard optimizer states; ZeRO 2 shards gradients too."""
     weight, summed = ds.precision.params_bytes, ds.precision.grads_bytes
     step = ALIGNMENT * load.dp_size
     shares = [math.ceil(sum(group) / step) * ALIGNMENT for group in load.groups]
@@ -94,11 +95,11 @@ def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -
 
 
 def _all_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
-    """ZeRO 3."""
+    """Return the terms under ZeRO 3, which shards everything."""
     weight, summed = ds.precision.params_bytes, ds.precision.grads_bytes
     numels = [numel for group in load.groups for numel in group]
     share = sum(math.ceil(numel / load.dp_size) for numel in numels)
-    whole = 0  # that are never freed
+    whole = 0  # elements that are never freed
     for numel in numels:
         if numel <= zero["stage3_param_persistence_threshold"]:
             fits = whole + numel <= zero.get("stage3_model_persistence_threshold", math.inf)
@@ -133,7 +134,7 @@ def _bucket_bytes(zero: dict[str, Any], weight_bytes: int) -> int:
 
 
 def _waiting(load: RankLoad, zero: dict[str, Any], shares: Sequence[int] | None = None) -> int:
-    """Return the most elements of a micro-batch's gradients that lie whole at once, outside of buckets.
+    """Return the peak number of unsharded gradient elements of a micro-batch held outside of buckets.
 
     There are some only without `contiguous_gradients`: then a bucket is the list of the gradients, until it is sent.
     Under ZeRO 2 those that overlap this rank's share stay; `shares` are the elements of each group's.

@@ -56,12 +56,12 @@ class ModelProfile:
 
     @cached_property
     def costs(self) -> list[NodeCost]:
-        """The forward costs of one image, by node."""
+        """Return the forward costs of one image, by node."""
         return node_costs(self.network, self._shape(1))
 
     @property
     def flops(self) -> int:
-        """The forward FLOPs of one image: two a multiply-add."""
+        """Return the forward FLOPs of one image: two a multiply-add."""
         return sum(cost.flops for cost in self.costs)
 
     def loss_bytes(self, images: int, precision: Precision) -> int:
@@ -83,9 +83,9 @@ class StageProfile(NamedTuple):
 
     nodes: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]  # elements of each parameter, in the optimizer's groups
-    flops: int  # of one image, forward
+    flops: int  # forward FLOPs of one image
     elements: int  # read and written for it
-    boundary: int  # elements of it that go to the next stage
+    boundary: int  # its elements that go to the next stage
 
 
 def inference_bytes(network: DetectionNetwork, images_shape: Sequence[int], precision: Precision) -> int:

@@ -15,29 +15,29 @@ from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
 from dsyolo.models.flops import BACKWARD
 from dsyolo.models.network import PipelineStage
-from dsyolo.models.partition import ACCELERATOR, balanced_cuts, boundary_elements
+from dsyolo.models.pipeline_cuts import ACCELERATOR, balanced_cuts, boundary_elements
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.hardware import HOST_BYTES_S, REACHED_BANDWIDTH, Hardware
 from dsyolo.planner.memory_estimate import RankLoad, predict
 from dsyolo.planner.model_profile import ModelProfile, StageProfile
 from dsyolo.planner.strategy import StrategySettings
 
-WORKSPACE_BYTES = 64 * 2**20  # of cuDNN and cuBLAS; the published peaks leave room for it
+WORKSPACE_BYTES = 64 * 2**20  # workspace of cuDNN and cuBLAS; the published peaks leave room for it
 IMAGES_AHEAD = 2  # micro-batches of uint8 images on the device
 HOST_STEP_BYTES_S = 20e9  # what an optimizer on the host reads and writes a second; an assumption
-LATENCY_S, LATENCY_BETWEEN_S = 20e-6, 50e-6  # of a collective inside a node and between nodes; assumptions
-LAUNCH_S = 5e-6  # that the host takes to start a kernel; an assumption
+LATENCY_S, LATENCY_BETWEEN_S = 20e-6, 50e-6  # a collective's inside a node, between nodes; assumptions
+LAUNCH_S = 5e-6  # the host's time to start a kernel; an assumption
 PARAMETERS_OF_CONV = 3  # its weight, and BatchNorm's two
-KERNELS = 4  # of a convolution with its BatchNorm, activation and casts in a forward pass
+KERNELS = 4  # kernels of a convolution, its BatchNorm, activation and casts in a forward pass
 
 
 class Times(NamedTuple):
     """Seconds of a step."""
 
     compute: float
-    communication: float  # that nothing hides
+    communication: float  # the part that nothing hides
     bubble: float  # stages of a pipeline wait for each other and for boundary activations
-    offload: float  # to the host, its optimizer, and back
+    offload: float  # transfer to the host, its optimizer, and back
 
     @property
     def step(self) -> float:
@@ -157,7 +157,7 @@ class Planner:
             dp_ranks = {0, dp_size // 3, dp_size // 2, dp_size - 1}
         loads = [RankLoad(stage.groups, kept, kept, kept, one, dp_size, self.ema) for one in sorted(dp_ranks)]
         estimates = [predict(load, ds, zero) for load in loads]
-        is_cpu = self.hardware.accelerator == "cpu"  # which is its own host
+        is_cpu = self.hardware.accelerator == "cpu"  # a CPU is its own host
         return [MemoryEstimate(one.combined) for one in estimates] if is_cpu else estimates
 
     def _terms(self, estimate: MemoryEstimate, settings: StrategySettings, stage: int) -> dict[str, int]:
@@ -207,7 +207,7 @@ class Planner:
         of stage times t with m micro-batches takes sum(t) + (m - 1) max(t) (Huang et al. 2019, arXiv:1811.06965).
         """
         hardware, dp_size, accumulation = self.hardware, settings.dp_size, settings.accumulation
-        number_bytes = settings.precision.params_bytes  # of a gradient or weight that is sent
+        number_bytes = settings.precision.params_bytes  # bytes of a gradient or weight that is sent
         recomputed = sum(cost.flops for cost in self.profile.costs if cost.name in plan.checkpointed)
         again = recomputed / self.profile.flops
         passes = [self._pass_s(settings, stage, 1 + BACKWARD + again) for stage in stages]

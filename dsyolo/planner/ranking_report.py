@@ -106,7 +106,7 @@ def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
         f"Nothing fits {hardware.ranks} GPU{'s' * (hardware.ranks > 1)} of {hardware.memory_bytes / GIB:.1f} GiB. The nearest is "
         f"{nearest.settings.describe()} in {nearest.settings.precision.name} with {nearest.settings.micro_batch} images a GPU: "
         f"{nearest.why_not}. {terms(nearest)}.\n"
-        f"It would run with {need:.1f} GiB a GPU. Or take a smaller --imgsz or --model, or more GPUs."
+        f"It would run with {need:.1f} GiB a GPU. Or use a smaller --imgsz or --model, or more GPUs."
     )
 
 

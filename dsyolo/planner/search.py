@@ -7,7 +7,7 @@ from dsyolo.config.spec import Precision
 from dsyolo.planner.predict import Planner, StrategyEstimate
 from dsyolo.planner.strategy import RECOMPUTES, StrategySettings, settings
 
-HEADROOM = 0.05  # of a GPU's memory that a recommendation leaves free: predictions are off by as much
+HEADROOM = 0.05  # share of a GPU's memory that a recommendation leaves free: predictions are off by as much
 AS_FAST = 0.01  # strategies whose steps differ by less are equally fast, and the simpler one is taken
 
 
@@ -38,7 +38,7 @@ def search(
 ) -> Ranking:
     """Predict all strategies, and rank them.
 
-    Where a micro-batch fits with all blocks recomputed but not with none, the fewest blocks are added.
+    If a micro-batch fits only with recompute, recompute the fewest blocks that make it fit.
     """
     usable_bytes = planner.hardware.usable_bytes
     found: dict[StrategySettings, StrategyEstimate] = {}

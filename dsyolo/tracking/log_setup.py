@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsyolo.cluster.run_lock import LOGS
-
+LOGS = "logs"  # folder of the ranks' log files, in the run's folder
 LINE = "%(asctime)s %(levelname)s rank %(rank)d: %(source)s%(message)s"
 MOST_WAITING = 100_000  # records that are kept until the run's folder is known
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -19,8 +18,9 @@ log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
 class RunLog:
     """The handlers of this rank, from construction to the end of the process.
 
-    On ranks other than 0 the console shows only warnings. It shows plain lines on a terminal, and lines with time, level and rank elsewhere. DeepSpeed's lines,
-    which engine/process_group.py hands over, go to the file alone until `show_deepspeed` is called.
+    On ranks other than 0 the console shows only warnings. It shows plain lines on a terminal, and lines with time,
+    level and rank elsewhere. DeepSpeed's lines, which engine/process_group.py hands over, go to the file alone until
+    `show_deepspeed` is called.
     """
 
     def __init__(self, rank: int) -> None:

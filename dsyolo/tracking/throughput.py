@@ -46,7 +46,7 @@ class StepDetails:
             self._look(collectives)
 
     def end(self, collectives: CommTimer) -> None:
-        """Take the last sample of a run that may have stopped after a step."""
+        """Take the last sample; the run may have stopped after any step."""
         if self._step not in self._seen:
             self._look(collectives)
 

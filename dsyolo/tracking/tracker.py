@@ -20,7 +20,7 @@ from dsyolo.tracking.throughput import describe as describe_throughput
 from dsyolo.tracking.writers import VALIDATION_FIGURES, JsonlWriter, Writer
 
 LOSSES = ("box", "obj", "cls")
-PANELS = {  # of results.png: by title the lines, each a name and its key in an epoch's row
+PANELS = {  # panels of results.png: by title the lines, each a name and its key in an epoch's row
     "box loss": {"box": "box"},
     "objectness loss": {"objectness": "obj"},
     "class loss": {"class": "cls"},
@@ -30,7 +30,7 @@ PANELS = {  # of results.png: by title the lines, each a name and its key in an 
     "images/s": {"images/s": "images_per_s"},
     "peak memory (GiB)": {"memory": "memory_gib"},
 }
-PLOT_SHARE = 0.01  # of the run's time may go into drawing results.png, which takes the training's cores
+PLOT_SHARE = 0.01  # share of the run's time for drawing results.png, which takes the training's cores
 log = logging.getLogger(__name__)
 
 
@@ -249,7 +249,7 @@ def _describe(row: Mapping[str, float]) -> str:
     parts = [f"{name} {row[name]:.4f}" for name in LOSSES if name in row]
     if "map50" in row:
         parts.append(f"mAP50 {row['map50']:.4f}  mAP50-95 {row['map50_95']:.4f}")
-    if not describe_throughput(row):  # which has more of it
+    if not describe_throughput(row):  # that line says more of it
         parts.append(f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait_share']:.0%}")
     parts.append(f"{row['memory_gib']:.2f} GiB")
     if "skipped_steps" in row:

@@ -41,7 +41,7 @@ from dsyolo.trainer.run_folder import lock_folder
 from dsyolo.trainer.session import Session
 from dsyolo.trainer.trainer import Trainer
 
-SAME = ("epochs", "num_images", "global_batch", "seed")  # of TrainState, when a run is resumed
+SAME = ("epochs", "num_images", "global_batch", "seed")  # fields of TrainState that a resumed run must repeat
 DEEPSPEED_OUTPUT = "steps_per_print", "dump_state", "memory_breakdown", "comms_logger", "wall_clock_breakdown"
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
 
     Raises:
         UserError: the folder, the data, a checkpoint or the weights cannot be used.
-        Preempted: a rank was asked to stop.
+        Preempted: a rank was requested to stop.
     """
     watchdog, preemption = session.watchdog, session.preemption
     user_hooks, user_writers = _user_hooks(spec.config.hook), _user_classes(spec.config.writer, "writer")
@@ -65,7 +65,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     plan = spec.ds.source if spec.planned else None
     collectives.check_same(plan, "the plan of --deepspeed_config auto", "write one by dsyolo plan")
     with contextlib.closing(
-        collectives.ClusterCommunicator(world, watchdog.at, preemption.asked)
+        collectives.ClusterCommunicator(world, watchdog.at, preemption.is_requested)
     ) as communicator:
         indexes = index_splits(spec, world, communicator)
     folder = spec.folder / "checkpoints"
@@ -165,11 +165,11 @@ def _user_hooks(references: str | None) -> list[Hook]:
     hooks = []
     for name, make in _user_classes(references, "hook").items():
         if not (isinstance(make, type) and issubclass(make, Hook)):
-            rule = "it must be a class derived from dsyolo.trainer.hooks.base.Hook"
+            rule = "it is not a subclass of dsyolo.trainer.hooks.base.Hook"
             raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."])
         try:
             hooks.append(make())
-        except Exception as error:  # of the user's own code
+        except Exception as error:  # whatever the user's own code raises
             rule = f"{name}() raised {type(error).__name__}: {error}. It is called without arguments"
             raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."]) from error
     return hooks
@@ -224,9 +224,7 @@ def _main_process_parts(
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "Make room" if is_full else "Move away what is there"
-        what = (
-            f"{error.filename or spec.folder}: {error.strerror}. {remedy}, or name another folder by --name."
-        )
+        what = f"{error.filename or spec.folder}: {error.strerror}. {remedy}, or choose another folder with --name."
         raise UserError(f"{spec.folder} cannot be used", [what]) from None
     return tracker, artifacts
 

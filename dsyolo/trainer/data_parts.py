@@ -19,7 +19,7 @@ from dsyolo.engine import device
 from dsyolo.models.detection_network import DetectionNetwork
 
 log = logging.getLogger(__name__)
-RAM_CACHE_BYTES = 2 << 30  # of each loader worker
+RAM_CACHE_BYTES = 2 << 30  # for each loader worker
 
 
 class DataParts(NamedTuple):

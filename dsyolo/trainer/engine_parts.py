@@ -45,7 +45,7 @@ def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[Detect
     A resumed run gets its weights from the checkpoint later, but its anchors now: targets and loss need them.
     """
     config = spec.config
-    torch.manual_seed(config.seed)  # of the first weights; all ranks then take those of rank 0
+    torch.manual_seed(config.seed)  # for the first weights; all ranks then take those of rank 0
     network = build_model(config.model, spec.data.num_classes)
     taken = ""
     if checkpoint:
@@ -84,7 +84,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
     if config.ema:
         ema = Ema(partitions, engine.buffers, config.ema_decay, config.ema_tau)
     if any(ds.parallelism.offload.folders):
-        move_to_folders(ds.parallelism.offload.folders, engine.deepspeed, partitions, ema.tensors, world)
+        move_to_folders(ds.parallelism.offload.folders, engine.ds_engine, partitions, ema.tensors, world)
     checkpoints = spec.folder / "checkpoints"
     checkpointer = Checkpointer(checkpoints, engine, partitions, ema, world, keep=config.keep_checkpoints)
     if world.is_main_process:
@@ -96,6 +96,8 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
             f"device: {engine.device}, {threads} threads a rank",
         ]
         log.info("%s", "\n".join(lines))
+        if warning := schedule.warning():
+            log.warning("%s", warning)
     return EngineParts(engine, partitions, ema, checkpointer, info, _rank_load(spec, world, parallelized))
 
 
@@ -122,7 +124,7 @@ def build_schedule(spec: RunSpec, sampler: StepSampler) -> Schedule:
 def _explain(spec: RunSpec, schedule: Schedule) -> list[str]:
     """Return the lines for the start of a run: how it runs, what is learned at which rate."""
     ds, scaling = spec.ds, spec.config.recipe.lr_scaling
-    lines = [*ds.explain(), spec.activations.explain(), *schedule.explain()]
+    lines = [*ds.explain(), spec.activations.explain(), schedule.explain()]
     if scaling != "none":
         times = schedule.lr / ds.optimizer.lr
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"

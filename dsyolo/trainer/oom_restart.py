@@ -1,4 +1,4 @@
-"""What all ranks do after one of them ran out of memory: go on with less, or end with a remedy."""
+"""What all ranks do after one of them ran out of memory: restart with less, or end with a remedy."""
 
 from typing import NoReturn
 
@@ -9,28 +9,28 @@ from dsyolo.trainer.hooks.heartbeat_hook import VALIDATING
 
 
 def restart_with_less(spec: RunSpec, watchdog: Watchdog) -> NoReturn:
-    """Start all ranks again with half the micro-batch and the same global batch; once, then end the run.
+    """Restart all ranks with half the micro-batch and the same global batch; once, then end the run.
 
-    Where it validated under ZeRO 3 they go on with half as many images at a time there, as often as they have to.
+    After a failure in a ZeRO 3 validation, restart with half as many images per validation batch, as often as needed.
     """
     if watchdog.where == VALIDATING:
         _validate_with_less(spec, watchdog)
     ds, again = spec.ds, spec.config.halve_micro_batch
-    what = f"ran out of memory with {ds.micro_batch} images in a micro-batch"
+    what = f"ran out of memory with micro-batch {ds.micro_batch}"
     is_planned = spec.config.deepspeed_config == AUTO
     if again or (ds.micro_batch % 2 and not is_planned):
         rule = "which was halved once already" if again else "which cannot be halved"
-        remedy = "Lower train_micro_batch_size_per_gpu, or save memory by --recompute blocks or a higher ZeRO stage"
+        remedy = "Lower train_micro_batch_size_per_gpu, or save memory with --recompute blocks or a higher ZeRO stage"
         if is_planned:
             remedy = (
-                "Save memory by a smaller --imgsz or --model, or by a JSON of your own with a smaller batch"
+                "Lower --imgsz, choose a smaller --model, or give a JSON of your own with a smaller batch"
             )
         watchdog.end_all(f"{what}, {rule}. {remedy}.")
-    halved = f"{ds.micro_batch // 2} and {2 * ds.accumulation} accumulation steps"
+    halved = f"micro-batch {ds.micro_batch // 2} and {2 * ds.accumulation} accumulation steps"
     if is_planned:
-        halved = "another plan, for less memory"
+        halved = "a new plan for less memory"
     watchdog.end_all(
-        f"{what}: from now on {halved}; the global batch stays {ds.global_batch}.",
+        f"{what}: restarting with {halved}; global batch {ds.global_batch} unchanged.",
         again=("--halve_micro_batch", "--resume", "auto"),
     )
 
@@ -39,8 +39,8 @@ def _validate_with_less(spec: RunSpec, watchdog: Watchdog) -> NoReturn:
     size = spec.config.val_batch_size
     if size > 1 and spec.ds.zero_stage == 3:
         watchdog.end_all(
-            f"ran out of memory with {size} images to validate at a time: from now on {size // 2}. What was trained since "
-            "the last checkpoint is trained again.",
+            f"ran out of memory while validating {size} images at a time: {size // 2} from now on. "
+            "Steps since the last checkpoint are repeated.",
             again=("--val_batch_size", str(size // 2), "--resume", "auto"),
         )
-    watchdog.end_all("ran out of memory in validation. Take a smaller --val_batch_size, --imgsz or --model.")
+    watchdog.end_all("ran out of memory in validation. Use a smaller --val_batch_size, --imgsz or --model.")

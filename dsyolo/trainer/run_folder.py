@@ -5,7 +5,8 @@ import logging
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.manifest import all_checkpoints
 from dsyolo.cluster.preemption import PreemptionHandler
-from dsyolo.cluster.run_lock import BUSY, RunLock, set_aside
+from dsyolo.cluster.run_lock import BUSY, RunLock
+from dsyolo.cluster.shared_fs import set_aside
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.resolve import RunSpec
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
@@ -27,9 +28,9 @@ def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
         if problem := cannot_hold_files(one):
             raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
     if not resume:
-        # What a run left that was stopped before its first checkpoint, `auto` may write over.
+        # With auto, overwrite the leftovers of a run stopped before its first checkpoint.
         if run.resume == "never" and config_path(folder).exists():
-            rule = "it holds a run already. Go on with it by --resume, or name another by --name."
+            rule = "it holds a run already. Resume it with --resume, or choose another folder with --name."
             raise UserError(f"{folder} cannot be used", [rule])
         return
     if not all_checkpoints(resume.checkpoints):
@@ -37,7 +38,7 @@ def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
         raise UserError(f"{folder} cannot be resumed", [rule])
     changed = differences(resume.config, run)
     if changed:
-        rule = "Leave it out, or start another run by --name."
+        rule = "Leave it out, or start another run with --name."
         raise UserError(
             f"{folder} cannot be resumed with other settings", [f"{line}. {rule}" for line in changed]
         )
@@ -49,7 +50,7 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
     Raises:
         UserError: another run is in it, or has changed what this one is to do there.
     """
-    run_lock.take(min(LOCK_TIMEOUT_S, spec.config.rendezvous_timeout_s), preemption.asked)
+    run_lock.take(min(LOCK_TIMEOUT_S, spec.config.rendezvous_timeout_s), preemption.is_requested)
     resume = resume_point(spec.config.resume, spec.folder, spec.resume)
     if (resume is None) != (spec.resume is None):
         rule = (
@@ -58,6 +59,5 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
         raise UserError(f"{spec.folder} cannot be used", [rule], BUSY)
     check_folder(spec.config, resume)
     if not resume and (kept := set_aside(spec.folder / "weights")):
-        log.warning(
-            "%s has weights of a run, but no checkpoint to go on from: they are in %s now", spec.folder, kept
-        )
+        rule = "held weights but no checkpoint to resume from. The weights were moved to"
+        log.warning("%s %s %s.", spec.folder, rule, kept)

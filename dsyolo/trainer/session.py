@@ -10,11 +10,11 @@ from dsyolo.cluster.watchdog import Watchdog
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
 from dsyolo.engine import process_group
-from dsyolo.tracking.log_setup import RunLog
+from dsyolo.tracking.log_setup import LOGS, RunLog
 
 
 class Session:
-    """Wait for all ranks; from then on all know when one of them is asked to stop, or is lost.
+    """Wait for all ranks; from then on all know when one of them is requested to stop, or is lost.
 
     As a context manager it leaves: in step with the other ranks after an orderly end, else without waiting for them.
 
@@ -23,7 +23,8 @@ class Session:
     """
 
     def __init__(self, spec: RunSpec, world: World, run_log: RunLog) -> None:
-        self.world, self.run_log, self.run_lock = world, run_log, RunLock(spec.folder)
+        self.world, self.run_log = world, run_log
+        self.run_lock = RunLock(spec.folder, disposable=LOGS)
         with process_group.started(spec.config.rendezvous_timeout_s):
             self.watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)
             self.preemption = PreemptionHandler(world)

@@ -33,7 +33,7 @@ class Trainer(RunningTrainer):
                 end = stop.end
             except Preempted:  # with the weights of the last step in place
                 ends = filter(None, self.hooks.call("preempted"))
-                end = next(ends, ExitStatus(preemption.STATUS, "Stopped as asked."))
+                end = next(ends, ExitStatus(preemption.STATUS, "Preempted."))
             self.hooks.call("finish")
             self.end = end
         return end

@@ -110,7 +110,7 @@ def test_a_terminal_that_ends_stops_a_run_with_all_saved_unless_nohup_is_before_
             process.terminate()
         said = process.communicate(timeout=60)[0]
         assert process.returncode == preemption.STATUS, said
-        assert f"Stopped as asked after step {newest(place, name)['step']}, and saved." in said
+        assert f"Preempted: saved after step {newest(place, name)['step']}." in said
 
 
 def group_lives(group: int) -> bool:
@@ -141,7 +141,10 @@ def test_a_rank_that_waits_for_others_ends_at_once(place):
     process.terminate()
     said = process.communicate(timeout=10)[1]
     assert process.returncode == preemption.STATUS, said
-    assert "Stopped as asked before the first step. --resume auto goes on." in said
+    assert (
+        "Preempted before the first step: nothing to save. Run the same command again with --resume auto."
+        in said
+    )
     assert not (place / "runs/waits").exists()
 
 
@@ -190,7 +193,7 @@ def test_a_validation_that_is_stopped_leaves_the_trained_weights_and_comes_again
         timeout=120,
     )
     assert first.returncode == preemption.STATUS, first.stdout + first.stderr
-    assert "Stopped as asked after step 3, and saved." in first.stderr
+    assert "Preempted: saved after step 3." in first.stderr
     assert rows(place, "validation", "epoch") == []
     assert (newest(place, "validation")["step"], newest(place, "validation")["epoch"]) == (3, 0)
     again = subprocess.run(

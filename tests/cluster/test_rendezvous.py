@@ -67,7 +67,7 @@ def test_a_rank_that_is_lost_while_others_are_awaited_ends_all(lost, sent, told)
     ranks[lost].process.kill()
     assert status == rendezvous.STATUS
     assert told.format(pid=ranks[lost].process.pid, port=port) in said
-    assert said.count("All ranks end. --resume auto goes on.") == 1
+    assert said.count("All ranks end; --resume auto resumes the run.") == 1
 
 
 def test_one_that_never_comes_is_named_to_those_that_wait():
@@ -75,8 +75,8 @@ def test_one_that_never_comes_is_named_to_those_that_wait():
     ranks = [Attending(0, 4, port, wait_s=1), Attending(2, 4, port, wait_s=1)]
     (status, said), (other_status, other_said) = (rank.end() for rank in ranks)
     assert (status, other_status, other_said) == (rendezvous.STATUS, rendezvous.STATUS, "")
-    assert "2 of 4 ranks did not come within " in said
-    assert " s: 1, 3. Look at their output on their hosts" in said
+    assert "2 of 4 ranks did not join the rendezvous within " in said
+    assert " s (1, 3), so all ranks end. Check their hosts' output" in said
 
 
 def test_no_first_rank_is_told():

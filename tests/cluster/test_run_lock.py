@@ -15,7 +15,8 @@ from runs import TRAIN, alone, arguments, begin, make_place
 
 from dsyolo.base.errors import UserError
 from dsyolo.cluster import run_lock as claim
-from dsyolo.cluster.run_lock import RunLock, set_aside
+from dsyolo.cluster.run_lock import RunLock
+from dsyolo.cluster.shared_fs import set_aside
 
 HOLDER = """
 import sys, time
@@ -110,7 +111,7 @@ def test_weights_without_a_checkpoint_are_kept_when_a_run_begins_anew(place):
     (place / "runs/old/weights/best.safetensors").write_text("mine")
     done = alone(place, "old", "--resume", "auto", epochs=1)
     assert done.returncode == 0, done.stderr
-    assert "weights of a run, but no checkpoint to go on from" in done.stdout
+    assert "held weights but no checkpoint to resume from. The weights were moved to" in done.stdout
     assert (place / "runs/old/weights.1/best.safetensors").read_text() == "mine"
     assert (place / "runs/old/weights/best.safetensors").stat().st_size > 1000
 

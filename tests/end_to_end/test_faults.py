@@ -98,7 +98,7 @@ def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undi
     run.wait_for_step(1)
     os.kill(run.ranks()[rank], signal.SIGTERM)
     assert run.end(60) == stop.STATUS, run.log.read_text()
-    assert run.log.read_text().count("Stopped as asked after step") == 1
+    assert run.log.read_text().count("Preempted: saved after step") == 1
     (saved,) = (run.folder / "checkpoints").iterdir()
     step = json.loads((saved / "progress.json").read_text())["progress"]["step"]
     assert 1 < step < 9
@@ -129,7 +129,7 @@ def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed,
     assert status != 0, said
     assert took_s < 60, said
     assert said.count(f"rank {rank} (process {pids[rank]} on ") == 1, said
-    assert re.search("Its last place: .+\\.\n *File ", said), said
+    assert re.search("It was last at: .+\\.\n *File ", said), said
     assert not any(psutil.pid_exists(pid) for pid in pids), said
     again = Started(place, name, "--resume", "auto")
     assert again.end(120) == 0, again.log.read_text()
@@ -153,7 +153,7 @@ def test_auto_begins_where_nothing_is_saved_and_sets_a_damaged_checkpoint_aside(
         path.write_bytes(path.read_bytes()[:-100])
     done = alone(place, "auto", "--resume", "auto", epochs=2)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "No other checkpoint of this run is whole" in done.stderr
+    assert "No other checkpoint of this run is intact" in done.stderr
     assert "before it" not in done.stderr
     assert all(
         torch.equal(weights[name], tensor) for name, tensor in last_weights(place / "runs/auto").items()
@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(place):
     text = said[0][1]
     assert "rank 1 (process " in text
     assert "no rank has made progress for" in text
-    assert "Its last place: training step 7." in text
+    assert "It was last at: training step 7." in text
     assert "asleep_in_a_data_loader" in text
 
 
@@ -184,7 +184,7 @@ def test_a_rank_that_is_lost_before_its_first_beat_is_named(place):
     assert status == watchdog.STATUS
     assert "rank 1 (process " in said
     assert "is lost: it has not answered for" in said
-    assert "Its last place: starting." in said
+    assert "It was last at: starting." in said
 
 
 def never_beats() -> tuple[int, str]:

@@ -186,7 +186,7 @@ def test_ranks_pass_sigterm_on_and_end_with_its_status(place):
     process.terminate()
     said = process.communicate(timeout=100)[0]
     assert process.returncode == stop.STATUS, said
-    assert "Stopped as asked after step" in said
+    assert "Preempted: saved after step" in said
 
 
 @pytest.mark.parametrize(

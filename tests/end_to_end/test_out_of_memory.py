@@ -95,8 +95,8 @@ def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
     gap = GIB // (2 * ranks)  # of the GiB that eight images of 640 px more take
     status, said, _ = run(place, on(ranks, place, f"oom{ranks}", deepspeed_config=whole), most + gap)
     assert status == 0, said
-    assert 1 <= said.count(f"ran out of memory with {16 // ranks} images in a micro-batch") <= ranks
-    assert f"{8 // ranks} and 2 accumulation steps; the global batch stays 16" in said
+    assert 1 <= said.count(f"ran out of memory with micro-batch {16 // ranks}: restarting") <= ranks
+    assert f"with micro-batch {8 // ranks} and 2 accumulation steps; global batch 16 unchanged" in said
     assert "All ranks start again." in said
     assert losses(place, f"oom{ranks}") == losses(place, f"half{ranks}")
 
@@ -124,7 +124,7 @@ def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     )
     status, said, _ = run(place, ["env", "MOST=1", sys.executable, str(script), *words])
     assert status == 0, said
-    told = re.findall(r"out of memory with (\d) images to validate at a time: from now on (\d)", said)
+    told = re.findall(r"[Oo]ut of memory while validating (\d) images at a time: (\d) from now on", said)
     assert told == [("6", "3"), ("3", "1")]
     assert said.count("epoch 1/2") == 1
     assert ("All ranks start again." in said) == (stage == 3)
@@ -133,7 +133,7 @@ def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     words = [*words, "--name", f"nothing{stage}", "--val_batch_size", "2", "--epochs", "1"]
     status, said, _ = run(place, ["env", "MOST=0", sys.executable, str(script), *words])
     assert status == watchdog.STATUS, said
-    assert "ran out of memory in validation. Take a smaller --val_batch_size" in said
+    assert "ran out of memory in validation. Use a smaller --val_batch_size" in said
     assert said.count("All ranks start again.") == (stage == 3)
 
 

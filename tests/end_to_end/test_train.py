@@ -211,7 +211,7 @@ MISTAKES = {
     ),
     "weights is a device": (lambda p: {"weights": "/dev/zero"}, "/dev/zero is a device or pipe"),
     "project is a file": (lambda p: {"project": p / "ds.json"}, "ds.json is a file, and a folder is needed"),
-    "unreadable weights": (lambda p: {"weights": _damaged_weights(p)}, "not a whole safetensors file"),
+    "unreadable weights": (lambda p: {"weights": _damaged_weights(p)}, "not a complete safetensors file"),
     "unknown option": (lambda p: {"mosiac": 1}, "Did you mean --mosaic"),
     "a budget too small": (lambda p: {"recompute": "0.0001GiB"}, "lower train_micro_batch_size_per_gpu"),
     "wrong size": (lambda p: {"imgsz": 100}, "96 or 128"),
@@ -236,7 +236,7 @@ def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
     assert train.main([]) == 130
     assert (
         capsys.readouterr().err.strip()
-        == "Interrupted. --resume goes on from the run's last checkpoint, if it has one."
+        == "Interrupted. --resume continues from the last checkpoint, if there is one."
     )
 
 
@@ -306,7 +306,7 @@ def test_weights_start_a_run_with_other_classes(place, two_ranks):
     save_file({name: t.contiguous() for name, t in weights.items()}, place / "other.safetensors")
     done = alone(place, "tuned", weights=place / "other.safetensors", epochs=1)
     assert done.returncode == 0, done.stderr
-    assert "tensors taken" in done.stdout
+    assert "tensors loaded" in done.stdout
 
 
 CHANGES = {
@@ -361,7 +361,7 @@ def test_anchors_of_the_weights_are_those_of_targets_loss_and_network(place, two
     data = read_data_yaml(config.data)
     run = RunSpec(config, ds, data, place / "runs/a", plan_activations(config, ds, data.num_classes))
     network, taken = build_network(run)
-    assert "tensors taken" in taken
+    assert "tensors loaded" in taken
     torch.testing.assert_close(network.anchors, weights["detect.anchors"])
     data = build_data(run, world, index_splits(run, world), network)
     big = data.train.assign(
@@ -375,7 +375,7 @@ def test_a_data_set_smaller_than_a_batch_warns_and_skips_epochs_without_a_step(p
     draw_sample(place / "tiny", num_images=4, image_size=(64, 64))
     done = alone(place, "tiny", data=place / "tiny/data.yaml", epochs=9)
     assert done.returncode == 0, done.stderr
-    assert "WARNING: the run ends before" in done.stdout
+    assert "The run ends during the warm-up" in done.stdout
     told = rows(place, "tiny", "epoch")
     assert len(told) == len(rows(place, "tiny", "step"))
     assert told[-1]["epoch"] == 8

@@ -144,7 +144,7 @@ def make_engine(kind: Any, folder: Path) -> Any:
         zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     engine, *_ = training.build(stage, folder, zero_optimization=zero)
     training.train(engine, type("NoEma", (), {"update": lambda self: None})(), 0, 1)
-    return engine.deepspeed
+    return engine.ds_engine
 
 
 def make_pipeline() -> Any:
@@ -326,7 +326,7 @@ def test_outside_of_engine_nobody_uses_them_either():
         ("engine.optimizer._link_all_hp_params()", False),
         ("getattr(p, 'ds_tensor', None)", False),
         ("from deepspeed.runtime.pipe import schedule", False),
-        ("engine.deepspeed.step(); self._mine; x.__class__", True),
+        ("engine.ds_engine.step(); self._mine; x.__class__", True),
         ("from deepspeed.accelerator import get_accelerator", True),
     ],
 )

@@ -85,10 +85,10 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     json_block = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     engine, partitions, ema, checkpoints = training.build(0, Path(folder), **json_block)
     # the first scale, 2^16, is known to be fine or too large by a factor of 2; this one is surely too large
-    engine.deepspeed.torch_autocast_z0_gradscaler.load_state_dict(
-        {**engine.deepspeed.torch_autocast_z0_gradscaler.state_dict(), "scale": 2.0**40}
+    engine.ds_engine.torch_autocast_z0_gradscaler.load_state_dict(
+        {**engine.ds_engine.torch_autocast_z0_gradscaler.state_dict(), "scale": 2.0**40}
     )
-    engine.loss_scale = LossScale(engine.deepspeed)
+    engine.loss_scale = LossScale(engine.ds_engine)
     weights, buffers = training.whole(partitions, partitions.masters()), engine.buffers.flat.clone()
     own = range(engine.world.rank, training.GROUPS, engine.world.size)
     stats, _ = engine.train_step([training.batch(0, group) for group in own], 0)

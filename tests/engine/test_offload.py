@@ -56,7 +56,7 @@ def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[
         checkpoints.save(progress(STEPS - 1))
         losses += training.train(engine, ema, STEPS - 1, STEPS)
         spans = addresses_in_files(files)
-        wrapper = engine.deepspeed.optimizer
+        wrapper = engine.ds_engine.optimizer
         states = partitions.state()
         results[case] = {
             "losses": losses,
@@ -72,7 +72,7 @@ def train_on(folder: str, device: dict, files: str, cases: list[tuple]) -> dict[
                 lies_in(p.ds_tensor, spans) for p in engine.network.parameters() if hasattr(p, "ds_tensor")
             ],
         }
-        engine.deepspeed.destroy()
+        engine.ds_engine.destroy()
         del engine, partitions, ema, checkpoints, wrapper, states
     return results
 

@@ -27,7 +27,7 @@ from dsyolo.detection.assigner import Assigner
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import choose, count_activations
 from dsyolo.models.detection_network import DetectionNetwork
-from dsyolo.models.registry import build_model, has_parameters, max_stride
+from dsyolo.models.registry import build_model, has_parameters, size_multiple_px
 from dsyolo.models.weights import describe, load_into, rebuild, save_weights
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5, level_strides
 from dsyolo.planner.model_profile import ModelProfile
@@ -68,7 +68,7 @@ def test_variants_are_entries_that_need_no_network():
         parts = [network.get_submodule(node) for node in network.order]
         assert has_parameters(name) == tuple(any(True for _ in part.parameters()) for part in parts)
         assert level_strides(name) == network.strides
-        assert max_stride(name) == network.size_multiple_px == network.strides[-1]
+        assert size_multiple_px(name) == network.size_multiple_px == network.strides[-1]
         with_batchnorm = {
             n
             for n in network.order
@@ -79,7 +79,7 @@ def test_variants_are_entries_that_need_no_network():
 
 def test_an_own_network_gives_its_facts():
     assert build_model(MODEL, 2).strides == (8, 16)
-    assert max_stride(MODEL) == 16
+    assert size_multiple_px(MODEL) == 16
     assert sum(has_parameters(MODEL)) == 11
     network = own_network()
     assert network.variant == "my_net.py:build"
@@ -229,15 +229,15 @@ class Pair(nn.Module):
     def forward(self, x): return x, x
 """
 BUILDS = {
-    "is no function": "build = 3",
+    "is not a function": "build = 3",
     "has no build. It has: .*detector": "",
     r"cannot be imported: SyntaxError": "def",
-    r"it raised ZeroDivisionError: .* \(net.py, line \d+\). Correct it": "def build(k): return 1 / 0",
+    r"it raised ZeroDivisionError: .* \(net.py, line \d+\). Fix the function": "def build(k): return 1 / 0",
     "it raised TypeError": "def build(): ...",
     "it returned a Linear. It must return a DetectionNetwork": "def build(k): return nn.Linear(1, 1)",
     "it returned a network of 7 classes": "def build(k): return detector(7)",
     r"are \(4, 2\). Give 1 to 5, finest first": "def build(k): return detector(k, strides=(4, 2))",
-    "size_multiple_px, 6, is no multiple": "def build(k): return detector(k, size_multiple_px=6)",
+    "size_multiple_px, 6, must be a multiple of every stride": "def build(k): return detector(k, size_multiple_px=6)",
     "the buffer `anchors` of its last node, detect, is None": "def build(k): return detector(k, head=nn.Identity())",
     r"detect, is \(1, 2, 2\). It must be \(2, A, 2\)": "def build(k): return detector(k, strides=(4, 8))",
     "norm is a BatchNorm2d of torch": "def build(k): return detector(k, Node('norm', nn.BatchNorm2d(8)))",
@@ -255,7 +255,7 @@ BUILDS = {
 def test_what_is_no_detector_is_refused_with_the_rule(tmp_path, message):
     (tmp_path / "net.py").write_text(HEAD + BUILDS[message])
     with pytest.raises(UserError) as caught:
-        max_stride(f"{tmp_path}/net.py:build")
+        size_multiple_px(f"{tmp_path}/net.py:build")
     (line,) = caught.value.problems
     assert line.startswith(f"--model: {tmp_path}/net.py:build given, but ")
     assert re.search(message, line, re.DOTALL), line
@@ -271,7 +271,7 @@ def test_a_file_that_is_missing_and_a_name_that_is_none_are_refused(tmp_path):
 
 
 def test_sizes_of_images_are_judged_by_the_network(tmp_path):
-    assert image_size_fault(48, MODEL, max_stride(MODEL)) is None
+    assert image_size_fault(48, MODEL, size_multiple_px(MODEL)) is None
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     (tmp_path / "ds.json").write_text("{}")
     argv = ["--data", str(tmp_path / "data.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]
@@ -314,7 +314,7 @@ def test_weights_go_back_into_the_network_that_the_user_names(tmp_path):
         .replace("Detect((64,", "Detect((32,")
     )
     with pytest.raises(
-        UserError, match=r"do not fit its metadata.*Give the my_net.py:build it was trained with"
+        UserError, match=r"do not fit its metadata.*Give the --model my_net.py:build it was trained with"
     ):
         rebuild(path, f"{changed}:build")
 
@@ -329,5 +329,5 @@ def test_an_own_network_starts_from_what_it_shares_with_a_yolov5(tmp_path):
     assert network.state_dict()["p3.cv1.conv.weight"].equal(theirs.state_dict()["p3.cv1.conv.weight"])
     other = tmp_path / "other.safetensors"
     save_file({"classifier.weight": torch.zeros(3)}, other)
-    with pytest.raises(UserError, match=r"0 of the .* Nodes must have its names and shapes"):
+    with pytest.raises(UserError, match=r"only 0 of .* Nodes must have its names and shapes"):
         load_into(network, other)

@@ -115,7 +115,7 @@ def test_other_classes_take_all_but_the_last_layer(network, saved):
     line = load_into(other, saved)
     total = len(first)
     # three levels, weight and bias
-    assert line == f"{saved}: {total - 6} of {total} tensors taken; random values for detect"
+    assert line == f"{saved}: {total - 6} of {total} tensors loaded; random values for detect"
     source = network.state_dict()
     for name, tensor in other.state_dict().items():
         kept = name.startswith("detect.m.")
@@ -164,7 +164,7 @@ def test_files_that_are_missing_cut_or_something_else_are_refused(saved, tmp_pat
     whole = saved.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:50], b"", b"not safetensors at all"):
         saved.write_bytes(content)
-        assert "not a whole safetensors file" in problem(lambda: read_weights(saved))
+        assert "not a complete safetensors file" in problem(lambda: read_weights(saved))
 
 
 def rewrite(path, *, text: str | None = None, drop: str | None = None) -> None:

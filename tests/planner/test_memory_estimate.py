@@ -84,7 +84,7 @@ def measure(folder: str, cases: list[str]) -> dict[str, tuple]:
             load_of(engine.dp_rank, engine.dp_size), ds, engine.deepspeed_json["zero_optimization"]
         )
         results[name] = (wanted, found[0][engine.world.rank])
-        engine.deepspeed.destroy()
+        engine.ds_engine.destroy()
     return results
 
 

@@ -283,15 +283,15 @@ class Fault(NamedTuple):
 ANY = ("loading", "step", "validation", "saving")
 RUNNING = {
     "SIGKILL of a rank": Fault(send(signal.SIGKILL), ANY, (), "is lost"),
-    "SIGTERM to a rank": Fault(send(signal.SIGTERM), ANY, (stop.STATUS,), "Stopped as asked"),
+    "SIGTERM to a rank": Fault(send(signal.SIGTERM), ANY, (stop.STATUS,), "Preempted"),
     # The stopped one is killed in the end: the launcher tells the status of the rank that it sees first.
     "SIGSTOP of a rank": Fault(send(signal.SIGSTOP), ANY, (watchdog.STATUS, 256 - signal.SIGKILL), "is lost"),
-    "SIGTERM to deepspeed": Fault(end_the_launcher, ANY[1:], (-signal.SIGTERM,), "Stopped as asked"),
+    "SIGTERM to deepspeed": Fault(end_the_launcher, ANY[1:], (-signal.SIGTERM,), "Preempted"),
     "ip link set down": Fault(pull_the_cable, ANY[1:], (), "is lost", "hosts"),
     "full disk": Fault(fill_the_disk, ("step",), (stop.STATUS, NOT_SAVED), "could not be written", "machine"),
 }
 RESTING = {
-    "truncated checkpoint": Fault(cut_the_newest_checkpoint, (), (0,), "the one before it is taken"),
+    "truncated checkpoint": Fault(cut_the_newest_checkpoint, (), (0,), "the one before it is used"),
     "corrupt cache": Fault(spoil_the_cache, (), (0,), "all files are read again"),
     "stale build lock": Fault(leave_a_lock, (), (0,), ""),
     "unreadable image": Fault(break_an_image, (), (2,), "num_images"),
@@ -376,7 +376,7 @@ def spoil(site: Site, name: str, rng: random.Random) -> Outcome:
 def last_word(said: str, wanted: str) -> str:
     """The line of what was said that tells of the fault; of a rank that is lost before all have met, in other words."""
     words = (
-        ["is lost", "did not come", "found no rank 0"] if wanted == "is lost" else [wanted] if wanted else []
+        ["is lost", "did not join", "found no rank 0"] if wanted == "is lost" else [wanted] if wanted else []
     )
     lines = [line.strip() for line in said.splitlines() if any(word in line for word in words)]
     return lines[-1][:120] if lines else ""

@@ -179,7 +179,7 @@ def build(
         synchronise_batchnorm(engine.network, engine.dp_group)
     ema = Ema(partitions, engine.buffers, EMA_DECAY, EMA_TAU)
     if any(ds.parallelism.offload.folders):
-        move_to_folders(ds.parallelism.offload.folders, engine.deepspeed, partitions, ema.tensors, world)
+        move_to_folders(ds.parallelism.offload.folders, engine.ds_engine, partitions, ema.tensors, world)
     return engine, partitions, ema, Checkpointer(folder, engine, partitions, ema, world)
 
 

@@ -36,8 +36,8 @@ class SourceDataset:
     """A data set as it was read. Objects of classes outside `names` are refused."""
 
     splits: dict[str, list[Image]]  # "train", "val", and "test" if there is one
-    names: list[str]  # of the classes: the i-th gets number i
-    problems: list[Problem] = field(default_factory=list)  # of what was left out
+    names: list[str]  # class names: the i-th gets number i
+    problems: list[Problem] = field(default_factory=list)  # what was left out, and why
 
 
 class DataFormat:

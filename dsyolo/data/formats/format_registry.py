@@ -10,7 +10,7 @@ from dsyolo.base.user_code import is_reference, load_object, raised
 from dsyolo.data.formats.coco import Coco
 from dsyolo.data.formats.data_format import DataFormat, SourceDataset
 from dsyolo.data.formats.voc import Voc
-from dsyolo.data.formats.writer import Conversion, refuse_occupied, write_dataset
+from dsyolo.data.formats.yolo_writer import Conversion, refuse_occupied, write_dataset
 
 FORMATS: dict[str, type[DataFormat]] = {"coco": Coco, "voc": Voc}
 
@@ -41,7 +41,7 @@ def _find(name: str) -> type[DataFormat]:
         raise _error(name, f"there is no such format. Write {known}, or FILE.py:CLASS for your own")
     found = load_object(name, "FORMAT")
     if not (isinstance(found, type) and issubclass(found, DataFormat)):
-        raise _error(name, "it is no class derived from DataFormat. See docs/data_format.md")
+        raise _error(name, "it is not a subclass of DataFormat. See docs/data_format.md")
     return found
 
 
@@ -51,7 +51,7 @@ def _read_own(name: str, data_format: type[DataFormat], src: Path) -> SourceData
     except UserError:
         raise
     except Exception as error:  # whatever the user's own class raises
-        raise _error(name, f"{raised(error)}. Correct it") from error
+        raise _error(name, f"{raised(error)}. Fix its read()") from error
     if not isinstance(source, SourceDataset):
         raise _error(name, f"read() returned a {type(source).__name__}. Return a SourceDataset")
     objects = [one for images in source.splits.values() for image in images for one in image.objects]

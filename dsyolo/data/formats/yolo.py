@@ -75,14 +75,14 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
 def _missing_key(key: str, given: dict[str, Any], what: str) -> str:
     others = [k for k in given if k not in (*SPLITS, "names", "nc", "path", "download")]
     close = difflib.get_close_matches(key, others, 1, 0.5)
-    return f"{key}: missing. " + (f"Did you mean it by `{close[0]}`?" if close else what)
+    return f"{key}: missing. " + (f"Did you mean it where you wrote `{close[0]}`?" if close else what)
 
 
 def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     names, num_given = given.get("names"), given.get("nc")
     if num_given is not None and not (type(num_given) is int and 1 <= num_given <= MOST_CLASSES):
-        rule = f"It is the number of classes, 1 to {MOST_CLASSES:,}; or leave it out."
-        problems.append(f"nc: {shortened(repr(num_given))} given. {rule}")
+        rule = f"it must be 1 to {MOST_CLASSES:,}, the number of classes. Correct it or leave it out."
+        problems.append(f"nc: {shortened(repr(num_given))} given, but {rule}")
         num_given = None
     if names is None:
         if num_given is not None and "names" not in given:
@@ -91,7 +91,9 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
         return ()
     if isinstance(names, dict):
         if not all(type(k) is int for k in names):
-            problems.append(f"names: keys must be whole numbers from 0, {list(names)[:5]} given.")
+            problems.append(
+                f"names: the keys {list(names)[:5]} given, but they must be whole numbers from 0."
+            )
             return ()
         gaps = list(islice((k for k in range(max(names, default=-1)) if k not in names), 5))
         if gaps or any(k < 0 for k in names):
@@ -100,15 +102,15 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
             return ()
         names = [names[k] for k in sorted(names)]
     if not isinstance(names, list) or not names or any(isinstance(n, dict | list | None) for n in names):
-        rule = "Give at least one class, as a list or as a map `0: cat`."
-        problems.append(f"names: {shortened(repr(names))} given. {rule}")
+        rule = "it must name at least one class. Give a list, or a map `0: cat`."
+        problems.append(f"names: {shortened(repr(names))} given, but {rule}")
         return ()
     if len(names) > MOST_CLASSES:
-        problems.append(f"names: {len(names):,} classes given, and {MOST_CLASSES:,} is the most.")
+        problems.append(f"names: {len(names):,} classes given, but {MOST_CLASSES:,} is the maximum.")
         return ()
     if booleans := dict.fromkeys(str(name) for name in names if isinstance(name, bool)):
-        rule = "YAML takes yes, no, on, off, true and false for these. Put the names in quotes"
-        problems.append(f"names: {' and '.join(booleans)} given. {rule}.")
+        rule = "YAML reads yes, no, on, off, true and false as booleans. Quote the names."
+        problems.append(f"names: {' and '.join(booleans)} given, but {rule}")
     elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
         problems.append(f"names: {', '.join(repeated)} given more than once. Rename or merge them.")
     if num_given is not None and num_given != len(names):
@@ -120,8 +122,8 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
 def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:
     root = given.get("path") or "."
     if not isinstance(root, str) or len(root) > MOST_PATH:
-        rule = "It is the folder that train and val are relative to."
-        problems.append(f"path: {shortened(repr(root))} given. {rule}")
+        rule = "it must be the folder that train and val are relative to. Correct it or leave it out."
+        problems.append(f"path: {shortened(repr(root))} given, but {rule}")
         return path.parent
     candidates = [path.parent / Path(root).expanduser(), Path(root).expanduser()]
     found = next((candidate for candidate in candidates if candidate.is_dir()), None)

@@ -1,4 +1,4 @@
-"""Saves checkpoints and weights: after epochs, and when the run is asked to stop."""
+"""Saves checkpoints and weights: after epochs, and when the run is preempted."""
 
 import logging
 
@@ -32,7 +32,7 @@ class CheckpointHook(Hook):
             return
         problem = self._save(is_best)
         if problem and trainer.is_last_epoch:
-            raise StopTraining(NOT_SAVED, f"{problem} Make room: --resume auto does the end again.")
+            raise StopTraining(NOT_SAVED, f"{problem} Make room: --resume auto repeats the end.")
         if problem and trainer.world.is_main_process:
             log.warning("%s The run goes on, and saves again later.", problem)
 
@@ -51,5 +51,8 @@ class CheckpointHook(Hook):
         state = self.trainer.state
         state.tracking = self.trainer.hooks.state_dict()
         problem = self._checkpointer.save(state)
-        message = problem or f"Stopped as asked after step {state.step}, and saved."
-        return ExitStatus(NOT_SAVED if problem else preemption.STATUS, f"{message} --resume auto goes on.")
+        if problem:
+            message = f"{problem} --resume auto resumes from the previous checkpoint, if there is one."
+            return ExitStatus(NOT_SAVED, message)
+        message = f"Preempted: saved after step {state.step}. --resume auto resumes the run."
+        return ExitStatus(preemption.STATUS, message)

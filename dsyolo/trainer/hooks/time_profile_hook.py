@@ -93,7 +93,7 @@ class TimeProfileHook(Hook):
 
     def finish(self) -> None:
         if self._details:
-            self._details.times += self._timer.take()  # of an epoch that was not ended
+            self._details.times += self._timer.take()  # the steps of an epoch that was not ended
             self._details.end(self._comm)
             own = self._details.to_json() | {"memory": self._memory}
             self._details.write(self.trainer.engine.all_gather(own))
@@ -103,7 +103,7 @@ class TimeProfileHook(Hook):
             self._comm.close()
 
     def _flops_of_step(self, step: int) -> float:
-        """Of all ranks; multi-scale changes the area of the images."""
+        """Return the FLOPs of all ranks in a step; multi-scale changes the area of the images."""
         area = (self.trainer.data.train.size_px(step - 1) / self.trainer.spec.config.imgsz) ** 2
         return self._flops_per_image * self.trainer.spec.ds.global_batch * area
 
@@ -127,7 +127,7 @@ class TimeProfileHook(Hook):
         }
         gpu = {} if on_cpu else {"gpu": _gpu(engine.device)}
         usage = ResourceUsage(of_machine=world.local_rank == 0, **gpu)
-        start = self.trainer.state.step  # a run that goes on gets a file of its own
+        start = self.trainer.state.step  # a resumed run gets a file of its own
         path = spec.folder / (f"steps_{start:08d}.json" if start else "steps.json")
         return StepDetails(path if world.is_main_process else None, about, usage)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsyolo.base.errors import UserError
-from dsyolo.data.formats import coco, voc, writer
+from dsyolo.data.formats import coco, voc, yolo_writer
 from dsyolo.data.formats.format_registry import convert
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.index_builder import build_index
@@ -139,19 +139,19 @@ def test_what_is_wrong_with_a_voc_set_is_reported_and_the_rest_converted(tmp_pat
     result = convert("voc", src, tmp_path / "dst")
     found = {(Path(p.file).name, p.reason) for p in result.problems}
     assert found == {
-        *((f"a.xml object {n}", writer.DEGENERATE) for n in (2, 3, 4)),
-        ("a.xml object 5", writer.OVER_EDGE),
+        *((f"a.xml object {n}", yolo_writer.DEGENERATE) for n in (2, 3, 4)),
+        ("a.xml object 5", yolo_writer.OVER_EDGE),
         ("a.xml object 6", voc.DIFFICULT),
-        *((f"a.xml object {n}", writer.BAD_OBJECT) for n in (7, 8, 9)),
+        *((f"a.xml object {n}", yolo_writer.BAD_OBJECT) for n in (7, 8, 9)),
         ("broken.xml", voc.BAD_ANNOTATION),
         ("no_xml.xml", voc.BAD_ANNOTATION),
-        ("gone.jpg", writer.NO_IMAGE),
-        ("cut.jpg", writer.BAD_IMAGE),
+        ("gone.jpg", yolo_writer.NO_IMAGE),
+        ("cut.jpg", yolo_writer.BAD_IMAGE),
     }
     _, boxes = boxes_px(tmp_path / "dst/labels/train/a.txt")
     np.testing.assert_allclose(boxes, [[10, 20, 60, 60], [49, 29, 100, 50]], atol=1e-3)
     assert result.num_images == {"train": 1, "val": 1}
-    assert writer.DEGENERATE in result.summary()
+    assert yolo_writer.DEGENERATE in result.summary()
 
 
 def test_names_in_voc_lists(tmp_path):
@@ -163,7 +163,7 @@ def test_names_in_voc_lists(tmp_path):
     (src / "JPEGImages/c[1].jpg").rename(src / "JPEGImages/c[1].jpeg")
     result = convert("voc", src, tmp_path / "dst")
     assert result.num_images == {"train": 4, "val": 2}
-    assert {p.file for p in result.problems if p.reason == writer.NO_IMAGE} == {"/etc/passwd", "../a"}
+    assert {p.file for p in result.problems if p.reason == yolo_writer.NO_IMAGE} == {"/etc/passwd", "../a"}
 
 
 def test_a_voc_list_and_an_annotation_in_another_encoding(tmp_path):
@@ -186,7 +186,7 @@ def test_a_voc_image_whose_objects_are_all_bad_is_no_background(tmp_path, object
     texts = {"good": annotation(BOX), "bad": annotation(*objects), "empty": annotation()}
     texts["hard"] = annotation(("cat", 1, 5, 5, 50, 50))  # left out on purpose, so a background
     result = convert("voc", voc_folder(tmp_path / "src", lists, texts), tmp_path / "dst")
-    assert ("bad.jpg", writer.NO_OBJECT_LEFT) in {(Path(p.file).name, p.reason) for p in result.problems}
+    assert ("bad.jpg", yolo_writer.NO_OBJECT_LEFT) in {(Path(p.file).name, p.reason) for p in result.problems}
     for kind, suffix in (("images", ".jpg"), ("labels", ".txt")):
         names = {path.name for path in (tmp_path / "dst" / kind / "train").iterdir()}
         assert names == {f"{stem}{suffix}" for stem in ("good", "hard", "empty")}
@@ -224,7 +224,7 @@ def test_the_blood_cells(tmp_path):
     assert result.names == ("Platelets", "RBC", "WBC")
     assert result.num_images == {"train": 292, "val": 72}
     assert result.num_objects == {"train": 3941, "val": 945}
-    assert [p.reason for p in result.problems] == [writer.DEGENERATE] * 2
+    assert [p.reason for p in result.problems] == [yolo_writer.DEGENERATE] * 2
     spec = read_data_yaml(result.data_yaml)
     for sources in (spec.train, spec.val):
         assert not build_index(sources, 3, tmp_path / "cache", progress=False).problems
@@ -300,11 +300,11 @@ def test_what_is_wrong_with_a_coco_set_is_reported_and_the_rest_converted(tmp_pa
     found = {(Path(p.file).name.split(" ", 1)[-1], p.reason) for p in result.problems if "train" in p.file}
     assert found == {
         ("annotation 2", coco.CROWD),
-        *((f"annotation {n}", writer.BAD_OBJECT) for n in (3, 4, 6, 8, 10, 11, "number 12")),
-        ("annotation 5", writer.DEGENERATE),
-        ("annotation 7", writer.OVER_EDGE),
-        ("gone.jpg", writer.NO_IMAGE),
-        ("1.jpg", writer.NO_IMAGE),
+        *((f"annotation {n}", yolo_writer.BAD_OBJECT) for n in (3, 4, 6, 8, 10, 11, "number 12")),
+        ("annotation 5", yolo_writer.DEGENERATE),
+        ("annotation 7", yolo_writer.OVER_EDGE),
+        ("gone.jpg", yolo_writer.NO_IMAGE),
+        ("1.jpg", yolo_writer.NO_IMAGE),
     }
     assert result.num_objects["train"] == 3
     assert result.num_images["train"] == 1
@@ -319,7 +319,7 @@ def test_a_coco_image_whose_objects_are_all_bad_is_no_background(tmp_path, bad):
         picture(src / "images/val2017" / name)
     result = convert("coco", src, tmp_path / "dst")
     assert result.num_images == {"train": 2, "val": 2}
-    left_out = {Path(p.file).name for p in result.problems if p.reason == writer.NO_OBJECT_LEFT}
+    left_out = {Path(p.file).name for p in result.problems if p.reason == yolo_writer.NO_OBJECT_LEFT}
     assert left_out == {"2.jpg"}
 
 
@@ -383,7 +383,7 @@ def test_other_content_is_refused_and_kept(tmp_path):
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     src = coco_folder(tmp_path / "src", [one()])
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(writer, "write_data_yaml", lambda *_: 1 / 0)
+    monkeypatch.setattr(yolo_writer, "write_data_yaml", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert("coco", src, tmp_path / "dst")
     assert sorted(tmp_path.iterdir()) == before

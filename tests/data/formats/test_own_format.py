@@ -13,8 +13,8 @@ from dsyolo import cli
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE
 from dsyolo.data.formats.format_registry import FORMATS, convert
-from dsyolo.data.formats.writer import BAD_IMAGE, DEGENERATE
 from dsyolo.data.formats.yolo import read_data_yaml
+from dsyolo.data.formats.yolo_writer import BAD_IMAGE, DEGENERATE
 from dsyolo.data.index_builder import build_index
 from dsyolo.data.labels import read_labels
 
@@ -103,7 +103,7 @@ def test_a_format_that_breaks_the_contract_is_refused_and_leaves_nothing(body, m
         ("cocoo", "Write coco or voc, or FILE.py:CLASS for your own"),
         ("nowhere.py:Mine", "FORMAT: nowhere.py:Mine given, but nowhere.py cannot be imported"),
         ("mine.py:Yours", "mine.py has no Yours. It has: DataFormat"),
-        ("mine.py:Other", "it is no class derived from DataFormat"),
+        ("mine.py:Other", "it is not a subclass of DataFormat"),
     ],
 )
 def test_a_format_that_does_not_exist_is_refused(name, message, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_all_problems_at_once(tmp_path):
     assert len(caught.value.problems) == 4
     assert "nc: 'many' given" in problems
     assert "names: must number its 2 classes 0 to 1, but 1 missing" in problems
-    assert "val: missing. Did you mean it by `valid`?" in problems
+    assert "val: missing. Did you mean it where you wrote `valid`?" in problems
     assert f"Did you mean {tmp_path / 'images' / 'train'}?" in problems
 
 
@@ -94,7 +94,7 @@ def test_all_problems_at_once(tmp_path):
         ("train: a\ntrain: b\nval: a\nnames: [x]", "line 2: train is given twice."),
         ("train: a\nval: a\nnames: {0: x, 0: y}", "line 3: 0 is given twice."),
         ("train: a\nval: a\nnames: [x, y, x, 1, '1']", "names: x, 1 given more than once."),
-        ("train: a\nval: a\nnames: [yes, no]", "names: True and False given. YAML takes yes, no,"),
+        ("train: a\nval: a\nnames: [yes, no]", "names: True and False given, but YAML reads yes, no,"),
         ("path: nowhere\ntrain: a\nval: a\nnames: [x]", "path: nowhere given"),
         ("train: a\nval: picture.jpg\nnames: [x]", "only folders and .txt lists"),
     ],

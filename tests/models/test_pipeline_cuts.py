@@ -9,7 +9,7 @@ import torch
 
 from dsyolo.models.flops import NodeCost, node_costs
 from dsyolo.models.network import PipelineStage, pack, unpack
-from dsyolo.models.partition import CPU, balanced_cuts, boundary_elements, stage_table
+from dsyolo.models.pipeline_cuts import CPU, balanced_cuts, boundary_elements, stage_table
 from dsyolo.models.yolov5 import build_yolov5, has_parameters
 
 SHAPE = (2, 3, 64, 64)
