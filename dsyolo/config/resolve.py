@@ -78,7 +78,7 @@ def resolve(
         UserError: something in it cannot be used.
     """
     run, resume = read_command_line(argv, program)
-    # A user's own network is checked only here.
+    # A user's own network is checked only here:
     if fault := image_size_fault(run.imgsz, run.model, size_multiple_px(run.model)):
         raise UserError("This run cannot start", [f"--imgsz: {fault}"])
     if resume and (saved := saved_state(resume.checkpoints)):

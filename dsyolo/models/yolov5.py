@@ -32,7 +32,7 @@ def _c3(name: str, channels: int, repeats: int = 3, *, shortcut: bool = False) -
     return LayerRow(name, C3, channels, repeats=repeats, shortcut=shortcut)
 
 
-WITHOUT_PARAMETERS = (Upsample, Concat)
+PARAMETERLESS = (Upsample, Concat)
 # A row's position is its index in YOLOv5's own parameter names, `model.<index>.`
 _P4_BACKBONE = (
     LayerRow("stem", Stem, 64, stride=2),
@@ -109,8 +109,8 @@ def family(variant: str) -> tuple[LayerRow, ...]:
 
 
 def has_parameters(variant: str) -> tuple[bool, ...]:
-    """Return, for every node of the variant in order, whether it has parameters."""
-    return tuple(row.kind not in WITHOUT_PARAMETERS for row in family(variant))
+    """Return, for every node in order, whether it has parameters."""
+    return tuple(row.kind not in PARAMETERLESS for row in family(variant))
 
 
 def level_strides(variant: str) -> tuple[int, ...]:
@@ -163,4 +163,4 @@ def _build(row: LayerRow, c1: int, c2: int, depth: float) -> nn.Module:
         return C3(c1, c2, max(round(row.repeats * depth), 1), row.shortcut)
     if row.kind is Conv:
         return Conv(c1, c2, row.kernel, row.stride)
-    return row.kind() if row.kind in WITHOUT_PARAMETERS else row.kind(c1, c2)
+    return row.kind() if row.kind in PARAMETERLESS else row.kind(c1, c2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, alone, arguments, environment, make_place, rows
 
+from dsyolo.base.errors import UserError
 from dsyolo.trainer.hooks.base import Hook, HookList
 
 EVENTS = (
@@ -154,6 +155,28 @@ def test_a_writer_that_fails_costs_a_warning(place: Path):
     assert said.count("my_writer.py:Failing failed, and the run goes on without it. OSError: no room") == 1
 
 
+@pytest.mark.parametrize(
+    ("hook", "problem"),
+    [
+        ("my_hooks.py", "it must be MODULE:NAME or FILE.py:NAME"),
+        ("gone.py:Hook", "gone.py cannot be imported: FileNotFoundError"),
+        ("my_hooks.py:Conting", "my_hooks.py has no Conting"),
+        ("json:loads", "is not a subclass of"),
+        ("needy.py:Needy", "Needy() raised TypeError"),
+    ],
+)
+def test_a_hook_that_cannot_be_used_is_an_error_in_words(place: Path, hook: str, problem: str):
+    (place / "needy.py").write_text(
+        "from dsyolo.trainer.hooks.base import Hook\n\n\nclass Needy(Hook):\n    def __init__(self, x): ...\n"
+    )
+    done = alone(place, "refused", "--hook", hook, epochs=1)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"--hook: {hook} given" in done.stderr
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "runs/refused").exists()
+
+
 class Noting(Hook):
     def __init__(self, name: str, log: list[str], raises: str = "") -> None:
         self.name, self.log, self.raises = name, log, raises
@@ -172,6 +195,18 @@ class Noting(Hook):
     def around(self, part):
         self._note(part)
         return nullcontext()
+
+
+def test_two_hooks_may_not_keep_their_states_under_one_key():
+    first, second, third = Noting("a", []), Noting("b", []), Hook()
+    first.state_dict, second.state_dict = lambda: {"mine": 1}, lambda: {"ours": 2}
+    hooks = HookList([first, second, third])
+    assert hooks.state_dict() == {"mine": 1, "ours": 2}
+    second.state_dict = first.state_dict
+    with pytest.raises(
+        UserError, match=r"Noting\.state_dict returns the key 'mine', which another hook uses"
+    ):
+        hooks.state_dict()
 
 
 def test_hooks_open_in_order_and_close_in_reverse_even_where_one_fails_to_open_or_close():

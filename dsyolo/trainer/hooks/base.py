@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from dsyolo.base.batch import StepStats
+from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
@@ -100,10 +101,10 @@ class Hook:
         """Called before the first step of an epoch, or of its rest after a resume."""
 
     def before_step(self) -> None:
-        """Called after the batches were loaded, before they are trained."""
+        """Called before each step, when its batches are loaded."""
 
     def after_step(self, result: StepResult) -> None:
-        """Called after an optimizer step; `self.trainer.state.step` counts it already."""
+        """Called after each optimizer step; `self.trainer.state.step` counts it already."""
 
     def before_validation_batch(self) -> None:
         """Called before each batch of a validation."""
@@ -118,10 +119,10 @@ class Hook:
         """Called after `after_epoch` of all hooks: `state.epoch` is the next epoch, and what is saved resumes there."""
 
     def preempted(self) -> ExitStatus | None:
-        """Called after a rank was requested to stop: save, and return how the run ends."""
+        """Called after a rank was asked to stop: save, and return how the run ends."""
 
     def finish(self) -> None:
-        """Called after the last step of an orderly end, on all ranks. Collectives are allowed here, but not in `close`."""
+        """Called on all ranks after the last step of an orderly end. Collectives are allowed here, but not in `close`."""
 
     def close(self) -> None:
         """Called at the end, whatever was raised: release what `open` took."""
@@ -135,7 +136,7 @@ class Hook:
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the hook wants in a checkpoint's JSON, under keys of its own.
+        """Return what the hook wants in a checkpoint's JSON, where its keys must be unique among all hooks.
 
         After a resume it is in `self.trainer.state.tracking`.
         """
@@ -190,15 +191,15 @@ class HookList:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all hooks in one mapping, or raise ValueError if two have a key in common."""
-        merged: dict[str, Any] = {}
+        """Return the states of all hooks in one mapping. Raise UserError where two hooks use one key."""
+        states: dict[str, Any] = {}
         for hook in self._hooks:
-            own = hook.state_dict()
-            if taken := merged.keys() & own.keys():
-                rule = f"the key {min(taken)!r} is in the state of another hook. Name it otherwise"
-                raise ValueError(f"{type(hook).__name__}.state_dict: {rule}.")
-            merged |= own
-        return merged
+            state = hook.state_dict()
+            for key in states.keys() & state.keys():
+                rule = f"{type(hook).__name__}.state_dict returns the key {key!r}, which another hook uses"
+                raise UserError("The checkpoint cannot be written", [f"--hook: {rule}. Rename it."])
+            states |= state
+        return states
 
 
 def _close(hooks: list[Hook]) -> list[Exception]:
