@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, open_batch
-from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, halved, open_batch
+from dsyolo.config.deepspeed.config import DeepSpeedConfig, cannot_be_used, check
 from dsyolo.config.deepspeed.json_reader import JsonSource
 from dsyolo.config.deepspeed.optimizer_table import RECIPE_WEIGHT_DECAY
 from dsyolo.config.resolve import PlannedConfig, largest_image_px
@@ -134,22 +134,21 @@ def _fill_values(
     is_open = all(content.get(key) is None for key in BATCH_KEYS[1:])
     if batch := open_batch(content, hardware.ranks):
         content[BATCH_KEYS[0]] = saved_batch or batch
-
-    def checked(halve: bool) -> DeepSpeedConfig:
-        return check(
-            replace(source, content=content),
-            world_size=hardware.ranks,
-            accelerator=hardware.accelerator,
-            layers=profile.layers,
-            recompute=run.recompute,
-            halve=halve,
-            saved_batch=saved_batch,
-        )
-
-    ds = checked(run.halve_micro_batch and not is_open)
+    ds = check(
+        replace(source, content=content),
+        world_size=hardware.ranks,
+        accelerator=hardware.accelerator,
+        layers=profile.layers,
+        recompute=run.recompute,
+        halve=run.halve_micro_batch and not is_open,
+        saved_batch=saved_batch,
+    )
     if is_open:
-        content[BATCH_KEYS[1]] = _planned_micro_batch(ds, Planner(profile, hardware, ema=run.ema))
-        ds = checked(run.halve_micro_batch)
+        problems: list[str] = []
+        planned = ds.batch.with_micro(_planned_micro_batch(ds, Planner(profile, hardware, ema=run.ema)))
+        if (fitting := halved(planned, problems) if run.halve_micro_batch else planned) is None:
+            raise cannot_be_used(source.name, hardware.ranks, problems)
+        ds = replace(ds, batch=fitting)
         content[BATCH_KEYS[1]] = ds.micro_batch
     used = ds.deepspeed_json(profile.num_parameters, cpu=hardware.accelerator == "cpu")
     used |= {"optimizer": {"type": ds.optimizer.type, "params": dict(ds.optimizer.params)}}
