@@ -327,7 +327,7 @@ print(sum(int(batch) for batch in DataLoader(range(10), batch_size=None, **worke
 """
 
 
-@pytest.mark.parametrize(("num_hung", "message"), [(0, "45"), (2, "45"), (3, "3 loader workers in turn")])
+@pytest.mark.parametrize(("num_hung", "message"), [(0, "45"), (2, "45"), (3, "3 loader workers in a row")])
 def test_a_worker_that_hangs_in_its_fork_is_forked_again(tmp_path, num_hung, message):
     command = [sys.executable, "-c", FORKS_THAT_HANG, str(tmp_path), str(num_hung)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)

@@ -279,7 +279,7 @@ def test_sizes_of_images_are_judged_by_the_network(tmp_path):
     with pytest.raises(
         UserError, match=r"--imgsz: 40 given, .* multiple of 16, and at least 32. Set it to 32."
     ):
-        resolve([*argv, "--model", MODEL, "--imgsz", "40"], world_size=1, accelerator="cpu", **no)
+        resolve([*argv, "--model", MODEL, "--imgsz", "40"], "train.py", world_size=1, accelerator="cpu", **no)
 
 
 # ---- weights
