@@ -3,7 +3,6 @@
 Only safetensors are read: such a file cannot run code.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dsyolo.base.atomic_file import replacing
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import pickled, shortened
 from dsyolo.base.user_code import is_reference
@@ -54,14 +54,10 @@ def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: WeightsInfo) -> None:
     """Write the tensors as they are, under the network's own names. A rename puts the file in place: complete or not at all."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         save_file(tensors, part, metadata={METADATA_KEY: info.model_dump_json()})
         # safetensors creates files that only the owner may read
         part.chmod(path.parent.stat().st_mode & 0o666)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # left only by a failure, such as a full disk
 
 
 GivenWeights: TypeAlias = tuple[dict[str, torch.Tensor], WeightsInfo | None]
