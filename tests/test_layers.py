@@ -324,3 +324,18 @@ def test_what_is_public_says_what_it_is():
                 yield f"line {node.lineno}: {node.name} has no docstring"
 
     each(check)
+
+
+def test_text_files_are_utf8_whatever_the_locale():
+    """But for those that only read /proc."""
+    reads_proc = {"doctor/probe.py", "planner/local_hardware.py", "cluster/preemption.py"}
+
+    def check(path: Path) -> Iterator[str]:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name, given = node.func.attr, {keyword.arg for keyword in node.keywords}
+                exempt = name == "read_text" and str(path.relative_to(PACKAGE)) in reads_proc
+                if name in ("read_text", "write_text") and "encoding" not in given and not exempt:
+                    yield f"line {node.lineno}: {name} without an encoding"
+
+    each(check)

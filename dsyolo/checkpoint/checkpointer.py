@@ -84,7 +84,9 @@ class Checkpointer:
         file.chmod(part.stat().st_mode & 0o666)  # safetensors creates files that only their owner may read
         _sync_to_disk(file)
         # Each rank leaves its part of the manifest beside its tensors; rank 0 joins them.
-        (part / f"{file.stem}.json").write_text(json.dumps({"sha256": sha256_of(file), "names": sorted(own)}))
+        (part / f"{file.stem}.json").write_text(
+            json.dumps({"sha256": sha256_of(file), "names": sorted(own)}), encoding="utf-8"
+        )
 
     def load(self, path: Path, *, verified: bool = False) -> TrainState:
         """Set engine, optimizer, EMA and buffers to the state of the checkpoint at `path`.
@@ -181,12 +183,12 @@ class Checkpointer:
             tensors={},
         )
         for note in sorted(part.glob("tensors-*.json")):
-            part_of_rank = json.loads(note.read_text())
+            part_of_rank = json.loads(note.read_text(encoding="utf-8"))
             file = note.with_suffix(".safetensors").name
             manifest.files[file] = part_of_rank["sha256"]
             manifest.tensors |= dict.fromkeys(part_of_rank["names"], file)
             note.unlink()
-        (part / "progress.json").write_text(manifest.model_dump_json(indent=1))
+        (part / "progress.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         for path in (part / "progress.json", part):
             _sync_to_disk(path)
         os.replace(part, free_path(self.folder / f"step_{progress.step:08d}"))

@@ -45,7 +45,10 @@ class RunLock:
         try:
             self._has_made_folder = not folder.exists()
             while not self._is_taken():
-                holder = self._path.read_text(errors="replace")[:200].strip() or "another process"
+                holder = (
+                    self._path.read_text(errors="replace", encoding="utf-8")[:200].strip()
+                    or "another process"
+                )
                 if time.monotonic() > end or is_over():
                     rule = f"a run is in it: {holder}. Wait for its end, or stop it; or choose another folder with --name."
                     raise UserError(f"{folder} cannot be used", [rule], BUSY)

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(findings))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(to_json(findings, hosts), indent=2) + "\n")
+        args.json.write_text(json.dumps(to_json(findings, hosts), indent=2) + "\n", encoding="utf-8")
     return 0 if can_start(findings) else 1
 
 

@@ -112,7 +112,9 @@ def _run_all(
     for case in cases:
         epochs, images = runs.epochs_and_images(case, args.warmup + args.steps, num_images)
         config = folder / f"{case.name}.json"
-        config.write_text(json.dumps(deepspeed_json(strategies[case.strategy], case), indent=2) + "\n")
+        config.write_text(
+            json.dumps(deepspeed_json(strategies[case.strategy], case), indent=2) + "\n", encoding="utf-8"
+        )
         files[case] = epochs, runs.write_data(data, folder / "data", images, VAL_IMAGES), config
         # So that a mistake in the options is found before any training.
         parse(runs.arguments(plan, case.name, *files[case]))
@@ -194,7 +196,7 @@ def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
     texts = {"json": as_json, "md": to_markdown(report), "html": page(report)}
     for folder in (beside, *([out] if is_news else [])):
         for kind, text in texts.items():
-            (folder / f"scale.{kind}").write_text(text)
+            (folder / f"scale.{kind}").write_text(text, encoding="utf-8")
     out = out if is_news else beside
     for group in report.groups:
         print(f"\n{title(group)}")

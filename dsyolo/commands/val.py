@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     print(metrics.table())
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(metrics.to_json(), indent=2) + "\n")
+        args.json.write_text(json.dumps(metrics.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

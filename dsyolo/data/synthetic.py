@@ -56,7 +56,7 @@ def draw_sample(
 
     def is_complete() -> bool:
         try:  # the folder appears by a rename, so its options imply that it is complete
-            return (dst / _OPTIONS_FILE).read_text() == options_json
+            return (dst / _OPTIONS_FILE).read_text(encoding="utf-8") == options_json
         except OSError:
             return False
 
@@ -65,7 +65,7 @@ def draw_sample(
     try:
         with new_folder(dst) as building:
             _draw_all(building, num_images, val_share, seed, image_size)
-            (building / _OPTIONS_FILE).write_text(options_json)
+            (building / _OPTIONS_FILE).write_text(options_json, encoding="utf-8")
     except UserError:
         if not is_complete():  # another process may have drawn the same meanwhile
             raise
@@ -99,7 +99,9 @@ def _draw_all(
         wh = np.tile(image.shape[1::-1], 2)
         corners = [(shape.number, (shape.box_xyxy / wh).reshape(2, 2)) for shape in shapes]
         rows = [label_row(number, np.stack([two.mean(0), np.ptp(two, 0)])) for number, two in corners]
-        (folder / "labels" / split / f"{index:05d}.txt").write_text("".join(f"{row}\n" for row in rows))
+        (folder / "labels" / split / f"{index:05d}.txt").write_text(
+            "".join(f"{row}\n" for row in rows), encoding="utf-8"
+        )
     write_data_yaml(folder, NAMES, ("train", "val"))
 
 

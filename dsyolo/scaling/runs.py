@@ -51,7 +51,7 @@ class EndRequest:
 
 
 class ScalingPlan(NamedTuple):
-    """What all trainings share."""
+    """The settings that all trainings share."""
 
     folder: Path
     options: Sequence[str]  # options of train.py
@@ -89,10 +89,12 @@ def write_data(data: DataSpec, folder: Path, num_train: int, num_val: int) -> Pa
     lists = {}
     for split, sources, count in (("train", data.train, num_train), ("val", data.val, num_val)):
         path = folder / f"{split}_{count}.txt"
-        path.write_text("".join(f"{image.resolve()}\n" for image in list_images(sources)[:count]))
+        path.write_text(
+            "".join(f"{image.resolve()}\n" for image in list_images(sources)[:count]), encoding="utf-8"
+        )
         lists[split] = str(path.resolve())
     path = folder / f"data_{num_train}.yaml"
-    path.write_text(yaml.safe_dump({**lists, "names": list(data.names)}))
+    path.write_text(yaml.safe_dump({**lists, "names": list(data.names)}), encoding="utf-8")
     return path
 
 
@@ -109,7 +111,7 @@ def run(
         status = _wait(plan, case, command, output)
     wall_s = time.monotonic() - begin
     file = plan.folder / name / "steps.json"
-    found = json.loads(file.read_text()) if file.exists() else None
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     if found and (status == 0 or (status is None and _has_enough(found, plan.warmup))):
         return Outcome(found, wall_s)
     return Outcome(None, wall_s, f"{_reason(status, log, plan)} See {log}")
@@ -179,7 +181,7 @@ def _reason(status: int | None, log: Path, plan: ScalingPlan) -> str:
     """Return the last lines of the log that explain why the run ended."""
     if status is None:
         return f"took longer than the {plan.timeout_s:.0f} s of --timeout before a step was measured."
-    stripped = map(str.strip, log.read_text(errors="replace").splitlines())
+    stripped = map(str.strip, log.read_text(errors="replace", encoding="utf-8").splitlines())
     lines = [line for line in stripped if line and not line.startswith("raise ")]
     telling = re.compile(r"Error|error:|cannot|memory$|given, but|Stopped|does not")
     errors = [line for line in lines if telling.search(line)]

@@ -61,7 +61,7 @@ class StepDetails:
     def write(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Write the details of all ranks, on the main process."""
         if self._path and any(rank["steps"] for rank in ranks):
-            self._path.write_text(json.dumps({"ranks": ranks}) + "\n")
+            self._path.write_text(json.dumps({"ranks": ranks}) + "\n", encoding="utf-8")
 
     def _look(self, collectives: CommTimer) -> None:
         self._seen[self._step] = {

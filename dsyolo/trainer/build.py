@@ -211,7 +211,7 @@ def _main_process_parts(
         )
         if spec.planned:
             text = json.dumps(dict(spec.ds.source), indent=2) + "\n"
-            (spec.folder / "deepspeed_auto.json").write_text(text)
+            (spec.folder / "deepspeed_auto.json").write_text(text, encoding="utf-8")
         artifacts = RunArtifacts(
             spec.folder,
             config=spec.config.dump(),

@@ -87,7 +87,7 @@ def _write_image(
         # As a background it would teach that it has no objects (as in `read_image_record`).
         return Problem(file, 0, NO_OBJECT_LEFT)
     label.parent.mkdir(parents=True, exist_ok=True)
-    label.write_text("".join(f"{row}\n" for row in rows))
+    label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     _link(image.file, folder / "images" / split / name)
     return len(rows)
 
