@@ -1,4 +1,4 @@
-"""What autograd saves in a forward pass: counted on fake tensors beside what torch's CPU allocator kept.
+"""The bytes that autograd saves in a forward pass: counted on fake tensors beside what torch's CPU allocator kept.
 
     PYTHONPATH=benchmarks python benchmarks/activations.py --models yolov5n yolov5s yolov5m --sizes 320 640
 

@@ -62,7 +62,7 @@ def planned(stage: int, args: argparse.Namespace) -> float:
 
 
 def measure(stage: int, args: argparse.Namespace, world: World) -> Traffic:
-    """Of this host in `args.steps` steps, on a rank of it."""
+    """Return the bytes of this host in `args.steps` steps, on a rank of it."""
     source = {
         "train_micro_batch_size_per_gpu": IMAGES,
         "gradient_accumulation_steps": args.accumulation,

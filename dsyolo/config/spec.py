@@ -115,7 +115,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class OffloadSpec:
-    """What lies in host memory (`cpu`) or in files (`nvme`); None: it stays on the device."""
+    """The device of each offloaded part: host memory (`cpu`) or files (`nvme`); None: it stays on the accelerator."""
 
     optimizer: str | None = None
     params: str | None = None

@@ -1,4 +1,4 @@
-"""Which image comes when, on which rank.
+"""The order of images, and the rank that gets each.
 
 The samples of a run are one endless sequence: the shuffled images of epoch 0, then those of epoch 1, and so on.
 Step k takes positions k * G .. (k + 1) * G - 1 of it, where G is the global batch. So batches are always full and
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class SampleKey(NamedTuple):
-    """What a training sample depends on, besides the run's seed."""
+    """Everything that a training sample depends on, besides the run's seed."""
 
     epoch: int
     image_index: int

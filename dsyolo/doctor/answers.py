@@ -49,7 +49,7 @@ class Sources(Answer):
 
 
 class Devices(Answer):
-    """What ranks can compute on, and the paths of build tools."""
+    """The devices that ranks can compute on, and the paths of build tools."""
 
     cores: int = 0
     gpus: list[str] = []
@@ -144,7 +144,7 @@ class LinkAnswer(BaseModel):
 
 
 class Result(Answer):
-    """What a rank of the network test found. `fault`: the step that failed; `unreached`: ranks out of reach."""
+    """The findings of one rank of the network test. `fault`: the step that failed; `unreached`: ranks out of reach."""
 
     fault: str = ""
     text: str = ""

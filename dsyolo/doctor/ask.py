@@ -39,7 +39,7 @@ class Reply:
 
 
 class Query(NamedTuple):
-    """What Python runs on a host, and the sections that it must print."""
+    """The source that Python runs on a host, and the sections that it must print."""
 
     host: str  # its name for ssh, or `LOCAL`
     arguments: Sequence[str]  # arguments of Python

@@ -1,4 +1,4 @@
-"""What checks are given: the options, the hosts and their replies."""
+"""The input of checks: the options, the hosts and their replies."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence

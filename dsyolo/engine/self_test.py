@@ -26,7 +26,7 @@ TOLERANCE = 1e-4  # share of a tensor's largest update; rounding makes 1e-6, a l
 
 
 class SelfTestResult(NamedTuple):
-    """What was found; `error` is the largest difference, relative to the largest update of its tensor."""
+    """The result; `error` is the largest difference, relative to the largest update of its tensor."""
 
     stage: int
     deepspeed: str  # version

@@ -34,7 +34,7 @@ class NodeBytes(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """What autograd saves in a network: activations, casts of weights, batch statistics.
+    """The storages that autograd saves in a network: activations, casts of weights, batch statistics.
 
     Parameters, buffers, images and what the loss keeps are not counted.
     """
@@ -94,7 +94,7 @@ def _kept(node: NodeBytes, is_checkpointed: bool, offload: bool) -> frozenset[in
 
 
 class ActivationPlan(NamedTuple):
-    """Which nodes are checkpointed, and what a rank then keeps for a micro-batch."""
+    """The nodes that are checkpointed, and what a rank then keeps for a micro-batch."""
 
     counted: Activations
     checkpointed: frozenset[str] = frozenset()

@@ -13,7 +13,7 @@ from dsyolo.models.flops import NodeCost
 
 
 class Balance(NamedTuple):
-    """What memory and communication cost on a kind of device, in FLOPs of a forward pass."""
+    """The cost of memory and communication on a kind of device, in FLOPs of a forward pass."""
 
     per_element: float  # reading or writing an element
     per_boundary: float  # sending an element to the next stage, and its gradient back

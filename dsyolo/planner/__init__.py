@@ -1,1 +1,1 @@
-"""Which strategy fits which GPUs, what it costs, and why: before anything runs, on any machine."""
+"""Finds the strategies that fit given GPUs, their costs and the reasons: before anything runs, on any machine."""

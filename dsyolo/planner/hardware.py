@@ -52,7 +52,7 @@ TYPICAL = ("T4", "A10", "V100", "A100-40", "L40S", "A100-80", "H200")
 
 
 class Hardware(NamedTuple):
-    """What a run would have.
+    """The machines that a run would have.
 
     Attributes:
         gpus: of each node.

@@ -19,7 +19,7 @@ ALIGNMENT = 2  # elements: DeepSpeed pads a group of weights to a multiple of it
 
 
 class RankLoad(NamedTuple):
-    """What a rank trains, whatever the strategy.
+    """The part of the training that a rank does, whatever the strategy.
 
     Attributes:
         groups: number of elements of each parameter, in the optimizer's groups.

@@ -1,4 +1,4 @@
-"""What a network needs for an image, counted once for every size of micro-batch."""
+"""The needs of a network for an image, counted once for every size of micro-batch."""
 
 import weakref
 from collections.abc import Sequence

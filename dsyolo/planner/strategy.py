@@ -39,7 +39,7 @@ class StrategySettings(NamedTuple):
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """What strategies that differ only in micro-batch, precision or budget have in common."""
+        """Return what strategies that differ only in micro-batch, precision or budget have in common."""
         recomputes = self.recompute != "none"
         return self.zero_stage, self.offload_optimizer, self.offload_param, recomputes, self.pipeline_stages
 

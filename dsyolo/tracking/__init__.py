@@ -1,1 +1,1 @@
-"""What a run reports and leaves behind: metrics, plots, artifacts."""
+"""The reports and files of a run: metrics, plots, artifacts."""

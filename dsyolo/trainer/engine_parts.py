@@ -1,4 +1,4 @@
-"""What trains on a rank: network, schedule, engine, average of the weights, checkpointer."""
+"""Builds what trains on a rank: network, schedule, engine, average of the weights, checkpointer."""
 
 import logging
 from pathlib import Path
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineParts(NamedTuple):
-    """What trains on this rank, and what it was given to hold."""
+    """The parts that train on this rank, and the load that it was given."""
 
     engine: Engine
     partitions: Partitions

@@ -1,4 +1,4 @@
-"""What all ranks do after one of them ran out of memory: restart with less, or end with a remedy."""
+"""Restarts all ranks with less after one of them ran out of memory, or ends them with a remedy."""
 
 from typing import NoReturn
 

@@ -1,4 +1,4 @@
-"""What a process joins before anything is built, and leaves at the end: process group, watchdog, preemption, run lock."""
+"""Joins, before anything is built, what a process leaves at the end: process group, watchdog, preemption, run lock."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from dsyolo.models.weights import read_weights
 
 
 def refused(call: Callable[[], object]) -> str:
-    """What the user is told, in seconds."""
+    """Return what the user is told, in seconds."""
     begin = time.monotonic()
     with pytest.raises(UserError) as caught:
         call()
@@ -462,7 +462,7 @@ def test_the_check_sees_what_runs_code(source):
 
 
 def load_tampered(folder: Path) -> list[tuple[str, bool]]:
-    """What loading says of each kind of tampering, and whether the weights are as before."""
+    """Return what loading says of each kind of tampering, and whether the weights are as before."""
     import training
 
     engine, partitions, ema, checkpoints = training.build(1, folder)

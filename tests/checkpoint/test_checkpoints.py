@@ -1,4 +1,4 @@
-"""What a folder of checkpoints holds after saving, full disks and kills: always at least the last whole one."""
+"""The contents of a folder of checkpoints after saving, full disks and kills: always at least the last whole one."""
 
 from __future__ import annotations
 

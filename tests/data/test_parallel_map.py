@@ -53,7 +53,7 @@ def assert_same(first: dict, second: dict) -> None:
 
 
 def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None = None, slow_s: float = 0.0):
-    """What this rank gets the first and the second time, how many images it read each time, and its progress messages.
+    """Return what this rank gets the first and the second time, how many images it read each time, and its progress messages.
 
     Args:
         timeout_s: of an exchange.

@@ -96,7 +96,7 @@ def assert_boxes_on_colours(sample: Sample, tolerance_px: float) -> None:
 
 
 def assert_sound(sample: Sample, size_px: int) -> None:
-    """What every returned sample promises."""
+    """Check what every returned sample promises."""
     assert sample.image.shape == (size_px, size_px, 3)
     assert sample.image.dtype == np.uint8
     assert sample.image.flags.c_contiguous

@@ -109,7 +109,7 @@ SIZES_HW = [(100, 200), (240, 120), (64, 64), (77, 131), (300, 180)]
 
 
 def ground_truths(count: int = 10, seed: int = 0) -> list[GroundTruth]:
-    """Of images of several sizes, with 0 to 3 boxes each."""
+    """Return ground truths of images of several sizes, with 0 to 3 boxes each."""
     rng = np.random.default_rng(seed)
     made = []
     for i in range(count):

@@ -93,7 +93,7 @@ def test_micro_batches_add_up_to_the_batch(micro, settings):
 
 
 def test_counts_of_its_own_micro_batch_would_not_add_up():
-    """What the test above could miss: that the counts matter at all."""
+    """Show that the counts matter at all, which the test above could miss."""
     loss, maps, labels = make_loss(), random_maps(4), random_labels(4)
     whole = run(loss, maps, assign(labels, 0, 4))[0]
     alone = sum(run(loss, [raw[i : i + 1] for raw in maps], assign(labels, i, 1))[0] for i in range(4))

@@ -204,7 +204,7 @@ def test_a_mistake_in_the_command_line_is_no_finding(tmp_path, capsys, option, m
 
 
 def stale_lock(folder: Path, age_s: float = 7200) -> Path:
-    """What a build leaves that was killed."""
+    """The lock that a killed build leaves."""
     folder.mkdir(parents=True)
     (folder / "lock").touch()
     os.utime(folder / "lock", (time.time() - age_s,) * 2)

@@ -1,4 +1,4 @@
-"""What happens to a run when its processes are stopped, killed or hang, and that it goes on as if nothing had been."""
+"""A run whose processes are stopped, killed or hang ends as it should, and resumes as if nothing had been."""
 
 from __future__ import annotations
 

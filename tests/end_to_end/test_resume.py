@@ -99,7 +99,7 @@ def resume_all(ranks: int, folder: str, pairs: list[Pair]) -> dict[Pair, dict[st
 
 @pytest.fixture(scope="module")
 def resumed(request, tmp_path_factory):
-    """Of the pairs that are tested this time."""
+    """The results of the pairs that are tested this time."""
     folder = str(tmp_path_factory.mktemp("resume"))
     pairs = asked(request, "pair")
     for ranks in (1, 2, 4):

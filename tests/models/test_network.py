@@ -21,7 +21,7 @@ def node(name: str, *reads: str, module: nn.Module | None = None) -> Node:
 
 
 def boundaries(nodes: list[Node]) -> list[list[str]]:
-    """What is alive after each node, by name, as the links have it."""
+    """Return what is alive after each node, by name, as the links have it."""
     boundary, alive = ["images"], []
     for one, link in zip(nodes, connect(nodes), strict=True):
         assert [boundary[k] for k in link.reads] == list(one.reads)

@@ -209,7 +209,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def ranks(request, tmp_path_factory):
-    """Of the cases that are tested this time."""
+    """The results of the cases that are tested this time."""
     asked = [item.callspec.params for item in request.session.items if item.originalname == MEASURED]
     cases = {n: [params["case"] for params in asked if params["world_size"] == n] for n in ON}
     return {

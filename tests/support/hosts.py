@@ -91,7 +91,7 @@ class Traffic(NamedTuple):
 
 
 def why_not() -> str | None:
-    """What a cluster lacks here, in words; None: it can be made."""
+    """Return what a cluster lacks here, in words; None: it can be made."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "clusters are made of Linux network namespaces, by root"
     missing = [tool for tool in TOOLS if not _find(tool)]
@@ -187,11 +187,11 @@ class Cluster:
         return ["ssh", "-F", f"{self.folder}/ssh_config", self.names[host], shlex.join(map(str, words))]
 
     def run(self, host: int, command: str, timeout_s: float = 60) -> str:
-        """What a short shell command says on a host, in all of its namespaces."""
+        """Return the output of a short shell command on a host, in all of its namespaces."""
         return self._hosts[host].run(command, timeout_s)
 
     def traffic(self) -> list[Traffic]:
-        """Of each host until now."""
+        """Return the bytes of each host until now."""
         return [read_traffic(host.pid) for host in self._hosts]
 
     def link(self, host: int, *, up: bool) -> None:
@@ -289,7 +289,7 @@ def _find(tool: str) -> str | None:
 
 
 def read_traffic(pid: int | str = "self") -> Traffic:
-    """Of the host that a process runs on."""
+    """Return the traffic of the host that a process runs on."""
     numbers = Path(f"/proc/{pid}/net/dev").read_text().split(f"{INTERFACE}:")[1].split()
     return Traffic(sent=int(numbers[8]), received=int(numbers[0]))
 
@@ -299,7 +299,7 @@ def all_pids() -> list[int]:
 
 
 def variable_of(pid: int, name: str) -> str | None:
-    """What a process was started with."""
+    """Return an environment variable that a process was started with."""
     content = _quietly(Path(f"/proc/{pid}/environ").read_bytes) or b""
     values = dict(item.partition(b"=")[::2] for item in content.split(b"\0"))
     return values[name.encode()].decode() if name.encode() in values else None

@@ -110,7 +110,7 @@ ROWS = (
 
 
 def train_rows(names: list[str], steps: int, folder: str) -> dict[str, dict[str, Any]]:
-    """What a rank got from each row, all of one number of ranks."""
+    """Return what a rank got from each row, all of one number of ranks."""
     found = {}
     # Autocast last: DeepSpeed keeps in a global that it was on.
     for row in sorted((row for row in ROWS if row.name in names), key=lambda row: row.is_bf16):

@@ -49,7 +49,7 @@ NOTICE_S = 60  # until all ranks have ended, at most
 
 
 class Outcome(NamedTuple):
-    """Of one fault."""
+    """The outcome of one fault."""
 
     fault: str
     where: str
@@ -202,7 +202,7 @@ def send(number: signal.Signals) -> Callable[[Site, random.Random], Callable[[],
 
 
 def end_the_launcher(site: Site, rng: random.Random) -> Callable[[], None]:
-    """What its user types `deepspeed` for; on one machine it tells its ranks nothing."""
+    """End the process that a user starts as `deepspeed`; on one machine it tells its ranks nothing."""
     site.process.terminate()
     return lambda: None
 

@@ -201,7 +201,7 @@ def whole(partitions, tensors) -> dict[str, torch.Tensor]:
 
 
 def result(engine, partitions, ema, losses) -> dict[str, object]:
-    """What `plain` returns, of a run on ranks. All ranks must call it."""
+    """Return what `plain` returns, for a run on ranks. All ranks must call it."""
     buffers = engine.buffers.named(engine.buffers.gathered(engine.buffers.flat))
     return {
         "losses": losses,

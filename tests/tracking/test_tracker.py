@@ -1,4 +1,4 @@
-"""What a run tells: rows, lines, curves and W&B; that it waits for the device rarely, and that it resumes unseen."""
+"""The reports of a run: rows, lines, curves and W&B; that it waits for the device rarely, and that it resumes unseen."""
 
 from __future__ import annotations
 

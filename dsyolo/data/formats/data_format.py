@@ -1,4 +1,4 @@
-"""What a data format is, and what it reads: images, objects, problems."""
+"""The interface of a data format, and what it reads: images, objects, problems."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

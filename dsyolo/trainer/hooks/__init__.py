@@ -1,1 +1,1 @@
-"""What a training does besides training: one hook a file, in the order that trainer/build.py lists."""
+"""Everything that a run does besides training: one hook a file, in the order that trainer/build.py lists."""

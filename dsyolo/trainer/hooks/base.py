@@ -56,7 +56,7 @@ class StopTraining(Exception):
 
 @dataclass(eq=False)
 class RunningTrainer:
-    """What hooks see of the trainer.
+    """The part of the trainer that hooks see.
 
     Attributes:
         spec: the resolved run.
