@@ -54,22 +54,23 @@ class Rendezvous:
 
     def _connect(self, address: str, port: int, options: dict[str, Any]) -> torch_dist.TCPStore:
         """Connect to rank 0 once it listens. Torch's own client prints a stack at every try, and waits longer."""
-        end = time.monotonic() + self._wait_s
+        began = time.monotonic()
         while True:
             try:
                 socket.create_connection((address, port), LOST_S).close()
                 timeout = timedelta(seconds=LOST_S)
                 return torch_dist.TCPStore(address, port, is_master=False, timeout=timeout, **options)
             except (OSError, RuntimeError):
-                if time.monotonic() > end:
+                waited_s = time.monotonic() - began
+                if waited_s > self._wait_s:
                     text = f"Rank {self._rank} found no rank 0 at {self._place} within {self._wait_s:.0f} s."
                     self._finish(f"{text}\n{END}", 1)
-                time.sleep(BEAT_S)
+                time.sleep(_pause_s(waited_s))
 
     def _attend(self, store: torch_dist.TCPStore) -> None:
         store.set_timeout(timedelta(seconds=LOST_S))
         heartbeat = Heartbeat(store, NAME, self._rank, self._size)
-        began, turns = time.monotonic(), 0
+        began = time.monotonic()
         while not self._closed.is_set():
             try:
                 heartbeat.beat()
@@ -83,8 +84,7 @@ class Rendezvous:
                 if not self._closed.is_set():
                     text = f"Rank 0 at {self._place} is lost: it stopped answering during the rendezvous."
                     self._finish(f"{text}\n{END}", 1)
-            turns += 1
-            self._closed.wait(0.05 if turns < 10 else BEAT_S)
+            self._closed.wait(_pause_s(time.monotonic() - began))
         if self._rank:
             heartbeat.beat(has_left=True)
 
@@ -116,6 +116,11 @@ class Rendezvous:
         if self._rank == 0:
             time.sleep(2 * BEAT_S)  # for the others to read the verdict before the store goes
         os._exit(STATUS)
+
+
+def _pause_s(waited_s: float) -> float:
+    """Seconds until the next try: a tenth of the wait so far, so that no rank comes much later than the last one."""
+    return min(BEAT_S, max(0.05, waited_s / 10))
 
 
 def _listen(address: str, port: int, options: dict[str, Any]) -> torch_dist.TCPStore:
