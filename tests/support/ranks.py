@@ -1,4 +1,8 @@
-"""Real ranks for tests: gloo processes on this machine, each with one thread."""
+"""Real ranks for tests: gloo processes on this machine, each with one thread.
+
+They are forked from a process that has imported torch and DeepSpeed once, since the imports take longer than most
+tests. A rank on an accelerator is spawned: what is forked can't use one.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,28 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable
+from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def forking() -> BaseContext:
+    """Context of processes that are forked with the modules of preloaded.py imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        ensure_running()  # keeps its environment: sys.path of the tests is not handed on by every Python
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def run_ranks(
@@ -23,12 +46,13 @@ def run_ranks(
     `work` is a function of a module (it is sent by name), and what it returns can be pickled. Where one rank
     fails, all are ended and its traceback is raised.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forking() if accelerator == "cpu" else multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     port = free_port()
     ranks = [
         context.Process(
-            target=_rank, args=(rank, world_size, port, accelerator, results, work, args), daemon=False
+            target=_rank,
+            args=(rank, world_size, port, accelerator, results, work, args, dict(os.environ)),
         )
         for rank in range(world_size)
     ]
@@ -65,8 +89,11 @@ def _rank(
     results: Any,
     work: Callable[..., Any],
     args: tuple,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()
     os.environ.update(
+        environment,
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank),

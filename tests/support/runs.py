@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ranks import free_port
+from ranks import forking, free_port
 
 from dsyolo.data.synthetic import draw_sample
 
@@ -59,10 +62,35 @@ def environment(place: Path) -> dict[str, str]:
 
 
 def alone(place: Path, name: str, *words: str, **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TRAIN), *arguments(place, name, **options), *words]
-    return subprocess.run(
-        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
-    )
+    """A run in a process of its own, which is forked: see ranks.py."""
+    command = [str(TRAIN), *arguments(place, name, **options), *words]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = forking().Process(target=_script, args=(command, environment(place), place, out, err))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(command, 300, out.read_bytes(), err.read_bytes())
+        return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
+
+
+def _script(command: list[str], environment: dict[str, str], place: Path, out: Path, err: Path) -> None:
+    """Become `python *command`, in this process."""
+    for path, standard in ((out, 1), (err, 2)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), standard)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(place)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv[:] = command
+    sys.path[:] = [
+        str(Path(command[0]).parent),
+        *(path for path in sys.path if path != str(Path(__file__).parent)),
+    ]
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def launcher(num_ranks: int = 2) -> list[str]:
