@@ -1,5 +1,6 @@
-"""Loader worker processes: forked safely in a process with threads, and checked to be alive."""
+"""Loader worker processes: forked safely in a process with threads, checked to be alive, and ended with their parent."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import cv2
 
 WORKER_GRACE_S = 25  # launchers kill what has not ended 30 s after SIGTERM
 ALIVE_S, TRIES = 20, 3  # a fork takes milliseconds, but may wait for a core on a busy machine
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
@@ -46,12 +48,18 @@ class Worker(ForkProcess):
     A gloo thread that returns a tensor holds the interpreter's list of threads for some microseconds. A worker forked
     in that moment waits for it forever, before its first line runs: seen once in some thousand forks under ZeRO 3 with
     CPython 3.11.
+
+    The kernel kills it when its parent is killed. Torch's own check asks who the parent is when the worker is ready, and
+    one that was orphaned before stays forever: seen once when a rank was killed at the start of a validation.
     """
 
     signal_fd: int
+    libc: ctypes.CDLL
+    _parent_pid: int  # by multiprocessing
 
     @staticmethod
     def _Popen(process: Any) -> Any:
+        process.libc = ctypes.CDLL(None)  # here, since a forked process may find the dynamic loader locked
         for _ in range(TRIES):
             alive_fd, process.signal_fd = os.pipe()
             popen = ForkProcess._Popen(process)
@@ -66,6 +74,9 @@ class Worker(ForkProcess):
         raise RuntimeError(f"{what}. Lower --workers or check memory.")
 
     def _bootstrap(self, *args: Any, **options: Any) -> int:
+        self.libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._parent_pid:  # died before
+            os._exit(1)
         os.write(self.signal_fd, b"lives")
         os.close(self.signal_fd)
         return super()._bootstrap(*args, **options)  # type: ignore[misc]  # missing in typeshed

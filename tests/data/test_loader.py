@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -335,3 +339,46 @@ def test_a_worker_that_hangs_in_its_fork_is_forked_again(tmp_path, num_hung, mes
     assert len(list(tmp_path.iterdir())) == num_hung
     for name in tmp_path.iterdir():
         assert not Path("/proc", name.name).exists()
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from dsyolo.data import workers
+
+settle = workers._settle
+
+def settle_slowly(worker):
+    Path(sys.argv[1]).write_text(str(os.getpid()))
+    time.sleep(1.5)
+    settle(worker)
+
+workers._settle = settle_slowly
+batches = iter(DataLoader(range(100), **workers.worker_options(1)))
+while not Path(sys.argv[1]).exists() or not Path(sys.argv[1]).read_text():
+    time.sleep(0.01)
+if sys.argv[2] == "settled":
+    next(batches)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel ends workers on Linux only")
+@pytest.mark.parametrize("worker", ["starting", "settled"])
+def test_a_worker_ends_with_its_rank_even_if_it_is_killed_while_the_worker_starts(tmp_path, worker):
+    """Torch asks a worker's parent for its id once the worker is ready: too late for one that is an orphan by then."""
+    pid_file = tmp_path / "pid"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(pid_file), worker], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    pid, end = int(pid_file.read_text()), time.monotonic() + 12  # torch's own check takes 5 s
+    while runs(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    is_left = runs(pid)
+    if is_left:
+        os.kill(pid, signal.SIGKILL)
+    assert not is_left
+
+
+def runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
