@@ -31,6 +31,9 @@ class Writer:
         """Return what a resumed run's writer needs; it is kept in the checkpoint's JSON."""
         return {}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what the writers of the resumed run returned, all keys in one; called before the first row."""
+
     def close(self) -> None:
         """Write out what waits; called once."""
 
@@ -38,11 +41,13 @@ class Writer:
 class SafeWriter(Writer):
     """A writer that never stops the training: at its first failure it warns, and is off from then on."""
 
-    def __init__(self, name: str, make: Callable[[], Writer]) -> None:
+    def __init__(self, name: str, make: Callable[[], Writer], saved: Mapping[str, Any] | None = None) -> None:
         self._name, self._lock = name, threading.Lock()
         self._writer: Writer | None = None
         self._state: dict[str, Any] = {}
         self._writer = self._call(make)
+        if self._writer and saved:
+            self._call(self._writer.load_state_dict, saved)
         self.state_dict()
 
     def write(self, row: Mapping[str, Any]) -> None:

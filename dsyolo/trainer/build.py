@@ -54,7 +54,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
 
     Raises:
         UserError: the folder, the data, a checkpoint or the weights cannot be used.
-        Preempted: a rank was requested to stop.
+        Preempted: a rank was asked to stop.
     """
     watchdog, preemption = session.watchdog, session.preemption
     user_hooks, user_writers = _user_hooks(spec.config.hook), _user_classes(spec.config.writer, "writer")
@@ -165,12 +165,12 @@ def _user_hooks(references: str | None) -> list[Hook]:
     hooks = []
     for name, make in _user_classes(references, "hook").items():
         if not (isinstance(make, type) and issubclass(make, Hook)):
-            rule = "it is not a subclass of dsyolo.trainer.hooks.base.Hook"
+            rule = "it is not a subclass of dsyolo.trainer.hooks.base.Hook. Derive it from that class: docs/hook.md"
             raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."])
         try:
             hooks.append(make())
         except Exception as error:  # whatever the user's own code raises
-            rule = f"{name}() raised {type(error).__name__}: {error}. It is called without arguments"
+            rule = f"{name}() raised {type(error).__name__}: {error}. It is called without arguments: give its __init__ none that are required"
             raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."]) from error
     return hooks
 
@@ -247,5 +247,5 @@ def _writers(spec: RunSpec, state: TrainState, user_writers: Mapping[str, Any]) 
             )
         )
     for name, make in user_writers.items():
-        writers.append(SafeWriter(name, partial(make, spec.folder)))
+        writers.append(SafeWriter(name, partial(make, spec.folder), state.tracking))
     return writers

@@ -24,7 +24,7 @@ from dsyolo.detection.metrics import Metrics, evaluate
 from dsyolo.tracking import tracker as track
 from dsyolo.tracking.log_setup import RunLog
 from dsyolo.tracking.tracker import RunTracker
-from dsyolo.tracking.writers import JsonlWriter, SafeWriter, WandbWriter
+from dsyolo.tracking.writers import JsonlWriter, SafeWriter, WandbWriter, Writer
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 5, 4, 64
 TIMINGS = ("images_per_s", "data_wait_share", "memory_gib", "train_s", "val_s")
@@ -217,7 +217,7 @@ def test_without_a_terminal_there_is_a_line_per_logged_step_and_per_epoch(
     assert "INFO rank 0: epoch 1/4  box 0.4567  obj 0.1370  cls 0.3197  " in first
     assert "mAP" not in first
     assert "mAP50 1.0000  mAP50-95 1.0000" in second
-    assert all(part in second for part in ("epoch 2/4", " images/s", "data wait 0%", "1.50 GiB", " s"))
+    assert all(part in second for part in ("epoch 2/4", " images/s", "data 0 %", "1.50 GiB", " s"))
     assert err == ""
 
 
@@ -267,6 +267,36 @@ def test_results_png_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     picture = cv2.imread(str(tmp_path / "results.png"))
     assert picture.shape[1] > 1000
     assert picture.std() > 5
+
+
+class Counting(Writer):
+    """Counts rows, over resumes too."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def write(self, row: Any) -> None:
+        self.rows += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counted": self.rows}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.rows = state["counted"]
+
+
+def test_a_writer_of_ones_own_gets_its_state_back_after_a_resume():
+    first = SafeWriter("own", Counting)
+    first.write({"step": 1})
+    second = SafeWriter("own", Counting, {**first.state_dict(), "run_id": "of another writer"})
+    second.write({"step": 2})
+    assert second.state_dict() == {"counted": 2}
+
+
+def test_a_state_that_a_writer_cannot_take_costs_a_warning_and_not_the_run():
+    with pytest.warns(UserWarning, match="own failed"):
+        writer = SafeWriter("own", Counting, {"run_id": "of another writer"})
+    writer.write({"step": 1})
 
 
 def wandb_writer(folder: Path, **options: Any) -> SafeWriter:
