@@ -38,7 +38,9 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     place = _from_srun(given, problems) if started_by_srun else _from_launcher(given, problems)
     rank, size, *_ = place
     if not problems and rank >= size:
-        problems.append(f"rank {rank} of {size}: ranks count from 0.")
+        problems.append(
+            f"{'SLURM_PROCID' if started_by_srun else 'RANK'}: {rank} given, but with {size} ranks it must be 0 to {size - 1}. Start all through one launcher."
+        )
     if size > 1 and not given.get("MASTER_ADDR"):
         problems.append("MASTER_ADDR: missing. Set it to the name or address of the machine of rank 0.")
     port = _number(given, "MASTER_PORT", 29500, problems) if size > 1 or "MASTER_PORT" in given else None

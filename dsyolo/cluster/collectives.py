@@ -90,7 +90,7 @@ class ClusterCommunicator:
 
     Args:
         at: called with where this rank is whenever it makes progress.
-        is_requested: returns whether this rank was requested to stop; then `exchange` raises Preempted on all ranks.
+        is_requested: returns whether this rank was asked to stop; then `exchange` raises Preempted on all ranks.
         timeout: of an exchange; None: gloo's own.
     """
 

@@ -75,7 +75,7 @@ class Heartbeat:
         self._store.set(self._keys[self._own.rank], json.dumps(beat))
 
     def read(self, ranks: Iterable[int] | None = None) -> dict[int, Beat]:
-        """Return the last beats of `ranks` (default: all) that have beaten yet, by rank."""
+        """Return the latest beat of each of `ranks` (default: all) that has sent one, by rank."""
         asked = list(range(len(self._keys)) if ranks is None else ranks)
         if not self._store.check([self._keys[rank] for rank in asked]):  # one request, where all are there
             asked = [rank for rank in asked if self._store.check([self._keys[rank]])]

@@ -25,7 +25,7 @@ _RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
 
 
 class Preempted(Exception):
-    """A rank was requested to stop. Raised on all ranks at the same step."""
+    """A rank was asked to stop. Raised on all ranks at the same step."""
 
 
 class PreemptionHandler:
@@ -46,11 +46,11 @@ class PreemptionHandler:
         self._is_signalled = True
 
     def is_requested(self) -> bool:
-        """Return whether this rank was requested to stop; the others may not know yet."""
+        """Return whether this rank was asked to stop; the others may not know yet."""
         return self._is_signalled or self._launcher.has_gone()
 
     def raise_if_requested(self, *, wait: bool = False) -> None:
-        """Raise Preempted on all ranks if one was requested to stop. All of them must call it after every step.
+        """Raise Preempted on all ranks if one was asked to stop. All of them must call it after every step.
 
         With `wait`, wait for the answer of this step too.
         """
@@ -68,7 +68,7 @@ class PreemptionHandler:
         self._take_answer()
 
     def _take_answer(self) -> bool:
-        """Wait for the exchange under way; return whether a rank was requested to stop."""
+        """Wait for the exchange under way; return whether a rank was asked to stop."""
         if self._pending is None:
             return False
         work, request = self._pending
@@ -79,7 +79,7 @@ class PreemptionHandler:
 
 @contextlib.contextmanager
 def ends_at_once(world: World) -> Iterator[None]:
-    """Inside, a rank that is requested to stop ends at once. Create the `PreemptionHandler` inside.
+    """Inside, a rank that is asked to stop ends at once. Create the `PreemptionHandler` inside.
 
     A thread listens, since the main thread may wait for other ranks in C++, where Python handles no signals.
     """

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "GPUs of each node and the memory of each GPU: 8x24GiB"
     add("--gpus", required=True, metavar="NxM", help=text)
     add("--nodes", type=int, default=1, metavar="N", help="nodes with these GPUs each (default: 1)")
-    text = f"between nodes, each way: 25GB/s, 200Gb/s (default: {BANDWIDTH})"
+    text = f"network bandwidth of each node, one direction: 25GB/s, 200Gb/s (default: {BANDWIDTH})"
     add("--bandwidth", metavar="RATE", help=text)
     text = f"GPU whose speed is assumed: {', '.join(DEVICES)} (default: by memory)"
     add("--gpu", type=str.upper, choices=DEVICES, metavar="NAME", help=text)

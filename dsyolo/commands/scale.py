@@ -184,8 +184,8 @@ def _notes(
     )
     if request.accelerator != "cpu":
         notes.append(
-            "Communication that overlaps computing on a stream of its own is not counted; what computing waits for at "
-            "the end of a phase counts as that phase."
+            "Communication that overlaps with compute on a stream of its own is not counted. If a phase waits for it at "
+            "its end, the wait counts as that phase."
         )
     return notes
 

@@ -46,12 +46,12 @@ NUMBERS: dict[str, tuple[float | None, int, int, str]] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options: what is trained, at which sizes, and how long."""
     add = parser.add_argument
-    add("--ranks", required=True, metavar="N,N", help="numbers of ranks to run, as 1,2,4")
+    add("--ranks", required=True, metavar="N,N", help="rank counts to measure, e.g. 1,2,4")
     strategies = "files in ds_configs/, or paths (default: --deepspeed_config)"
     add("--strategies", metavar="NAME,NAME", help=strategies)
     default = Path("ds_configs/zero1.json")
     add("--deepspeed_config", type=Path, default=default, metavar="FILE", help="DeepSpeed JSON")
-    scaling = "fixed images per rank (weak) or per step (strong), or both (default: weak)"
+    scaling = "what stays constant: images per rank (weak) or per step (strong); both: one after the other (default: weak)"
     add("--scaling", choices=SCALINGS, default="weak", help=scaling)
     add("--data", type=Path, metavar="FILE", help="data set's YAML file (default: a synthetic one)")
     model = "variant, or FILE.py:FUNCTION (default: yolov5n)"
@@ -106,7 +106,7 @@ def _ranks(text: str, problems: list[str]) -> list[int]:
     parts = text.split(",")
     if all(part.strip().isdecimal() and 1 <= int(part) <= MAX_RANKS for part in parts):
         return sorted({int(part) for part in parts})
-    problems.append(f"--ranks: {text!r} given, but it must be numbers of 1 to {MAX_RANKS}, as 1,2,4.")
+    problems.append(f"--ranks: {text!r} given, but it must be numbers from 1 to {MAX_RANKS}, e.g. 1,2,4.")
     return []
 
 

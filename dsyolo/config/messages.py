@@ -61,7 +61,10 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def cannot_hold_files(folder: Path) -> str | None:
-    """Return why nothing can be written into a folder, made when missing; None where it can. Leaves nothing behind."""
+    """Return why no files can be written into `folder`, or None if they can. Leaves nothing behind.
+
+    Of a folder that does not exist, the nearest parent that does is tried.
+    """
     there = folder
     try:
         while not there.exists() and there != there.parent:

@@ -25,7 +25,10 @@ def disable_shared_memory_op() -> None:
 
 
 def route_logger() -> None:
-    """Hand DeepSpeed's lines to the program's log handlers, if it has any. Otherwise DeepSpeed prints its warnings."""
+    """Route DeepSpeed's log records to the root logger's handlers; without any, DeepSpeed prints its warnings.
+
+    Its warning of an untested optimizer is dropped.
+    """
     logger = logging.getLogger("DeepSpeed")
     logger.addFilter(_is_relevant)
     if logging.getLogger().handlers:

@@ -70,7 +70,9 @@ class Schedule:
 
     def explain(self) -> str:
         """Return a line for the start of a run."""
-        return f"steps: {self.total_steps}, of them {min(self.warmup_steps, self.total_steps)} to warm up"
+        return (
+            f"steps: {self.total_steps}, the first {min(self.warmup_steps, self.total_steps)} of them warm-up"
+        )
 
     def warning(self) -> str:
         """Return a warning if the run is too short to learn; empty if it is not."""

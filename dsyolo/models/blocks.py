@@ -146,7 +146,8 @@ class Detect(nn.Module):
         anchors_px: (L, A, 2) widths and heights in pixels: a tensor, or nested sequences.
         strides: pixels per cell of each level.
 
-    The biases start at the prior of docs/yolov5.md: about 8 objects in an image of 640 px, class probabilities of 0.6 / K.
+    The biases start at the prior of docs/yolov5.md: 8 objects expected by every anchor
+    of every level at 640 px, class odds of 0.6 / (K - 0.99999).
     """
 
     def __init__(

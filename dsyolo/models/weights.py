@@ -150,7 +150,11 @@ def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None =
     fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
     if not fits or (2 * len(fits) < len(own) and not is_own):
         rule = f"only {len(fits)} of {len(own)} tensors of {network.variant} have a match by name and shape"
-        remedy = "Nodes must have its names and shapes" if is_own else f"Give weights of {network.variant}"
+        remedy = (
+            "Name the nodes as in that file, or leave --weights out"
+            if is_own
+            else f"Give weights of {network.variant}"
+        )
         raise _unusable(path, f"{rule}. {remedy}.")
     network.load_state_dict(fits, strict=False)
     line = f"{path}: {len(fits)} of {len(own)} tensors loaded"

@@ -91,8 +91,8 @@ def _best(
     best, text = ranked(hardware).best, ""
     reserved = hardware.memory_bytes - hardware.usable_bytes
     rule = (
-        f"nothing fits {hardware.memory_bytes / GIB:.2f} GiB a rank, of which the process itself takes "
-        f"{reserved / GIB:.1f}, for {batch} images a step"
+        f"no strategy fits into {hardware.memory_bytes / GIB:.2f} GiB per rank ({reserved / GIB:.1f} GiB of it reserved for "
+        f"the process) at {batch} images a step"
     )
     if best and run.halve_micro_batch:
         room = int(AGAIN * best.peak_bytes / (1 - HEADROOM)) + reserved
@@ -102,7 +102,7 @@ def _best(
         smaller = [one for one in again.others[:1] if one.peak_bytes < best.peak_bytes]
         best = again.best or next(iter(smaller), None)
     if best is None:
-        remedy = "Use a smaller --imgsz or --model, or fewer ranks a machine; `dsyolo plan` shows what fits"
+        remedy = "Use a smaller --imgsz or --model, or fewer ranks per machine; `dsyolo plan` shows what fits"
         problem = f"--deepspeed_config: auto given, but {rule}. {remedy}."
         raise UserError("No plan for this machine", [problem])
     return best, text

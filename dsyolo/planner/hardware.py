@@ -58,7 +58,7 @@ class Hardware(NamedTuple):
         gpus: of each node.
         memory_bytes: of each GPU.
         host_bytes: memory of each node; None: unknown, and not checked.
-        network_bytes_s: between nodes, each way.
+        network_bytes_s: network bandwidth of each node, one direction.
     """
 
     device: Device

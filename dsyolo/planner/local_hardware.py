@@ -65,7 +65,7 @@ def _has_bf16() -> bool:
 
 
 class Peak(NamedTuple):
-    """The peak of one rank's device, and where it comes from."""
+    """The peak FLOP/s of one rank's device, and the source of that figure."""
 
     flops_per_s: float
     source: str

@@ -1,4 +1,4 @@
-"""The needs of a network for an image, counted once for every size of micro-batch."""
+"""What a network needs (memory, FLOPs) per image: counted once, then scaled to any micro-batch."""
 
 import weakref
 from collections.abc import Sequence

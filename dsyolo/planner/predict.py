@@ -185,7 +185,7 @@ class Planner:
     def _why_not(self, settings: StrategySettings, terms: dict[str, int], host_bytes: int) -> str:
         budget, kept = settings.recompute, terms["activations"]
         if isinstance(budget, int) and kept > budget:
-            return f"{kept / 2**30:.2f} GiB of activations even with all blocks recomputed, more than {budget / 2**30:.2f}"
+            return f"{kept / 2**30:.2f} GiB of activations even with all blocks recomputed, above the budget of {budget / 2**30:.2f} GiB"
         over = sum(terms.values()) - self.hardware.usable_bytes
         if over > 0:
             return f"too large by {over / 2**30:.2f} GiB"

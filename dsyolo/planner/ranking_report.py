@@ -8,7 +8,7 @@ from dsyolo.planner.predict import StrategyEstimate
 from dsyolo.planner.search import AS_FAST, HEADROOM, Ranking
 
 CAVEATS = (
-    "exact: parameters, gradients, optimizer, EMA and activations, by the code by which a run counts them.",
+    "exact: parameters, gradients, optimizer, EMA and activations, counted by the same code as in a run.",
     "modelled: buckets (at their largest), loss, images, workspace (64 MiB), 0.6 GiB kept free for CUDA; six published "
     "peaks of YOLOv5 are met within 5 %.",
     "modelled: times. They order strategies, but may be off by a factor of two on your machine.",
@@ -56,8 +56,8 @@ def recommendation(ranking: Ranking, hardware: Hardware) -> str:
     split = best.times._asdict().items()
     share = [f"{name} {seconds / best.times.step:.0%}" for name, seconds in split if seconds]
     lines = [
-        f"Take {s.describe()} in {s.precision.name}, {s.micro_batch} images a GPU x {s.accumulation} accumulation "
-        f"x {s.dp_size}: {best.images_s:.0f} images/s ({', '.join(share)}), {free / GIB:.1f} GiB free.",
+        f"Take {s.describe()} in {s.precision.name}, micro-batch {s.micro_batch} x {s.accumulation} accumulation "
+        f"x {s.dp_size} data-parallel: {best.images_s:.0f} images/s ({', '.join(share)}), {free / GIB:.1f} GiB free.",
         terms(best) + ".",
     ]
     if option := val_option(best):
@@ -79,7 +79,8 @@ def why(one: StrategyEstimate, best: StrategyEstimate) -> str:
         return f"{one.why_not}, at {one.settings.micro_batch} images a GPU."
     slower = one.times.step / best.times.step - 1
     saved = (best.peak_bytes - one.peak_bytes) / GIB
-    room = f"{'saves' if saved >= 0 else 'takes'} {abs(saved):.2f} GiB{'' if saved >= 0 else ' more'}"
+    more = "" if saved >= 0 else f" more, with micro-batch {one.settings.micro_batch}"
+    room = f"{'saves' if saved >= 0 else 'takes'} {abs(saved):.2f} GiB{more}"
     gaps = {name: getattr(one.times, name) - getattr(best.times, name) for name in one.times._fields}
     reason, gap = max(gaps.items(), key=lambda item: item[1])
     if slower < -AS_FAST:
@@ -99,7 +100,7 @@ def why(one: StrategyEstimate, best: StrategyEstimate) -> str:
 def nothing_fits(ranking: Ranking, hardware: Hardware) -> str:
     """Return the strategy that is nearest to fitting, and what would help."""
     if not ranking.others:
-        return "No strategy exists for these ranks and this global batch: it must be a multiple of the ranks."
+        return f"No strategy exists for {hardware.ranks} GPUs: the global batch must be a multiple of them. Change --global-batch or --gpus."
     nearest = ranking.others[0]
     need = (nearest.peak_bytes + hardware.memory_bytes - hardware.usable_bytes) / GIB
     return (

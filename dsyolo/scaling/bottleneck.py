@@ -8,7 +8,7 @@ SOME, MUCH = 0.05, 0.15  # shares worth mentioning, and worth a remedy
 NO_LOSS = 0.02  # share of the ideal time; less is noise
 REMEDY = {
     "data": "raise --workers, use --cache ram, or store smaller images",
-    "copy": "use larger micro-batches or pinned memory",
+    "copy": "use larger micro-batches",
     "communication": "send less often by larger micro-batches or more accumulation, or use a lower ZeRO stage "
     "or faster links",
     "optimizer": "use a ZeRO stage that shards it, or no offload",

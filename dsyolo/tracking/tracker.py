@@ -250,7 +250,7 @@ def _describe(row: Mapping[str, float]) -> str:
     if "map50" in row:
         parts.append(f"mAP50 {row['map50']:.4f}  mAP50-95 {row['map50_95']:.4f}")
     if not describe_throughput(row):  # that line says more of it
-        parts.append(f"{row['images_per_s']:.1f} images/s  data wait {row['data_wait_share']:.0%}")
+        parts.append(f"{row['images_per_s']:.1f} images/s  data {100 * row['data_wait_share']:.0f} %")
     parts.append(f"{row['memory_gib']:.2f} GiB")
     if "skipped_steps" in row:
         parts.append(f"{row['skipped_steps']} steps skipped")

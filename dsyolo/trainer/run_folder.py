@@ -34,7 +34,7 @@ def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
             raise UserError(f"{folder} cannot be used", [rule])
         return
     if not all_checkpoints(resume.checkpoints):
-        rule = "it has no checkpoint yet. Remove it, and start without --resume."
+        rule = "it has no checkpoint yet. Use --resume auto, which starts the run afresh, or another --name."
         raise UserError(f"{folder} cannot be resumed", [rule])
     changed = differences(resume.config, run)
     if changed:

@@ -14,7 +14,7 @@ from dsyolo.tracking.log_setup import LOGS, RunLog
 
 
 class Session:
-    """Wait for all ranks; from then on all know when one of them is requested to stop, or is lost.
+    """Wait for all ranks; from then on all know when one of them is asked to stop, or is lost.
 
     As a context manager it leaves: in step with the other ranks after an orderly end, else without waiting for them.
 

@@ -57,7 +57,10 @@ def test_other_variables():
     ("given", "told"),
     [
         ({**DEEPSPEED, "RANK": "one"}, "RANK: 'one' given, but it must be a whole number."),
-        ({**DEEPSPEED, "RANK": "16"}, "rank 16 of 16: ranks count from 0."),
+        (
+            {**DEEPSPEED, "RANK": "16"},
+            "RANK: 16 given, but with 16 ranks it must be 0 to 15. Start all through one launcher.",
+        ),
         ({"RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE: missing beside RANK. Start ranks with a launcher"),
         ({**SRUN, "MASTER_ADDR": ""}, "MASTER_ADDR: missing. Set it to the name or address of the machine"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "all"}, "SLURM_STEP_TASKS_PER_NODE: 'all' given"),

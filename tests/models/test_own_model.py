@@ -329,5 +329,5 @@ def test_an_own_network_starts_from_what_it_shares_with_a_yolov5(tmp_path):
     assert network.state_dict()["p3.cv1.conv.weight"].equal(theirs.state_dict()["p3.cv1.conv.weight"])
     other = tmp_path / "other.safetensors"
     save_file({"classifier.weight": torch.zeros(3)}, other)
-    with pytest.raises(UserError, match=r"only 0 of .* Nodes must have its names and shapes"):
+    with pytest.raises(UserError, match=r"only 0 of .* Name the nodes as in that file"):
         load_into(network, other)

@@ -340,7 +340,7 @@ def test_a_plan_heeds_recompute_and_ranks_that_cannot_share_the_batch(tmp_path):
         assert ("recompute" in got.lines[0]) == (recompute != "none")
     activations = float(re.search(r"activations (\d+\.\d+)", got.lines[1])[1])
     assert 0.25 < activations <= 0.5
-    with pytest.raises(UserError, match="nothing fits"):
+    with pytest.raises(UserError, match="no strategy fits"):
         plan_config(run.model_copy(update={"recompute": "0.001GiB"}), None, a10, 80)
     words = f"--deepspeed_config=auto --data={run.data} --imgsz=64 --recompute=blocks".split()
     assert (
@@ -454,7 +454,7 @@ def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
     assert check(odd.ds.source, world_size=6, accelerator="cuda").global_batch == 66
     resumes = plan_config(run_config(tmp_path, deepspeed_config="auto"), None, a10, 80, 48)
     assert check(resumes.ds.source, world_size=2, accelerator="cuda").global_batch == 48
-    with pytest.raises(UserError, match=r"nothing fits 0\.60 GiB a rank, .* for 64 images a step"):
+    with pytest.raises(UserError, match=r"no strategy fits into 0\.60 GiB per rank .* at 64 images a step"):
         plan_config(
             run_config(tmp_path, deepspeed_config="auto"),
             None,

@@ -427,7 +427,7 @@ def test_the_account_can_be_left_out(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = rows(place, "plain", "epoch")
     assert not set(SHARES.values()) - {"data_wait_share"} & set(row)
-    assert "data wait" in done.stdout
+    assert "images/s  data " in done.stdout
     assert not (place / "runs/plain/steps.json").exists()
 
 

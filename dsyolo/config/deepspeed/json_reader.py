@@ -69,7 +69,7 @@ def read_json(path: str | Path) -> JsonSource:
 
 
 def read_source(path: str | Path) -> JsonSource:
-    """Read a JSON, some of whose values may be "auto"."""
+    """Read a JSON. Values that are "auto" are taken out and listed in `left_open`."""
     read = read_json(path)
     if read.content is None:
         return read

@@ -57,7 +57,7 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
     except FileNotFoundError:
         beside = sorted(file.name for file in path.parent.glob("*.y*ml"))
         hint = difflib.get_close_matches(path.name, beside, 1, 0.4) or beside[:1]
-        remedy = "`dsyolo sample DST` draws a data set to try."
+        remedy = "Check the path. `dsyolo sample DST` generates a small synthetic data set to try."
         if hint:
             remedy = f"Did you mean {path.parent / hint[0]}?"
         raise UserError(headline, [f"no such file (working directory {Path.cwd()}). {remedy}"]) from None

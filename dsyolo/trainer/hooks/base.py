@@ -110,7 +110,7 @@ class Hook:
         """Called before each batch of a validation."""
 
     def after_validation(self, validation: Validation) -> None:
-        """Called after a validation."""
+        """Called on all ranks after a validation, before `after_epoch`."""
 
     def after_epoch(self) -> None:
         """Called after an epoch and its validation; `self.trainer.validation` is None where there was none."""

@@ -34,7 +34,7 @@ class CheckpointHook(Hook):
         if problem and trainer.is_last_epoch:
             raise StopTraining(NOT_SAVED, f"{problem} Make room: --resume auto repeats the end.")
         if problem and trainer.world.is_main_process:
-            log.warning("%s The run goes on, and saves again later.", problem)
+            log.warning("%s The run goes on and tries again at the next save: make room until then.", problem)
 
     def _save(self, is_best: bool) -> str | None:
         """Save weights and checkpoint; return the problem of any rank, the same on all."""

@@ -1,4 +1,4 @@
-"""Stops the training on all ranks at the same step once one of them was requested to."""
+"""Stops the training on all ranks at the same step once one of them was asked to."""
 
 from dsyolo.cluster.preemption import PreemptionHandler
 from dsyolo.trainer.hooks.base import Hook, StepResult
