@@ -3,15 +3,21 @@
 A user's own is code that runs. Its name must come from the command line, never from a data set.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import shortened
 from dsyolo.base.user_code import is_reference, load_object, raised
 from dsyolo.data.formats.coco import Coco
-from dsyolo.data.formats.data_format import DataFormat, SourceDataset
+from dsyolo.data.formats.data_format import DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.voc import Voc
 from dsyolo.data.formats.yolo_writer import Conversion, refuse_occupied, write_dataset
 
+SPLITS = ("train", "val", "test")
 FORMATS: dict[str, type[DataFormat]] = {"coco": Coco, "voc": Voc}
 
 
@@ -48,16 +54,49 @@ def _find(name: str) -> type[DataFormat]:
 def _read_own(name: str, data_format: type[DataFormat], src: Path) -> SourceDataset:
     try:
         source = data_format().read(src)
+        if isinstance(source, SourceDataset):
+            source.splits = {split: list(images) for split, images in source.splits.items()}
     except UserError:
         raise
-    except Exception as error:  # whatever the user's own class raises
+    except NotImplementedError as error:
+        raise _error(name, "it has no read(). Write one: docs/data_format.md") from error
+    except (Exception, SystemExit) as error:  # whatever the user's own class raises
         raise _error(name, f"{raised(error)}. Fix its read()") from error
     if not isinstance(source, SourceDataset):
         raise _error(name, f"read() returned a {type(source).__name__}. Return a SourceDataset")
+    if fault := next(_faults(source), None):
+        raise _error(name, fault)
     objects = [one for images in source.splits.values() for image in images for one in image.objects]
     if unnamed := sorted({one.name for one in objects} - set(source.names)):
         raise _error(name, f"its names lack the classes {', '.join(unnamed[:5])}. Add them")
     return source
+
+
+def _faults(source: Any) -> Iterator[str]:
+    """Yield what breaks the contract of data_format.py, each with its remedy."""
+    names = source.names
+    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        yield f"its names are {names}. Give at least one, each once"
+    if unknown := sorted(map(str, source.splits.keys() - set(SPLITS))):
+        yield f"it has a split {unknown[0]}. Name them {', '.join(SPLITS)}"
+    for split, images in source.splits.items():
+        for image in images:
+            if not (isinstance(image, Image) and isinstance(image.file, Path)):
+                yield f"{split} holds {shortened(repr(image))}. Give Image(file, name, objects) with a pathlib.Path as file"
+                continue
+            for one in image.objects:
+                if not (isinstance(one, Object) and _are_numbers(one.box_xyxy, (4,))):
+                    yield f"{image.name} has the object {shortened(repr(one))}. Give Object(name, box_xyxy) with four numbers"
+                elif one.polygon is not None and not _are_numbers(one.polygon, (len(one.polygon), 2)):
+                    yield f"{image.name} has the polygon {shortened(repr(one.polygon))}. Give an array (P, 2)"
+
+
+def _are_numbers(values: Any, shape: tuple[int, ...]) -> bool:
+    try:
+        array = np.asarray(values)
+        return array.shape == shape and array.dtype.kind in "fiu"
+    except (TypeError, ValueError):
+        return False
 
 
 def _error(name: str, rule: str) -> UserError:

@@ -16,6 +16,7 @@ from dsyolo.data.images import check_image
 from dsyolo.data.labels import Problem, by_reason
 
 BAD_IMAGE = "image cannot be used (left out)"
+BAD_POLYGON = "object whose polygon is not of three points or more (left out)"
 DEGENERATE = "box without width or height (left out)"
 OVER_EDGE = "box over the image's edge (clipped)"
 NO_OBJECT_LEFT = "none of its objects can be used (image left out)"
@@ -103,8 +104,11 @@ def _rows(
         inside = corners.clip(0, 1)
         size = inside[1] - inside[0]
         reason = None
+        polygon = None if one.polygon is None else np.asarray(one.polygon, np.float64)
         if not np.isfinite(corners).all():
             reason = BAD_OBJECT
+        elif polygon is not None and (len(polygon) < 3 or not np.isfinite(polygon).all()):
+            reason = BAD_POLYGON
         elif (size <= 0).any():
             reason = DEGENERATE
         elif (np.abs(inside - corners) * wh).max() > 1:
@@ -115,7 +119,7 @@ def _rows(
             problems.append(Problem(one.place, 0, reason, detail))
         if reason in (None, OVER_EDGE):
             box = np.stack([inside.mean(0), size])
-            values = box if one.polygon is None else (one.polygon / wh).clip(0, 1)
+            values = box if polygon is None else (polygon / wh).clip(0, 1)
             rows[label_row(numbers[one.name], values)] = None
     return list(rows)
 

@@ -14,7 +14,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE
 from dsyolo.data.formats.format_registry import FORMATS, convert
 from dsyolo.data.formats.yolo import read_data_yaml
-from dsyolo.data.formats.yolo_writer import BAD_IMAGE, DEGENERATE
+from dsyolo.data.formats.yolo_writer import BAD_IMAGE, BAD_POLYGON, DEGENERATE
 from dsyolo.data.index_builder import build_index
 from dsyolo.data.labels import read_labels
 
@@ -77,6 +77,18 @@ def test_what_is_wrong_is_left_out_with_its_place(tmp_path):
     assert result.num_objects == {"train": 2, "val": 1}
 
 
+def test_polygons_that_are_none_are_left_out_and_told(tmp_path):
+    body = (
+        "boxes = [Object('cat', (0, 0, 9, 9), p) for p in ([[1, 1]], [[1, 1], [9, 1], [float('nan'), 9]], [[1, 1], [9, 1], [9, 9]])]; "
+        "return SourceDataset({s: [Image(src / 'images/a.png', 'a.png', boxes)] for s in ('train', 'val')}, ['cat'])"
+    )
+    (tmp_path / "mine.py").write_text(OWN.format(body=body))
+    result = convert(f"{tmp_path}/mine.py:Mine", folder(tmp_path / "src", ROWS), tmp_path / "dst")
+    assert [problem.reason for problem in result.problems] == [BAD_POLYGON] * 4
+    assert result.num_objects == {"train": 1, "val": 1}
+    assert "nan" not in (tmp_path / "dst/labels/train/a.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -86,6 +98,35 @@ def test_what_is_wrong_is_left_out_with_its_place(tmp_path):
             "one = Image(src, 'a.png', [Object('elk', (0, 0, 9, 9))]); return SourceDataset({'train': [one]}, ['cat'])",
             "its names lack the classes elk",
         ),
+        (
+            "return SourceDataset({'train': [], 'val': []}, ['cat', 'cat'])",
+            r"its names are \['cat', 'cat'\]. Give at least one, each once",
+        ),
+        ("return SourceDataset({'train': [], 'val': []}, [])", r"its names are \[\]"),
+        (
+            "return SourceDataset({'train': [], 'dev': []}, ['cat'])",
+            "it has a split dev. Name them train, val, test",
+        ),
+        ("return SourceDataset({'train': [{}]}, ['cat'])", "train holds {}. Give Image"),
+        (
+            "return SourceDataset({'train': [Image('a.png', 'a.png', [])]}, ['cat'])",
+            "with a pathlib.Path as file",
+        ),
+        (
+            "one = Image(src, 'a.png', [Object('cat', (0, 0, 9))]); return SourceDataset({'train': [one]}, ['cat'])",
+            "a.png has the object .* with four numbers",
+        ),
+        (
+            "one = Image(src, 'a.png', [Object('cat', ('0', 0, 9, 9))]); return SourceDataset({'train': [one]}, ['cat'])",
+            "a.png has the object .* with four numbers",
+        ),
+        (
+            "one = Image(src, 'a.png', [Object('cat', (0, 0, 9, 9), [1, 2])]); return SourceDataset({'train': [one]}, ['cat'])",
+            r"a.png has the polygon .* Give an array \(P, 2\)",
+        ),
+        ("return SourceDataset({'train': (1 / 0 for _ in 'x')}, ['cat'])", "it raised ZeroDivisionError"),
+        ("raise SystemExit(0)", "it raised SystemExit: 0"),
+        ("return super().read(src)", r"it has no read\(\). Write one"),
         ("return SourceDataset({'train': []}, ['cat'])", r"train: no image can be used.\n  val: no image"),
     ],
 )
