@@ -30,7 +30,7 @@ def load_object(reference: str, option: str) -> Any:
         raise _error(option, reference, rule)
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # whatever the user's own module raises
+    except (Exception, SystemExit) as error:  # whatever the user's own module raises
         rule = f"{where} cannot be imported: {type(error).__name__}: {error}"
         raise _error(option, reference, rule) from error
     try:
@@ -40,7 +40,7 @@ def load_object(reference: str, option: str) -> Any:
         raise _error(option, reference, f"{where} has no {name}. It has: {known}") from None
 
 
-def raised(error: Exception) -> str:
+def raised(error: BaseException) -> str:
     """Describe what the user's code raised, and where."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"it raised {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"

@@ -42,6 +42,7 @@ def connect(nodes: Sequence[Node], source: str = "images") -> tuple[NodeLink, ..
     Raises:
         AssertionError: a name is used twice, read before it exists, or never read.
     """
+    assert nodes, "a network needs at least one node"
     names = [node.name for node in nodes]
     reads = [node.reads or (before,) for node, before in zip(nodes, [source, *names], strict=False)]
     assert len(set(names) | {source}) == len(nodes) + 1, "a node's name is used twice"

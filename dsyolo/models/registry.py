@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -87,7 +88,7 @@ def _call(reference: str, num_classes: int) -> DetectionNetwork:
         network = build(num_classes)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's own function raises
+    except (Exception, SystemExit) as error:  # whatever the user's own function raises
         raise _error(reference, raised(error), "Fix the function") from error
     if not isinstance(network, DetectionNetwork):
         remedy = "It must return a DetectionNetwork: see docs/model.md"
@@ -127,11 +128,26 @@ def _check(reference: str, network: DetectionNetwork) -> None:
         if isinstance(module, _DropoutNd):
             rule = f"{name} is a {type(module).__name__}, which would draw different numbers when a checkpointed block is recomputed"
             raise _error(reference, rule, "Leave it out")
+        if hidden := _hidden(module):
+            rule = f"{name or 'the network'} keeps modules or parameters in {hidden}, a plain collection, where nothing trains them"
+            raise _error(reference, rule, "Use nn.ModuleList, nn.ModuleDict or nn.ParameterList")
     in_nodes = [p for node in network.order for p in network.get_submodule(node).parameters()]
     if len(in_nodes) != len({id(p) for p in in_nodes}) or len(in_nodes) != len(list(network.parameters())):
         rule = "some of its parameters are in two nodes, or in none, so that no stage of a pipeline would own them"
         raise _error(reference, rule, "Give every parameter exactly one node")
     _check_shapes(reference, network, anchors.shape[1])
+
+
+def _hidden(module: nn.Module) -> str | None:
+    """Return the name of an attribute that holds modules or parameters which torch does not know of."""
+    of_torch = vars(nn.Module()).keys()
+    for name, value in vars(module).items():
+        inside = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        )
+        if name not in of_torch and any(isinstance(one, (nn.Module, nn.Parameter)) for one in inside):
+            return name
+    return None
 
 
 @torch.no_grad()

@@ -242,6 +242,14 @@ BUILDS = {
     r"detect, is \(1, 2, 2\). It must be \(2, A, 2\)": "def build(k): return detector(k, strides=(4, 8))",
     "norm is a BatchNorm2d of torch": "def build(k): return detector(k, Node('norm', nn.BatchNorm2d(8)))",
     "drop is a Dropout": "def build(k): return detector(k, Node('drop', nn.Dropout()))",
+    "it raised SystemExit: 3": "def build(k): raise SystemExit(3)",
+    "a network needs at least one node": "def build(k): return DetectionNetwork([], k, (4,))",
+    "hides keeps modules or parameters in convs, a plain collection": (
+        "class Hides(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__(); self.convs = [Conv(8, 8)]\n"
+        "    def forward(self, x): return self.convs[0](x)\n"
+        "def build(k): return detector(k, Node('hides', Hides()))"
+    ),
     "in two nodes": "def build(k): c = Conv(8, 8); return detector(k, Node('a', c), Node('b', c))",
     "node pair returned tuple. Return one tensor": "def build(k): return detector(k, Node('pair', Pair()))",
     r"node wide raised RuntimeError: .*Images come as uint8": "def build(k): return detector(k, Node('wide', Conv(9, 8)))",
