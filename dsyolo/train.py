@@ -27,7 +27,7 @@ from dsyolo.cluster.world import World, world_from_environment
 from dsyolo.config.resolve import RunSpec, resolve
 from dsyolo.planner.auto import plan_config
 from dsyolo.planner.local_hardware import hardware_here
-from dsyolo.tracking.log_setup import RunLog
+from dsyolo.tracking.log_setup import FILE_ONLY, RunLog
 from dsyolo.trainer.build import build
 from dsyolo.trainer.oom_restart import restart_with_less
 from dsyolo.trainer.run_folder import check_folder
@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         if world.is_main_process:
             log.error("Interrupted. --resume continues from the last checkpoint, if there is one.")
         return 130
+    except Exception:
+        log.exception("The run ends with this error:", extra=FILE_ONLY)  # Python prints it on the terminal
+        raise
 
 
 def read(argv: Sequence[str] | None, world: World, program: str = "train.py") -> RunSpec:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 LOGS = "logs"  # folder of the ranks' log files, in the run's folder
 LINE = "%(asctime)s %(levelname)s rank %(rank)d: %(source)s%(message)s"
+FILE_ONLY = {"is_for_console": False}  # `extra` of a record that the console must not show
 MOST_WAITING = 100_000  # records that are kept until the run's folder is known
 PACKAGE = Path(__file__).resolve().parents[1]
 log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
@@ -63,6 +64,8 @@ class RunLog:
         return True
 
     def _is_for_console(self, record: logging.LogRecord) -> bool:
+        if not getattr(record, "is_for_console", True):
+            return False
         is_shown = record.name.startswith("dsyolo") or (record.name == "DeepSpeed" and self._shows_deepspeed)
         return is_shown or record.levelno >= logging.WARNING
 

@@ -126,6 +126,13 @@ def test_everything_is_closed_whatever_a_hook_raises(runs_that_raise: dict[str, 
     assert runs_that_raise[event] == {"raised": event, "closed": ALL_CLOSED, "joined": False, "workers": 0}
 
 
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_a_hook_raises_is_in_the_log_file_of_its_rank(place: Path, runs_that_raise: dict, event: str):
+    text = (place / "runs" / event.replace(" ", "_") / "logs/rank_0000.log").read_text()
+    assert f"ZeroDivisionError: {event}" in text
+    assert "Traceback" in text
+
+
 def test_the_examples_of_a_hook_and_a_writer_work(place: Path):
     """The target is set to what any network reaches."""
     hook = place / "my_hook.py"
@@ -142,6 +149,15 @@ def test_the_examples_of_a_hook_and_a_writer_work(place: Path):
     (line,) = (place / "runs/own/epochs.csv").read_text().splitlines()
     assert line.split(",")[:2] == ["1", str(epochs[0]["step"])]
     assert (place / "runs/own/weights/best.safetensors").exists()
+
+
+def test_a_class_that_is_no_writer_is_refused(place: Path):
+    done = alone(place, "refused", writer="my_hooks.py:Raising", epochs=1)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (
+        "--writer: my_hooks.py:Raising given, but it is not a subclass of dsyolo.tracking.writers.Writer"
+        in done.stderr
+    )
 
 
 def test_a_writer_that_fails_costs_a_warning(place: Path):
