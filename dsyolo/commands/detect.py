@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         total += counts
         if not is_long:
             print(f"{path}: {_listed(counts, names)} -> {picture}")
+    if not num_written:
+        raise UserError(
+            "No picture was written", [f"none of the {len(pictures):,} images can be read: see above."]
+        )
     if is_long:
         print(f"{num_written:,} images: {_listed(total, names)} -> {args.out}")
     return 0

@@ -21,6 +21,9 @@ class Writer:
     A row has `kind` (step or epoch), `step` (optimizer steps done), `epoch` (0-based) and figures by name.
     """
 
+    def __init__(self, folder: Path) -> None:
+        """Begin on the main process; `folder` is the run's."""
+
     def write(self, row: Mapping[str, Any]) -> None:
         """Take the figures of a logged step or of an epoch."""
 

@@ -57,7 +57,8 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
         Preempted: a rank was asked to stop.
     """
     watchdog, preemption = session.watchdog, session.preemption
-    user_hooks, user_writers = _user_hooks(spec.config.hook), _user_classes(spec.config.writer, "writer")
+    user_hooks = _user_hooks(spec.config.hook)
+    user_writers = _user_classes(spec.config.writer, "writer", Writer)
     watchdog.at("waiting for the run's folder")
     collectives.run_on_rank0_and_broadcast(world, lambda: lock_folder(spec, session.run_lock, preemption))
     check_shared(spec.folder, world)
@@ -156,17 +157,20 @@ def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None
         raise UserError(f"{checkpoint} cannot be resumed from", changed)
 
 
-def _user_classes(references: str | None, option: str) -> dict[str, Any]:
+def _user_classes(references: str | None, option: str, base: type) -> dict[str, Any]:
+    """Return the classes that the user names, all derived from `base`."""
     names = [name.strip() for name in (references or "").split(",") if name.strip()]
-    return {name: load_object(name, f"--{option}") for name in names}
+    classes = {name: load_object(name, f"--{option}") for name in names}
+    for name, found in classes.items():
+        if not (isinstance(found, type) and issubclass(found, base)):
+            rule = f"it is not a subclass of {base.__module__}.{base.__name__}. Derive it from that class: docs/{option}.md"
+            raise UserError("This run cannot start", [f"--{option}: {name} given, but {rule}."])
+    return classes
 
 
 def _user_hooks(references: str | None) -> list[Hook]:
     hooks = []
-    for name, make in _user_classes(references, "hook").items():
-        if not (isinstance(make, type) and issubclass(make, Hook)):
-            rule = "it is not a subclass of dsyolo.trainer.hooks.base.Hook. Derive it from that class: docs/hook.md"
-            raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."])
+    for name, make in _user_classes(references, "hook", Hook).items():
         try:
             hooks.append(make())
         except Exception as error:  # whatever the user's own code raises

@@ -55,6 +55,12 @@ def test_images_and_folders_are_taken_as_the_readme_says(place, tmp_path, capsys
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_detect_without_a_single_readable_image_is_a_mistake(place, tmp_path, capsys):
+    (tmp_path / "garbage.jpg").write_bytes(b"no image")
+    assert run(place, "detect", "--out", tmp_path / "out", tmp_path / "garbage.jpg") == 2
+    assert "none of the 1 images can be read" in capsys.readouterr().err
+
+
 def test_many_images_are_told_in_one_line(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(detect, "MANY_IMAGES", 2)
     args = ("--score_threshold", 0, "--out", tmp_path, place / "sample/images/val")

@@ -293,6 +293,15 @@ def test_a_writer_of_ones_own_gets_its_state_back_after_a_resume():
     assert second.state_dict() == {"counted": 2}
 
 
+def test_a_writer_needs_no_constructor_of_its_own(tmp_path: Path):
+    class Plain(Writer):
+        pass
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SafeWriter("own", lambda: Plain(tmp_path)).write({"step": 1})
+
+
 def test_a_state_that_a_writer_cannot_take_costs_a_warning_and_not_the_run():
     with pytest.warns(UserWarning, match="own failed"):
         writer = SafeWriter("own", Counting, {"run_id": "of another writer"})
