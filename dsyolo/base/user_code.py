@@ -9,9 +9,11 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from dsyolo.base.errors import UserError
+
+T = TypeVar("T")
 
 
 def is_reference(name: str) -> bool:
@@ -38,6 +40,15 @@ def load_object(reference: str, option: str) -> Any:
     except AttributeError:
         known = ", ".join(key for key in vars(module) if not key.startswith("_"))
         raise _error(option, reference, f"{where} has no {name}. It has: {known}") from None
+
+
+def load_class(reference: str, option: str, base: type[T], page: str) -> type[T]:
+    """Return a class as `load_object` does. Raise UserError where it is not derived from `base`; `page` tells how."""
+    found = load_object(reference, option)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        rule = f"it is not a subclass of {base.__module__}.{base.__name__}. Derive it from that class: {page}"
+        raise _error(option, reference, rule)
+    return found
 
 
 def raised(error: BaseException) -> str:

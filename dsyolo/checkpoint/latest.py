@@ -44,10 +44,8 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
                 faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
                 raise UserError(error.headline, [*faults, rule]) from None
             run_on_rank0_and_broadcast(world, partial(_set_aside, path, error))
-    raise UserError(
-        headline_of(folder),
-        ["it has no checkpoint. Use --resume auto, which starts the run afresh, or another --name."],
-    )
+    rule = "it has no checkpoint. Use --resume auto, which starts the run afresh, or another --name."
+    raise UserError(headline_of(folder), [rule])
 
 
 def verify(path: Path, world: World) -> Manifest:
@@ -73,9 +71,6 @@ def _set_aside(path: Path, error: UserError) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
     except OSError as failure:
-        problems = [
-            *error.problems,
-            f"{path} is damaged, and cannot be renamed: {failure.strerror}. Make its folder writable, or remove it by hand.",
-        ]
-        raise UserError(headline_of(path), problems) from None
+        rule = f"{path} is damaged, and cannot be renamed: {failure.strerror}. Make its folder writable, or remove it."
+        raise UserError(headline_of(path), [*error.problems, rule]) from None
     log.warning("%s\nIt was renamed to %s; the one before it is used.", error, aside)

@@ -61,10 +61,7 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def cannot_hold_files(folder: Path) -> str | None:
-    """Return why no files can be written into `folder`, or None if they can. Leaves nothing behind.
-
-    Of a folder that does not exist, the nearest parent that does is tried.
-    """
+    """Return why no files can be written into `folder`, or into its nearest parent that exists; None if they can."""
     there = folder
     try:
         while not there.exists() and there != there.parent:

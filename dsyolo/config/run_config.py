@@ -107,12 +107,7 @@ class RunConfig(BaseModel):
 
     ema: bool = _training(True, "average the weights", learned=True)
     ema_decay: float = _training(0.9999, "decay of the average", learned=True, gt=0, lt=1)
-    ema_tau: float = _training(
-        2000,
-        "time constant, in updates, of the decay's rise: decay * (1 - exp(-updates / tau))",
-        learned=True,
-        gt=0,
-    )
+    ema_tau: float = _training(2000, "time constant of the decay's rise, in updates", learned=True, gt=0)
     freeze_batchnorm: bool = _training(False, "keep BatchNorm's statistics as they are", learned=True)
     sync_batchnorm: bool = _training(False, "BatchNorm over the images of all ranks", learned=True)
     patience: int = _training(100, "epochs without a better fitness before stopping; 0: never stop", ge=0)
@@ -160,9 +155,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _can_be_read(cls, recompute: str) -> str:
         if recompute != "auto" and read_recompute(recompute) is None:
-            raise ValueError(
-                f"{recompute} given, but it must be {RECOMPUTE_RULE}. Leave it out to keep the JSON's setting."
-            )
+            raise ValueError(f"{recompute} given, but it must be {RECOMPUTE_RULE}. Or leave it to the JSON.")
         return recompute
 
     @field_validator("sync_batchnorm")

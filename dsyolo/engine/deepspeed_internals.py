@@ -25,10 +25,7 @@ def disable_shared_memory_op() -> None:
 
 
 def route_logger() -> None:
-    """Route DeepSpeed's log records to the root logger's handlers; without any, DeepSpeed prints its warnings.
-
-    Its warning of an untested optimizer is dropped.
-    """
+    """Route DeepSpeed's log records to the root logger's handlers; without any, DeepSpeed prints its warnings."""
     logger = logging.getLogger("DeepSpeed")
     logger.addFilter(_is_relevant)
     if logging.getLogger().handlers:

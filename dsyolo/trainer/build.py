@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.user_code import load_object
+from dsyolo.base.user_code import load_class
 from dsyolo.checkpoint.latest import newest_whole
 from dsyolo.checkpoint.manifest import read_manifest
 from dsyolo.checkpoint.train_state import TrainState
@@ -157,15 +157,9 @@ def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None
         raise UserError(f"{checkpoint} cannot be resumed from", changed)
 
 
-def _user_classes(references: str | None, option: str, base: type) -> dict[str, Any]:
-    """Return the classes that the user names, all derived from `base`."""
+def _user_classes(references: str | None, option: str, base: type[Any]) -> dict[str, Any]:
     names = [name.strip() for name in (references or "").split(",") if name.strip()]
-    classes = {name: load_object(name, f"--{option}") for name in names}
-    for name, found in classes.items():
-        if not (isinstance(found, type) and issubclass(found, base)):
-            rule = f"it is not a subclass of {base.__module__}.{base.__name__}. Derive it from that class: docs/{option}.md"
-            raise UserError("This run cannot start", [f"--{option}: {name} given, but {rule}."])
-    return classes
+    return {name: load_class(name, f"--{option}", base, f"docs/{option}.md") for name in names}
 
 
 def _user_hooks(references: str | None) -> list[Hook]:

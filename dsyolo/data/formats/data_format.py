@@ -49,4 +49,4 @@ class DataFormat:
         Raises:
             UserError: it is not of this format.
         """
-        raise NotImplementedError
+        raise NotImplementedError("the class has no read() of its own")

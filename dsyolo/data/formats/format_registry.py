@@ -11,7 +11,7 @@ import numpy as np
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import shortened
-from dsyolo.base.user_code import is_reference, load_object, raised
+from dsyolo.base.user_code import is_reference, load_class, raised
 from dsyolo.data.formats.coco import Coco
 from dsyolo.data.formats.data_format import DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.voc import Voc
@@ -45,10 +45,7 @@ def _find(name: str) -> type[DataFormat]:
     if not is_reference(name):
         known = " or ".join(sorted(FORMATS))
         raise _error(name, f"there is no such format. Write {known}, or FILE.py:CLASS for your own")
-    found = load_object(name, "FORMAT")
-    if not (isinstance(found, type) and issubclass(found, DataFormat)):
-        raise _error(name, "it is not a subclass of DataFormat. See docs/data_format.md")
-    return found
+    return load_class(name, "FORMAT", DataFormat, "docs/data_format.md")
 
 
 def _read_own(name: str, data_format: type[DataFormat], src: Path) -> SourceDataset:
@@ -58,8 +55,6 @@ def _read_own(name: str, data_format: type[DataFormat], src: Path) -> SourceData
             source.splits = {split: list(images) for split, images in source.splits.items()}
     except UserError:
         raise
-    except NotImplementedError as error:
-        raise _error(name, "it has no read(). Write one: docs/data_format.md") from error
     except (Exception, SystemExit) as error:  # whatever the user's own class raises
         raise _error(name, f"{raised(error)}. Fix its read()") from error
     if not isinstance(source, SourceDataset):

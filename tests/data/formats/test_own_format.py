@@ -126,7 +126,7 @@ def test_polygons_that_are_none_are_left_out_and_told(tmp_path):
         ),
         ("return SourceDataset({'train': (1 / 0 for _ in 'x')}, ['cat'])", "it raised ZeroDivisionError"),
         ("raise SystemExit(0)", "it raised SystemExit: 0"),
-        ("return super().read(src)", r"it has no read\(\). Write one"),
+        ("return super().read(src)", r"it raised NotImplementedError: the class has no read\(\) of its own"),
         ("return SourceDataset({'train': []}, ['cat'])", r"train: no image can be used.\n  val: no image"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_format_that_breaks_the_contract_is_refused_and_leaves_nothing(body, m
         ("cocoo", "Write coco or voc, or FILE.py:CLASS for your own"),
         ("nowhere.py:Mine", "FORMAT: nowhere.py:Mine given, but nowhere.py cannot be imported"),
         ("mine.py:Yours", "mine.py has no Yours. It has: DataFormat"),
-        ("mine.py:Other", "it is not a subclass of DataFormat"),
+        ("mine.py:Other", "it is not a subclass of .*DataFormat"),
     ],
 )
 def test_a_format_that_does_not_exist_is_refused(name, message, tmp_path, monkeypatch):
