@@ -1,4 +1,4 @@
-"""What a network needs (memory, FLOPs) per image: counted once, then scaled to any micro-batch."""
+"""Memory and FLOPs that a network needs per image: counted once, then scaled to any micro-batch."""
 
 import weakref
 from collections.abc import Sequence

@@ -350,13 +350,13 @@ from dsyolo.data import workers
 settle = workers._settle
 
 def settle_slowly(worker):
-    Path(sys.argv[1]).write_text(str(os.getpid()))
+    Path(sys.argv[1]).write_text(str(os.getpid()), encoding="utf-8")
     time.sleep(1.5)
     settle(worker)
 
 workers._settle = settle_slowly
 batches = iter(DataLoader(range(100), **workers.worker_options(1)))
-while not Path(sys.argv[1]).exists() or not Path(sys.argv[1]).read_text():
+while not Path(sys.argv[1]).exists() or not Path(sys.argv[1]).read_text(encoding="utf-8"):
     time.sleep(0.01)
 if sys.argv[2] == "settled":
     next(batches)
@@ -371,7 +371,7 @@ def test_a_worker_ends_with_its_rank_even_if_it_is_killed_while_the_worker_start
     pid_file = tmp_path / "pid"
     done = subprocess.run([sys.executable, "-c", KILLED, str(pid_file), worker], timeout=60)
     assert done.returncode == -signal.SIGKILL
-    pid, end = int(pid_file.read_text()), time.monotonic() + 12  # torch's own check takes 5 s
+    pid, end = int(pid_file.read_text(encoding="utf-8")), time.monotonic() + 12  # torch's own check takes 5 s
     while runs(pid) and time.monotonic() < end:
         time.sleep(0.1)
     is_left = runs(pid)

@@ -1,4 +1,4 @@
-"""What a process that tests fork their ranks and runs from has imported (`ranks.forking`)."""
+"""Imports, done once, of the process from which tests fork their ranks and runs (`ranks.forking`)."""
 
 import os
 

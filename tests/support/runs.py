@@ -73,7 +73,9 @@ def alone(place: Path, name: str, *words: str, **options: object) -> subprocess.
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(command, 300, out.read_bytes(), err.read_bytes())
-        return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(
+            command, process.exitcode, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+        )
 
 
 def _script(command: list[str], environment: dict[str, str], place: Path, out: Path, err: Path) -> None:

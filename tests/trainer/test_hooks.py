@@ -128,7 +128,7 @@ def test_everything_is_closed_whatever_a_hook_raises(runs_that_raise: dict[str, 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_what_a_hook_raises_is_in_the_log_file_of_its_rank(place: Path, runs_that_raise: dict, event: str):
-    text = (place / "runs" / event.replace(" ", "_") / "logs/rank_0000.log").read_text()
+    text = (place / "runs" / event.replace(" ", "_") / "logs/rank_0000.log").read_text(encoding="utf-8")
     assert f"ZeroDivisionError: {event}" in text
     assert "Traceback" in text
 

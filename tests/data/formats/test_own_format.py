@@ -82,11 +82,11 @@ def test_polygons_that_are_none_are_left_out_and_told(tmp_path):
         "boxes = [Object('cat', (0, 0, 9, 9), p) for p in ([[1, 1]], [[1, 1], [9, 1], [float('nan'), 9]], [[1, 1], [9, 1], [9, 9]])]; "
         "return SourceDataset({s: [Image(src / 'images/a.png', 'a.png', boxes)] for s in ('train', 'val')}, ['cat'])"
     )
-    (tmp_path / "mine.py").write_text(OWN.format(body=body))
+    (tmp_path / "mine.py").write_text(OWN.format(body=body), encoding="utf-8")
     result = convert(f"{tmp_path}/mine.py:Mine", folder(tmp_path / "src", ROWS), tmp_path / "dst")
     assert [problem.reason for problem in result.problems] == [BAD_POLYGON] * 4
     assert result.num_objects == {"train": 1, "val": 1}
-    assert "nan" not in (tmp_path / "dst/labels/train/a.txt").read_text()
+    assert "nan" not in (tmp_path / "dst/labels/train/a.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_polygons_that_are_none_are_left_out_and_told(tmp_path):
     ],
 )
 def test_a_format_that_breaks_the_contract_is_refused_and_leaves_nothing(body, message, tmp_path):
-    (tmp_path / "mine.py").write_text(OWN.format(body=body))
+    (tmp_path / "mine.py").write_text(OWN.format(body=body), encoding="utf-8")
     (tmp_path / "src").mkdir()
     with pytest.raises(UserError, match=message):
         convert(f"{tmp_path}/mine.py:Mine", tmp_path / "src", tmp_path / "dst")
@@ -144,7 +144,7 @@ def test_a_format_that_breaks_the_contract_is_refused_and_leaves_nothing(body, m
         ("cocoo", "Write coco or voc, or FILE.py:CLASS for your own"),
         ("nowhere.py:Mine", "FORMAT: nowhere.py:Mine given, but nowhere.py cannot be imported"),
         ("mine.py:Yours", "mine.py has no Yours. It has: DataFormat"),
-        ("mine.py:Other", "it is not a subclass of .*DataFormat"),
+        ("mine.py:Other", r"it is not a subclass of dsyolo\.data\.formats\.data_format\.DataFormat"),
     ],
 )
 def test_a_format_that_does_not_exist_is_refused(name, message, tmp_path, monkeypatch):
