@@ -52,8 +52,10 @@ def load_class(reference: str, option: str, base: type[T], page: str) -> type[T]
 
 
 def raised(error: BaseException) -> str:
-    """Describe what the user's code raised, and where."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    """Describe what the user's code raised, and where: in the last line of it that is no library's and not ours."""
+    libraries = (str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix, "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames if not frame.filename.startswith(libraries)] or frames)[-1]
     return f"it raised {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 

@@ -78,14 +78,17 @@ def resolve(
         UserError: something in it cannot be used.
     """
     run, resume = read_command_line(argv, program)
-    # A user's own network is checked only here:
-    if fault := image_size_fault(run.imgsz, run.model, size_multiple_px(run.model)):
-        raise UserError("This run cannot start", [f"--imgsz: {fault}"])
+    errors: list[UserError] = []
+    layers = _attempt(
+        errors, lambda: has_parameters(run.model)
+    )  # None: a user's own network that cannot be built
+    if layers and (fault := image_size_fault(run.imgsz, run.model, size_multiple_px(run.model))):
+        errors.append(UserError("This run cannot start", [f"--imgsz: {fault}"]))
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)
-    errors: list[UserError] = []
     data = _attempt(errors, lambda: read_data_yaml(run.data))
-    planned = _attempt(errors, lambda: _configure(run, data, resume, world_size, accelerator, plan))
+    known = None if errors else data  # planning needs a network, its images and their classes
+    planned = _attempt(errors, lambda: _configure(run, known, layers, resume, world_size, accelerator, plan))
     _attempt(errors, lambda: check_folder(run, resume))
     weights = _attempt(
         errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
@@ -109,6 +112,7 @@ def resolve(
 def _configure(
     run: RunConfig,
     data: DataSpec | None,
+    layers: tuple[bool, ...] | None,
     resume: ResumePoint | None,
     world_size: int,
     accelerator: str,
@@ -126,7 +130,7 @@ def _configure(
             source,
             world_size=world_size,
             accelerator=accelerator,
-            layers=has_parameters(run.model),
+            layers=layers,
             recompute=run.recompute,
             halve=run.halve_micro_batch,
             saved_batch=saved_batch,

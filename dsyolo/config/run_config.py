@@ -82,7 +82,7 @@ class RunConfig(BaseModel):
     name: str = _run("train", "folder of this run inside the project", min_length=1)
 
     workers: int | None = _machine(
-        None, "loader processes per rank; auto: by the number of cores", unset="auto", ge=0
+        None, "loader processes per rank; auto: by the number of cores", unset="auto", ge=0, le=1024
     )
     threads: int | None = _machine(None, "threads per rank; auto: by the number of cores", unset="auto", ge=1)
     recompute: str = _machine(
@@ -145,9 +145,9 @@ class RunConfig(BaseModel):
     @classmethod
     def _fits_strides(cls, imgsz: int, info: ValidationInfo) -> int:
         model = info.data.get("model")
-        if model is None or is_reference(model):  # refused itself; or checked with the network (registry.py)
+        if model is None or is_reference(model):  # refused itself; or `resolve` asks the network
             return imgsz
-        if fault := image_size_fault(imgsz, model, _variant_stride(model)):
+        if fault := image_size_fault(imgsz, model, 64 if model.endswith("6") else 32):
             raise ValueError(fault)
         return imgsz
 
@@ -223,11 +223,6 @@ def image_size_fault(size_px: int, model: str, multiple: int, times: int = 2) ->
     above = f" or {below + multiple}" if below < size_px else ""
     rule = f"must be a multiple of {multiple}, and at least {times * multiple}"
     return f"{size_px} given, but the images of {model} {rule}. Set it to {below}{above}."
-
-
-def _variant_stride(model: str) -> int:
-    """Return the pixels of the input per cell of the coarsest level: 32, or 64 for the P6 variants."""
-    return 64 if model.endswith("6") else 32
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -33,7 +33,9 @@ def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) 
         return Hardware(device, nodes, gpus, memory, None, network_bytes_s, accelerator)
     memory = total_memory(world.local_rank)
     name = torch.cuda.get_device_name(world.local_rank) if torch.cuda.is_available() else ""
-    device = device_named(name, memory) or typical_device(memory)._replace(has_bf16=_gpu_has_bf16(world))
+    # torch also says that older ones have bf16, which emulate it.
+    has_bf16 = torch.cuda.is_available() and torch.cuda.get_device_capability(world.local_rank) >= AMPERE
+    device = device_named(name, memory) or typical_device(memory)._replace(has_bf16=has_bf16)
     return Hardware(device, nodes, gpus, memory, host_bytes(), network_bytes_s, accelerator)
 
 
@@ -48,11 +50,6 @@ def host_bytes() -> int:
         if text.isdecimal():
             total = min(total, int(text))
     return total
-
-
-def _gpu_has_bf16(world: World) -> bool:
-    """Return whether the GPU's generation has bf16: torch also says yes for older ones, which emulate it."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(world.local_rank) >= AMPERE
 
 
 def _has_bf16() -> bool:

@@ -135,7 +135,8 @@ class RunTracker:
         if self._loss_sum is not None and self._num_summed:
             row = _losses((self._loss_sum / self._num_summed).tolist())
         row |= {"lr": self._lr, **self._in_epoch.rates(), "memory_gib": self.memory_gib()}
-        row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last, **(figures or {})}
+        row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last}
+        row |= {name: float(value) for name, value in (figures or {}).items()}  # a hook's may be tensors
         if metrics is not None:
             validated = metrics.to_json()
             row |= {name: validated[name] for name in VALIDATION_FIGURES}

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.user_code import load_class
+from dsyolo.base.user_code import load_class, raised
 from dsyolo.checkpoint.latest import newest_whole
 from dsyolo.checkpoint.manifest import read_manifest
 from dsyolo.checkpoint.train_state import TrainState
@@ -168,7 +168,9 @@ def _user_hooks(references: str | None) -> list[Hook]:
         try:
             hooks.append(make())
         except Exception as error:  # whatever the user's own code raises
-            rule = f"{name}() raised {type(error).__name__}: {error}. It is called without arguments: give its __init__ none that are required"
+            rule = (
+                f"{raised(error)}. It is called without arguments: give its __init__ none that are required"
+            )
             raise UserError("This run cannot start", [f"--hook: {name} given, but {rule}."]) from error
     return hooks
 
@@ -231,19 +233,16 @@ def _writers(spec: RunSpec, state: TrainState, user_writers: Mapping[str, Any]) 
     """Return W&B's writer and the user's own, none of which can stop the training."""
     config, writers = spec.config, list[Writer]()
     if config.wandb != "disabled":
-        writers.append(
-            SafeWriter(
-                "W&B",
-                lambda: WandbWriter(
-                    spec.folder,
-                    mode=config.wandb,
-                    project=config.wandb_project,
-                    name=config.wandb_name or config.name,
-                    config=config.dump(),
-                    run_id=state.tracking.get("run_id"),
-                ),
-            )
+        make = partial(
+            WandbWriter,
+            spec.folder,
+            mode=config.wandb,
+            project=config.wandb_project,
+            name=config.wandb_name or config.name,
+            config=config.dump(),
+            run_id=state.tracking.get("run_id"),
         )
+        writers.append(SafeWriter("W&B", make))
     for name, make in user_writers.items():
         writers.append(SafeWriter(name, partial(make, spec.folder), state.tracking))
     return writers

@@ -131,7 +131,8 @@ def test_places_that_cannot_be_written(place, tmp_path, capsys, monkeypatch, wor
         ("--score_threshold", "2", "a number, at least 0 and below 1"),
         ("--max_detections", "0", "a whole number, at least 1"),
         ("--batch_size", "x", "a whole number, at least 1"),
-        ("--workers", "-1", "a whole number, at least 0"),
+        ("--workers", "-1", "a whole number, at least 0 and at most 1024"),
+        ("--workers", "999999", "a whole number, at least 0 and at most 1024"),
     ],
 )
 def test_numbers_are_judged_as_in_training(place, capsys, option, value, rule):

@@ -253,6 +253,7 @@ BUILDS = {
     "in two nodes": "def build(k): c = Conv(8, 8); return detector(k, Node('a', c), Node('b', c))",
     "node pair returned tuple. Return one tensor": "def build(k): return detector(k, Node('pair', Pair()))",
     r"node wide raised RuntimeError: .*Images come as uint8": "def build(k): return detector(k, Node('wide', Conv(9, 8)))",
+    r"it raised AssertionError: .* \(net.py, line \d+\). Fix": "def build(k): return DetectionNetwork([Node('a', 1)] * 2, k, (4,))",
     r"last node returned \[\(2, 2, 8, 12, 7\)\].*Return maps of shapes \[\(2, 2, 2, 3, 7\)\]": (
         "def build(k): return detector(k, Node('up', Upsample()), strides=(8,), head=None)"
     ),
@@ -283,11 +284,18 @@ def test_sizes_of_images_are_judged_by_the_network(tmp_path):
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     (tmp_path / "ds.json").write_text("{}")
     argv = ["--data", str(tmp_path / "data.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]
-    no = dict.fromkeys(("plan", "saved_state", "check_folder"), lambda *_: pytest.fail("not refused before"))
+    no = dict.fromkeys(("plan", "saved_state"), lambda *_: pytest.fail("not refused before"))
     with pytest.raises(
         UserError, match=r"--imgsz: 40 given, .* multiple of 16, and at least 32. Set it to 32."
     ):
-        resolve([*argv, "--model", MODEL, "--imgsz", "40"], "train.py", world_size=1, accelerator="cpu", **no)
+        resolve(
+            [*argv, "--model", MODEL, "--imgsz", "40"],
+            "train.py",
+            world_size=1,
+            accelerator="cpu",
+            check_folder=print,
+            **no,
+        )
 
 
 # ---- weights
@@ -339,3 +347,22 @@ def test_an_own_network_starts_from_what_it_shares_with_a_yolov5(tmp_path):
     save_file({"classifier.weight": torch.zeros(3)}, other)
     with pytest.raises(UserError, match=r"only 0 of .* Name the nodes as in that file"):
         load_into(network, other)
+
+
+def test_a_broken_network_hides_no_other_problem(tmp_path):
+    (tmp_path / "net.py").write_text("def build(k): return 1 / 0")
+    (tmp_path / "data.yaml").write_text("names: [a, a]\ntrain: here\nval: there\n")
+    (tmp_path / "ds.json").write_text('{"train_batch_size": "many"}')
+    argv = ["--data", str(tmp_path / "data.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]
+    with pytest.raises(UserError) as caught:
+        resolve(
+            [*argv, "--model", f"{tmp_path}/net.py:build"],
+            "train.py",
+            world_size=1,
+            accelerator="cpu",
+            **dict.fromkeys(("plan", "saved_state", "check_folder"), lambda *_: None),
+        )
+    told = str(caught.value)
+    assert told.count("it raised ZeroDivisionError") == 1
+    assert 'train_batch_size: "many" given' in told
+    assert "a given more than once" in told

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import training
 from ranks import run_ranks
 from runs import arguments, environment, make_place
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
-from dsyolo.engine.memory_profile import MemoryEstimate, MemoryProfiler, MemoryTerms
+from dsyolo.engine.memory_profile import MemoryEstimate, MemoryProfiler, MemoryTerms, malloc_bytes
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
 
@@ -246,3 +247,15 @@ def test_what_ranks_hold_is_what_was_predicted(ranks, world_size, case):
         assert (
             found.peak >= wanted.device.parameters + wanted.device.optimizer + found.terms.device.activations
         )
+
+
+def test_malloc_can_be_asked_although_other_threads_free_memory_meanwhile(monkeypatch):
+    freed = [torch.empty(2**20, dtype=torch.uint8)]
+    empty = torch.empty
+
+    def busy(*args, **options):
+        freed.clear()
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", busy)
+    assert malloc_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -178,7 +179,7 @@ def test_a_writer_that_fails_costs_a_warning(place: Path):
         ("gone.py:Hook", "gone.py cannot be imported: FileNotFoundError"),
         ("my_hooks.py:Conting", "my_hooks.py has no Conting"),
         ("json:loads", "is not a subclass of"),
-        ("needy.py:Needy", "Needy() raised TypeError"),
+        ("needy.py:Needy", "it raised TypeError"),
     ],
 )
 def test_a_hook_that_cannot_be_used_is_an_error_in_words(place: Path, hook: str, problem: str):
@@ -241,3 +242,25 @@ def test_hooks_open_in_order_and_close_in_reverse_even_where_one_fails_to_open_o
     with pytest.raises(ZeroDivisionError), hooks.running(None):
         pass
     assert log == ["a open", "b open", "c open", "c close", "b close", "a close"]
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "told"),
+    [
+        ("steps", None, "steps returned None, but it must return an iterator of batches"),
+        ("around", None, "around returned None, but it must return a context"),
+        ("state_dict", None, "state_dict returned None, but it must return a dict"),
+        ("state_dict", {"mine": object}, "state_dict returned {'mine': <class 'object'>}, but"),
+    ],
+)
+def test_a_hook_that_returns_what_it_must_not_is_named(method: str, value: object, told: str):
+    hook = Noting("a", [])
+    setattr(hook, method, lambda *_: value)
+    hooks = HookList([Hook(), hook])
+    calls = {
+        "steps": lambda: hooks.steps(iter([])),
+        "around": lambda: hooks.around("step").__enter__(),
+        "state_dict": hooks.state_dict,
+    }
+    with pytest.raises(UserError, match=re.escape(f"--hook: Noting.{told}")):
+        calls[method]()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -179,7 +180,7 @@ class HookList:
     def steps(self, batches: Iterator[T]) -> Iterator[T]:
         """Wrap an epoch's batches by every hook."""
         for hook in self._hooks:
-            batches = hook.steps(batches)
+            batches = _checked(hook, "steps", hook.steps(batches), Iterator, "an iterator of batches")
         return batches
 
     @contextmanager
@@ -187,19 +188,29 @@ class HookList:
         """Enter the contexts of all hooks."""
         with ExitStack() as stack:
             for hook in self._hooks:
-                stack.enter_context(hook.around(part))
+                context = hook.around(part)
+                stack.enter_context(_checked(hook, "around", context, AbstractContextManager, "a context"))
             yield
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all hooks in one mapping. Raise UserError where two hooks use one key."""
         states: dict[str, Any] = {}
         for hook in self._hooks:
-            state = hook.state_dict()
+            state = _checked(hook, "state_dict", hook.state_dict(), dict, "a dict, which goes into JSON")
             for key in states.keys() & state.keys():
                 rule = f"{type(hook).__name__}.state_dict returns the key {key!r}, which another hook uses"
                 raise UserError("The checkpoint cannot be written", [f"--hook: {rule}. Rename it."])
             states |= state
         return states
+
+
+def _checked(hook: Hook, method: str, value: Any, kind: type, wanted: str) -> Any:
+    """Return what a hook returned. Raise UserError for the None of a forgotten `return`, and for what JSON cannot hold."""
+    with suppress(TypeError, ValueError):
+        if isinstance(value, kind) and (kind is not dict or json.dumps(value)):
+            return value
+    rule = f"{type(hook).__name__}.{method} returned {value!r}, but it must return {wanted}"
+    raise UserError("This run cannot go on", [f"--hook: {rule}. See docs/hook.md."])
 
 
 def _close(hooks: list[Hook]) -> list[Exception]:
