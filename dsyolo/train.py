@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         if world.is_main_process:
             log.error("%s", error)
         else:
+            log.error("%s", error, extra=FILE_ONLY)
             time.sleep(GRACE_S)
+            log.error("rank %d: %s", world.rank, error)  # still here: the main process met no such error
         return error.status
     except KeyboardInterrupt:
         if world.is_main_process:

@@ -53,6 +53,13 @@ def test_no_retired_name_is_left():
     each(check)
 
 
+def test_no_test_has_a_retired_name():
+    words = RETIRED_PARTS | {"meeting", "painter", "replica", "replicas", "wire", "spread", "shards"}
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        names = [name for _, name in identifiers(parse(path)) if name.startswith("test_")]
+        assert not [name for name in names if words & set(name.split("_"))], path.name
+
+
 def test_the_check_of_names_sees_them():
     tree = ast.parse(
         "def told(): ...\nx.is_first\nclass Claim: ...\nf(crew=1)\nlambda truth: 0\nretold, sayings = 1, 2"

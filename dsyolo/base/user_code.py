@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
+import zlib
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -31,7 +33,9 @@ def load_object(reference: str, option: str) -> Any:
         rule = f"it must be MODULE:NAME or FILE.py:NAME. Write {option} my_file.py:MyName"
         raise _error(option, reference, rule)
     try:
-        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = (
+            _from_file(Path(where).absolute()) if where.endswith(".py") else importlib.import_module(where)
+        )
     except (Exception, SystemExit) as error:  # whatever the user's own module raises
         rule = f"{where} cannot be imported: {type(error).__name__}: {error}"
         raise _error(option, reference, rule) from error
@@ -59,11 +63,13 @@ def raised(error: BaseException) -> str:
     return f"it raised {type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
+@cache
 def _from_file(path: Path) -> ModuleType:
-    name = f"dsyolo_user_{path.stem}"
+    """Run a file once in a process, so that its classes and variables stay the same."""
+    name = f"dsyolo_user_{path.stem}_{zlib.crc32(bytes(path)):08x}"  # two files may have one name
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} (seen from {Path.cwd()})")
+        raise FileNotFoundError(f"there is no file {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that its classes pickle to loader workers
     spec.loader.exec_module(module)

@@ -10,7 +10,7 @@ from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import examine
 from dsyolo.doctor.findings import can_start, table, to_json
-from dsyolo.models.registry import size_multiple_px
+from dsyolo.models.registry import meta_network
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     problems = out_of_range(args, {"master_port": (1, 65535), "timeout": (1, 600), "workers": (0, 1024)})
     model = args.model or "yolov5n"
-    if fault := image_size_fault(args.imgsz, model, size_multiple_px(model)):
+    if fault := image_size_fault(args.imgsz, model, meta_network(model).size_multiple_px):
         problems.append(f"--imgsz: {fault}")
     if args.num_gpus is not None and (args.num_gpus < 1 or args.hostfile):
         rule = "at least 1, and only without --hostfile, whose slots say how many"

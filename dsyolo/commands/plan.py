@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hardware(args: argparse.Namespace) -> Hardware:
-    from dsyolo.models.registry import size_multiple_px
+    from dsyolo.models.registry import meta_network
 
     problems: list[str] = []
 
@@ -103,7 +103,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     host = read("host-memory", args.host_memory, read_bytes, None) if args.host_memory else None
     device = DEVICES[args.gpu] if args.gpu else typical_device(memory)
     problems += out_of_range(args, BOUNDS)
-    if fault := image_size_fault(args.imgsz, args.model, size_multiple_px(args.model)):
+    if fault := image_size_fault(args.imgsz, args.model, meta_network(args.model).size_multiple_px):
         problems.append(f"--imgsz: {fault}")
     problems += _batch_problems(args, gpus * args.nodes)
     if args.precision and PRECISIONS[args.precision].compute == "bf16" and not device.has_bf16:

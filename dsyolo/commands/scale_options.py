@@ -17,7 +17,7 @@ from dsyolo.config.option_checks import model_option, out_of_range
 from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.findings import FAIL
 from dsyolo.doctor.hosts import Host, read_hostfile
-from dsyolo.models.registry import size_multiple_px
+from dsyolo.models.registry import meta_network
 from dsyolo.scaling.cases import STRONG, WEAK, ScalingStrategy, read_strategy
 
 SCALINGS = {"weak": (WEAK,), "strong": (STRONG,), "both": (WEAK, STRONG)}
@@ -82,7 +82,7 @@ def check(args: argparse.Namespace) -> ScaleRequest:
     problems: list[str] = []
     ranks = _ranks(args.ranks, problems)
     problems += out_of_range(args, {name: (least, most) for name, (_, least, most, _) in NUMBERS.items()})
-    if fault := image_size_fault(args.imgsz, args.model, size_multiple_px(args.model)):
+    if fault := image_size_fault(args.imgsz, args.model, meta_network(args.model).size_multiple_px):
         problems.append(f"--imgsz: {fault}")
     hosts = _hosts(args, ranks, problems)
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")

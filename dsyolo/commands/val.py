@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from dsyolo.detection.evaluator import validate  # late, so that `--help` does not wait for torch
 
-    if args.json and (problem := cannot_hold_file(args.json)):
+    problem = cannot_hold_file(args.json) if args.json else None
+    if args.json and not problem and args.json.exists() and b'"map50_95"' not in args.json.read_bytes():
+        problem = f"{args.json} given, but it holds other things than metrics. Name another file."
+    if problem:
         raise UserError("The metrics cannot be written", [f"--json: {problem}"])
     network = load(args, multi_label=True)
     loader = _loader(args, network)

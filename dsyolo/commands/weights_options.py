@@ -61,12 +61,12 @@ def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
     import torch  # late, so that `--help` does not wait for it
 
     from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
-    from dsyolo.models.registry import size_multiple_px
+    from dsyolo.models.registry import meta_network
     from dsyolo.models.weights import rebuild
 
     network, info = rebuild(args.weights, args.model)
     size_px = info.image_size_px if args.imgsz is None else args.imgsz
-    stride = size_multiple_px(args.model or info.variant)
+    stride = meta_network(args.model or info.variant).size_multiple_px
     if fault := image_size_fault(size_px, info.variant, stride, times=1):
         raise UserError("The command line cannot be used", [f"--imgsz: {fault}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
-from dsyolo.models.registry import has_parameters, meta_network, size_multiple_px
+from dsyolo.models.registry import meta_network
 from dsyolo.models.weights import GivenWeights, read_weights
 
 T = TypeVar("T")
@@ -79,15 +79,14 @@ def resolve(
     """
     run, resume = read_command_line(argv, program)
     errors: list[UserError] = []
-    layers = _attempt(
-        errors, lambda: has_parameters(run.model)
-    )  # None: a user's own network that cannot be built
-    if layers and (fault := image_size_fault(run.imgsz, run.model, size_multiple_px(run.model))):
+    data = _attempt(errors, lambda: read_data_yaml(run.data))
+    network = _attempt(errors, lambda: meta_network(run.model, data.num_classes if data else 1))
+    if network and (fault := image_size_fault(run.imgsz, run.model, network.size_multiple_px)):
         errors.append(UserError("This run cannot start", [f"--imgsz: {fault}"]))
     if resume and (saved := saved_state(resume.checkpoints)):
         resume = replace(resume, global_batch=saved.global_batch)
-    data = _attempt(errors, lambda: read_data_yaml(run.data))
     known = None if errors else data  # planning needs a network, its images and their classes
+    layers = network.has_parameters if network else None
     planned = _attempt(errors, lambda: _configure(run, known, layers, resume, world_size, accelerator, plan))
     _attempt(errors, lambda: check_folder(run, resume))
     weights = _attempt(
@@ -148,14 +147,14 @@ def _attempt(errors: list[UserError], reader: Callable[[], T]) -> T | None:
 
 def plan_activations(config: RunConfig, ds: DeepSpeedConfig, num_classes: int) -> ActivationPlan:
     """Return what is recomputed, counted without memory at the largest images. A budget too small raises UserError."""
-    size_px = largest_image_px(config)
+    size_px = largest_image_px(config, num_classes)
     network = meta_network(config.model, num_classes)
     counted = count_activations(network, (ds.micro_batch, 3, size_px, size_px), ds.precision)
     return choose(counted, ds.parallelism.recompute, offload=ds.parallelism.offload.activations)
 
 
-def largest_image_px(config: RunConfig) -> int:
+def largest_image_px(config: RunConfig, num_classes: int) -> int:
     """Return the largest side of a training's images."""
     if not config.recipe.multi_scale:
         return config.imgsz
-    return largest_size_px(config.imgsz, size_multiple_px(config.model))
+    return largest_size_px(config.imgsz, meta_network(config.model, num_classes).size_multiple_px)

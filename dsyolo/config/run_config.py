@@ -69,7 +69,7 @@ class RunConfig(BaseModel):
     data: str = _run(..., "data set's YAML file", learned=True)
     model: str = _run("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", learned=True)
     weights: str | None = _run(None, "weights to start from", learned=True)
-    imgsz: int = _run(640, "side of the training images in pixels", learned=True)
+    imgsz: int = _run(640, "side of the training images in pixels", learned=True, le=8192)
     epochs: int = _run(300, "epochs", learned=True, ge=1)
     seed: int = _run(0, "random seed", learned=True, ge=0, lt=2**63)
     hyp: str = _run("low", "recipe: low, med, high or a YAML file")

@@ -18,7 +18,7 @@ from dsyolo.doctor.ask import Query, Reply, ask, probe_query
 from dsyolo.doctor.context import DoctorContext, DoctorOptions
 from dsyolo.doctor.findings import FAIL, WARNING, Finding, merged
 from dsyolo.doctor.hosts import LOCAL, ForwardedEnvironment, Host, read_forwarded, read_hostfile
-from dsyolo.models.registry import build_model, has_parameters
+from dsyolo.models.registry import meta_network
 
 NUM_CLASSES = 80  # for the size of checkpoints; another number changes it by some 100 KB
 NETWORK_TEST_S = 55  # more than the lifetime of a rank of the test
@@ -60,9 +60,8 @@ def _model(name: str | None) -> tuple[list[bool] | None, int | None]:
     """Return for each layer whether it has parameters, and the number of parameters."""
     if name is None:
         return None, None
-    with torch.device("meta"):
-        network = build_model(name, NUM_CLASSES)
-    return list(has_parameters(name)), sum(p.numel() for p in network.parameters())
+    network = meta_network(name, NUM_CLASSES)
+    return list(network.has_parameters), sum(p.numel() for p in network.parameters())
 
 
 def _requests(

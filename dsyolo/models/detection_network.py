@@ -52,7 +52,7 @@ class DetectionNetwork(Network):
         """Return the boxes and probabilities of raw maps, (B, boxes, 5 + K) float32.
 
         Per box: centre and size in pixels of the input, objectness, class probabilities. Levels in order,
-        each flattened A, H, W. centre = (2 s - 0.5 + cell) * stride, size = (2 s)^2 * anchor (spec.md, Decoding).
+        each flattened A, H, W. centre = (2 s - 0.5 + cell) * stride, size = (2 s)^2 * anchor (docs/yolov5.md, Decoding).
         """
         decoded = []
         for raw, anchors, stride in zip(maps, self.anchors.float(), self.strides, strict=True):

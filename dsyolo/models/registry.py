@@ -4,7 +4,6 @@ A user's own is code that runs. Its name must come from the command line, never 
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import is_reference, load_object, raised
-from dsyolo.models import yolov5
 from dsyolo.models.blocks import BatchNorm
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 
 MOST_LEVELS = 5
-_CHECKED_CLASSES = 2
 
 
 def is_known(name: str) -> bool:
@@ -48,10 +46,13 @@ def build_model(name: str, num_classes: int) -> DetectionNetwork:
 
 
 @cache
-def meta_network(name: str, num_classes: int) -> DetectionNetwork:
-    """Return the network on the meta device, for counting. It is built once and shared: do not change it."""
+def meta_network(name: str, num_classes: int = 2) -> DetectionNetwork:
+    """Return the network without memory, for counting; a user's own is checked. It is shared: do not change it."""
     with torch.device("meta"):
-        return build_model(name, num_classes)
+        network = build_model(name, num_classes)
+        if is_reference(name):
+            _check(name, network)
+        return network
 
 
 def saved_name(name: str) -> str:
@@ -59,31 +60,14 @@ def saved_name(name: str) -> str:
     return name if is_known(name) else Path(name).name
 
 
-def size_multiple_px(name: str) -> int:
-    """Return the number of pixels that the sides of images must be multiples of."""
-    return yolov5.level_strides(name)[-1] if is_known(name) else _checked_network(name).size_multiple_px
-
-
-def has_parameters(name: str) -> tuple[bool, ...]:
-    """Return, for every node in order, whether it has parameters."""
-    return yolov5.has_parameters(name) if is_known(name) else _checked_network(name).has_parameters
-
-
 # ---- a user's own network
 
 
-@cache
-def _builder(reference: str, _folder: Path) -> Callable[[int], Any]:
-    """Load the function once in a process, so that its classes stay the same."""
+def _call(reference: str, num_classes: int) -> DetectionNetwork:
     with torch.device("cpu"):  # tensors that the file makes must not become those of a meta build
         build = load_object(reference, "--model")
     if not callable(build):
         raise _error(reference, f"{build!r} is not a function", "Name a function build(num_classes)")
-    return build
-
-
-def _call(reference: str, num_classes: int) -> DetectionNetwork:
-    build = _builder(reference, Path.cwd())
     try:
         network = build(num_classes)
     except UserError:
@@ -99,20 +83,17 @@ def _call(reference: str, num_classes: int) -> DetectionNetwork:
     return network
 
 
-@cache
-def _checked_network(reference: str) -> DetectionNetwork:
-    """Build a user's network without memory, and check it."""
-    with torch.device("meta"):
-        network = build_model(reference, _CHECKED_CLASSES)
-        _check(reference, network)
-    return network
-
-
 def _check(reference: str, network: DetectionNetwork) -> None:
     """Check the contract of a network on the meta device: what later steps would fail at, or get silently wrong."""
     strides, multiple = network.strides, network.size_multiple_px
-    if not 1 <= len(strides) <= MOST_LEVELS or list(strides) != sorted(set(strides)):
-        raise _error(reference, f"its strides are {strides}", f"Give 1 to {MOST_LEVELS}, finest first")
+    is_whole = all(type(size) is int and size > 0 for size in (*strides, multiple))
+    if not is_whole or not 1 <= len(strides) <= MOST_LEVELS or list(strides) != sorted(set(strides)):
+        rule = f"its strides are {strides}, and its size_multiple_px is {multiple}"
+        raise _error(reference, rule, f"Give 1 to {MOST_LEVELS} strides, finest first, as whole pixels")
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad or parameter.dtype != torch.float32 or is_lazy(parameter):
+            rule = f"{name} is frozen, without a shape yet, or not in fp32, and the engine shards trained fp32 weights"
+            raise _error(reference, rule, "Make it a plain nn.Parameter; weights that stay go into a buffer")
     if any(multiple % stride for stride in strides):
         rule = f"its size_multiple_px, {multiple}, must be a multiple of every stride, {strides}"
         raise _error(reference, rule, f"Set it to {math.lcm(*strides)}")

@@ -108,11 +108,6 @@ def family(variant: str) -> tuple[LayerRow, ...]:
     return P6 if variant.endswith("6") else P5
 
 
-def has_parameters(variant: str) -> tuple[bool, ...]:
-    """Return, for every node in order, whether it has parameters."""
-    return tuple(row.kind not in PARAMETERLESS for row in family(variant))
-
-
 def level_strides(variant: str) -> tuple[int, ...]:
     """Return the pixels per cell of the variant's levels, finest first."""
     return (8, 16, 32, 64) if variant.endswith("6") else (8, 16, 32)

@@ -42,7 +42,7 @@ def plan_config(
     Raises:
         UserError: nothing fits, or the JSON cannot be used.
     """
-    profile = ModelProfile(run.model, num_classes, largest_image_px(run))
+    profile = ModelProfile(run.model, num_classes, largest_image_px(run, num_classes))
     if source is None:
         return _plan_all(run, hardware, profile, saved_batch)
     return _fill_values(run, source, hardware, profile, saved_batch)

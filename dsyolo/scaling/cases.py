@@ -13,7 +13,7 @@ from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import read_json, valid_part, without_auto
 from dsyolo.config.run_config import AUTO
 from dsyolo.config.spec import BatchPlan
-from dsyolo.models.registry import has_parameters
+from dsyolo.models.registry import meta_network
 
 WEAK, STRONG = "weak", "strong"
 HALF_PRECISIONS = ("bf16", "fp16", "torch_autocast")
@@ -147,6 +147,6 @@ def _case(
     sizes = strategy.on(ranks // strategy.stages, scaling)
     case = ScalingCase(strategy.name, ranks, strategy.stages, *sizes)
     content, left_open = without_auto(deepspeed_json(strategy, case))
-    ds = check(content, world_size=ranks, accelerator=accelerator, layers=has_parameters(model))
+    ds = check(content, world_size=ranks, accelerator=accelerator, layers=meta_network(model).has_parameters)
     is_open = any(path[-1] == "enabled" and path[0] in HALF_PRECISIONS for path in left_open)
     return case, Computes(AUTO if is_open else ds.precision.name, ds.parallelism.recompute)

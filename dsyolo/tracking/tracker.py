@@ -131,12 +131,11 @@ class RunTracker:
     ) -> None:
         """Record the end of `progress.epoch` and its validation, if any; `figures` are others' for its row."""
         now = time.perf_counter()
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {name: float(value) for name, value in (figures or {}).items()}  # maybe tensors
         if self._loss_sum is not None and self._num_summed:
-            row = _losses((self._loss_sum / self._num_summed).tolist())
+            row |= _losses((self._loss_sum / self._num_summed).tolist())
         row |= {"lr": self._lr, **self._in_epoch.rates(), "memory_gib": self.memory_gib()}
         row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last}
-        row |= {name: float(value) for name, value in (figures or {}).items()}  # a hook's may be tensors
         if metrics is not None:
             validated = metrics.to_json()
             row |= {name: validated[name] for name in VALIDATION_FIGURES}
@@ -152,7 +151,7 @@ class RunTracker:
 
     def _write(self, kind: str, progress: TrainState, row: dict[str, Any]) -> None:
         for writer in self._writers:
-            writer.write({"kind": kind, "step": progress.step, "epoch": progress.epoch, **row})
+            writer.write({**row, "kind": kind, "step": progress.step, "epoch": progress.epoch})
 
     def picture(self, path: Path) -> None:
         """Hand a picture of predictions to the writers."""
@@ -162,10 +161,12 @@ class RunTracker:
     def state(self) -> dict[str, Any]:
         """Return what a resumed run's tracker needs, for the checkpoint's JSON."""
         loss_sum = self._loss_sum.tolist() if self._loss_sum is not None else [0.0] * 3
-        state: dict[str, Any] = {"run_id": None, "loss_sum": loss_sum, "num_summed": self._num_summed}
+        state: dict[str, Any] = {"loss_sum": loss_sum, "num_summed": self._num_summed}
         for writer in self._writers:
-            state |= writer.state_dict()
-        return state
+            for key, value in writer.state_dict().items():
+                if state.setdefault(key, value) != value:
+                    log.warning("A writer's state has the key %r, which is another's: it is not kept.", key)
+        return {"run_id": None, **state}
 
     def close(self) -> None:
         """Draw what waits, and close the writers. Further calls do nothing."""
@@ -242,6 +243,7 @@ def _step_line(progress: TrainState, row: Mapping[str, float], steps_per_s: floa
         *(f"{name} {row[name]:.4f}" for name in LOSSES),
         f"lr {row['lr']:.3g}",
         f"{row['memory_gib']:.2f} GiB",
+        *([f"{row['skipped_steps']} steps skipped"] if "skipped_steps" in row else []),
     ]
     return "  ".join(parts)
 

@@ -62,8 +62,8 @@ class SafeWriter(Writer):
             self._call(self._writer.picture, name, path, step)
 
     def state_dict(self) -> dict[str, Any]:
-        if self._writer:
-            self._state = self._call(self._writer.state_dict) or self._state
+        if writer := self._writer:  # what is no dict of JSON is its failure, and not the checkpoint's
+            self._state = self._call(lambda: dict(json.loads(json.dumps(writer.state_dict())))) or self._state
         return self._state
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class SafeWriter(Writer):
         try:
             with self._lock:  # pictures come from the thread that draws them
                 return call(*args)
-        except Exception as error:  # whatever the service raises
+        except (Exception, SystemExit) as error:  # whatever the service raises
             self._writer = None
             what = f"{type(error).__name__}: {error}"
             warnings.warn(f"{self._name} failed, and the run goes on without it. {what}", stacklevel=3)

@@ -167,7 +167,7 @@ def _user_hooks(references: str | None) -> list[Hook]:
     for name, make in _user_classes(references, "hook", Hook).items():
         try:
             hooks.append(make())
-        except Exception as error:  # whatever the user's own code raises
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
             rule = (
                 f"{raised(error)}. It is called without arguments: give its __init__ none that are required"
             )

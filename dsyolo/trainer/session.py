@@ -37,6 +37,7 @@ class Session:
     ) -> None:
         try:
             if kind is None:
+                process_group.wait_for_all()  # while the watchdog still names the rank that does not come
                 self.preemption.close()
             self.watchdog.close()
             process_group.destroy_process_group(orderly=kind is None)

@@ -32,7 +32,7 @@ class Trainer(RunningTrainer):
             except StopTraining as stop:
                 end = stop.end
             except Preempted:  # with the weights of the last step in place
-                ends = filter(None, self.hooks.call("preempted"))
+                ends = (end for end in self.hooks.call("preempted") if isinstance(end, ExitStatus))
                 end = next(ends, ExitStatus(preemption.STATUS, "Preempted."))
             self.hooks.call("finish")
             self.end = end

@@ -66,13 +66,13 @@ def test_other_variables():
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "all"}, "SLURM_STEP_TASKS_PER_NODE: 'all' given"),
     ],
 )
-def test_what_is_missing_is_told(given, told):
+def test_what_is_missing_is_reported(given, told):
     with pytest.raises(UserError, match="does not give this rank its position") as caught:
         read_environment(given)
     assert any(told in problem for problem in caught.value.problems), caught.value
 
 
-def test_torch_is_told_of_sruns_place_and_a_launchers_word_stands(monkeypatch):
+def test_torch_gets_the_place_that_srun_gives_and_a_launchers_value_stands(monkeypatch):
     monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "other"})
     export_to_torch(read_environment(SRUN))
     assert [os.environ[name] for name in NAMES] == ["9", "12", "1", "other", "29500"]

@@ -88,7 +88,7 @@ def fill_the_disk(folder: str) -> dict[str, Any]:
     return {"said": said, "left": left, "step": saved.step, "losses": (losses, again)}
 
 
-def test_a_full_disk_is_told_on_all_ranks_and_the_last_checkpoint_kept(small_disk):
+def test_a_full_disk_is_reported_on_all_ranks_and_the_last_checkpoint_kept(small_disk):
     folder = small_disk / "checkpoints"
     folder.mkdir()
     ranks = run_ranks(2, fill_the_disk, str(folder))

@@ -79,7 +79,7 @@ def test_one_that_never_comes_is_named_to_those_that_wait():
     assert " s (1, 3), so all ranks end. Check their hosts' output" in said
 
 
-def test_no_first_rank_is_told():
+def test_no_first_rank_is_given():
     port = free_port()
     status, said = Attending(1, 2, port, wait_s=2).end()
     assert status == rendezvous.STATUS
@@ -94,7 +94,7 @@ def test_all_come_and_go_on():
         assert (status, said) == (0, "")
 
 
-def test_a_port_that_is_taken_is_told_with_the_option():
+def test_a_port_that_is_taken_is_reported_with_the_option():
     port = free_port()
     first = Attending(0, 2, port)
     first.come()
@@ -116,5 +116,5 @@ def joined() -> int:
     return int(collectives.all_gather_objects(world.rank)[-1])
 
 
-def test_torch_joins_in_the_store_of_the_meeting():
+def test_torch_joins_the_store_of_the_rendezvous():
     assert run_ranks(2, joined) == [1, 1]

@@ -61,7 +61,7 @@ def test_detect_without_a_single_readable_image_is_a_mistake(place, tmp_path, ca
     assert "none of the 1 images can be read" in capsys.readouterr().err
 
 
-def test_many_images_are_told_in_one_line(place, tmp_path, capsys, monkeypatch):
+def test_many_images_are_reported_in_one_line(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(detect, "MANY_IMAGES", 2)
     args = ("--score_threshold", 0, "--out", tmp_path, place / "sample/images/val")
     assert run(place, "detect", *args) == 0
@@ -109,6 +109,10 @@ def test_two_images_of_one_name_do_not_share_a_picture(place, tmp_path, capsys):
     [
         (["detect", "--out", "{file}", "{image}"], "is a file, and a folder is needed there"),
         (["val", "--json", "{folder}", "--data", "{data}"], "it is a folder or device. Name a file."),
+        (
+            ["val", "--json", "{file}", "--data", "{data}"],
+            "it holds other things than metrics. Name another file.",
+        ),
         (["val", "--json", "{file}/x.json", "--data", "{data}"], "is a file, and a folder is needed there"),
     ],
 )

@@ -17,9 +17,9 @@ from dsyolo.config.deepspeed.config import MAX_BUCKET_ELEMENTS, DeepSpeedConfig,
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import RUN_KEYS
-from dsyolo.models.yolov5 import has_parameters
+from dsyolo.models.registry import meta_network
 
-LAYERS = has_parameters("yolov5n")
+LAYERS = meta_network("yolov5n").has_parameters
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
@@ -253,7 +253,7 @@ def test_keys_and_types(block: dict[str, Any], problem: str) -> None:
     assert problem in line
 
 
-def test_bad_batch_value_is_told_once() -> None:
+def test_bad_batch_value_is_reported_once() -> None:
     (line,) = problems_of({"train_batch_size": "16"})
     assert line == (
         'train_batch_size: "16" given, but it must be a whole number of at least 1. Write 16 without quotes.'

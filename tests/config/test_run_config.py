@@ -213,7 +213,7 @@ def test_load_reads_the_names_that_options_had_before(base: list[str]) -> None:
     assert RunConfig.load("config.yaml") == run
 
 
-def test_load_tells_every_fault() -> None:
+def test_load_reports_every_fault() -> None:
     with pytest.raises(UserError) as caught:
         RunConfig.load("nowhere.yaml")
     assert "nowhere.yaml cannot be used" in str(caught.value)

@@ -121,7 +121,7 @@ def test_padding_does_not_matter():
         )
 
 
-def test_what_padding_rows_say_does_not_matter():
+def test_values_of_padding_rows_do_not_matter():
     loss, maps, targets = make_loss(), random_maps(2), assign(random_labels(2), 0, 2)
     padding = targets.weights == 0
     other = targets._replace(

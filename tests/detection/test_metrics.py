@@ -142,7 +142,7 @@ def test_images_and_labels_are_counted_and_an_image_may_come_once_only():
         evaluate([ground_truth(), ground_truth()], [found(), found()], NAMES)
 
 
-def test_table_and_json_say_the_same(capsys: pytest.CaptureFixture[str]):
+def test_table_and_json_have_the_same_values(capsys: pytest.CaptureFixture[str]):
     metrics = evaluate(
         [ground_truth((SQUARE, 0), (FAR, 1))], [found((SQUARE, 0, 0.9), (SQUARE, 1, 0.3))], NAMES
     )

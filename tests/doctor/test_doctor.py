@@ -248,9 +248,13 @@ baton.wait() if {by == "waiting"} else time.sleep(60)
         env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
         (seen,) = probed("locks", env, fix=False)["locks"]
         assert (folder / "lock").exists()
-        assert seen["state"] == (f"held by process {process.pid} (python)" if by == "building" else "stale")
+        assert seen["state"] == (
+            f"held by process {process.pid} ({Path(sys.executable).name})" if by == "building" else "stale"
+        )
         (seen,) = probed("locks", env, fix=True)["locks"]
-        assert seen["state"] == (f"held by process {process.pid} (python)" if by == "building" else "removed")
+        assert seen["state"] == (
+            f"held by process {process.pid} ({Path(sys.executable).name})" if by == "building" else "removed"
+        )
         assert list(folder.iterdir()) == ([folder / "lock"] if by == "building" else [])
         if by == "waiting":
             assert process.wait(10) == 0  # and goes on

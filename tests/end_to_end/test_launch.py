@@ -208,7 +208,7 @@ def test_ranks_end_with_the_first_failure(tmp_path, script, status):
     assert done.returncode == status
 
 
-def test_ranks_are_told_their_places(tmp_path):
+def test_ranks_get_their_places(tmp_path):
     # a line and its end in one write, since two ranks print at once
     (tmp_path / "work.py").write_text(
         "import json\nfrom dsyolo.base.environment import read_environment\n"

@@ -76,7 +76,7 @@ def test_what_deepspeed_logs_is_in_the_files_of_the_ranks_alone(place, two_ranks
     assert [line for line in printed if not re.search(r"\[(runner|launch)\.py:", line)] == []
 
 
-def test_a_run_tells_what_memory_it_was_expected_to_need_and_needed(place, two_ranks):
+def test_a_run_reports_what_memory_it_was_expected_to_need_and_needed(place, two_ranks):
     assert re.search(
         r"memory: \d+ MiB on a rank, \d+ without all this: ZeRO 2 \w+ \d+, recompute would save \d+\n",
         two_ranks.stdout,
@@ -219,7 +219,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_words_with_status_2(place, mistake):
+def test_a_mistake_is_reported_in_words_with_status_2(place, mistake):
     options, told = MISTAKES[mistake]
     done = alone(place, "mistake", **options(place))
     assert done.returncode == 2, done.stdout + done.stderr
@@ -228,7 +228,7 @@ def test_a_mistake_is_told_in_words_with_status_2(place, mistake):
     assert not (place / "runs/mistake").exists()
 
 
-def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
+def test_ctrl_c_is_reported_in_one_line_with_status_130(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -240,7 +240,7 @@ def test_ctrl_c_is_told_in_one_line_with_status_130(monkeypatch, capsys):
     )
 
 
-def test_through_the_launcher_a_mistake_is_told_once_with_status_2(place):
+def test_through_the_launcher_a_mistake_is_reported_once_with_status_2(place):
     options = {"deepspeed_config": _broken_json(place, grandient_clipping=1)}
     command = launch(place, "mistake", **options)
     done = subprocess.run(

@@ -188,7 +188,7 @@ def full_disk(folder: str) -> str:
     return ""
 
 
-def test_a_full_disk_of_one_rank_is_told_on_all_before_the_first_step(tmp_path):
+def test_a_full_disk_of_one_rank_is_reported_on_all_before_the_first_step(tmp_path):
     first, second = run_ranks(2, full_disk, str(tmp_path))
     assert first == second
     assert "No space left on device (rank 1 needs " in first

@@ -177,7 +177,7 @@ def test_a_step_depends_on_nothing_before_it(network):
         ]
 
 
-def test_the_rate_grows_with_the_batch_as_it_is_told():
+def test_the_rate_grows_with_the_batch_as_asked():
     assert [lr_factor("none", n) for n in (32, 64, 4096)] == [1, 1, 1]
     assert [lr_factor("linear", n) for n in (32, 64, 4096)] == [0.5, 1, 64]
     assert [lr_factor("sqrt", n) for n in (16, 64, 4096)] == [0.5, 1, 8]

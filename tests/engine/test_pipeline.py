@@ -107,7 +107,7 @@ def two_by_two(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.soak  # a row of the table of strategies
-def test_two_stages_of_two_replicas_train_as_the_plain_loop(tmp_path):
+def test_two_stages_of_two_data_parallel_ranks_train_as_the_plain_loop(tmp_path):
     ranks = run_ranks(4, two_by_two, str(tmp_path))
     found = training.differences(ranks[0], training.plain(STEPS, frozen=True, clipping=0.05))
     assert found["losses"] < 1e-5

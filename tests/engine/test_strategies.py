@@ -108,7 +108,7 @@ def test_statistics_of_batchnorm_move_as_on_one_rank(tmp_path, ranks, stage):
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1}'])
-def test_a_damaged_progress_json_is_told_in_words(tmp_path, text):
+def test_a_damaged_progress_json_is_reported_in_words(tmp_path, text):
     from dsyolo.checkpoint.manifest import read_manifest
 
     (tmp_path / "progress.json").write_text(text)

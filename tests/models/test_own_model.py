@@ -27,7 +27,7 @@ from dsyolo.detection.assigner import Assigner
 from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import choose, count_activations
 from dsyolo.models.detection_network import DetectionNetwork
-from dsyolo.models.registry import build_model, has_parameters, size_multiple_px
+from dsyolo.models.registry import build_model, meta_network
 from dsyolo.models.weights import describe, load_into, rebuild, save_weights
 from dsyolo.models.yolov5 import VARIANTS, build_yolov5, level_strides
 from dsyolo.planner.model_profile import ModelProfile
@@ -66,9 +66,11 @@ def test_variants_are_entries_that_need_no_network():
         with torch.device("meta"):
             network = build_model(name, 2)
         parts = [network.get_submodule(node) for node in network.order]
-        assert has_parameters(name) == tuple(any(True for _ in part.parameters()) for part in parts)
+        assert meta_network(name).has_parameters == tuple(
+            any(True for _ in part.parameters()) for part in parts
+        )
         assert level_strides(name) == network.strides
-        assert size_multiple_px(name) == network.size_multiple_px == network.strides[-1]
+        assert meta_network(name).size_multiple_px == network.size_multiple_px == network.strides[-1]
         with_batchnorm = {
             n
             for n in network.order
@@ -79,8 +81,8 @@ def test_variants_are_entries_that_need_no_network():
 
 def test_an_own_network_gives_its_facts():
     assert build_model(MODEL, 2).strides == (8, 16)
-    assert size_multiple_px(MODEL) == 16
-    assert sum(has_parameters(MODEL)) == 11
+    assert meta_network(MODEL).size_multiple_px == 16
+    assert sum(meta_network(MODEL).has_parameters) == 11
     network = own_network()
     assert network.variant == "my_net.py:build"
     assert network.blocks() == set(network.order) - {"up4", "join3", "detect"}
@@ -111,7 +113,7 @@ def test_counted_activations_are_those_that_the_allocator_gave_out(precision):
 
 def test_a_plan_knows_an_own_network():
     profile = ModelProfile(MODEL, 3, 64)
-    assert profile.layers == has_parameters(MODEL)
+    assert profile.layers == meta_network(MODEL).has_parameters
     assert profile.flops > 0
     # two levels of three anchors: gradients of the maps, the largest once more, logits and targets of objectness
     cells = [3 * (64 // stride) ** 2 for stride in (8, 16)]
@@ -236,7 +238,15 @@ BUILDS = {
     "it raised TypeError": "def build(): ...",
     "it returned a Linear. It must return a DetectionNetwork": "def build(k): return nn.Linear(1, 1)",
     "it returned a network of 7 classes": "def build(k): return detector(7)",
-    r"are \(4, 2\). Give 1 to 5, finest first": "def build(k): return detector(k, strides=(4, 2))",
+    r"are \(4, 2\), .* Give 1 to 5 strides, finest first": "def build(k): return detector(k, strides=(4, 2))",
+    r"are \(0, 16\), .*, as whole pixels": "def build(k): return detector(k, strides=(0, 16))",
+    r"are \(8.0, 16.0\)": "def build(k): return detector(k, strides=(8.0, 16.0))",
+    "its size_multiple_px is -16": "def build(k): return detector(k, size_multiple_px=-16)",
+    "down.conv.weight is frozen, without a shape yet, or not in fp32": (
+        "def build(k): d = detector(k); d.down.conv.weight.requires_grad_(False); return d"
+    ),
+    "down.conv.weight is frozen, .*, or not in fp32": "def build(k): d = detector(k); d.down.double(); return d",
+    "lazy.weight is frozen, without a shape yet": "def build(k): return detector(k, Node('lazy', nn.LazyConv2d(8, 1)))",
     "size_multiple_px, 6, must be a multiple of every stride": "def build(k): return detector(k, size_multiple_px=6)",
     "the buffer `anchors` of its last node, detect, is None": "def build(k): return detector(k, head=nn.Identity())",
     r"detect, is \(1, 2, 2\). It must be \(2, A, 2\)": "def build(k): return detector(k, strides=(4, 8))",
@@ -264,7 +274,7 @@ BUILDS = {
 def test_what_is_no_detector_is_refused_with_the_rule(tmp_path, message):
     (tmp_path / "net.py").write_text(HEAD + BUILDS[message])
     with pytest.raises(UserError) as caught:
-        size_multiple_px(f"{tmp_path}/net.py:build")
+        meta_network(f"{tmp_path}/net.py:build")
     (line,) = caught.value.problems
     assert line.startswith(f"--model: {tmp_path}/net.py:build given, but ")
     assert re.search(message, line, re.DOTALL), line
@@ -280,7 +290,7 @@ def test_a_file_that_is_missing_and_a_name_that_is_none_are_refused(tmp_path):
 
 
 def test_sizes_of_images_are_judged_by_the_network(tmp_path):
-    assert image_size_fault(48, MODEL, size_multiple_px(MODEL)) is None
+    assert image_size_fault(48, MODEL, meta_network(MODEL).size_multiple_px) is None
     (tmp_path / "data.yaml").write_text("names: [a]\n")
     (tmp_path / "ds.json").write_text("{}")
     argv = ["--data", str(tmp_path / "data.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]

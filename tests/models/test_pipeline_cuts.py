@@ -10,7 +10,8 @@ import torch
 from dsyolo.models.flops import NodeCost, node_costs
 from dsyolo.models.network import PipelineStage, pack, unpack
 from dsyolo.models.pipeline_cuts import CPU, balanced_cuts, boundary_elements, stage_table
-from dsyolo.models.yolov5 import build_yolov5, has_parameters
+from dsyolo.models.registry import meta_network
+from dsyolo.models.yolov5 import build_yolov5
 
 SHAPE = (2, 3, 64, 64)
 
@@ -40,7 +41,7 @@ def slowest(costs: list[NodeCost], cuts: tuple[int, ...]) -> float:
 def test_costs_are_of_every_node_and_count_each_parameter_once(network, costs):
     assert tuple(cost.name for cost in costs) == network.order
     assert sum(cost.num_parameters for cost in costs) == sum(p.numel() for p in network.parameters())
-    assert tuple(cost.num_parameters > 0 for cost in costs) == has_parameters("yolov5n")
+    assert tuple(cost.num_parameters > 0 for cost in costs) == meta_network("yolov5n").has_parameters
 
 
 # Published with the weights, of one image of 640 px with 80 classes, in units of 10^9 (docs/yolov5.md).

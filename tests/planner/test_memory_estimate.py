@@ -157,7 +157,7 @@ def test_the_verdict_names_what_is_saved():
     assert " GiB on the rank that needs most, 1.03 without all this: the pipeline adds 0.5" in piped
 
 
-def test_a_shortage_is_told_of_the_place_where_it_is():
+def test_a_shortage_is_reported_of_the_place_where_it_is():
     gib = 2**30
     estimate = MemoryEstimate(MemoryTerms(activations=3 * gib), MemoryTerms(optimizer=2 * gib))
     assert shortage([estimate] * 2, 4 * gib, 5 * gib) == ""

@@ -93,7 +93,7 @@ def test_settings_are_all_different_and_all_accepted():
         )
 
 
-def test_bytes_on_the_wire_are_those_that_were_measured():
+def test_bytes_on_the_network_are_those_that_were_measured():
     """README, Between hosts: yolov5s on 2 and 4 hosts, ZeRO 0 to 3, in MB."""
     network = ModelProfile("yolov5s", 80, 64).network
     numels = [p.numel() for p in network.parameters()]
@@ -226,7 +226,7 @@ def test_what_is_recommended_fits_and_can_be_written_and_used(capsys, tmp_path):
     assert path.read_text() == "{}"
 
 
-def test_a_small_gpu_gets_the_fewest_recomputed_blocks_and_too_small_a_one_is_told(capsys):
+def test_a_small_gpu_gets_the_fewest_recomputed_blocks_and_too_small_a_one_is_reported(capsys):
     words = [
         "--model",
         "yolov5m",
@@ -276,7 +276,7 @@ def test_a_small_gpu_gets_the_fewest_recomputed_blocks_and_too_small_a_one_is_to
         ("--gpus 1x16GiB --classes 0", "--classes: 0 given, but it must be between 1 and 10000"),
     ],
 )
-def test_mistakes_are_told(capsys, words, told):
+def test_mistakes_are_reported(capsys, words, told):
     status, _, err = plan(capsys, *words.split())
     assert status == 2
     assert told in err
@@ -292,7 +292,7 @@ def test_amounts_are_read():
     assert (read_rate("25GB/s"), read_rate("200Gbit/s")) == (25e9, 25e9)
 
 
-def test_the_loss_holds_what_it_is_said_to():
+def test_the_loss_holds_what_it_is_estimated_to():
     """Between the passes of the network: gradients of the maps, and what is added to the largest of them."""
     from dsyolo.detection.loss import DetectionLoss
 
@@ -463,7 +463,7 @@ def test_all_is_planned_for_the_machine_and_again_for_less_memory(tmp_path):
         )
 
 
-def test_values_that_are_auto_are_filled_in_and_told(tmp_path):
+def test_values_that_are_auto_are_filled_in_and_reported(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
     content = {
         "train_batch_size": "auto",
@@ -606,7 +606,7 @@ def test_a_sampler_that_loses_images_would_be_seen(monkeypatch):
     assert cli.main(["simulate", "--ranks", "\u00b2"]) == 2  # a digit, but no number
 
 
-def test_the_simulation_is_printed_and_its_mistakes_told(capsys):
+def test_the_simulation_is_printed_and_its_mistakes_reported(capsys):
     words = ["simulate", "--model", "yolov5n", "--images", "200", "--ranks", "2,4"]
     assert cli.main(words) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -297,7 +297,7 @@ def report():
     return build(rows, measured, {rows[2].case: "memory ran out"}, {"model": "yolov5n"}, ["a note"])
 
 
-def test_the_report_tells_speedup_efficiency_and_bottleneck(report):
+def test_the_report_reports_speedup_efficiency_and_bottleneck(report):
     (group,) = to_json(report)["groups"]
     first, second, third = group["rows"]
     assert (first["speedup"], first["efficiency"]) == (1, 1)

@@ -55,7 +55,7 @@ def test_a_failure_is_a_warning_and_the_next_picture_is_drawn():
     assert drawn == ["b"]
 
 
-def test_a_painter_without_work_has_no_thread():
+def test_a_plotter_without_work_has_no_thread():
     before = threading.active_count()
     plotter = BackgroundPlotter()
     assert threading.active_count() == before
@@ -71,7 +71,7 @@ def test_a_program_that_breaks_does_not_wait_for_pictures():
     assert subprocess.run([sys.executable, "-c", program], timeout=30, env=os.environ).returncode == 3
 
 
-def test_predictions_are_drawn_as_they_were_when_they_were_told(tmp_path: Path):
+def test_predictions_are_drawn_as_they_were_when_they_were_given(tmp_path: Path):
     boxes = np.array([[10, 10, 50, 50]], np.float32)
     ground_truth = GroundTruth(0, (64, 64), boxes, np.array([0]), 1.0, (0.0, 0.0))
     found = [(ground_truth, Detections(boxes, np.array([0.9], np.float32), np.array([0])))]

@@ -107,7 +107,7 @@ def test_collectives_count_only_inside_steps():
     assert not phases.inside
 
 
-def test_a_host_clock_tells_seconds():
+def test_a_host_clock_counts_seconds():
     phases = StepTimer(HostClock())
     for _ in phases.steps(iter("a"), 0):
         with phases.phase(FORWARD):
@@ -335,7 +335,7 @@ def test_shares_are_means_over_ranks_and_sum_to_one():
     assert shares([even, dict.fromkeys(PHASES, 0.0)], 1e9, 1e9) == {}
 
 
-def test_memory_is_told_of_the_rank_that_needs_most():
+def test_memory_is_reported_of_the_rank_that_needs_most():
     def measured(activations: int, peak: int | None) -> MemoryMeasurement:
         terms = MemoryTerms(2**30, 2**30, 2**30, 0, 0, activations)
         return MemoryMeasurement(MemoryEstimate(terms, MemoryTerms(0, 0, 0, 0, 0, 0)), peak)
@@ -345,7 +345,7 @@ def test_memory_is_told_of_the_rank_that_needs_most():
     assert "peak_gib" not in peak_figures([measured(2**30, None)])
 
 
-def test_a_line_tells_what_is_known():
+def test_a_line_has_what_is_known():
     assert describe({"images_per_s": 3.0}) == ""
     row = {"images_per_s": 30.0, SHARES[DATA]: 0.02, SHARES[COMMUNICATION]: 0.1}
     assert describe(row) == "30.0 images/s; data 2 %, communication 10 %"

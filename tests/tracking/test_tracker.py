@@ -110,7 +110,7 @@ def test_a_step_is_read_back_only_when_it_is_logged(tmp_path: Path):
     tracker.close()
 
 
-def test_skipped_steps_are_told_once(tmp_path: Path):
+def test_skipped_steps_are_reported_once(tmp_path: Path):
     progress = TrainState()
     tracker = RunTracker(tmp_path, progress, log_every=4)
     for step in range(1, 9):
@@ -306,6 +306,38 @@ def test_a_state_that_a_writer_cannot_take_costs_a_warning_and_not_the_run():
     with pytest.warns(UserWarning, match="own failed"):
         writer = SafeWriter("own", Counting, {"run_id": "of another writer"})
     writer.write({"step": 1})
+
+
+@pytest.mark.parametrize("state", [["a"], "text", {"a": object()}, None])
+def test_a_state_that_is_no_json_is_its_writers_failure(state: Any):
+    class Stateful(Writer):
+        def __init__(self) -> None: ...
+
+        def state_dict(self) -> Any:
+            return state
+
+    with pytest.warns(UserWarning, match="own failed"):
+        writer = SafeWriter("own", Stateful)
+    assert writer.state_dict() == {}
+
+
+@pytest.mark.parametrize("event", ["write", "close"])
+def test_a_writer_that_exits_costs_a_warning_and_not_the_run(event: str, tmp_path: Path):
+    writer = type("Exits", (Writer,), {event: lambda *_: sys.exit(0)})(tmp_path)
+    safe = SafeWriter("own", lambda: writer)
+    with pytest.warns(UserWarning, match="own failed, and the run goes on without it. SystemExit: 0"):
+        safe.write({"step": 1}) if event == "write" else safe.close()
+
+
+def test_a_writers_state_replaces_no_others(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    writers = [
+        type("Stateful", (Writer,), {"state_dict": lambda _, n=n: {"num_summed": 7, "mine": n}})(tmp_path)
+        for n in (1, 2)
+    ]
+    state = RunTracker(tmp_path, TrainState(), writers=writers).state()
+    assert (state["num_summed"], state["mine"], state["run_id"]) == (0, 1, None)
+    for key in ("num_summed", "mine"):
+        assert f"A writer's state has the key '{key}', which is another's" in caplog.text
 
 
 def wandb_writer(folder: Path, **options: Any) -> SafeWriter:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from runs import ROOT, alone, arguments, environment, make_place, rows
+from runs import ROOT, alone, arguments, environment, launch, make_place, rows
 
 from dsyolo.base.errors import UserError
 from dsyolo.trainer.hooks.base import Hook, HookList
@@ -192,6 +192,66 @@ def test_a_hook_that_cannot_be_used_is_an_error_in_words(place: Path, hook: str,
     assert problem in done.stderr
     assert "Traceback" not in done.stderr
     assert not (place / "runs/refused").exists()
+
+
+EXITS = """
+import os, sys
+from dsyolo.base.errors import UserError
+from dsyolo.trainer.hooks.base import Hook
+
+
+class Steps(Hook):
+    def after_step(self, result):
+        sys.exit(0)
+
+
+class Begins(Hook):
+    def __init__(self):
+        sys.exit(0)
+
+
+class OnRank1(Hook):
+    def after_step(self, result):
+        if os.environ["RANK"] == "1":
+            raise UserError("Something only rank 1 can see")
+
+
+class StopsRank0(Hook):
+    def after_validation(self, validation):
+        self.trainer.state.stopped_early = os.environ["RANK"] == "0"
+"""
+
+
+@pytest.mark.parametrize(
+    ("hook", "problem"), [("Steps", "it called sys.exit(0). Raise StopTraining"), ("Begins", "SystemExit: 0")]
+)
+def test_a_hook_that_exits_is_an_error_in_words(place: Path, hook: str, problem: str):
+    (place / "exits.py").write_text(EXITS)
+    done = alone(place, f"exits_{hook}", hook=f"exits.py:{hook}", epochs=1)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def ranks_with(place: Path, name: str, **options: object) -> subprocess.CompletedProcess:
+    (place / "exits.py").write_text(EXITS)
+    words = launch(place, name, hook=f"exits.py:{name}", **options)
+    return subprocess.run(
+        words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_what_one_rank_alone_meets_is_in_its_log_file(place: Path):
+    done = ranks_with(place, "OnRank1", epochs=1)
+    assert done.returncode != 0
+    assert "Something only rank 1 can see" in (place / "runs/OnRank1/logs/rank_0001.log").read_text()
+
+
+def test_a_rank_that_ends_alone_is_named_after_the_hang_timeout(place: Path):
+    done = ranks_with(place, "StopsRank0", epochs=3, hang_timeout_s=8)
+    assert done.returncode != 0
+    assert "rank 0 (process " in done.stderr
+    assert "no rank has made progress for 8 s" in done.stderr
 
 
 class Noting(Hook):

@@ -12,6 +12,7 @@ import yaml
 
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, Image, Object, SourceDataset
+from dsyolo.data.formats.yolo import label_path
 from dsyolo.data.images import check_image
 from dsyolo.data.labels import Problem, by_reason
 
@@ -77,7 +78,9 @@ def _write_image(
     name = PurePosixPath(image.name)
     if name.is_absolute() or ".." in name.parts:
         return Problem(file, 0, NO_IMAGE, f"its name, {name}, leads out of the folder")
-    label = folder / "labels" / split / name.with_suffix(".txt")
+    label = label_path(
+        folder / "images" / split / name
+    )  # where it is read from, if `name` has a folder `images` too
     if label.exists():
         return Problem(file, 0, SAME_LABEL)
     size_hw, reason, detail = check_image(image.file)

@@ -166,9 +166,12 @@ class HookList:
                 opened.append(hook)
                 hook.open()
             yield
-        except BaseException:
+        except BaseException as raised:
             for error in _close(opened):
                 log.warning("A hook could not be closed: %s: %s", type(error).__name__, error)
+            if isinstance(raised, SystemExit):
+                rule = f"it called sys.exit({raised.code!r}). Raise StopTraining, on all ranks: docs/hook.md"
+                raise UserError("This run ended", [f"--hook: {rule}."]) from raised
             raise
         for error in _close(opened):
             raise error
@@ -213,12 +216,12 @@ def _checked(hook: Hook, method: str, value: Any, kind: type, wanted: str) -> An
     raise UserError("This run cannot go on", [f"--hook: {rule}. See docs/hook.md."])
 
 
-def _close(hooks: list[Hook]) -> list[Exception]:
+def _close(hooks: list[Hook]) -> list[BaseException]:
     """Close hooks in reverse order; return what was raised."""
-    errors = []
+    errors: list[BaseException] = []
     for hook in reversed(hooks):
         try:
             hook.close()
-        except Exception as error:  # a hook may be a user's own
+        except (Exception, SystemExit) as error:  # a hook may be a user's own
             errors.append(error)
     return errors

@@ -77,7 +77,7 @@ def test_what_is_wrong_is_left_out_with_its_place(tmp_path):
     assert result.num_objects == {"train": 2, "val": 1}
 
 
-def test_polygons_that_are_none_are_left_out_and_told(tmp_path):
+def test_polygons_that_are_none_are_left_out_and_reported(tmp_path):
     body = (
         "boxes = [Object('cat', (0, 0, 9, 9), p) for p in ([[1, 1]], [[1, 1], [9, 1], [float('nan'), 9]], [[1, 1], [9, 1], [9, 9]])]; "
         "return SourceDataset({s: [Image(src / 'images/a.png', 'a.png', boxes)] for s in ('train', 'val')}, ['cat'])"
@@ -153,3 +153,17 @@ def test_a_format_that_does_not_exist_is_refused(name, message, tmp_path, monkey
     with pytest.raises(UserError, match=message):
         convert(name, tmp_path, tmp_path / "dst")
     assert set(FORMATS) == {"coco", "voc"}
+
+
+@pytest.mark.parametrize("name", ["images/a.png", "x/images/train/a.png"])
+def test_labels_lie_where_they_are_read_from_whatever_the_images_name(tmp_path, name):
+    body = (
+        "one = Image(src / 'images/a.png', %r, [Object('cat', (0, 0, 9, 9))]); "
+        "return SourceDataset({'train': [one], 'val': [one]}, ['cat'])"
+    )
+    (tmp_path / "mine.py").write_text(OWN.format(body=body % name), encoding="utf-8")
+    result = convert(f"{tmp_path}/mine.py:Mine", folder(tmp_path / "src", ROWS), tmp_path / "dst")
+    assert result.num_objects == {"train": 1, "val": 1}
+    data = read_data_yaml(tmp_path / "dst/data.yaml")
+    index = build_index(data.train, data.num_classes, tmp_path / "cache", progress=False)
+    assert [len(index.labels(i).classes) for i in range(len(index))] == [1]

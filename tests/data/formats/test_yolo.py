@@ -50,7 +50,7 @@ def test_path_is_relative_to_the_file_then_to_the_working_directory(tmp_path, mo
     assert fallback.val[0].resolve() == tmp_path / "cwd/other/b"
 
 
-def test_exported_sets_that_say_dotdot_mean_the_folder_beside_the_file(tmp_path):
+def test_exported_sets_with_dotdot_mean_the_folder_beside_the_file(tmp_path):
     folders(tmp_path, "set/train/images", "set/valid/images")
     text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 1\nnames: ['x']"
     spec = read_data_yaml(write(tmp_path / "set/data.yaml", text))
