@@ -1,4 +1,7 @@
-"""README and docs: links, files, options and commands exist, and what a page marks `bash run` runs as it stands."""
+"""README and docs: links, files, options and commands exist, and what a page marks `bash run` runs as it stands.
+
+The other commands for one machine are run by test_page_commands.py.
+"""
 
 from __future__ import annotations
 
