@@ -52,18 +52,19 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         log.error("%s", error)
         return error.status
     run_log = RunLog(world.rank)
+    session = None
     try:
         with preemption.ends_at_once(world):
             spec = read(argv, world, program)
             session = Session(spec, world, run_log)
         return train(spec, world, session)
     except UserError as error:
-        if world.is_main_process:
-            log.error("%s", error)
-        else:
-            log.error("%s", error, extra=FILE_ONLY)
-            time.sleep(GRACE_S)
-            log.error("rank %d: %s", world.rank, error)  # still here: the main process met no such error
+        log.error("%s", error, extra={} if world.is_main_process else FILE_ONLY)
+        if not world.is_main_process:
+            if session is None:
+                time.sleep(GRACE_S)
+            elif not session.watchdog.main_process_ends(GRACE_S):
+                log.error("%s", error)  # the main process did not meet it
         return error.status
     except KeyboardInterrupt:
         if world.is_main_process:

@@ -179,21 +179,22 @@ class Watchdog:
         if self._world.size > 1 and self._world.is_main_process:
             time.sleep(2 * BEAT_S)  # for the others to read the verdict before the store goes
         if again:
-            self._wait_for_end_of_store()
+            self.main_process_ends(LOST_S)  # a rank that restarts before it would meet the old store
             start_again(again)
         if lost != self._world.rank and self._process_state(lost) == "stopped":
             os.kill(self._ranks[lost].pid, signal.SIGKILL)  # a stopped process takes no other signal
         self._end(STATUS)
 
-    def _wait_for_end_of_store(self) -> None:
-        """Wait until rank 0's store has gone: a rank that restarts before it would meet the old one."""
-        end = time.monotonic() + LOST_S
+    def main_process_ends(self, wait_s: float) -> bool:
+        """Wait until rank 0's store has gone, at most so long, and return whether it has; False on rank 0 itself."""
+        end = time.monotonic() + wait_s
         while not self._world.is_main_process and time.monotonic() < end:
             try:
                 self._heartbeat.verdict()
             except (RuntimeError, OSError):
-                return
+                return True
             time.sleep(0.2)
+        return False
 
 
 def start_again(arguments: Sequence[str]) -> NoReturn:

@@ -77,11 +77,6 @@ def _quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*deprecated", category=FutureWarning)
 
 
-def wait_for_all() -> None:
-    """Wait until all ranks have come here."""
-    torch_dist.barrier()
-
-
 def destroy_process_group(*, orderly: bool = True) -> None:
     """Leave the process group, after all ranks have stopped talking to each other.
 

@@ -131,11 +131,12 @@ class RunTracker:
     ) -> None:
         """Record the end of `progress.epoch` and its validation, if any; `figures` are others' for its row."""
         now = time.perf_counter()
-        row: dict[str, Any] = {name: float(value) for name, value in (figures or {}).items()}  # maybe tensors
+        row: dict[str, Any] = {}
         if self._loss_sum is not None and self._num_summed:
-            row |= _losses((self._loss_sum / self._num_summed).tolist())
+            row = _losses((self._loss_sum / self._num_summed).tolist())
         row |= {"lr": self._lr, **self._in_epoch.rates(), "memory_gib": self.memory_gib()}
         row |= {"train_s": self._in_epoch.seconds, "val_s": now - self._in_epoch.last}
+        row |= {name: float(value) for name, value in (figures or {}).items()}  # a hook's may be tensors
         if metrics is not None:
             validated = metrics.to_json()
             row |= {name: validated[name] for name in VALIDATION_FIGURES}

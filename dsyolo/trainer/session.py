@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from dsyolo.cluster.collectives import barrier
 from dsyolo.cluster.preemption import PreemptionHandler
 from dsyolo.cluster.run_lock import RunLock
 from dsyolo.cluster.watchdog import Watchdog
@@ -37,7 +38,7 @@ class Session:
     ) -> None:
         try:
             if kind is None:
-                process_group.wait_for_all()  # while the watchdog still names the rank that does not come
+                barrier()  # while the watchdog still names the rank that does not come
                 self.preemption.close()
             self.watchdog.close()
             process_group.destroy_process_group(orderly=kind is None)

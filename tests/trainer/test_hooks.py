@@ -241,10 +241,11 @@ def ranks_with(place: Path, name: str, **options: object) -> subprocess.Complete
     )
 
 
-def test_what_one_rank_alone_meets_is_in_its_log_file(place: Path):
+def test_what_one_rank_alone_meets_is_logged(place: Path):
     done = ranks_with(place, "OnRank1", epochs=1)
     assert done.returncode != 0
     assert "Something only rank 1 can see" in (place / "runs/OnRank1/logs/rank_0001.log").read_text()
+    assert done.stderr.count("Something only rank 1 can see") == 1
 
 
 def test_a_rank_that_ends_alone_is_named_after_the_hang_timeout(place: Path):
