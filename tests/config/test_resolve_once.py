@@ -96,7 +96,7 @@ def test_a_users_own_network_is_built_twice(place: Path) -> None:
     counting = "\n\n_plain = build\n\n\ndef build(k):\n    open('built', 'a').write('one\\n')\n    return _plain(k)\n"
     (place / "own.py").write_text(own + counting, encoding="utf-8")
     run(place, "own", model="own.py:build")
-    assert (place / "built").read_text() == "one\n" * 2
+    assert (place / "built").read_text(encoding="utf-8") == "one\n" * 2
 
 
 def test_weights_are_read_once(place: Path, first: Counts) -> None:

@@ -1,4 +1,4 @@
-"""What README and docs tell a reader to type on one machine runs: each command, made short, in a place with his files."""
+"""Run each command of README and docs that needs one machine alone, made short, in a folder with a reader's files."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def files_of_a_reader(place: Path) -> None:
         folder.mkdir(parents=True)
     for split in ("train", "val"):
         picture(voc / f"JPEGImages/{split}.jpg")
-        (voc / f"Annotations/{split}.xml").write_text(VOC)
-        (voc / f"ImageSets/Main/{split}.txt").write_text(f"{split}\n")
+        (voc / f"Annotations/{split}.xml").write_text(VOC, encoding="utf-8")
+        (voc / f"ImageSets/Main/{split}.txt").write_text(f"{split}\n", encoding="utf-8")
         picture(place / f"coco_download/{split}2017/a.jpg")
-        (place / f"coco_download/annotations/instances_{split}2017.json").write_text(COCO)
+        (place / f"coco_download/annotations/instances_{split}2017.json").write_text(COCO, encoding="utf-8")
     for name in ("image.jpg", "folder/a.jpg", "my_boxes/images/a.png", "my_boxes/images/b.png"):
         picture(place / name)
     rows = "train,a.png,cat,1,1,50,50\nval,b.png,cat,1,1,50,50\n"
-    (place / "my_boxes/boxes.csv").write_text("split,image,class,x1,y1,x2,y2\n" + rows)
+    (place / "my_boxes/boxes.csv").write_text("split,image,class,x1,y1,x2,y2\n" + rows, encoding="utf-8")
 
 
 @pytest.mark.soak

@@ -360,9 +360,9 @@ def test_an_own_network_starts_from_what_it_shares_with_a_yolov5(tmp_path):
 
 
 def test_a_broken_network_hides_no_other_problem(tmp_path):
-    (tmp_path / "net.py").write_text("def build(k): return 1 / 0")
-    (tmp_path / "data.yaml").write_text("names: [a, a]\ntrain: here\nval: there\n")
-    (tmp_path / "ds.json").write_text('{"train_batch_size": "many"}')
+    (tmp_path / "net.py").write_text("def build(k): return 1 / 0", encoding="utf-8")
+    (tmp_path / "data.yaml").write_text("names: [a, a]\ntrain: here\nval: there\n", encoding="utf-8")
+    (tmp_path / "ds.json").write_text('{"train_batch_size": "many"}', encoding="utf-8")
     argv = ["--data", str(tmp_path / "data.yaml"), "--deepspeed_config", str(tmp_path / "ds.json")]
     with pytest.raises(UserError) as caught:
         resolve(

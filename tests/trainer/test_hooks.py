@@ -226,7 +226,7 @@ class StopsRank0(Hook):
     ("hook", "problem"), [("Steps", "it called sys.exit(0). Raise StopTraining"), ("Begins", "SystemExit: 0")]
 )
 def test_a_hook_that_exits_is_an_error_in_words(place: Path, hook: str, problem: str):
-    (place / "exits.py").write_text(EXITS)
+    (place / "exits.py").write_text(EXITS, encoding="utf-8")
     done = alone(place, f"exits_{hook}", hook=f"exits.py:{hook}", epochs=1)
     assert done.returncode == 2, done.stdout + done.stderr
     assert problem in done.stderr
@@ -234,7 +234,7 @@ def test_a_hook_that_exits_is_an_error_in_words(place: Path, hook: str, problem:
 
 
 def ranks_with(place: Path, name: str, **options: object) -> subprocess.CompletedProcess:
-    (place / "exits.py").write_text(EXITS)
+    (place / "exits.py").write_text(EXITS, encoding="utf-8")
     words = launch(place, name, hook=f"exits.py:{name}", **options)
     return subprocess.run(
         words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=200
@@ -244,7 +244,9 @@ def ranks_with(place: Path, name: str, **options: object) -> subprocess.Complete
 def test_what_one_rank_alone_meets_is_logged(place: Path):
     done = ranks_with(place, "OnRank1", epochs=1)
     assert done.returncode != 0
-    assert "Something only rank 1 can see" in (place / "runs/OnRank1/logs/rank_0001.log").read_text()
+    assert "Something only rank 1 can see" in (place / "runs/OnRank1/logs/rank_0001.log").read_text(
+        encoding="utf-8"
+    )
     assert done.stderr.count("Something only rank 1 can see") == 1
 
 

@@ -78,9 +78,8 @@ def _write_image(
     name = PurePosixPath(image.name)
     if name.is_absolute() or ".." in name.parts:
         return Problem(file, 0, NO_IMAGE, f"its name, {name}, leads out of the folder")
-    label = label_path(
-        folder / "images" / split / name
-    )  # where it is read from, if `name` has a folder `images` too
+    # Where it is read from, if `name` has a folder `images` too.
+    label = label_path(folder / "images" / split / name)
     if label.exists():
         return Problem(file, 0, SAME_LABEL)
     size_hw, reason, detail = check_image(image.file)
