@@ -14,6 +14,7 @@ import psutil
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.commands.scale_options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.config.cli_args import parse
+from dsyolo.config.deepspeed.set_aside import explain
 from dsyolo.config.messages import counted
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     scalings = SCALINGS[args.scaling]
     rows = list(wanted(request.strategies, scalings, request.ranks, args.model, request.accelerator))
     cases = list(dict.fromkeys(row.case for row in rows if row.case))
+    for strategy in request.strategies:
+        print("".join(f"{strategy.name}: {line}\n" for line in explain(strategy.set_aside)), end="")
     data = _data(args)
     num_images = len(list_images(data.train or ()))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -52,11 +52,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return a question with the nearest known word, whatever its case; empty where none is near."""
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:
+    """Return a question with the nearest known word, whatever its case; empty where none is near by `cutoff`."""
     word = shortened(word)
     by_lower = {one.lower(): one for one in sorted(known)}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
     return f"Did you mean {prefix}{by_lower[close[0]]}?" if close else ""
 
 

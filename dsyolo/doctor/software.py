@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from dsyolo.base.environment import all_variables
+from dsyolo.config.deepspeed.set_aside import explain
 from dsyolo.config.messages import counted
 from dsyolo.doctor.answers import DeepSpeedJson, Devices, Locks, Package, Packages, Python, Sources
 from dsyolo.doctor.context import DoctorContext, common
@@ -139,7 +140,8 @@ def deepspeed_json(context: DoctorContext) -> Iterator[Finding]:
             yield finding(FAIL, f"{path} {fault} on {usual_host}", f"Copy it from {usual_host}.")
         elif not one.problems:
             batch = f": {context.ds.global_batch} images a step" if context.ds else ""
-            yield finding(OK, f"{path} is valid for {counted(context.world_size, 'rank')}{batch}")
+            aside = "".join(f"; {line}" for line in explain(context.ds.set_aside)) if context.ds else ""
+            yield finding(OK, f"{path} is valid for {counted(context.world_size, 'rank')}{batch}{aside}")
 
 
 def ops(context: DoctorContext) -> Iterator[Finding]:

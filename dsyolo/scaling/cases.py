@@ -11,6 +11,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_sizes, fitted
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import read_json, valid_part, without_auto
+from dsyolo.config.deepspeed.set_aside import Reason
 from dsyolo.config.run_config import AUTO
 from dsyolo.config.spec import BatchPlan
 from dsyolo.models.registry import meta_network
@@ -28,6 +29,7 @@ class ScalingStrategy(NamedTuple):
     micro_batch: int  # images of a data-parallel rank under weak scaling, as `accumulation`
     accumulation: int
     global_batch: int  # under strong scaling
+    set_aside: tuple[Reason, ...] = ()  # keys of the file that have no effect here
 
     def on(self, dp_size: int, scaling: str) -> tuple[int, int]:
         """Return (micro-batch, accumulation) of each rank. Raise UserError for a batch that they cannot share."""
@@ -114,7 +116,7 @@ def read_strategy(
     # The smallest world may have fewer ranks than stages; under weak scaling a rank keeps its images.
     steps *= max(1, stages // smallest)
     rest = {key: value for key, value in source.items() if key not in BATCH_KEYS}
-    return ScalingStrategy(path.stem, rest, stages, micro, steps, train)
+    return ScalingStrategy(path.stem, rest, stages, micro, steps, train, read.set_aside)
 
 
 def wanted(

@@ -124,6 +124,11 @@ def _fault(train: int, batch: BatchPlan, ranks: str, stages: int, *, given_micro
         if micro <= MOST_IMAGES:
             return ""
         return f"{micro} a rank at once may be {MOST_IMAGES} at most. Give {BATCH_KEYS[1]}, or set it lower."
+    if micro == 0:
+        least = steps * dp_size
+        each = f"{steps} accumulation x {ranks}" if steps > 1 else ranks
+        fewer = f", or use {_dividing(train, dp_size, stages, most=dp_size)}" if steps == 1 else ""
+        return f"{each} need {least} at least, one image each. Set it to {least}{fewer}."
     if steps == 0:
         least = micro * dp_size
         lower = f"{BATCH_KEYS[1]} to {train // dp_size}"
@@ -139,9 +144,9 @@ def _fault(train: int, batch: BatchPlan, ranks: str, stages: int, *, given_micro
     return f"{micro} per GPU x {steps} accumulation x {ranks} = {total}. {remedy}"
 
 
-def _dividing(batch: int, dp_size: int, stages: int) -> str:
+def _dividing(batch: int, dp_size: int, stages: int, most: int | None = None) -> str:
     """Return numbers of ranks near `dp_size` x `stages` that divide a batch, as text."""
-    fitting = divisors(batch)
+    fitting = divisors(batch, most)
     below, above = ([n for n in fitting if (n > dp_size) == up] for up in (False, True))
     *first, last = [str(n * stages) for n in (*below[-4:], *above[:1])]
     return f"{', '.join(first)}{' or ' if first else ''}{last} rank{'s' if last != '1' else ''}"

@@ -13,7 +13,9 @@ from typing import Any
 from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import rules
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
-from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, valid_part
+from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, settled, valid_part
+from dsyolo.config.deepspeed.set_aside import Reason, merged, remove, without_effect
+from dsyolo.config.deepspeed.set_aside import explain as explain_set_aside
 from dsyolo.config.messages import counted
 from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision
 
@@ -45,7 +47,8 @@ class DeepSpeedConfig:
     optimizer: OptimizerSpec
     parallelism: Parallelism
     gradient_clipping: float  # largest norm of the gradient; 0: none
-    source: Mapping[str, Any]  # the JSON as given
+    source: Mapping[str, Any]  # the JSON as given, without what is set aside
+    set_aside: tuple[Reason, ...] = ()  # keys of the JSON that have no effect here
 
     @property
     def global_batch(self) -> int:
@@ -174,7 +177,7 @@ class DeepSpeedConfig:
             lines.append(f"recompute: {what}{where}")
         if self.stages > 1:
             lines.append(f"pipeline: {self.stages} stages, partition {parallelism.partition}")
-        return lines
+        return [*lines, *explain_set_aside(self.set_aside)]
 
 
 def check(
@@ -209,14 +212,18 @@ def check(
         config = JsonSource(name, config)
     elif not isinstance(config, JsonSource):
         config = read_json(config)
+    config = settled(config)
     problems = list(config.problems)
     if config.content is None:
         raise cannot_be_used(config.name, world_size, problems)
-    source = dict(config.content)
+    source = copy.deepcopy(dict(config.content))
     if config.left_open and (open_to := open_batch(source, world_size)):
         source[BATCH_KEYS[0]] = open_to
     faults: list[str] = []
     valid = valid_part(source, faults)
+    set_aside = merged(config.set_aside, found := tuple(without_effect(valid, recompute)))
+    remove(valid, found)
+    remove(source, found)
     zero_stage = int(valid.get("zero_optimization", {}).get("stage", 0))
     stages, partition = rules.pipeline(valid, zero_stage, world_size, layers, faults)
     batch = batch_plan(source, valid, world_size, stages, problems, saved_batch)
@@ -234,7 +241,9 @@ def check(
     offloaded = replace(offloaded, activations=offload_activations)
     parallelism = Parallelism(zero_stage, stages, partition, offloaded, recomputed)
     clipping = float(valid.get("gradient_clipping", GRADIENT_CLIPPING))
-    return DeepSpeedConfig(config.name, world_size, batch, kinds, runs, parallelism, clipping, source)
+    return DeepSpeedConfig(
+        config.name, world_size, batch, kinds, runs, parallelism, clipping, source, set_aside
+    )
 
 
 def cannot_be_used(path: str, world_size: int, problems: Sequence[str]) -> UserError:

@@ -1,24 +1,32 @@
-"""Reads a DeepSpeed JSON strictly, and keeps what has a legal key and type."""
+"""Reads a DeepSpeed JSON as DeepSpeed does, HJSON included, and keeps what has a legal key and type."""
 
 import copy
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hjson
+
 from dsyolo.base.safe_io import read_text
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_name
-from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Keys, Refused
+from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
+from dsyolo.config.deepspeed.set_aside import Reason, Settled, off_reason, settle
+from dsyolo.config.deepspeed.verdicts import Alias, JsonKey, JsonSection, Keys, Refused, SetAside
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.recipe import RECIPE_KEYS
-from dsyolo.config.run_config import AUTO, RUN_KEYS
+from dsyolo.config.run_config import AUTO, JSON_KNOBS, RUN_KEYS
 
 # ---- the file
 
 MAX_DIGITS = 18  # so many always fit into 64 bits
 MAX_DEPTH = 20  # the keys that are known go four deep
+MOST_PLACES = 3  # places of one key that a message names
+# An unknown key that is so near to a known one, or begins it, is a mistake; others DeepSpeed ignores too.
+TYPO, SHORTEST = 0.75, 4
 
 
 class _Object(dict[str, Any]):
@@ -35,18 +43,17 @@ class JsonSource:
     content: Mapping[str, Any] | None  # without the values that are "auto"; None: it could not be read
     left_open: tuple[tuple[str, ...], ...] = ()  # the paths of these values
     problems: tuple[str, ...] = ()  # mistakes in its syntax
+    set_aside: tuple[Reason, ...] = ()  # the keys without effect here, which `content` lacks
 
 
 def read_json(path: str | Path) -> JsonSource:
-    """Read a strict JSON file (no comments, no NaN, no key twice), in which "auto" is a value like others.
+    """Read a file of JSON or HJSON (no NaN, no key twice), in which "auto" is a value like others.
 
-    Its problems are left for `check` to raise.
+    What has no effect here is set aside. Its problems are left for `check` to raise.
     """
     try:
         text = read_text(path)
-        source = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_int=_whole_number
-        )
+        source = _parsed(text)
         if _is_deep(source):
             raise RecursionError
     except OSError as error:
@@ -63,7 +70,7 @@ def read_json(path: str | Path) -> JsonSource:
     else:
         if isinstance(source, dict):
             twice = (f"{key}: given twice. Leave one out." for key in _given_twice(source, ""))
-            return JsonSource(str(path), source, problems=tuple(twice))
+            return settled(JsonSource(str(path), source, problems=tuple(twice)))
         problem = 'must be an object, as in {"train_batch_size": 64}.'
     return JsonSource(str(path), None, problems=(problem,))
 
@@ -77,8 +84,31 @@ def read_source(path: str | Path) -> JsonSource:
     return replace(read, content=content, left_open=tuple(left_open))
 
 
+def settled(source: JsonSource) -> JsonSource:
+    """Return the JSON without what has no effect here. A second time changes nothing."""
+    if source.content is None:
+        return source
+    found: Settled = settle(source.content, _keys_for(source.content), _unknown_reason)
+    problems, aside = (*source.problems, *found.problems), (*source.set_aside, *found.set_aside)
+    return replace(source, content=found.content, problems=problems, set_aside=aside)
+
+
 class _BadNumberError(Exception):
     pass
+
+
+def _parsed(text: str) -> Any:
+    """Return what JSON makes of a text, or else HJSON, as DeepSpeed reads it; raise JSON's error where both fail."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_whole_number)
+    except json.JSONDecodeError:
+        try:
+            read = hjson.loads(text, object_pairs_hook=_object, parse_int=_whole_number)
+        except hjson.HjsonDecodeError:
+            read = None
+        if not isinstance(read, dict) or not read:  # HJSON takes any text for a string, and none for a block
+            raise
+        return read
 
 
 def _object(pairs: list[tuple[str, Any]]) -> _Object:
@@ -88,8 +118,10 @@ def _object(pairs: list[tuple[str, Any]]) -> _Object:
     return result
 
 
-def _refuse_constant(name: str) -> float:
-    raise _BadNumberError(f"{name} is not JSON")
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise _BadNumberError(f"{name} is not JSON")
+    return float(name)
 
 
 def _whole_number(text: str) -> int:
@@ -180,13 +212,13 @@ def _valid_block(
         path, key = prefix + name, keys.get(name)
         if key is None:
             problems.append(f"{path}: {_unknown(name, keys, prefix)}")
+        elif isinstance(key, (SetAside, Alias)):
+            continue  # settled before
         elif isinstance(key, Refused):
             if not key.lets_through(value):
                 problems.append(f"{path}: {shown(value)} given, but {key.reason}")
         elif isinstance(key, JsonSection) and isinstance(value, dict):
             valid[name] = _valid_block(value, key.keys, f"{path}.", problems)
-        elif isinstance(key, JsonSection) and value is None and key.may_be_null:
-            continue
         elif isinstance(key, JsonKey) and key.keeps(value):
             valid[name] = value
         else:
@@ -196,27 +228,74 @@ def _valid_block(
 
 
 def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
-    if name in RUN_KEYS | RECIPE_KEYS:
-        return f"the run configuration owns it. Leave it out and give --{name}."
-    if hint := did_you_mean(name, keys):
-        return f"unknown key. {hint}"
-    sections = {top: part.keys for top, part in TOP_LEVEL.items() if isinstance(part, JsonSection)}
-    homes = [f"{top}." for top, inner in sections.items() if name in inner]
+    """Return the fault of an unknown key: its exact place comes before a likely word."""
     owners = [owner for owner, facts in OPTIMIZERS.items() if name in facts.keys]
-    homes += ["optimizer.params."] if owners else []
-    homes += [""] if name in TOP_LEVEL and prefix else []
     if owners and prefix == "optimizer.params.":
         return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
-    if homes:
-        return f"unknown key here. Its place is {' or '.join(home + name for home in homes)}."
-    return "unknown key. Leave it out."
+    is_owned = name in RUN_KEYS | RECIPE_KEYS
+    owned = f"the run configuration owns it. Leave it out and give --{name}."
+    if is_owned and not prefix:
+        return owned
+    if prefix == f"{name}.":
+        return f"unknown key. Write {prefix}enabled."
+    places = list(dict.fromkeys(path for path, _ in _places(name)))
+    if not places and name in JSON_KNOBS:
+        places = [JSON_KNOBS[name]]
+    if 0 < len(places) <= MOST_PLACES:
+        where = " or ".join(place if "." in place else f"{place}, at the top level" for place in places)
+        return f"unknown key here. Its place is {where}."
+    if is_owned:
+        return owned
+    usable = [known for known, key in keys.items() if isinstance(key, (JsonKey, JsonSection))]
+    begun = [known for known in usable if len(name) >= SHORTEST and known.startswith(name.lower())]
+    hint = f"Did you mean {begun[0]}?" if len(begun) == 1 else did_you_mean(name, keys)
+    return f"unknown key. {hint or 'Leave it out.'}"
+
+
+def _unknown_reason(name: str, value: Any, keys: Keys, prefix: str, is_strict: bool) -> str | None:
+    """Return why an unknown key is set aside, None where it is refused: what could be a mistake is."""
+    places = list(_places(name))
+    homes = [key for _, key in places]
+    if homes and all(isinstance(key, (SetAside, Refused)) for key in homes):
+        first = homes[0]
+        return first.reason if isinstance(first, SetAside) else off_reason(first, value)
+    if value is None:
+        return "null, so its default holds"
+    is_other = places or name in RUN_KEYS | RECIPE_KEYS or name in JSON_KNOBS
+    is_short = len(name) >= SHORTEST and any(known.startswith(name.lower()) for known in keys)
+    if is_strict or is_other or is_short or did_you_mean(name, keys, cutoff=TYPO):
+        return None
+    return "neither DeepSpeed nor dsyolo knows it"
+
+
+def _places(name: str, keys: Keys = TOP_LEVEL, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the paths at which a key of this name has a place, and its verdict there."""
+    key = keys.get(name)
+    if isinstance(key, Alias):
+        yield prefix + key.name, keys[key.name]
+    elif key is not None:
+        yield prefix + name, key
+    for above, part in keys.items():
+        if isinstance(part, JsonSection):
+            yield from _places(name, part.keys, f"{prefix}{above}.")
+    if not prefix:
+        for facts in OPTIMIZERS.values():
+            if name in facts.keys:
+                yield f"optimizer.params.{name}", facts.keys[name]
 
 
 def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
-    if isinstance(value, str) and isinstance(key, JsonKey):
+    if not isinstance(key, JsonKey):
+        return ". Or leave it out"
+    if isinstance(value, float) and math.isfinite(value) and key.keeps(int(value)):
+        return f". Write {int(value)}"
+    if isinstance(value, str):
+        bare = value.rstrip(", ")  # HJSON takes a line's comma into a string without quotes
+        if bare != value and key.keeps(bare):
+            return f". Write {json.dumps(bare)}, in quotes"
         with suppress(ValueError):
-            if key.keeps(json.loads(value)):
-                return f". Write {value} without quotes"
+            if key.keeps(json.loads(bare.lower())):
+                return f". Write {bare.lower()} without quotes"
     return ". Or leave it out"
 
 

@@ -33,6 +33,8 @@ _ADAM_KEYS: Keys = {
     "weight_decay": number(),
     "adam_w_mode": FLAG,
     "torch_adam": Refused("torch's own optimizer is what runs here. Leave it out.", True),
+    "bias_correction": Refused("Adam corrects its bias here, as torch's does. Leave it out.", True),
+    "amsgrad": Refused("the optimizer keeps two states a weight, and AMSGrad needs three. Leave it out."),
 }
 _ADAM_DEFAULTS: Mapping[str, Any] = {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}
 OPTIMIZERS: Mapping[str, OptimizerFacts] = {

@@ -123,13 +123,15 @@ def precision(valid: Mapping[str, Any], accelerator: str, zero_stage: int, probl
         problems.append(f"fp16.enabled: true given, but DeepSpeed has no fp16 on a CPU. {remedy}")
     for key in {"bf16", "fp16"} & set(on):
         if zero_stage == 0:
-            rule = "DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint. Set the stage to 1"
-            problems.append(f"{key}.enabled: true with zero_optimization.stage 0, but {rule}.")
+            rule = "DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint"
+            remedy = f"Set the stage to {_checkpointed_stage(valid, key)}"
+            problems.append(f"{key}.enabled: true with zero_optimization.stage 0, but {rule}. {remedy}.")
     if "torch_autocast" in on:
         dtype = valid["torch_autocast"].get("dtype")
         if dtype is None:
             rule = "missing, and DeepSpeed has no default"
-            problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16" or "float16".')
+            other = ' or "float16"' if accelerator != "cpu" and zero_stage == 0 else ""
+            problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16"{other}.')
         if accelerator == "cpu" and dtype in FLOAT16_NAMES:
             problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
         elif zero_stage > 0 and dtype in FLOAT16_NAMES:
@@ -156,7 +158,7 @@ def data_types(valid: Mapping[str, Any], given: Precision, zero_stage: int, prob
     gradients = block.get("grad_accum_dtype", model)
     if zero_stage == 0 and gradients != model:
         rule = f"at ZeRO 0 gradients are summed in the weights' type, {model}"
-        remedy = "Leave it out, or set zero_optimization.stage to 1"
+        remedy = f"Leave it out, or set zero_optimization.stage to {_checkpointed_stage(valid, model)}"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     is_offloaded = valid.get("zero_optimization", {}).get("offload_optimizer")
     if (zero_stage, model, gradients) == (1, "bf16", "fp32") and not is_offloaded:
@@ -164,6 +166,12 @@ def data_types(valid: Mapping[str, Any], given: Precision, zero_stage: int, prob
         remedy = "Leave it out, or set zero_optimization.stage to 2"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     return replace(given, grads=gradients)
+
+
+def _checkpointed_stage(valid: Mapping[str, Any], model: str) -> int:
+    """Return the lowest ZeRO stage above 0 whose fp32 weights dsyolo can checkpoint."""
+    gradients = valid.get("data_types", {}).get("grad_accum_dtype", model)
+    return 2 if (model, gradients) == ("bf16", "fp32") else 1
 
 
 def offload(valid: Mapping[str, Any], zero_stage: int, problems: list[str]) -> OffloadSpec:

@@ -1,7 +1,8 @@
 """Every key that DeepSpeed 0.19 knows in its JSON, and how dsyolo treats it.
 
-Three kinds: a `JsonKey` is checked and handed on; a `JsonSection` is a block of keys; a `Refused` key is DeepSpeed's,
-but has no use here, or another owner: it is refused with its reason, unless its value is the one that turns it off.
+Verdicts: a `JsonKey` is honoured; a `JsonSection` is a block of keys; a `SetAside` key is harmless and has no effect
+here; a `Refused` key would be another training, or has another owner, unless its value turns it off, which sets it
+aside; an `Alias` is another spelling. `set_aside.py` applies those that need no more than the key.
 Source: DeepSpeed 0.19.8, runtime/config.py, runtime/zero/config.py, runtime/precision_config.py and the
 modules that they read. `tests/config/test_deepspeed_config.py` compares these tables with the installed package.
 """
@@ -10,47 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
+from dsyolo.config.deepspeed.verdicts import NEVER, Alias, JsonKey, JsonSection, Keys, Refused, SetAside
 from dsyolo.config.run_config import RECOMPUTE_RULE, read_recompute
 
-NEVER = object()  # no value turns the key off: DeepSpeed refuses its presence, or a value would do nothing
-
-
-@dataclass(frozen=True)
-class JsonKey:
-    """A value: its rule as text, as in "must be ...", and whether a value of JSON keeps it."""
-
-    rule: str
-    keeps: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class JsonSection:
-    """A block of keys."""
-
-    keys: Keys
-    may_be_null: bool = False
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Not usable: why, and what to do. `off` is the value that turns it off, which is let through."""
-
-    reason: str
-    off: Any = False
-
-    def lets_through(self, value: Any) -> bool:
-        if self.off is NEVER:
-            return False
-        disabled = isinstance(value, dict) and value.get("enabled") is False
-        same_kind = isinstance(value, bool) == isinstance(self.off, bool)  # 0 is not false
-        return (same_kind and value == self.off) or (self.off is False and disabled)
-
-
-Keys: TypeAlias = Mapping[str, JsonKey | JsonSection | Refused]
+__all__ = ["NEVER", "Alias", "JsonKey", "JsonSection", "Keys", "Refused", "SetAside"]  # found here too
 
 
 def _is_number(value: Any) -> bool:
@@ -77,6 +43,7 @@ def one_of(*values: str) -> JsonKey:
 
 
 FLAG = JsonKey("true or false", lambda v: isinstance(v, bool))
+PRINT_STEPS = JsonKey("a number above 0", lambda v: _is_number(v) and v > 0)  # DeepSpeed takes fractions
 TEXT = JsonKey("a string", lambda v: isinstance(v, str))
 TEXTS = JsonKey("a list of strings", lambda v: isinstance(v, list) and {*map(type, v)} <= {str})
 BETAS = JsonKey(
@@ -98,21 +65,23 @@ FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
 
 _REMOVED = "DeepSpeed removed it. Leave it out."
 _PLAIN_MEAN = "the loss relies on DeepSpeed's plain mean over ranks. Leave it out."
-_OWN_CHECKPOINTS = "dsyolo writes its own checkpoints of named tensors. Leave it out."
+_OWN_CHECKPOINTS = SetAside("dsyolo writes its own checkpoints of named tensors")
+_OWN_WEIGHTS = SetAside("dsyolo's weights files are whole and in fp32")
 _OWN_TRACKING = "the run configuration owns tracking. Leave it out and use --wandb."
-_OWN_FOLDER = "offload to NVMe uses memory-mapped files here, not DeepSpeed's asynchronous I/O. Leave it out."
-_DETECTOR = "it is made for language models and has no use in a detector. Leave it out."
+_OWN_FOLDER = SetAside("offload to a folder uses memory-mapped files, and no asynchronous I/O")
+_DETECTOR = SetAside("it is made for language models")
+_OWN_MEAN = SetAside("the mean gradient is the same without it")
 _FP32_MASTER = "checkpoints hold fp32 master weights and states. Leave it out."
 _QUANTIZED = "quantised collectives need a compiled op and are not supported. Leave it out."
 
 
-def _each(names: str, key: JsonKey | JsonSection | Refused) -> Keys:
+def _each(names: str, key: JsonKey | JsonSection | Refused | SetAside) -> Keys:
     """Return the same rule for several keys."""
     return dict.fromkeys(names.split(), key)
 
 
-def _renamed(name: str) -> Refused:
-    return Refused(f"an old name. Write {name}.", NEVER)
+def _given_as(name: str) -> str:
+    return f"so is {name}, which replaced it. Leave one out."
 
 
 MAX_GRAD_NORM = Refused("an optimizer does not clip. Set gradient_clipping, at the top level.", NEVER)
@@ -125,10 +94,10 @@ _OFFLOAD: Keys = {
 }
 OFFLOAD_OPTIMIZER: Keys = {
     **_OFFLOAD,
-    **_each("pipeline_read pipeline_write fast_init", Refused(_OWN_FOLDER)),
-    "ratio": Refused("partial offload needs DeepSpeed's compiled Adam. Leave it out.", 1.0),
+    **_each("pipeline_read pipeline_write fast_init", _OWN_FOLDER),
+    "ratio": Refused("partial offload needs DeepSpeed's compiled Adam. Leave it out: all is offloaded.", 1.0),
     "super_offload": Refused("SuperOffload is made for Grace Hopper and Adam only. Leave it out."),
-    "cpuadam_cores_perc": Refused("it belongs to SuperOffload. Leave it out.", NEVER),
+    "cpuadam_cores_perc": SetAside("it belongs to SuperOffload"),
 }
 OFFLOAD_PARAM: Keys = {**_OFFLOAD, "buffer_size": whole(), "max_in_cpu": whole()}
 
@@ -136,52 +105,58 @@ _STAGE3: Keys = {
     **_each("prefetch_bucket_size param_persistence_threshold model_persistence_threshold", whole()),
     **_each("max_live_parameters max_reuse_distance", whole()),
     **_each("use_all_reduce_for_fetch_params allgather_sequential", FLAG),
-    "module_granularity_threshold": Refused("gathering whole blocks fails in DeepSpeed. Leave it out.", 0),
-    "gather_16bit_weights_on_model_save": Refused(_OWN_CHECKPOINTS),
+    "module_granularity_threshold": SetAside("only speed, and gathering whole blocks fails in DeepSpeed"),
+    "gather_16bit_weights_on_model_save": _OWN_WEIGHTS,
 }
 
 ZERO: Keys = {
     "stage": JsonKey("0, 1, 2 or 3", lambda v: whole().keeps(v) and v <= 3),
-    **_each("reduce_bucket_size sub_group_size", whole(1)),
+    "reduce_bucket_size": whole(1),
+    "sub_group_size": whole(),
     "allgather_bucket_size": whole(2, even=True),  # DeepSpeed asserts a multiple of 2
     **_each("contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions", FLAG),
     **_each("overlap_comm ignore_unused_parameters parameter_alignment memory_efficient_linear", FLAG),
     **_each("override_module_apply log_trace_cache_warnings enable_sanity_checks", FLAG),
-    "offload_optimizer": JsonSection(OFFLOAD_OPTIMIZER, may_be_null=True),
-    "offload_param": JsonSection(OFFLOAD_PARAM, may_be_null=True),
-    "round_robin_gradients": Refused(
-        "it deals weights out in an order that dsyolo cannot checkpoint. Leave it out."
-    ),
+    "offload_optimizer": JsonSection(OFFLOAD_OPTIMIZER),
+    "offload_param": JsonSection(OFFLOAD_PARAM),
+    "round_robin_gradients": SetAside("only speed, in an order of the weights that dsyolo cannot checkpoint"),
     **{f"stage3_{name}": key for name, key in _STAGE3.items()},
-    **{name: _renamed(f"stage3_{name}") for name in _STAGE3},
-    **_each("stage3_gather_fp16_weights_on_model_save elastic_checkpoint", Refused(_OWN_CHECKPOINTS)),
-    "pipeline_loading_checkpoint": Refused(_OWN_CHECKPOINTS),
-    "load_from_fp32_weights": Refused(_OWN_CHECKPOINTS, True),
-    "compute_grad_norm": Refused("clipping and the log need the norm. Leave it out.", True),
+    **{name: key if isinstance(key, SetAside) else Alias(f"stage3_{name}") for name, key in _STAGE3.items()},
+    "stage3_gather_fp16_weights_on_model_save": _OWN_WEIGHTS,
+    **_each("elastic_checkpoint pipeline_loading_checkpoint load_from_fp32_weights", _OWN_CHECKPOINTS),
+    "compute_grad_norm": SetAside("clipping and the log need the norm"),
     "zenflow": Refused("ZenFlow transposes 4-D gradients, and so breaks convolutions. Leave it out.", None),
-    "cpu_offload": _renamed('offload_optimizer: {"device": "cpu"}'),
-    "cpu_offload_param": _renamed('offload_param: {"device": "cpu"}'),
-    "cpu_offload_use_pin_memory": _renamed("pin_memory in offload_optimizer or offload_param"),
-    "legacy_stage1": Refused(_REMOVED),
-    **_each("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param", Refused(_REMOVED, NEVER)),
+    # `set_aside.modern` turns these into the blocks that DeepSpeed makes of them.
+    "cpu_offload": Refused(_given_as("offload_optimizer")),
+    **_each("cpu_offload_param cpu_offload_params", Refused(_given_as("offload_param"))),
+    "cpu_offload_use_pin_memory": SetAside("pin_memory of the offload decides"),
+    "legacy_stage1": SetAside("DeepSpeed has one stage 1"),
+    "mics_shard_size": Refused(_REMOVED, -1),
+    "mics_hierarchical_params_gather": Refused(_REMOVED),
+    "zeropp_loco_param": Refused(_REMOVED, None),
     "zero_hpz_partition_size": Refused("secondary partitions (ZeRO++) are not supported. Leave it out.", 1),
     **_each("zero_quantized_weights zero_quantized_nontrainable_weights", Refused(_QUANTIZED)),
     "zero_quantized_gradients": Refused(_QUANTIZED),
-    "save_muon_momentum_buffer_in_memory": Refused("the optimizer Muon is not supported. Leave it out."),
-    "leaf_module": Refused("it is made for mixtures of experts. Leave it out.", NEVER),
+    "save_muon_momentum_buffer_in_memory": SetAside("it belongs to the optimizer Muon"),
+    "leaf_module": SetAside("it is made for mixtures of experts"),
 }
 
+_OWN_CAST = SetAside("images enter as uint8, and the stem casts them")
 FP16: Keys = {
     **_each("enabled consecutive_hysteresis", FLAG),
-    "auto_cast": Refused("images enter as uint8 and the stem casts them. Leave it out."),
+    "auto_cast": _OWN_CAST,
     "loss_scale": number(),
     "initial_scale_power": whole(),
     **_each("loss_scale_window hysteresis min_loss_scale", whole(1)),
     "fp16_master_weights_and_grads": Refused(_FP32_MASTER),
 }
+_NO_SCALE = SetAside("bf16 needs no loss scale")
 BF16: Keys = {
     **_each("enabled immediate_grad_update check_grad_overflow", FLAG),
     **_each("bf16_master_weights_and_grads bf16_optimizer_states", Refused(_FP32_MASTER)),
+    "auto_cast": _OWN_CAST,
+    **_each("loss_scale initial_scale_power loss_scale_window hysteresis", _NO_SCALE),
+    **_each("min_loss_scale consecutive_hysteresis", _NO_SCALE),
 }
 TORCH_AUTOCAST: Keys = {
     "enabled": FLAG,
@@ -198,19 +173,19 @@ PIPELINE: Keys = {
     "stages": whole(1),
     "partition": PARTITION,
     "seed_layers": Refused(_OWN_CUTS),
-    "activation_checkpoint_interval": Refused("set activation_checkpointing instead.", 0),
-    **_each(
-        "pipe_partitioned grad_partitioned", Refused("it belongs to tensor parallelism. Leave it out.", NEVER)
+    "activation_checkpoint_interval": Refused(
+        'set it to 0, and activation_checkpointing to {"recompute": "blocks"}.', 0
     ),
+    **_each("pipe_partitioned grad_partitioned", SetAside("it belongs to tensor parallelism")),
 }
 ACTIVATION_CHECKPOINTING: Keys = {
     "recompute": RECOMPUTE,  # ours
     "cpu_checkpointing": FLAG,
-    "partition_activations": Refused("it splits them over tensor-parallel ranks. Leave it out."),
-    "contiguous_memory_optimization": Refused("it needs partition_activations. Leave it out."),
-    "number_checkpoints": Refused("recompute says what is computed again. Leave it out.", None),
-    "synchronize_checkpoint_boundary": Refused("it waits for the device at every block. Leave it out."),
-    "profile": Refused("it waits for the device at every block. Use flops_profiler."),
+    "partition_activations": SetAside("it splits them over tensor-parallel ranks"),
+    "contiguous_memory_optimization": SetAside("it needs partition_activations"),
+    "number_checkpoints": SetAside("recompute says which blocks are computed again"),
+    "synchronize_checkpoint_boundary": SetAside("it waits for the device at every block"),
+    "profile": SetAside("it waits for the device at every block; flops_profiler does not"),
 }
 _MONITOR = JsonSection({"enabled": FLAG, "output_path": TEXT, "job_name": TEXT})
 
@@ -227,9 +202,9 @@ TOP_LEVEL: Keys = {
     ),
     "communication_data_type": DTYPE,
     "pipeline": JsonSection(PIPELINE),
-    "activation_checkpointing": JsonSection(ACTIVATION_CHECKPOINTING),
+    "activation_checkpointing": JsonSection(ACTIVATION_CHECKPOINTING, is_strict=False),
     # Handed on as they are.
-    "steps_per_print": whole(1),
+    "steps_per_print": PRINT_STEPS,
     **_each("dump_state disable_python_gc wall_clock_breakdown memory_breakdown", FLAG),
     "log_level": one_of("debug", "info", "warning", "error", "critical"),
     "timers": JsonSection({"throughput": JsonSection({"enabled": FLAG, "synchronized": FLAG})}),
@@ -240,45 +215,52 @@ TOP_LEVEL: Keys = {
             "recompute_fwd_factor": number(),
             "module_depth": whole(-1),
             "output_file": JsonKey("a string or null", lambda v: v is None or isinstance(v, str)),
-        }
+        },
+        is_strict=False,
     ),
     "comms_logger": JsonSection({**_each("enabled prof_all verbose debug", FLAG), "prof_ops": TEXTS}),
     **_each("tensorboard csv_monitor", _MONITOR),
     # Ours.
     "scheduler": Refused("the run configuration owns the schedule. Leave it out: --schedule, --lrf.", NEVER),
     **_each("wandb comet", Refused(_OWN_TRACKING)),
-    "zero_allow_untested_optimizer": Refused("dsyolo sets it to true. Leave it out.", True),
-    "zero_force_ds_cpu_optimizer": Refused("dsyolo sets it to false. Leave it out.", False),
+    "zero_allow_untested_optimizer": SetAside("dsyolo allows the optimizers that it has"),
+    "zero_force_ds_cpu_optimizer": SetAside("the optimizer is torch's, on the host too"),
     "managed_gradient_accumulation": Refused(
         "dsyolo relies on DeepSpeed's accumulation. Leave it out.", True
     ),
-    "dataloader_drop_last": Refused("dsyolo has its own loader. Leave it out."),
-    **_each("checkpoint nebula", Refused(_OWN_CHECKPOINTS, NEVER)),
-    "datastates_ckpt": Refused(_OWN_CHECKPOINTS),
-    # Would change the gradient.
-    "prescale_gradients": Refused(_PLAIN_MEAN),
-    "gradient_predivide_factor": Refused(_PLAIN_MEAN, 1.0),
+    "dataloader_drop_last": SetAside("dsyolo has its own loader"),
+    **_each("checkpoint datastates_ckpt", _OWN_CHECKPOINTS),
+    "nebula": Refused("DeepSpeed removed it, and dsyolo writes its own checkpoints. Leave it out."),
+    # The mean over ranks stays the same, or would change the gradient.
+    **_each("prescale_gradients gradient_predivide_factor", _OWN_MEAN),
     "gradient_allreduce_op": Refused(_PLAIN_MEAN, "mean"),
     # No use here.
-    **_each("compression_training curriculum_learning eigenvalue graph_harvesting", Refused(_REMOVED, NEVER)),
-    **_each("progressive_layer_drop quantize_training", Refused(_REMOVED, NEVER)),
-    **_each("sparse_attention sparse_gradients", Refused(_REMOVED, NEVER)),
-    "bfloat16": _renamed("bf16"),
-    "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast.", NEVER),
-    "aio": Refused(_OWN_FOLDER, NEVER),
+    **_each("compression_training sparse_attention", Refused(_REMOVED, on_by_presence=True)),
+    **_each("curriculum_learning eigenvalue graph_harvesting progressive_layer_drop", Refused(_REMOVED)),
+    **_each("quantize_training sparse_gradients", Refused(_REMOVED)),
+    "bfloat16": Alias("bf16"),
+    "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast."),
+    "aio": _OWN_FOLDER,
     "autotuning": Refused("the autotuner restarts the program with other batch sizes. Leave it out."),
-    "compile": Refused("DeepCompile is not supported. Leave it out.", {"deepcompile": False}),
+    "compile": Refused("DeepCompile is not supported. Leave it out.", on_by_presence=True),
     "data_efficiency": Refused("curricula and random-LTD work on sequences of tokens. Leave it out."),
-    "disable_allgather": Refused("DeepSpeed reads it and uses it nowhere. Leave it out."),
+    "disable_allgather": SetAside("DeepSpeed reads it and uses it nowhere"),
     "elasticity": Refused(
-        "DeepSpeed removed it. Leave it out: --resume takes any ranks that divide the batch.", NEVER
+        "DeepSpeed removed it. Leave it out: --resume takes any ranks that divide the batch."
     ),
-    "expert_parallel": Refused("a detector has no experts. Leave it out.", NEVER),
-    "use_data_before_expert_parallelism": Refused("a detector has no experts. Leave it out."),
-    **_each("hybrid_engine weight_quantization", Refused(_DETECTOR)),
-    "tensor_parallel": Refused("convolutions are not split over ranks. Use ZeRO or pipeline.", NEVER),
+    "expert_parallel": Refused("a detector has no experts. Leave it out."),
+    "use_data_before_expert_parallelism": SetAside("a detector has no experts"),
+    **_each("hybrid_engine weight_quantization vocabulary_size", _DETECTOR),
+    "tensor_parallel": Refused(
+        "convolutions are not split over ranks. Use ZeRO or pipeline.", on_by_presence=True
+    ),
     "sequence_parallel_size": Refused("a detector has no sequence to split. Leave it out.", 1),
+    "seq_parallel_communication_data_type": _DETECTOR,
     "data_parallel_size": Refused("it follows from the ranks and the stages. Leave it out.", NEVER),
-    **_each("seq_parallel_communication_data_type vocabulary_size", Refused(_DETECTOR, NEVER)),
-    "allgather_size": _renamed("zero_optimization.allgather_bucket_size"),
+    "allgather_size": SetAside("DeepSpeed reads it only beside a zero_optimization that is true or false"),
+    # Of other libraries, so that who looks for them finds them.
+    "max_grad_norm": Refused("it is Hugging Face's. Write gradient_clipping.", NEVER),
+    "gradient_checkpointing": Refused(
+        'it is Hugging Face\'s. Write activation_checkpointing: {"recompute": "blocks"}.'
+    ),
 }
