@@ -10,6 +10,7 @@ from typing import Any
 
 from dsyolo.base.safe_io import read_text
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_name
+from dsyolo.config.deepspeed.scheduler_table import scheduler_keys
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL, JsonKey, JsonSection, Keys, Refused
 from dsyolo.config.messages import did_you_mean
 from dsyolo.config.recipe import RECIPE_KEYS
@@ -152,7 +153,7 @@ def _keys_for(source: Mapping[str, Any]) -> Keys:
         "params": params,
         "legacy_fusion": Refused("it is for Lamb. Leave it out."),
     }
-    return {**TOP_LEVEL, "optimizer": JsonSection(keys)}
+    return {**TOP_LEVEL, "optimizer": JsonSection(keys), "scheduler": scheduler_keys(source)}
 
 
 def _without_auto(

@@ -218,6 +218,7 @@ TOP_LEVEL: Keys = {
     **_each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps", whole(1)),
     "gradient_clipping": number(),
     "optimizer": JsonSection({}),  # its keys follow from its type: optimizer_table.py
+    "scheduler": JsonSection({}, may_be_null=True),  # its keys follow from its type: scheduler_table.py
     "zero_optimization": JsonSection(ZERO),
     "fp16": JsonSection(FP16),
     "bf16": JsonSection(BF16),
@@ -245,7 +246,6 @@ TOP_LEVEL: Keys = {
     "comms_logger": JsonSection({**_each("enabled prof_all verbose debug", FLAG), "prof_ops": TEXTS}),
     **_each("tensorboard csv_monitor", _MONITOR),
     # Ours.
-    "scheduler": Refused("the run configuration owns the schedule. Leave it out: --schedule, --lrf.", NEVER),
     **_each("wandb comet", Refused(_OWN_TRACKING)),
     "zero_allow_untested_optimizer": Refused("dsyolo sets it to true. Leave it out.", True),
     "zero_force_ds_cpu_optimizer": Refused("dsyolo sets it to false. Leave it out.", False),
