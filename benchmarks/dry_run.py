@@ -84,7 +84,7 @@ def _run(case: DryRunCase) -> DryRunResult:
     network = build_yolov5(case.model, NUM_CLASSES)
     batch = one_batch(network, IMAGES, SIZE_PX)
     loss = DetectionLoss(network.anchors, NUM_CLASSES, SIZE_PX)
-    schedule = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, ds.global_batch, 0.1, 0.8, is_adam=False)
+    schedule = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 0.1, 0.8, is_adam=False)
     numels = [parameter.numel() for parameter in network.parameters()]  # ZeRO 3 takes them apart
     engine, partitions, _, groups, _ = parallelize(
         network, loss, schedule, ds, world, image_size_px=SIZE_PX, statistics_move=True

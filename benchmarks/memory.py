@@ -29,7 +29,7 @@ from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 from dsyolo.planner.memory_estimate import RankLoad, predict, table
 
 NUM_CLASSES = 80
-SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)
+SCHEDULE = Schedule(10, 1, 0.01, 0.1, "linear", 0.9, 0.0, 0.1, 0.8, is_adam=False)
 
 
 def measure(stage: int, args: argparse.Namespace) -> tuple[Any, Any, int]:

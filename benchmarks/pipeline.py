@@ -28,7 +28,7 @@ from dsyolo.models.pipeline_cuts import CPU, balanced_cuts
 from dsyolo.models.yolov5 import build_yolov5
 
 NUM_CLASSES, NUM_MATCHES = 80, 64
-SCHEDULE = Schedule(100, 0, 0.01, 0.01, "linear", 0.937, 0.0005, 64, 0.1, 0.8, is_adam=False)
+SCHEDULE = Schedule(100, 0, 0.01, 0.01, "linear", 0.937, 0.0005, 0.1, 0.8, is_adam=False)
 
 
 def batch(micro: int, size_px: int) -> Batch:

@@ -39,7 +39,7 @@ from dsyolo.models.yolov5 import VARIANTS, build_yolov5
 from dsyolo.planner.comm_volume import comm_bytes
 
 NUM_CLASSES, SIZE_PX, IMAGES = 80, 64, 2  # images of a rank: small ones, gradients are as large for them
-SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 64, 0.1, 0.8, is_adam=False)
+SCHEDULE = Schedule(10**6, 1, 0.01, 0.1, "linear", 0.9, 0.0, 0.1, 0.8, is_adam=False)
 LINE = "traffic of rank"
 
 

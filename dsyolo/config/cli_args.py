@@ -45,11 +45,16 @@ def read_command_line(
     base = point.config.dump() if point else {}
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
+    named = set(recipe_given)
     # A run may have been moved: its folder is the one where it was found.
     values = {**{key: value for key, value in base.items() if key not in FOLDER_KEYS}, **given}
     if recipe_base is None or "hyp" in given:
-        recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
+        hyp = str(values.get("hyp", "low"))
+        recipe_base = _read_recipe(hyp, problems)
+        named |= set() if hyp in PRESETS else _changed(recipe_base)
     recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)
+    if recipe:  # its `model_fields_set` are the fields that the user named, not those of a preset
+        recipe.model_fields_set.intersection_update(named)
     if "data" not in values and not resumes:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
     problems += _missing_files(values, resumes)
@@ -118,6 +123,12 @@ def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
     validate(Recipe, values, "", unknown_in_recipe, faults)
     problems += [f"--hyp: {path}: {fault}" for fault in faults]
     return {} if faults else values
+
+
+def _changed(recipe: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a recipe file whose values no preset has: a file is often an edited copy of one."""
+    presets = [preset(name) for name in PRESETS]
+    return {key for key, value in recipe.items() if all(getattr(one, key) != value for one in presets)}
 
 
 # ---- options

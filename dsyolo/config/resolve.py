@@ -9,6 +9,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.cli_args import read_command_line
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
+from dsyolo.config.deepspeed.scheduler_table import SCHEDULE_KEYS
 from dsyolo.config.resume import ResumePoint
 from dsyolo.config.run_config import AUTO, RunConfig, image_size_fault
 from dsyolo.config.spec import DataSpec
@@ -88,6 +89,8 @@ def resolve(
     known = None if errors else data  # planning needs a network, its images and their classes
     layers = network.has_parameters if network else None
     planned = _attempt(errors, lambda: _configure(run, known, layers, resume, world_size, accelerator, plan))
+    if planned and (problems := _two_schedules(run, planned.ds)):
+        errors.append(UserError("This run cannot start", problems))
     _attempt(errors, lambda: check_folder(run, resume))
     weights = _attempt(
         errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
@@ -135,6 +138,15 @@ def _configure(
             saved_batch=saved_batch,
         )
     )
+
+
+def _two_schedules(run: RunConfig, ds: DeepSpeedConfig) -> list[str]:
+    """Return a problem for each option of the recipe's schedule that was given beside the JSON's scheduler."""
+    if ds.scheduler is None:
+        return []
+    rule = f"scheduler in {ds.path}, a {ds.scheduler.type}, sets the learning rate. Leave one of them out"
+    given = (key for key in SCHEDULE_KEYS if key in run.recipe.model_fields_set)
+    return [f"--{key}: {getattr(run.recipe, key)} given, but {rule}." for key in given]
 
 
 def _attempt(errors: list[UserError], reader: Callable[[], T]) -> T | None:

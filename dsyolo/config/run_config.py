@@ -179,6 +179,7 @@ class RunConfig(BaseModel):
         """Read what `dump` gave from a YAML file. Raises UserError naming the file and every bad key."""
         problems: list[str] = []
         values = {RENAMED.get(key, key): value for key, value in read_yaml(path, problems).items()}
+        values.pop("optimizer", None)  # a record of what the DeepSpeed JSON asked for
         recipe = values.pop("recipe", {})
         if isinstance(recipe, dict):
             values["recipe"] = validate(Recipe, recipe, "recipe.", unknown_in_recipe, problems) or Recipe()

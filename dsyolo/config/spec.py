@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsyolo.config.recipe import NOMINAL_BATCH
+
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a number, by DeepSpeed's name of its type
 
 
@@ -94,6 +96,7 @@ class OptimizerSpec:
     type: str  # SGD, Adam or AdamW, as torch.optim has it; not always what the JSON calls it
     params: Mapping[str, Any]  # as torch.optim takes them; `lr` is the peak of the schedule
     states_per_param: int  # tensors that it keeps for each weight
+    scales_weight_decay: bool = False  # by the global batch over 64, as the recipe's SGD
 
     @property
     def is_adam(self) -> bool:
@@ -110,7 +113,21 @@ class OptimizerSpec:
 
     @property
     def weight_decay(self) -> float:
+        """Return the weight decay as the JSON has it; `weight_decay_at` is what runs."""
         return float(self.params.get("weight_decay", 0.0))
+
+    def weight_decay_at(self, global_batch: int) -> float:
+        """Return the weight decay that runs: of SGD, whose recipe is made for 64 images a step, in proportion to them."""
+        times = global_batch / NOMINAL_BATCH if self.scales_weight_decay else 1.0
+        return self.weight_decay * times
+
+
+@dataclass(frozen=True)
+class SchedulerSpec:
+    """The schedule of DeepSpeed that a JSON asks for in the place of the recipe's."""
+
+    type: str  # WarmupLR, WarmupDecayLR or WarmupCosineLR
+    params: Mapping[str, Any]  # every parameter of the type; None: follows from optimizer, recipe or run
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dsyolo.cluster.world import ParallelDims, World
 from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.buffers import Buffers
 from dsyolo.engine.device import current_device
-from dsyolo.engine.optimizer import Schedule
 from dsyolo.engine.step_timer import BACKWARD, COPY, FORWARD, OPTIMIZER, StepTimer
+from dsyolo.engine.warmup_schedule import AnySchedule
 
 _LOSS_EVENT = "Train/Samples/train_loss"
 
@@ -41,7 +41,7 @@ class Engine:
         network: nn.Module,
         loss: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
+        schedule: AnySchedule,
         *,
         deepspeed_json: Mapping[str, Any],
         world: World,

@@ -1,15 +1,18 @@
 """The optimizer's three groups, and their schedule (docs/yolov5.md, Recipe)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dsyolo.config.recipe import NOMINAL_BATCH
+from dsyolo.config.spec import OptimizerSpec
 
 GROUPS = ("weights", "norms", "biases")  # decayed; not decayed; not decayed, with a warm-up of their own
+DECAYED = "weights"
 
 
 def parameter_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -29,8 +32,33 @@ def build_optimizer(network: nn.Module, name: str, params: Mapping[str, object])
     """
     # A pipeline stage may lack a kind.
     groups = [{"params": p, "name": kind} for kind, p in parameter_groups(network).items() if p]
-    settings = {key: params[key] for key in params.keys() - {"lr", "weight_decay", "torch_adam"}}
+    settings = {key: params[key] for key in params.keys() - {"lr", "weight_decay"}}
     return getattr(torch.optim, name)(groups, lr=0.0, weight_decay=0.0, **settings)
+
+
+def optimizer_record(
+    spec: OptimizerSpec, lr: float, weight_decay: float, groups: Mapping[str, Sequence[nn.Parameter]]
+) -> dict[str, Any]:
+    """Return the optimizer as it runs, as plain types for the run's folder.
+
+    Args:
+        lr: the peak of the schedule.
+        weight_decay: of the group that decays.
+        groups: the parameters of the whole network by kind.
+    """
+    return {
+        "type": spec.type,
+        **spec.params,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "groups": {
+            kind: {
+                "parameters": sum(p.numel() for p in parameters),
+                "weight_decay": weight_decay if kind == DECAYED else 0.0,
+            }
+            for kind, parameters in groups.items()
+        },
+    }
 
 
 def lr_factor(scaling: str, global_batch: int) -> float:
@@ -52,7 +80,8 @@ class Schedule:
     biases comes from `warmup_bias_lr`, momentum from `warmup_momentum`.
 
     Args:
-        lr, momentum, weight_decay: the JSON's; weight decay is scaled by `global_batch` / 64.
+        lr, momentum: the JSON's.
+        weight_decay: what runs: `OptimizerSpec.weight_decay_at`.
         is_adam: Adam's step has the size of its rate, whatever the gradient: its biases warm up from 0 too.
     """
 
@@ -63,16 +92,18 @@ class Schedule:
     shape: str
     momentum: float
     weight_decay: float
-    global_batch: int
     warmup_bias_lr: float
     warmup_momentum: float
     is_adam: bool
 
     def explain(self) -> str:
         """Return a line for the start of a run."""
-        return (
-            f"steps: {self.total_steps}, the first {min(self.warmup_steps, self.total_steps)} of them warm-up"
-        )
+        steps = min(self.warmup_steps, self.total_steps)
+        text = f"steps: {self.total_steps}, the first {steps} of them warm-up"
+        if steps and not self.is_adam:
+            text += f": lr of biases from {self.warmup_bias_lr:g}"
+            text += f", momentum from {self.warmup_momentum:g}" if self.momentum else ""
+        return text
 
     def warning(self) -> str:
         """Return a warning if the run is too short to learn; empty if it is not."""
@@ -94,14 +125,13 @@ class Schedule:
         # Without momentum SGD keeps no state, so there is nothing to warm up.
         first = self.momentum if self.is_adam or not self.momentum else self.warmup_momentum
         momentum = _mix(first, self.momentum, warm)
-        weight_decay = self.weight_decay * self.global_batch / NOMINAL_BATCH
         for group in optimizer.param_groups:
             kind = group["name"]
             start = self.warmup_bias_lr if kind == "biases" and not self.is_adam else 0.0
             group["lr"] = _mix(start, goal, warm)
             if not self.is_adam:
                 group["momentum"] = momentum
-            group["weight_decay"] = weight_decay if kind == "weights" else 0.0
+            group["weight_decay"] = self.weight_decay if kind == DECAYED else 0.0
         return _mix(0.0, goal, warm)
 
 

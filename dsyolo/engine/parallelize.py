@@ -13,9 +13,10 @@ from dsyolo.config.deepspeed.config import DeepSpeedConfig
 from dsyolo.engine.batchnorm import synchronise_batchnorm
 from dsyolo.engine.device import pins_memory
 from dsyolo.engine.engine import Engine
-from dsyolo.engine.optimizer import Schedule, build_optimizer
+from dsyolo.engine.optimizer import build_optimizer
 from dsyolo.engine.partitions import Partitions
 from dsyolo.engine.pipeline import PipelineEngine, StagePartitions
+from dsyolo.engine.warmup_schedule import AnySchedule
 from dsyolo.models.activation_memory import ActivationPlan, count_activations
 from dsyolo.models.flops import node_costs
 from dsyolo.models.network import Network, PipelineStage
@@ -35,7 +36,7 @@ class Parallelized(NamedTuple):
 def parallelize(
     network: Network,
     loss: nn.Module,
-    schedule: Schedule,
+    schedule: AnySchedule,
     ds: DeepSpeedConfig,
     world: World,
     *,

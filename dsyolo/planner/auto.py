@@ -10,10 +10,11 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, halved, open_batch
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, cannot_be_used, check
 from dsyolo.config.deepspeed.json_reader import JsonSource
-from dsyolo.config.deepspeed.optimizer_table import RECIPE_WEIGHT_DECAY
+from dsyolo.config.deepspeed.scheduler_table import open_text
+from dsyolo.config.deepspeed.schema import FLOAT16_NAMES
 from dsyolo.config.resolve import PlannedConfig, largest_image_px
 from dsyolo.config.run_config import AUTO, RunConfig, read_recompute
-from dsyolo.config.spec import PRECISIONS, Precision
+from dsyolo.config.spec import PRECISIONS, BatchPlan, Precision
 from dsyolo.planner.hardware import GIB, Hardware
 from dsyolo.planner.model_profile import ModelProfile
 from dsyolo.planner.predict import Planner, StrategyEstimate
@@ -22,6 +23,16 @@ from dsyolo.planner.search import HEADROOM, Ranking, search
 from dsyolo.planner.strategy import RECOMPUTES, StrategySettings
 
 PRECISION_BLOCKS = ("bf16", "fp16", "torch_autocast")
+# Keys of zero_optimization that cost memory, whose values in the JSON a plan takes.
+COUNTED = (
+    "reduce_bucket_size",
+    "overlap_comm",
+    "contiguous_gradients",
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+)
 AGAIN = 0.6  # after memory ran out: the share of the first plan's peak that the next one is made for
 NAME = f"--deepspeed_config {AUTO}"  # names a configuration without a file
 
@@ -128,10 +139,11 @@ def _fill_values(
 ) -> PlannedConfig:
     """Plan batch sizes, take the precision from the device, and fill all else with dsyolo's defaults."""
     content, paths = copy.deepcopy(dict(source.content or {})), source.left_open
-    _fill_precision(hardware, content, paths)
-    if {("optimizer", "params"), ("optimizer", "params", "weight_decay")} & set(paths):
-        content["optimizer"].setdefault("params", {})["weight_decay"] = RECIPE_WEIGHT_DECAY
-    is_open = all(content.get(key) is None for key in BATCH_KEYS[1:])
+    notes = _fill_precision(hardware, content, paths)
+    train, micro, steps = (content.get(key) for key in BATCH_KEYS)
+    # With the accumulation alone given, the batch of a step shrinks with the micro-batch.
+    shrinks = train is None and steps is not None and saved_batch is None
+    is_open = micro is None and (steps is None or shrinks)
     if batch := open_batch(content, hardware.ranks):
         content[BATCH_KEYS[0]] = saved_batch or batch
     ds = check(
@@ -145,51 +157,70 @@ def _fill_values(
     )
     if is_open:
         problems: list[str] = []
-        planned = ds.batch.with_micro(_planned_micro_batch(ds, Planner(profile, hardware, ema=run.ema)))
+        planner = Planner(profile, hardware, ema=run.ema)
+        planned, found = _planned_batch(ds, planner, shrinks=shrinks)
+        notes += _memory_lines(found, planner)
         if (fitting := halved(planned, problems) if run.halve_micro_batch else planned) is None:
             raise cannot_be_used(source.name, hardware.ranks, problems)
         ds = replace(ds, batch=fitting)
-        content[BATCH_KEYS[1]] = ds.micro_batch
+        content |= {BATCH_KEYS[0]: ds.global_batch, BATCH_KEYS[1]: ds.micro_batch}
     used = ds.deepspeed_json(profile.num_parameters, cpu=hardware.accelerator == "cpu")
-    used |= {"optimizer": {"type": ds.optimizer.type, "params": dict(ds.optimizer.params)}}
-    lines = [f"{'.'.join(path)}: auto, so {_fill(content, path, used)}" for path in paths]
+    used |= {"optimizer": ds.optimizer_json()}
+    lines = [f"{'.'.join(path)}: auto, so {_fill(content, path, used)}" for path in paths] + notes
     return PlannedConfig(replace(ds, source=content), tuple(lines))
 
 
 def _fill(content: dict[str, Any], path: Sequence[str], used: Mapping[str, Any]) -> str:
     """Copy the value at a path of `used` into the JSON; return it as text."""
     *blocks, key = path
+    block = content
+    for name in blocks:
+        block = block[name]
+    if path[:2] == ("scheduler", "params"):
+        block[key] = AUTO  # the steps of a run are known when its images are
+        return open_text(key)
     value: Any = used
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     if value is None:
         return "left out, and its default holds"
-    block = content
-    for name in blocks:
-        block = block[name]
     block[key] = value
     return json.dumps(value)
 
 
-def _fill_precision(hardware: Hardware, content: dict[str, Any], paths: Sequence[tuple[str, ...]]) -> None:
-    """Decide by device and ZeRO stage: half-precision weights need ZeRO 1 at least, autocast to fp16 needs ZeRO 0."""
+def _fill_precision(
+    hardware: Hardware, content: dict[str, Any], paths: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """Decide by device and ZeRO stage: half-precision weights need ZeRO 1 at least, autocast to fp16 needs ZeRO 0.
+
+    Where no block that is "auto" can be on, autocast takes its place. Return a line about that.
+    """
     has_bf16, on_gpu = hardware.device.has_bf16, hardware.accelerator != "cpu"
     zero = content.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    best = "float16" if on_gpu and not has_bf16 and stage == 0 else "bfloat16"  # autocast's type
+    can_fp16 = on_gpu and stage == 0 and content.get("pipeline", {}).get("stages", 1) == 1
+    best = "float16" if can_fp16 and not has_bf16 else "bfloat16"  # autocast's type
     asked = [name for name in PRECISION_BLOCKS if (name,) in paths or (name, "enabled") in paths]
     for name in asked:
         block = content.get(name, {})
         if any(_is_on(content, other) for other in PRECISION_BLOCKS if other != name):
             is_on = False
         elif name == "torch_autocast":
-            is_on = block.get("dtype", best) == best and (has_bf16 or best == "float16")
+            is_on = can_fp16 if block.get("dtype", best) in FLOAT16_NAMES else has_bf16
         else:
             is_on = stage != 0 and has_bf16 == (name == "bf16") and (on_gpu or name == "bf16")
         content[name] = {**block, "enabled": is_on}
     autocast = content.get("torch_autocast")
     if isinstance(autocast, dict) and ("torch_autocast" in asked or ("torch_autocast", "dtype") in paths):
         autocast.setdefault("dtype", best)
+    if not asked or any(_is_on(content, name) for name in PRECISION_BLOCKS):
+        return []
+    if best == "bfloat16" and not has_bf16:
+        return [f"precision: fp32, as this device has no bf16 and ZeRO {stage} no other half precision here"]
+    if autocast is not None:
+        return ["precision: fp32, as the JSON's torch_autocast cannot be on here"]
+    content["torch_autocast"] = {"enabled": True, "dtype": best}
+    return [f"precision: {best} autocast, which this device has, in the place of {' and '.join(asked)}"]
 
 
 def _is_on(content: Mapping[str, Any], name: str) -> bool:
@@ -197,20 +228,40 @@ def _is_on(content: Mapping[str, Any], name: str) -> bool:
     return isinstance(block, dict) and bool(block.get("enabled"))
 
 
-def _planned_micro_batch(ds: DeepSpeedConfig, planner: Planner) -> int:
-    """Return the largest micro-batch that fits with headroom and divides a rank's share; 1 if none does.
+def _planned_batch(
+    ds: DeepSpeedConfig, planner: Planner, *, shrinks: bool
+) -> tuple[BatchPlan, StrategyEstimate]:
+    """Return the batch with the largest micro-batch that fits with headroom, 1 if none does, and its estimate.
 
-    A pipeline gets two micro-batches a stage, if the share has so many images: with fewer its stages wait.
+    Micro-batches are divisors of a rank's share of the global batch. A pipeline gets two micro-batches a stage, if the
+    share has so many images: with fewer its stages wait.
+
+    Args:
+        shrinks: the accumulation stays, and the global batch follows from the micro-batch.
     """
     room = (1 - HEADROOM) * planner.hardware.usable_bytes
-    share = ds.batch.share
+    share, batch = ds.batch.share, ds.batch
     most = max(1, share // (2 * ds.stages)) if ds.stages > 1 else share
-    for micro in reversed(divisors(share, most)):
-        fitting = replace(ds, batch=ds.batch.with_micro(micro))
+    for micro in reversed(divisors(batch.micro) if shrinks else divisors(share, most)):
+        batch = replace(ds.batch, micro=micro) if shrinks else ds.batch.with_micro(micro)
+        fitting = replace(ds, batch=batch)
         found = planner.predict(_settings_of(fitting), fitting)
         if found.fits and found.peak_bytes <= room:
             break
-    return micro
+    return batch, found
+
+
+def _memory_lines(found: StrategyEstimate, planner: Planner) -> list[str]:
+    """Return what a planned micro-batch is expected to need, and which keys of the JSON were counted."""
+    given = found.ds.source.get("zero_optimization", {})
+    counted = [f"{key} {json.dumps(given[key])}" for key in COUNTED if key in given]
+    sent = found.ds.sent_type
+    counted += [f"communication_data_type {sent}"] if sent else []
+    lines = [f"planned with {', '.join(counted)}"] if counted else []
+    room = planner.hardware.usable_bytes
+    if not found.fits:
+        lines.append(f"no micro-batch fits into {room / GIB:.2f} GiB, not even 1 image: {found.why_not}")
+    return [*lines, terms(found)]
 
 
 def _settings_of(ds: DeepSpeedConfig) -> StrategySettings:

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from dsyolo.config.deepspeed.config import DeepSpeedConfig
-from dsyolo.config.spec import OffloadSpec
+from dsyolo.config.spec import BYTES, OffloadSpec
 from dsyolo.engine.memory_profile import MemoryEstimate, MemoryTerms
 
 ALIGNMENT = 2  # elements: DeepSpeed pads a group of weights to a multiple of it times the ranks
@@ -55,8 +55,8 @@ def predict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> Memory
 def _nothing_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> MemoryEstimate:
     """Return the terms under ZeRO 0, which shards only the EMA."""
     whole = 4 * load.num_elements
-    # All-reduced as one tensor, flattened from the gradients.
-    bucket = whole if load.dp_size > 1 else 0
+    # All-reduced as one tensor, flattened from the gradients, or as a copy of it in the type that is sent.
+    bucket = whole + _sent_copy(load.num_elements, ds, "fp32") if load.dp_size > 1 else 0
     states = ds.optimizer.states_per_param * whole
     return MemoryEstimate(MemoryTerms(whole, whole, states, whole // load.dp_size, bucket))
 
@@ -69,7 +69,10 @@ def _states_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -
     share = sum(shares)
     own = 4 * share * (1 + ds.optimizer.states_per_param)
     # ZeRO 1 sends sums, ZeRO 2 the gradients of a micro-batch; each type of number has a bucket.
-    buckets = _bucket_bytes(zero, summed if ds.zero_stage == 1 else weight) * ds.num_gradient_types
+    kind = ds.precision.grads if ds.zero_stage == 1 else ds.precision.params
+    doubled = 2 if zero.get("overlap_comm") else 1
+    buckets = _bucket_bytes(zero, BYTES[kind]) * doubled * ds.num_gradient_types
+    buckets += _sent_copy(min(load.num_elements, int(zero["reduce_bucket_size"])), ds, kind)
     if ds.zero_stage == 1:
         gradients = max(weight, summed) * load.num_elements
     else:
@@ -115,7 +118,8 @@ def _all_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> M
         summed * share + weight * _waiting(load, zero),
         4 * share * (1 + ds.optimizer.states_per_param),
         4 * share,
-        _bucket_bytes(zero, weight) + weight * (gathered + arriving),
+        # One bucket, in the type that is sent; `overlap_comm` takes no second one.
+        _bucket_bytes(zero, BYTES[ds.sent_type or ds.precision.params]) + weight * (gathered + arriving),
     )
     host = MemoryTerms()
     if ds.parallelism.offload.optimizer:
@@ -128,9 +132,36 @@ def _all_sharded(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> M
 
 
 def _bucket_bytes(zero: dict[str, Any], weight_bytes: int) -> int:
-    if not zero.get("contiguous_gradients", True):
-        return 0
-    return int(zero["reduce_bucket_size"]) * weight_bytes * (2 if zero.get("overlap_comm") else 1)
+    return int(zero["reduce_bucket_size"]) * weight_bytes if zero.get("contiguous_gradients", True) else 0
+
+
+def _sent_copy(elements: int, ds: DeepSpeedConfig, kind: str) -> int:
+    """Return the bytes of the copy that is sent where `communication_data_type` is not the gradients' type."""
+    return elements * BYTES[ds.sent_type] if ds.sent_type not in (None, kind) else 0
+
+
+def large_buckets(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> list[str]:
+    """Return a warning for each bucket of the JSON that is larger than what a rank trains: it is allocated whole."""
+    found = []
+    key, given = "reduce_bucket_size", ds.source.get("zero_optimization", {})
+    if ds.zero_stage and key in given and int(given[key]) > load.num_elements:
+        small = {**zero, key: load.num_elements}
+        size, least = (_buckets_alone(load, ds, block) for block in (zero, small))
+        if size > least:
+            twice = (
+                ", twice as overlap_comm is true" if ds.zero_stage < 3 and zero.get("overlap_comm") else ""
+            )
+            found.append(
+                f"zero_optimization.{key}: {int(given[key]):,} elements given, but a rank trains {load.num_elements:,}: "
+                f"the bucket takes {size / 2**30:.2f} GiB{twice}, of which {(size - least) / 2**30:.2f} stay empty. "
+                f'Set it to {load.num_elements + load.num_elements % 2}, or "auto".'
+            )
+    return found
+
+
+def _buckets_alone(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> int:
+    stages = (_nothing_sharded, _states_sharded, _states_sharded, _all_sharded)
+    return stages[ds.zero_stage](load, ds, zero).device.buckets
 
 
 def _waiting(load: RankLoad, zero: dict[str, Any], shares: Sequence[int] | None = None) -> int:

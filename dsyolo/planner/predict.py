@@ -15,7 +15,7 @@ from dsyolo.engine.optimizer import parameter_groups
 from dsyolo.models.activation_memory import ActivationPlan
 from dsyolo.models.flops import BACKWARD
 from dsyolo.models.network import PipelineStage
-from dsyolo.models.pipeline_cuts import ACCELERATOR, balanced_cuts, boundary_elements
+from dsyolo.models.pipeline_cuts import ACCELERATOR, CPU, balanced_cuts, boundary_elements
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.hardware import HOST_BYTES_S, REACHED_BANDWIDTH, Hardware
 from dsyolo.planner.memory_estimate import RankLoad, predict
@@ -80,7 +80,7 @@ class Planner:
     def __init__(self, profile: ModelProfile, hardware: Hardware, *, ema: bool = True) -> None:
         self.profile, self.hardware, self.ema = profile, hardware, ema
         self._plans: dict[tuple[Precision, int, str | int], ActivationPlan] = {}
-        self._stages: dict[int, list[StageProfile]] = {}
+        self._stages: dict[tuple[int, str | tuple[int, ...]], list[StageProfile]] = {}
 
     def predict(self, settings: StrategySettings, ds: DeepSpeedConfig | None = None) -> StrategyEstimate:
         """Predict a strategy, or raise UserError if it cannot run; `ds` is its checked configuration, if there is one."""
@@ -93,7 +93,8 @@ class Planner:
             layers=profile.layers,
         )
         zero = ds.deepspeed_json(profile.num_parameters, cpu=is_cpu)["zero_optimization"]
-        stages, plan = self.stages(settings.pipeline_stages), self._plan(settings)
+        stages = self.stages(settings.pipeline_stages, ds.parallelism.partition)
+        plan = self._plan(settings)
         estimates = [
             (index, estimate)
             for index, stage in enumerate(stages)
@@ -116,13 +117,15 @@ class Planner:
         plan = self._plan(found)
         return found if plan.checkpointed and plan.peak_bytes <= free_bytes else None
 
-    def stages(self, num: int) -> list[StageProfile]:
-        """Return the network in `num` stages, cut as a run cuts it."""
-        if num not in self._stages:
+    def stages(self, num: int, partition: str | tuple[int, ...] = "balanced") -> list[StageProfile]:
+        """Return the network in `num` stages, cut as a run cuts it: where the JSON says, or balanced."""
+        if (num, partition) not in self._stages:
             costs = self.profile.costs
-            bounds = [0, *balanced_cuts(costs, num, ACCELERATOR), len(costs)]
-            self._stages[num] = [self._stage(start, stop) for start, stop in pairwise(bounds)]
-        return self._stages[num]
+            balance = CPU if self.hardware.accelerator == "cpu" else ACCELERATOR
+            cuts = balanced_cuts(costs, num, balance) if isinstance(partition, str) else partition
+            bounds = [0, *cuts, len(costs)]
+            self._stages[num, partition] = [self._stage(start, stop) for start, stop in pairwise(bounds)]
+        return self._stages[num, partition]
 
     def _stage(self, start: int, stop: int) -> StageProfile:
         costs, network = self.profile.costs, self.profile.network

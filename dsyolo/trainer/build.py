@@ -17,7 +17,9 @@ from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import collectives
 from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.world import World
+from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.resolve import RunSpec
+from dsyolo.config.spec import SchedulerSpec
 from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.postprocess import OomSafePredictor, Predict
 from dsyolo.engine import device
@@ -42,6 +44,8 @@ from dsyolo.trainer.session import Session
 from dsyolo.trainer.trainer import Trainer
 
 SAME = ("epochs", "num_images", "global_batch", "seed")  # fields of TrainState that a resumed run must repeat
+DECAY = "optimizer.params.weight_decay"
+UNSCALED = "optimizer.weight_decay_is_not_scaled"  # a setting of Adam's kinds
 DEEPSPEED_OUTPUT = "steps_per_print", "dump_state", "memory_breakdown", "comms_logger", "wall_clock_breakdown"
 log = logging.getLogger(__name__)
 
@@ -139,15 +143,27 @@ def new_state(spec: RunSpec, sampler: StepSampler) -> TrainState:
         settings={
             "optimizer.type": spec.ds.optimizer.type,
             **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer.params.items()},
+            **({UNSCALED: True} if spec.ds.optimizer.is_adam else {}),
+            **_scheduler_settings(spec.ds.scheduler),
             "gradient_clipping": spec.ds.gradient_clipping,
             "names": list(spec.data.names),
         },
     )
 
 
+def _scheduler_settings(scheduler: SchedulerSpec | None) -> dict[str, Any]:
+    if scheduler is None:
+        return {}
+    params = {f"scheduler.params.{key}": value for key, value in scheduler.params.items()}
+    return {"scheduler.type": scheduler.type, **params}
+
+
 def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None:
     """Refuse a checkpoint of a run with other settings."""
     before, given = ({**s.settings, **{key: getattr(s, key) for key in SAME}} for s in (saved, now))
+    if UNSCALED in given and UNSCALED not in before and DECAY in before:
+        # Older versions scaled the weight decay of Adam's kinds too: this is what has run.
+        before |= {DECAY: before[DECAY] * saved.global_batch / NOMINAL_BATCH, UNSCALED: True}
     changed = [
         f"{key}: {given.get(key)} now, but {before.get(key)} when it was saved. Give what was given then."
         for key in {**before, **given}
@@ -214,8 +230,12 @@ def _main_process_parts(
             (spec.folder / "deepspeed_auto.json").write_text(text, encoding="utf-8")
         artifacts = RunArtifacts(
             spec.folder,
-            config=spec.config.dump(),
-            deepspeed_json=parts.engine.deepspeed_json,
+            config={**spec.config.dump(), "optimizer": parts.optimizer_record},
+            deepspeed_json={
+                **parts.engine.deepspeed_json,
+                **spec.ds.own_blocks(),
+                "optimizer": {**spec.ds.optimizer_json(), "_as_it_runs": parts.optimizer_record},
+            },
             info=parts.info,
             load_rgb=data.original_rgb,
             draw=tracker.plotter.draw,

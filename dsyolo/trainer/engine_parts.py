@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,15 +10,17 @@ from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.manifest import read_buffers
 from dsyolo.cluster.world import World, parallel_dims, set_threads
 from dsyolo.config.resolve import RunSpec
+from dsyolo.config.spec import OptimizerSpec, SchedulerSpec
 from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.buffers import named_buffers
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.offload import move_to_folders
-from dsyolo.engine.optimizer import Schedule, lr_factor
+from dsyolo.engine.optimizer import Schedule, lr_factor, optimizer_record, parameter_groups
 from dsyolo.engine.parallelize import Parallelized, parallelize
 from dsyolo.engine.partitions import Partitions
+from dsyolo.engine.warmup_schedule import AnySchedule, WarmupSchedule
 from dsyolo.models.blocks import freeze_batchnorm
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model
@@ -37,6 +39,7 @@ class EngineParts(NamedTuple):
     checkpointer: Checkpointer
     info: WeightsInfo
     load: RankLoad
+    optimizer_record: dict[str, Any]  # the optimizer as it runs
 
 
 def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[DetectionNetwork, str]:
@@ -65,6 +68,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
     num_parameters = sum(p.numel() for p in network.parameters())
     loss = DetectionLoss(network.anchors, network.num_classes, config.imgsz, config.recipe)
     schedule = build_schedule(spec, sampler)
+    record = optimizer_record(ds.optimizer, schedule.lr, schedule.weight_decay, parameter_groups(network))
     info = describe(network, spec.data.names, config.imgsz)
     if config.freeze_batchnorm:
         freeze_batchnorm(network)
@@ -98,34 +102,59 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
         log.info("%s", "\n".join(lines))
         if warning := schedule.warning():
             log.warning("%s", warning)
-    return EngineParts(engine, partitions, ema, checkpointer, info, _rank_load(spec, world, parallelized))
+    load = _rank_load(spec, world, parallelized)
+    return EngineParts(engine, partitions, ema, checkpointer, info, load, record)
 
 
-def build_schedule(spec: RunSpec, sampler: StepSampler) -> Schedule:
+def build_schedule(spec: RunSpec, sampler: StepSampler) -> AnySchedule:
     """Build the schedule over the whole run; the warm-up is counted in images, so the batch does not change it."""
     recipe, optimizer = spec.config.recipe, spec.ds.optimizer
     is_scaled = recipe.lr_scaling != "none"
     warmup_images = max(recipe.warmup_epochs * sampler.num_images, recipe.warmup_min_images)
+    total_steps = sampler.epoch_start_step(spec.config.epochs)
+    warmup_steps = max(round(warmup_images / sampler.global_batch), int(is_scaled))
+    if spec.ds.scheduler:
+        return warmup_schedule(spec.ds.scheduler, optimizer, total_steps, warmup_steps, sampler.global_batch)
     return Schedule(
-        total_steps=sampler.epoch_start_step(spec.config.epochs),
-        warmup_steps=max(round(warmup_images / sampler.global_batch), int(is_scaled)),
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
         lr=optimizer.lr * lr_factor(recipe.lr_scaling, sampler.global_batch),
         lrf=recipe.lrf,
         shape=recipe.schedule,
         momentum=optimizer.momentum,
-        weight_decay=optimizer.weight_decay,
-        global_batch=sampler.global_batch,
+        weight_decay=optimizer.weight_decay_at(sampler.global_batch),
         warmup_bias_lr=recipe.warmup_bias_lr,
         warmup_momentum=recipe.warmup_momentum,
         is_adam=optimizer.is_adam,
     )
 
 
-def _explain(spec: RunSpec, schedule: Schedule) -> list[str]:
+def warmup_schedule(
+    given: SchedulerSpec, optimizer: OptimizerSpec, total_steps: int, warmup_steps: int, global_batch: int
+) -> WarmupSchedule:
+    """Return the JSON's schedule; `warmup_steps` and `total_steps` are taken where it leaves them open."""
+    params = given.params
+    lr = params.get("warmup_max_lr") or optimizer.lr
+    return WarmupSchedule(
+        given.type,
+        total_steps=total_steps,
+        warmup_steps=params["warmup_num_steps"] or max(1, warmup_steps),
+        decay_steps=params.get("total_num_steps") or total_steps,
+        lr=lr,
+        min_lr=params.get("warmup_min_lr", lr * params.get("warmup_min_ratio", 0.0)),
+        floor=params.get("cos_min_ratio", 0.0),
+        is_log=params["warmup_type"] == "log",
+        momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay_at(global_batch),
+        is_adam=optimizer.is_adam,
+    )
+
+
+def _explain(spec: RunSpec, schedule: AnySchedule) -> list[str]:
     """Return the lines for the start of a run: how it runs, what is learned at which rate."""
     ds, scaling = spec.ds, spec.config.recipe.lr_scaling
     lines = [*ds.explain(), spec.activations.explain(), schedule.explain()]
-    if scaling != "none":
+    if scaling != "none" and not ds.scheduler:
         times = schedule.lr / ds.optimizer.lr
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
         lines.append(f"lr: {schedule.lr:g}, {what}")

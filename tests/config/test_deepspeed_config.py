@@ -241,7 +241,10 @@ def test_a_run_that_goes_on_keeps_its_global_batch_on_other_ranks() -> None:
             {"optimizer": {"type": "SGD", "params": {"max_grad_norm": 1}}},
             "an optimizer does not clip. Set gradient_clipping",
         ),
-        ({"optimizer": {"type": "SGD", "params": {"momentum": 0}}}, "Nesterov needs momentum"),
+        ({"optimizer": {"type": "SGD", "params": {"momentum": 0, "nesterov": True}}}, "Nesterov needs momentum"),
+        ({"optimizer": {"type": "SGD", "params": {"dampening": 0.1}}}, "optimizer.params.dampening: 0.1 given"),
+        ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "bias_correction: false given"),
+        ({"optimizer": {"type": "Adam", "params": {"amsgrad": True}}}, "amsgrad: true given"),
         ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "must be two numbers"),
         ({"overlap_comm": True}, "overlap_comm: unknown key here. Its place is zero_optimization.overlap_comm."),
@@ -339,7 +342,6 @@ def test_no_knob_has_two_owners() -> None:
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        ({"scheduler": {"type": "WarmupLR"}}, "the run configuration owns the schedule"),
         ({"wandb": {"enabled": True}}, "--wandb"),
         ({"gradient_allreduce_op": "sum"}, "plain mean"),
         ({"amp": {"enabled": True}}, "Apex"),
@@ -512,7 +514,16 @@ def test_recompute_of_the_json_or_of_the_command_line(given: str, recompute: str
 
 def test_adam_is_what_deepspeed_makes_of_it() -> None:
     adam = resolve(with_batch(optimizer={"type": "Adam", "params": {"lr": 0.1}}))
-    assert (adam.optimizer.type, adam.optimizer.params["weight_decay"]) == ("AdamW", 0.01)
+    assert (adam.optimizer.type, adam.optimizer.params["weight_decay"]) == ("AdamW", 0.0)
+    for kind in ("Adam", "AdamW"):  # where DeepSpeed takes torch's class, it takes its default too
+        block = {"type": kind, "params": {"torch_adam": True}}
+        assert resolve(with_batch(optimizer=block)).optimizer.weight_decay == 0.01
+        block["params"] |= {"weight_decay": 0.3}
+        assert resolve(with_batch(optimizer=block)).optimizer.weight_decay == 0.3
+        block["params"] = {"torch_adam": False, "bias_correction": True, "amsgrad": False}
+        assert resolve(with_batch(optimizer=block)).optimizer.weight_decay == 0.0
+    still = resolve(with_batch(optimizer={"type": "SGD", "params": {"momentum": 0}})).optimizer
+    assert (still.params["nesterov"], still.momentum, still.states_per_param) == (False, 0.0, 0)
     coupled = resolve(
         with_batch(optimizer={"type": "adam", "params": {"adam_w_mode": False, "torch_adam": True}})
     )
@@ -577,6 +588,8 @@ def test_explain() -> None:
         "precision: convolutions in bf16 (autocast); weights, gradients, BatchNorm, loss, optimizer and EMA in fp32",
         "ZeRO 2: optimizer states and gradients sharded; offload: optimizer on cpu",
         "optimizer: SGD, lr 0.01, momentum 0.937, nesterov True, weight_decay 0.0005",
+        "weight decay: 0.0005 (weight_decay x 64 / 64 images), on the weights of convolutions; none on those of "
+        "norms, nor on biases",
         "gradient norm: clipped at 10",
     ]
     bf16 = resolve(

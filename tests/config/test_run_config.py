@@ -277,3 +277,17 @@ def test_layer_0_needs_no_torch() -> None:
     code = "import dsyolo.config.run_config, dsyolo.config.deepspeed.config, sys; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_recipe_knows_which_of_its_fields_the_user_named(base: list[str]) -> None:
+    assert parse(base).recipe.model_fields_set == set()
+    assert parse([*base, "--hyp", "med"]).recipe.model_fields_set == set()
+    assert parse([*base, "--lrf", "0.01", "--no-multi_scale"]).recipe.model_fields_set == {
+        "lrf",
+        "multi_scale",
+    }
+    # an edited copy of a preset names what was edited
+    Path("mine.yaml").write_text(yaml.safe_dump({**preset("low").model_dump(), "lrf": 0.3}), encoding="utf-8")
+    recipe = parse([*base, "--hyp", "mine.yaml", "--mosaic", "0.5"]).recipe
+    assert recipe.model_fields_set == {"lrf", "mosaic"}
+    assert (recipe.lrf, recipe.mosaic, recipe.box) == (0.3, 0.5, 0.05)

@@ -287,7 +287,7 @@ def test_hjson_is_read_as_deepspeed_reads_it(tmp_path, text):
         ("hello", "line 1, column 1"),
         ("{'a': 1", "line 1, column 2"),
         ("{a: " * 40 + "1" + "}" * 40, "nested more than 20 deep"),
-        ("{a:\n" * 2000, "line 1"),
+        ("{a:\n" * 2000, "nested more than 20 deep"),
     ],
 )
 def test_what_is_neither_has_the_message_of_json(tmp_path, text, problem):

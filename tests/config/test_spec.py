@@ -64,7 +64,7 @@ def test_one_table_has_defaults_and_states_of_each_optimizer() -> None:
     }
     assert optimizer_spec("SGD", {"momentum": 0, "nesterov": False}).states_per_param == 0
     assert optimizer_spec("AdamW", {"lr": 0.1}).lr == 0.1
-    assert optimizer_spec("AdamW", {}).weight_decay == 0.01
+    assert optimizer_spec("AdamW", {}).weight_decay == optimizer_spec("Adam", {}).weight_decay == 0.0
     assert recipe_params("AdamW")["weight_decay"] == recipe_params("SGD")["weight_decay"] == 0.0005
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dsyolo.config.deepspeed.optimizer_table import optimizer_spec
 from dsyolo.engine.optimizer import GROUPS, Schedule, build_optimizer, lr_factor, parameter_groups
 from dsyolo.models.yolov5 import build_yolov5
 
@@ -21,7 +22,6 @@ LINEAR = Schedule(
     shape="linear",
     momentum=0.937,
     weight_decay=0.0005,
-    global_batch=64,
     warmup_bias_lr=0.1,
     warmup_momentum=0.8,
     is_adam=False,
@@ -73,7 +73,7 @@ def test_groups_hold_every_parameter_once_and_by_kind(network):
         ("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"nesterov": True}),
         (
             "Adam",
-            {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1, "torch_adam": True},
+            {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1},
             {"betas": (0.8, 0.9)},
         ),
         ("AdamW", {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-7}, {"eps": 1e-7}),
@@ -146,12 +146,18 @@ def test_no_warm_up():
     assert groups["weights"]["momentum"] == 0.937
 
 
-@pytest.mark.parametrize(("global_batch", "decay"), [(64, 0.0005), (16, 0.000125), (256, 0.002)])
-def test_weight_decay_is_of_weights_alone_and_scaled_by_the_batch(global_batch, decay):
+def test_weight_decay_is_of_weights_alone():
     for schedule, optimizer in ((LINEAR, "SGD"), (ADAM, "AdamW")):
         for step in (0, 50):  # it takes no part in the warm-up
-            groups = apply(replace(schedule, global_batch=global_batch), step, optimizer)
-            assert [groups[kind]["weight_decay"] for kind in GROUPS] == pytest.approx([decay, 0, 0])
+            groups = apply(schedule, step, optimizer)
+            assert [groups[kind]["weight_decay"] for kind in GROUPS] == [0.0005, 0, 0]
+
+
+@pytest.mark.parametrize(("global_batch", "decay"), [(64, 0.0005), (16, 0.000125), (256, 0.002)])
+def test_weight_decay_is_scaled_by_the_batch_for_sgd_alone(global_batch, decay):
+    assert optimizer_spec("SGD", {}).weight_decay_at(global_batch) == pytest.approx(decay)
+    for name in ("Adam", "AdamW"):
+        assert optimizer_spec(name, {"weight_decay": 0.05}).weight_decay_at(global_batch) == 0.05
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])

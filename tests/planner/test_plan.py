@@ -373,7 +373,18 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
     [
         ("A10", 2, {"bf16": "auto", "fp16": {"enabled": "auto"}}, "bf16"),
         ("T4", 2, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "fp16"),
-        ("A10", 0, {"bf16": {"enabled": "auto"}}, "fp32"),
+        ("A10", 0, {"bf16": {"enabled": "auto"}}, "autocast_bf16"),
+        ("A10", 0, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "autocast_bf16"),
+        ("A10", 2, {"fp16": {"enabled": "auto"}}, "autocast_bf16"),
+        ("A10", 0, {"fp16": "auto"}, "autocast_bf16"),
+        ("A10", 0, {"fp16": "auto", "torch_autocast": {"enabled": False}}, "fp32"),
+        ("A10", 0, {"torch_autocast": {"enabled": "auto", "dtype": "float16"}}, "autocast_fp16"),
+        ("T4", 0, {"fp16": {"enabled": "auto"}}, "autocast_fp16"),
+        ("T4", 2, {"bf16": {"enabled": "auto"}}, "fp32"),
+        ("new CPU", 0, {"fp16": {"enabled": "auto"}}, "autocast_bf16"),
+        ("new CPU", 2, {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}, "bf16"),
+        ("new CPU", 2, {"fp16": {"enabled": "auto"}}, "autocast_bf16"),
+        ("old CPU", 0, {"fp16": {"enabled": "auto"}}, "fp32"),
         ("A10", 2, {"bf16": {"enabled": "auto"}, "torch_autocast": {"enabled": "auto"}}, "bf16"),
         ("A10", 1, {"torch_autocast": {"enabled": True, "dtype": "auto"}}, "autocast_bf16"),
         ("T4", 0, {"torch_autocast": {"enabled": "auto", "dtype": "auto"}}, "autocast_fp16"),
@@ -387,19 +398,32 @@ def test_what_ran_out_of_memory_is_planned_for_less_and_kept_so(tmp_path):
 )
 def test_a_precision_that_is_auto_is_one_that_the_device_has(tmp_path, gpu, stage, given, expected):
     accelerator = "cpu" if "CPU" in gpu else "cuda"
-    hardware = Hardware(DEVICES.get(gpu, DEVICES["T4"]), 1, 2, 16 * GIB, None, 3e9, accelerator)
+    kind = DEVICES.get(gpu, DEVICES["A10" if gpu == "new CPU" else "T4"])
+    hardware = Hardware(kind, 1, 2, 16 * GIB, None, 3e9, accelerator)
     content = {"train_batch_size": 16, "zero_optimization": {"stage": stage}, **given}
     got = filled(tmp_path, content, hardware)
-    assert check(got.ds.source, world_size=2, accelerator=accelerator).precision.name == expected
+    ds = check(got.ds.source, world_size=2, accelerator=accelerator)
+    assert ds.precision.name == got.ds.precision.name == expected
+    is_open = not any(block != "auto" and block.get("enabled") is True for block in given.values())
+    if expected == "fp32" or (is_open and "autocast" in expected and "torch_autocast" not in given):
+        (line,) = [line for line in got.lines if line.startswith("precision: ")]
+        assert ("fp32, as" in line) == (expected == "fp32")
 
 
 def test_an_optimizer_that_is_auto_is_the_recipes(tmp_path):
     a10 = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
-    for name, rate in (("auto", 0.01), ("AdamW", 0.001)):
+    for name, rate, decay in (("auto", 0.01, 0.0005), ("AdamW", 0.001, 0.0)):
         optimizer = {"type": name, "params": {"lr": "auto", "weight_decay": "auto"}}
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": optimizer}, a10)
         params = check(got.ds.source, world_size=2, accelerator="cuda").optimizer.params
-        assert (params["lr"], params["weight_decay"]) == (rate, 0.0005)
+        # One value whether it is "auto" or missing: the recipe's, or that of DeepSpeed's Adam.
+        assert (params["lr"], params["weight_decay"]) == (rate, decay)
+        missing = check(
+            {"train_batch_size": 16, "optimizer": {"type": name.replace("auto", "SGD")}},
+            world_size=2,
+            accelerator="cuda",
+        )
+        assert missing.optimizer.params == params
         got = filled(tmp_path, {"train_batch_size": 16, "optimizer": {"type": name, "params": "auto"}}, a10)
         assert check(got.ds.source, world_size=2, accelerator="cuda").optimizer.params == params
 
@@ -483,7 +507,9 @@ def test_values_that_are_auto_are_filled_in_and_reported(tmp_path):
         "bf16.enabled: auto, so true",
         f"zero_optimization.reduce_bucket_size: auto, so {got.ds.source['zero_optimization']['reduce_bucket_size']}",
         "optimizer.params.lr: auto, so 0.001",
+        got.lines[6],
     )
+    assert got.lines[6].startswith("peak ")
     assert got.ds.source["optimizer"]["params"] == {"lr": 0.001, "weight_decay": 0.01}
     small = filled(tmp_path, content, a10._replace(memory_bytes=3 * GIB))
     assert check(small.ds.source, world_size=2, accelerator="cuda").micro_batch in (4, 8, 16)
@@ -491,7 +517,7 @@ def test_values_that_are_auto_are_filled_in_and_reported(tmp_path):
     ds = check(filled(tmp_path, given, a10).ds.source, world_size=2, accelerator="cuda")
     assert (ds.global_batch, ds.micro_batch, ds.accumulation) == (72, 12, 3)
     lower = filled(tmp_path, {**given, "gradient_clipping": "auto"}, a10)
-    assert lower.lines[-1] == "gradient_clipping: auto, so 10.0"
+    assert "gradient_clipping: auto, so 10.0" in lower.lines
     piped = {
         "train_batch_size": 64,
         "train_micro_batch_size_per_gpu": "auto",
@@ -502,7 +528,7 @@ def test_values_that_are_auto_are_filled_in_and_reported(tmp_path):
     assert (ds.micro_batch, ds.accumulation) == (16, 4)  # two for each stage, so that they do not wait
     for wrong, told in (
         ({"zero_optimization": {"stagee": "auto"}}, "Did you mean stage"),
-        ({"scheduler": "auto"}, "scheduler: "),
+        ({"scheduler": {"type": "OneCycle", "params": "auto"}}, "scheduler.type: "),
         ({"train_micro_batch_size_per_gpuu": "auto"}, "Did you mean train_micro_batch_size_per_gpu"),
     ):
         with pytest.raises(UserError, match=told):

@@ -14,14 +14,16 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.deepspeed import rules
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, batch_json, batch_plan, halved, open_batch
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_json, settled, valid_part
+from dsyolo.config.deepspeed.scheduler_table import scheduler_spec
 from dsyolo.config.deepspeed.set_aside import Reason, merged, remove, without_effect
 from dsyolo.config.deepspeed.set_aside import explain as explain_set_aside
 from dsyolo.config.messages import counted
-from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision
+from dsyolo.config.recipe import NOMINAL_BATCH
+from dsyolo.config.spec import BatchPlan, OptimizerSpec, Parallelism, Precision, SchedulerSpec
 
 GRADIENT_CLIPPING = 10.0  # the recipe's; DeepSpeed's own default, 1.0, would silently be another training
 # Read by dsyolo; DeepSpeed gets objects instead.
-OWN_BLOCKS = ("optimizer", "pipeline", "activation_checkpointing")
+OWN_BLOCKS = ("optimizer", "scheduler", "pipeline", "activation_checkpointing")
 
 # A bucket is allocated whole. A sixth of the elements holds the largest weight of every variant (yolov5n's and
 # yolov5s's are a sixth), so that no gradient needs a copy of its own, and what is full can travel during backward.
@@ -48,6 +50,7 @@ class DeepSpeedConfig:
     parallelism: Parallelism
     gradient_clipping: float  # largest norm of the gradient; 0: none
     source: Mapping[str, Any]  # the JSON as given, without what is set aside
+    scheduler: SchedulerSpec | None = None  # None: the recipe's schedule
     set_aside: tuple[Reason, ...] = ()  # keys of the JSON that have no effect here
 
     @property
@@ -75,10 +78,29 @@ class DeepSpeedConfig:
         return self.parallelism.stages
 
     @property
+    def sent_type(self) -> str | None:
+        """Return the type that gradients are sent in, where the JSON gives one that DeepSpeed heeds."""
+        return (
+            None
+            if self.precision.is_autocast and self.zero_stage
+            else self.source.get("communication_data_type")
+        )
+
+    @property
     def num_gradient_types(self) -> int:
         """Return the number of types of gradients that are sent: ZeRO has a bucket for each."""
         autocast = self.source["torch_autocast"] if self.precision.is_autocast else {}
         return 2 if autocast.get("lower_precision_safe_modules") else 1
+
+    def optimizer_json(self) -> dict[str, Any]:
+        """Return the block of a DeepSpeed JSON that asks for this optimizer."""
+        coupled = {"adam_w_mode": False} if self.optimizer.type == "Adam" else {}
+        return {"type": self.optimizer.type, "params": {**self.optimizer.params, **coupled}}
+
+    def own_blocks(self) -> dict[str, Any]:
+        """Return the blocks that DeepSpeed does not get, as given, without the optimizer's."""
+        given = (key for key in OWN_BLOCKS if key != "optimizer" and key in self.source)
+        return {key: copy.deepcopy(self.source[key]) for key in given}
 
     def deepspeed_json(self, num_parameters: int, *, cpu: bool) -> dict[str, Any]:
         """Return what `deepspeed.initialize` gets beside the optimizer that we build, as a new dict.
@@ -156,18 +178,30 @@ class DeepSpeedConfig:
         parts = [f"{what} in files in {to}" if to else f"{what} on {on}" for what, on, to in whats if on]
         return ", ".join(parts) or "none"
 
+    def _explain_optimizer(self) -> list[str]:
+        spec = self.optimizer
+        params = ", ".join(f"{key} {value}" for key, value in spec.params.items())
+        runs = spec.weight_decay_at(self.global_batch)
+        scaled = (
+            f" (weight_decay x {self.global_batch} / {NOMINAL_BATCH} images)"
+            if spec.scales_weight_decay
+            else ""
+        )
+        which = "on the weights of convolutions; none on those of norms, nor on biases"
+        decay = f"weight decay: {runs:g}{scaled}, {which}" if runs else "weight decay: none"
+        return [f"optimizer: {spec.type}, {params}", decay]
+
     def explain(self) -> list[str]:
         """Return a few lines for the start of a run: how it runs."""
         batch, parallelism = self.batch, self.parallelism
         sharded = ("nothing", "optimizer states", "optimizer states and gradients", "all states")
-        params = ", ".join(f"{key} {value}" for key, value in self.optimizer.params.items())
         clipped = f"clipped at {self.gradient_clipping:g}" if self.gradient_clipping else "not clipped"
         lines = [
             f"batch: {batch.global_batch} images per step = {batch.micro} per GPU x {batch.accumulation} accumulation "
             f"x {counted(batch.dp_size, 'rank')}",
             f"precision: {self._explain_precision()}",
             f"ZeRO {self.zero_stage}: {sharded[self.zero_stage]} sharded; offload: {self._explain_offload()}",
-            f"optimizer: {self.optimizer.type}, {params}",
+            *self._explain_optimizer(),
             f"gradient norm: {clipped}",
         ]
         if parallelism.recompute != "none":
@@ -229,6 +263,7 @@ def check(
     batch = batch_plan(source, valid, world_size, stages, problems, saved_batch)
     problems += faults  # a reader wants those of the batch first
     runs = rules.optimizer(valid, problems)
+    scheduler = scheduler_spec(valid, frozenset(config.left_open), problems)
     kinds = rules.precision(valid, accelerator, zero_stage, problems)
     kinds = rules.data_types(valid, kinds, zero_stage, problems)
     offloaded = rules.offload(valid, zero_stage, problems)
@@ -242,7 +277,7 @@ def check(
     parallelism = Parallelism(zero_stage, stages, partition, offloaded, recomputed)
     clipping = float(valid.get("gradient_clipping", GRADIENT_CLIPPING))
     return DeepSpeedConfig(
-        config.name, world_size, batch, kinds, runs, parallelism, clipping, source, set_aside
+        config.name, world_size, batch, kinds, runs, parallelism, clipping, source, scheduler, set_aside
     )
 
 

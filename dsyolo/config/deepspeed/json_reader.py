@@ -13,6 +13,7 @@ import hjson
 
 from dsyolo.base.safe_io import read_text
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_name
+from dsyolo.config.deepspeed.scheduler_table import scheduler_keys
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
 from dsyolo.config.deepspeed.set_aside import Reason, Settled, off_reason, settle
 from dsyolo.config.deepspeed.verdicts import Alias, JsonKey, JsonSection, Keys, Refused, SetAside
@@ -184,7 +185,7 @@ def _keys_for(source: Mapping[str, Any]) -> Keys:
         "params": params,
         "legacy_fusion": Refused("it is for Lamb. Leave it out."),
     }
-    return {**TOP_LEVEL, "optimizer": JsonSection(keys)}
+    return {**TOP_LEVEL, "optimizer": JsonSection(keys), "scheduler": scheduler_keys(source)}
 
 
 def _without_auto(

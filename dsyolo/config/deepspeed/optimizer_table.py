@@ -7,17 +7,20 @@ from typing import Any
 from dsyolo.config.deepspeed.schema import BETAS, FLAG, Keys, Refused, number
 from dsyolo.config.spec import OptimizerSpec
 
-RECIPE_WEIGHT_DECAY = 0.0005  # what a plan and the value "auto" take, whatever the optimizer
+RECIPE_WEIGHT_DECAY = 0.0005  # SGD's where the JSON gives none, and what a plan writes for any optimizer
+TORCH_ADAMW_WEIGHT_DECAY = 0.01  # torch.optim.AdamW's, which DeepSpeed takes where `torch_adam` is true
 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
     """Defaults, keys and states of one optimizer."""
 
-    # Where the JSON gives none: SGD's are the recipe's (docs/yolov5.md), the others torch's.
+    # For what the JSON does not give, or leaves "auto": SGD's are the recipe's (docs/yolov5.md), those of Adam's kinds
+    # are DeepSpeed's, whose FusedAdam and DeepSpeedCPUAdam do not decay.
     defaults: Mapping[str, Any]
     keys: Keys  # keys of `optimizer.params`
     states: int  # tensors that it keeps for each weight
+    scales_weight_decay: bool  # by the global batch over 64, as the recipe
 
 
 _SGD_KEYS: Keys = {
@@ -25,6 +28,7 @@ _SGD_KEYS: Keys = {
     "momentum": number(below=1),
     "nesterov": FLAG,
     "weight_decay": number(),
+    "dampening": Refused("the recipe has none, and Nesterov excludes it. Leave it out.", 0),
 }
 _ADAM_KEYS: Keys = {
     "lr": number(above=True),
@@ -32,19 +36,22 @@ _ADAM_KEYS: Keys = {
     "eps": number(above=True),
     "weight_decay": number(),
     "adam_w_mode": FLAG,
-    "torch_adam": Refused("torch's own optimizer is what runs here. Leave it out.", True),
-    "bias_correction": Refused("Adam corrects its bias here, as torch's does. Leave it out.", True),
-    "amsgrad": Refused("the optimizer keeps two states a weight, and AMSGrad needs three. Leave it out."),
+    "bias_correction": Refused("Adam corrects its bias here. Leave it out.", True),
+    "amsgrad": Refused("DeepSpeed's Adam has no AMSGrad. Leave it out."),
+    "torch_adam": FLAG,  # the same arithmetic; but torch's class has a default of its own
+    "set_grad_none": Refused("gradients are dropped after a step here. Leave it out.", True),
+    "fp32_optimizer_states": Refused("checkpoints hold fp32 states. Leave it out.", True),
 }
-_ADAM_DEFAULTS: Mapping[str, Any] = {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}
+_ADAM_DEFAULTS: Mapping[str, Any] = {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 OPTIMIZERS: Mapping[str, OptimizerFacts] = {
     "SGD": OptimizerFacts(
         {"lr": 0.01, "momentum": 0.937, "nesterov": True, "weight_decay": RECIPE_WEIGHT_DECAY},
         _SGD_KEYS,
         states=1,
+        scales_weight_decay=True,
     ),
-    "Adam": OptimizerFacts({**_ADAM_DEFAULTS, "weight_decay": 0.0}, _ADAM_KEYS, states=2),
-    "AdamW": OptimizerFacts({**_ADAM_DEFAULTS, "weight_decay": 0.01}, _ADAM_KEYS, states=2),
+    "Adam": OptimizerFacts(_ADAM_DEFAULTS, _ADAM_KEYS, states=2, scales_weight_decay=False),
+    "AdamW": OptimizerFacts(_ADAM_DEFAULTS, _ADAM_KEYS, states=2, scales_weight_decay=False),
 }
 
 
@@ -58,7 +65,10 @@ def optimizer_spec(name: str, params: Mapping[str, Any]) -> OptimizerSpec:
     """Return the optimizer with the defaults where `params` has none. SGD without momentum keeps no state."""
     facts = OPTIMIZERS[name]
     resolved = {**facts.defaults, **params}
-    return OptimizerSpec(name, resolved, facts.states if resolved.get("momentum", 1) else 0)
+    if not resolved.get("momentum", 1):
+        resolved["nesterov"] = params.get("nesterov", False)  # which needs momentum
+    states = facts.states if resolved.get("momentum", 1) else 0
+    return OptimizerSpec(name, resolved, states, facts.scales_weight_decay)
 
 
 def recipe_params(name: str) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.config.deepspeed.json_reader import shown
-from dsyolo.config.deepspeed.optimizer_table import optimizer_name, optimizer_spec
+from dsyolo.config.deepspeed.optimizer_table import (
+    TORCH_ADAMW_WEIGHT_DECAY,
+    optimizer_name,
+    optimizer_spec,
+)
 from dsyolo.config.deepspeed.schema import FLOAT16_NAMES
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.run_config import read_recompute
@@ -100,12 +104,15 @@ def optimizer(valid: Mapping[str, Any], problems: list[str]) -> OptimizerSpec:
     given = optimizer_name(block.get("type", "SGD"))
     if given is None:
         return optimizer_spec("SGD", {})
-    params = {key: value for key, value in block.get("params", {}).items() if key != "torch_adam"}
+    params = dict(block.get("params", {}))
     decoupled = params.pop("adam_w_mode", True)
     if given == "AdamW" and not decoupled:
         rule = "AdamW is the decoupled one"
         problems.append(f'optimizer.params.adam_w_mode: false given, but {rule}. Set type to "Adam".')
-    spec = optimizer_spec("AdamW" if given == "Adam" and decoupled else given, params)
+    name = "AdamW" if given == "Adam" and decoupled else given
+    if params.pop("torch_adam", False) and name == "AdamW":
+        params.setdefault("weight_decay", TORCH_ADAMW_WEIGHT_DECAY)
+    spec = optimizer_spec(name, params)
     if spec.params.get("nesterov") and not spec.momentum:
         rule = "Nesterov needs momentum"
         problems.append(f"optimizer.params.momentum: 0 given, but {rule}. Set nesterov to false.")
@@ -160,6 +167,13 @@ def data_types(valid: Mapping[str, Any], given: Precision, zero_stage: int, prob
         rule = f"at ZeRO 0 gradients are summed in the weights' type, {model}"
         remedy = f"Leave it out, or set zero_optimization.stage to {_checkpointed_stage(valid, model)}"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
+    sent = valid.get("communication_data_type", model)
+    if given.is_autocast and zero_stage and sent != model:
+        rule = f"under torch_autocast ZeRO {zero_stage} sends gradients in the weights' type, {model}"
+        remedy = (
+            'Leave it out; "lower_precision_safe_modules": ["torch.nn.Conv2d"] in torch_autocast sends less'
+        )
+        problems.append(f"communication_data_type: {shown(sent)} given, but {rule}. {remedy}.")
     is_offloaded = valid.get("zero_optimization", {}).get("offload_optimizer")
     if (zero_stage, model, gradients) == (1, "bf16", "fp32") and not is_offloaded:
         rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint"

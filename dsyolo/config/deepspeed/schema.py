@@ -193,6 +193,7 @@ TOP_LEVEL: Keys = {
     **_each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps", whole(1)),
     "gradient_clipping": number(),
     "optimizer": JsonSection({}),  # its keys follow from its type: optimizer_table.py
+    "scheduler": JsonSection({}),  # its keys follow from its type: scheduler_table.py
     "zero_optimization": JsonSection(ZERO),
     "fp16": JsonSection(FP16),
     "bf16": JsonSection(BF16),
@@ -221,7 +222,6 @@ TOP_LEVEL: Keys = {
     "comms_logger": JsonSection({**_each("enabled prof_all verbose debug", FLAG), "prof_ops": TEXTS}),
     **_each("tensorboard csv_monitor", _MONITOR),
     # Ours.
-    "scheduler": Refused("the run configuration owns the schedule. Leave it out: --schedule, --lrf.", NEVER),
     **_each("wandb comet", Refused(_OWN_TRACKING)),
     "zero_allow_untested_optimizer": SetAside("dsyolo allows the optimizers that it has"),
     "zero_force_ds_cpu_optimizer": SetAside("the optimizer is torch's, on the host too"),
@@ -252,7 +252,8 @@ TOP_LEVEL: Keys = {
     "use_data_before_expert_parallelism": SetAside("a detector has no experts"),
     **_each("hybrid_engine weight_quantization vocabulary_size", _DETECTOR),
     "tensor_parallel": Refused(
-        "convolutions are not split over ranks. Use ZeRO or pipeline.", on_by_presence=True
+        "convolutions are not split over ranks. Leave it out: ZeRO or pipeline divide a network.",
+        on_by_presence=True,
     ),
     "sequence_parallel_size": Refused("a detector has no sequence to split. Leave it out.", 1),
     "seq_parallel_communication_data_type": _DETECTOR,

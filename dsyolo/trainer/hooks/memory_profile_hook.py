@@ -9,7 +9,7 @@ from dsyolo.engine.ema import Ema
 from dsyolo.engine.memory_profile import MemoryEstimate, MemoryMeasurement, MemoryProfiler
 from dsyolo.engine.partitions import Partitions
 from dsyolo.planner.local_hardware import host_bytes
-from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
+from dsyolo.planner.memory_estimate import RankLoad, large_buckets, predict, shortage, table, verdict
 from dsyolo.tracking.artifacts import RunArtifacts
 from dsyolo.trainer.hooks.base import Hook, Part
 from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
@@ -54,8 +54,9 @@ class MemoryProfileHook(Hook):
                 for rank, title in self._titles.items()
             ]
             log.info("%s\n%s", table(rows), verdict(loads[largest], ds, zero, self._on_one_rank(loads)))
-            if warning := self._shortage():
-                log.warning("%s", warning)
+            for warning in (*large_buckets(loads[largest], ds, zero), self._shortage()):
+                if warning:
+                    log.warning("%s", warning)
         if self._measure != "off":
             again = self._measure == "epochs"
             self._profiler = MemoryProfiler(trainer.engine, *self._parts, self._report, again=again)
