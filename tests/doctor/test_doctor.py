@@ -98,12 +98,15 @@ def test_values_that_are_left_to_the_run_are_no_fault(place, tmp_path):
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": 12,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "_comment": "of the old cluster",
     }
     (tmp_path / "auto.json").write_text(json.dumps(content))
     diagnosis = alone(
         place, tmp_path, num_gpus=2, master_port=free_port(), deepspeed_config=tmp_path / "auto.json"
     )
     assert diagnosis.status == 0, diagnosis.text
+    aside = r"images a step; set aside, without effect here: _comment \(a comment\)"
+    diagnosis.has("deepspeed_config", OK, "", aside, "")
     (tmp_path / "auto.json").write_text(json.dumps({**content, "gradient_clippping": "auto"}))
     diagnosis = alone(
         place, tmp_path, num_gpus=2, master_port=free_port(), deepspeed_config=tmp_path / "auto.json"

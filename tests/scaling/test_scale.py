@@ -55,6 +55,14 @@ def read(tmp_path: Path, text: dict, **sizes: int | None) -> tuple[ScalingStrate
 # ---- which trainings
 
 
+def test_what_has_no_effect_is_set_aside_and_not_handed_to_trainings(tmp_path):
+    found, problems = read(tmp_path, {"train_batch_size": 8, "_why": "x", "aio": {"block_size": 1}})
+    assert not problems
+    assert found is not None
+    assert [path for path, _ in found.set_aside] == ["_why", "aio"]
+    assert not found.source
+
+
 @pytest.mark.parametrize(
     ("source", "sizes", "expected"),
     [
