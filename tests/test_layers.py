@@ -46,6 +46,8 @@ PURE |= {
     "partial",
     "JsonKey",
     "JsonSection",
+    "SetAside",
+    "Alias",
     "Refused",
     "number",
     "one_of",
