@@ -73,6 +73,16 @@ def export_to_torch(place: Environment, *, instead: bool = False) -> None:
             os.environ[name] = str(value)
 
 
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep where they wait for each other. Call it before torch is imported.
+
+    By default they wait in a loop, and keep a core from another process that could give theirs back. Where the user has
+    set any variable of it, nothing is changed.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0")  # GNU's and LLVM's; Intel's
+
+
 def all_variables() -> dict[str, str]:
     """Return a copy of this process's variables, for child processes."""
     return dict(os.environ)

@@ -16,6 +16,7 @@ from dsyolo.base.user_code import is_reference
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
+from dsyolo.config.resume_path import settle_resume
 from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unknown_in_recipe, unknown_option
 
 FOLDER_KEYS = ("project", "name")
@@ -40,8 +41,9 @@ def read_command_line(
     problems: list[str] = []
     fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
     given = read_options({**fields, **Recipe.model_fields}, argv, problems, program)
+    is_known = settle_resume(given, problems)  # else the run's own settings are not either
     point = _resume_point(given, problems)
-    resumes = point is not None or given.get("resume") == "always"
+    resumes = point is not None or given.get("resume") == "always" or not is_known
     base = point.config.dump() if point else {}
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
@@ -52,7 +54,8 @@ def read_command_line(
     recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)
     if "data" not in values and not resumes:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
-    problems += _missing_files(values, resumes)
+    if is_known or "deepspeed_config" in given:
+        problems += _missing_files(values, resumes)
     if is_reference(str(base.get("model", ""))) and "model" not in given:
         # A run's folder may be somebody else's: what it names is not run unless the command line names it.
         rule = f"missing, and only the command line may name code, as the resumed run's {base['model']}"

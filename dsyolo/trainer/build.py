@@ -37,11 +37,17 @@ from dsyolo.trainer.hooks.memory_profile_hook import MemoryProfileHook
 from dsyolo.trainer.hooks.metrics_hook import MetricsHook
 from dsyolo.trainer.hooks.preemption_hook import PreemptionHook
 from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
+from dsyolo.trainer.resumption import (
+    check_settings,
+    raise_if_finished,
+    resumed_state,
+    resumes_at,
+    settings_of,
+)
 from dsyolo.trainer.run_folder import lock_folder
 from dsyolo.trainer.session import Session
 from dsyolo.trainer.trainer import Trainer
 
-SAME = ("epochs", "num_images", "global_batch", "seed")  # fields of TrainState that a resumed run must repeat
 DEEPSPEED_OUTPUT = "steps_per_print", "dump_state", "memory_breakdown", "comms_logger", "wall_clock_breakdown"
 log = logging.getLogger(__name__)
 
@@ -65,24 +71,31 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     session.run_log.open_file(spec.folder)
     plan = spec.ds.source if spec.planned else None
     collectives.check_same(plan, "the plan of --deepspeed_config auto", "write one by dsyolo plan")
-    with contextlib.closing(
-        collectives.ClusterCommunicator(world, watchdog.at, preemption.is_requested)
-    ) as communicator:
-        indexes = index_splits(spec, world, communicator)
     folder = spec.folder / "checkpoints"
     set_aside = spec.config.resume == "auto"
     checkpoint = newest_whole(folder, world, set_aside=set_aside) if spec.resumes else None
+    saved = read_manifest(checkpoint, verify=False).progress if checkpoint else None
+    if checkpoint and saved:
+        check_settings(spec, saved, checkpoint)
+        raise_if_finished(spec, saved, world)
+    with contextlib.closing(
+        collectives.ClusterCommunicator(world, watchdog.at, preemption.requested_status)
+    ) as communicator:
+        indexes = index_splits(spec, world, communicator)
     network, taken = build_network(spec, checkpoint)
     data = build_data(spec, world, indexes, network)
     closing.callback(data.close)
+    state = new_state(spec, data.sampler)
+    if checkpoint and saved:
+        check_settings(spec, saved, checkpoint, data.sampler.num_images)
     parts = build_engine(spec, world, network, data.sampler)
     if world.is_main_process and taken:
         log.info("%s", taken)
     preemption.raise_if_requested(wait=True)
-    state = new_state(spec, data.sampler)
     if checkpoint:
-        _check_settings(read_manifest(checkpoint, verify=False).progress, state, str(checkpoint))
-        state = parts.checkpointer.load(checkpoint, verified=True)
+        state = resumed_state(spec, parts.checkpointer.load(checkpoint, verified=True), state)
+        if world.is_main_process:
+            log.info("%s", resumes_at(state, checkpoint))
     tracker, artifacts = collectives.all_ranks_or_raise(
         lambda: _main_process_parts(spec, world, data, state, parts, user_writers)
     )
@@ -136,25 +149,8 @@ def new_state(spec: RunSpec, sampler: StepSampler) -> TrainState:
         num_images=sampler.num_images,
         global_batch=sampler.global_batch,
         seed=spec.config.seed,
-        settings={
-            "optimizer.type": spec.ds.optimizer.type,
-            **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer.params.items()},
-            "gradient_clipping": spec.ds.gradient_clipping,
-            "names": list(spec.data.names),
-        },
+        settings=settings_of(spec),
     )
-
-
-def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None:
-    """Refuse a checkpoint of a run with other settings."""
-    before, given = ({**s.settings, **{key: getattr(s, key) for key in SAME}} for s in (saved, now))
-    changed = [
-        f"{key}: {given.get(key)} now, but {before.get(key)} when it was saved. Give what was given then."
-        for key in {**before, **given}
-        if given.get(key) != before.get(key)
-    ]
-    if changed:
-        raise UserError(f"{checkpoint} cannot be resumed from", changed)
 
 
 def _user_classes(references: str | None, option: str, base: type[Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
             f"device: {engine.device}, {threads} threads a rank",
         ]
         log.info("%s", "\n".join(lines))
-        if warning := schedule.warning():
+        if (warning := schedule.warning()) and spec.schedule_epochs == config.epochs:
             log.warning("%s", warning)
     return EngineParts(engine, partitions, ema, checkpointer, info, _rank_load(spec, world, parallelized))
 
@@ -107,7 +107,7 @@ def build_schedule(spec: RunSpec, sampler: StepSampler) -> Schedule:
     is_scaled = recipe.lr_scaling != "none"
     warmup_images = max(recipe.warmup_epochs * sampler.num_images, recipe.warmup_min_images)
     return Schedule(
-        total_steps=sampler.epoch_start_step(spec.config.epochs),
+        total_steps=sampler.epoch_start_step(spec.schedule_epochs),
         warmup_steps=max(round(warmup_images / sampler.global_batch), int(is_scaled)),
         lr=optimizer.lr * lr_factor(recipe.lr_scaling, sampler.global_batch),
         lrf=recipe.lrf,
@@ -129,6 +129,11 @@ def _explain(spec: RunSpec, schedule: Schedule) -> list[str]:
         times = schedule.lr / ds.optimizer.lr
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
         lines.append(f"lr: {schedule.lr:g}, {what}")
+    if spec.schedule_epochs < spec.config.epochs:
+        end = f"the end of its schedule over {spec.schedule_epochs} epochs"
+        lines.append(
+            f"extended to {spec.config.epochs} epochs: lr {schedule.lr_at(schedule.total_steps):.3g}, {end}"
+        )
     if spec.config.sync_batchnorm:
         lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.dp_size} images")
     return lines
