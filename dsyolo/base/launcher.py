@@ -45,10 +45,19 @@ class Launcher:
                     os.kill(pid, number)
 
 
-def started_at(pid: int) -> str:
-    """Return the time at which a process started, in the kernel's ticks; empty if it has gone, or without /proc."""
-    fields = _stat(pid)
-    return fields[19] if len(fields) > 19 else ""
+def parent_of_all_ranks() -> str:
+    """Return a name that this machine's ranks share, and no other run's: of the process that started them all.
+
+    Empty where that is not known: the ranks may have been started one by one.
+    """
+    parent = os.getppid()
+    command = _command_line(parent)
+    if not (
+        "deepspeed.launcher.launch" in command or any(Path(word).name == "ranks.py" for word in command[:3])
+    ):
+        return ""
+    fields = _stat(parent)  # ids are used again, but not in the same tick of the kernel's clock
+    return f"{parent}-{fields[19]}" if len(fields) > 19 else ""
 
 
 def _command_line(pid: int) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
+from dsyolo.base.environment import wandb_options
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import is_reference
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
@@ -33,7 +34,7 @@ def read_command_line(
     """Read a command line (None: of this process); return the run and where it resumes. The help names `program`.
 
     Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
-    `config.yaml` of the resumed run, then the defaults.
+    `config.yaml` of the resumed run, then W&B's own variables (WANDB_MODE even before that file), then the defaults.
 
     Raises:
         UserError: unknown options, values out of range, missing files: all of them at once.
@@ -48,7 +49,11 @@ def read_command_line(
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
     # A run may have been moved: its folder is the one where it was found.
-    values = {**{key: value for key, value in base.items() if key not in FOLDER_KEYS}, **given}
+    kept = {key: value for key, value in base.items() if key not in FOLDER_KEYS}
+    wandb = wandb_options(problems)
+    if point:  # its W&B run goes on where it is; whether this machine reaches W&B is another matter
+        wandb = {key: value for key, value in wandb.items() if key == "wandb"}
+    values = {**kept, **wandb, **given}
     if recipe_base is None or "hyp" in given:
         recipe_base = _read_recipe(str(values.get("hyp", "low")), problems)
     recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)

@@ -10,7 +10,7 @@ from dsyolo.cluster.run_lock import BUSY, RunLock
 from dsyolo.cluster.shared_fs import set_aside
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.resolve import RunSpec
-from dsyolo.config.resume import ResumePoint, config_path, extension_fault, resume_point
+from dsyolo.config.resume import ResumePoint, extension_fault, resume_point
 from dsyolo.config.run_config import RunConfig, differences
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
         if problem := cannot_hold_files(one):
             raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
     if not resume:
-        # With auto, overwrite the leftovers of a run stopped before its first checkpoint.
-        if run.resume == "never" and config_path(folder).exists():
+        # The leftovers of a run stopped before its first checkpoint are overwritten, or set aside by `lock_folder`.
+        if run.resume == "never" and all_checkpoints(folder / "checkpoints"):
             rule = "it holds a run already. Resume it with --resume, or choose another folder with --name."
             raise UserError(f"{folder} cannot be used", [rule])
         return
@@ -66,5 +66,7 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
         resume = replace(spec.resume, config=resume.config, version=resume.version)
     check_folder(spec.config, resume)
     if not resume and (kept := set_aside(spec.folder / "weights")):
+        for name in ("metrics.jsonl", "results.png", "predictions.jpg"):
+            set_aside(spec.folder / name)
         rule = "held weights but no checkpoint to resume from. The weights were moved to"
-        log.warning("%s %s %s.", spec.folder, rule, kept)
+        log.warning("%s %s %s, and the figures of that run beside them.", spec.folder, rule, kept)
