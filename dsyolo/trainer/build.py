@@ -35,6 +35,7 @@ from dsyolo.trainer.hooks.ema_hook import EmaHook
 from dsyolo.trainer.hooks.heartbeat_hook import HeartbeatHook
 from dsyolo.trainer.hooks.memory_profile_hook import MemoryProfileHook
 from dsyolo.trainer.hooks.metrics_hook import MetricsHook
+from dsyolo.trainer.hooks.other_load_hook import OtherLoadHook
 from dsyolo.trainer.hooks.preemption_hook import PreemptionHook
 from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
 from dsyolo.trainer.resumption import (
@@ -88,7 +89,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     state = new_state(spec, data.sampler)
     if checkpoint and saved:
         check_settings(spec, saved, checkpoint, data.sampler.num_images)
-    parts = build_engine(spec, world, network, data.sampler)
+    parts = build_engine(spec, world, network, data.sampler, session.other_load)
     if world.is_main_process and taken:
         log.info("%s", taken)
     preemption.raise_if_requested(wait=True)
@@ -126,6 +127,7 @@ def build_hooks(
     )
     if tracker and times:
         tracker.mfu = times.mfu
+    on_cpu = parts.engine.device.type == "cpu"
     hooks: list[Hook | None] = [
         ArtifactsHook(artifacts) if artifacts else None,
         times,
@@ -135,6 +137,7 @@ def build_hooks(
         MetricsHook(tracker) if tracker else None,
         DivergenceHook(config.max_skipped_steps, artifacts),
         CheckpointHook(parts.checkpointer, parts.ema, artifacts, config.save_every),
+        OtherLoadHook(session.other_load, config.threads) if on_cpu else None,
         PreemptionHook(session.preemption),
         HeartbeatHook(session.watchdog),
     ]

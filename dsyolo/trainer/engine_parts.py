@@ -8,11 +8,13 @@ import torch
 
 from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.manifest import read_buffers
-from dsyolo.cluster.world import World, parallel_dims, set_threads
+from dsyolo.cluster.world import World, cores_of_rank, parallel_dims, set_threads
+from dsyolo.config.messages import counted
 from dsyolo.config.resolve import RunSpec
 from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.buffers import named_buffers
+from dsyolo.engine.device import pins_memory
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.offload import move_to_folders
@@ -24,6 +26,7 @@ from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model
 from dsyolo.models.weights import WeightsInfo, describe, load_into
 from dsyolo.planner.memory_estimate import RankLoad
+from dsyolo.tracking.other_load import OtherLoad, threads_beside
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +59,12 @@ def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[Detect
     return network, taken
 
 
-def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler: StepSampler) -> EngineParts:
+def build_engine(
+    spec: RunSpec, world: World, network: DetectionNetwork, sampler: StepSampler, other_load: OtherLoad
+) -> EngineParts:
     """Build the engine around the network, and what keeps its state."""
     config, ds = spec.config, spec.ds
-    threads = set_threads(world, config.threads)
+    threads = _set_threads(world, config.threads, other_load)
     network.checkpointed = spec.activations.checkpointed
     network.offload_inputs = ds.parallelism.offload.activations
     num_parameters = sum(p.numel() for p in network.parameters())
@@ -93,12 +98,23 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
             f"{config.model}: {num_parameters:,} parameters",
             *_explain(spec, schedule),
             *parallelized.lines,
-            f"device: {engine.device}, {threads} threads a rank",
+            f"device: {engine.device}, {threads}",
         ]
         log.info("%s", "\n".join(lines))
         if (warning := schedule.warning()) and spec.schedule_epochs == config.epochs:
             log.warning("%s", warning)
     return EngineParts(engine, partitions, ema, checkpointer, info, _rank_load(spec, world, parallelized))
+
+
+def _set_threads(world: World, chosen: int | None, other_load: OtherLoad) -> str:
+    """Set the threads of this rank, on a CPU beside the load of others since the start; return a line about them."""
+    load = 0.0 if pins_memory() else other_load.take() or 0.0
+    threads = set_threads(world, chosen or threads_beside(load, world))
+    text = f"{counted(threads, 'thread')} a rank"
+    if chosen or threads == cores_of_rank(world):
+        return text
+    busy = f"other programs keep {load:.1f} of {other_load.num_cores} cores busy"
+    return f"{text}, as {busy} (--threads N fixes them)"
 
 
 def build_schedule(spec: RunSpec, sampler: StepSampler) -> Schedule:
