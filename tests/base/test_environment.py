@@ -99,7 +99,7 @@ def test_a_run_says_so_without_a_traceback():
         ({"KMP_BLOCKTIME": "200"}, {"KMP_BLOCKTIME": "200"}),
     ],
 )
-def test_threads_wait_passively_unless_the_user_has_said_how(monkeypatch, given, after):
+def test_threads_wait_passively_unless_the_user_chose(monkeypatch, given, after):
     monkeypatch.setattr(os, "environ", dict(given))
     wait_passively()
     assert os.environ == after
