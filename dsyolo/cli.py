@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.start import prepare_training
 from dsyolo.base.stdio import outlive_readers
 
 TRAIN = "train"  # has a parser of its own
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: the command's own, 2 for a mistake of the user's, or 128 + the signal."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == [TRAIN]:
+        prepare_training()
         outlive_readers()  # before train.py is imported, as in its own entry: loggers take hold of the streams
         return import_module(COMMANDS[TRAIN][0]).main(argv[1:], f"dsyolo {TRAIN}")
     args = parse(argv)

@@ -8,6 +8,10 @@ import sys
 
 if __name__ == "__main__" and sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
     del sys.path[0]  # put there for a script: our folders would hide packages of the same names
+if __name__ == "__main__":
+    from dsyolo.base.start import prepare_training
+
+    prepare_training()  # before torch is imported
 
 import logging
 import time
@@ -29,6 +33,7 @@ from dsyolo.planner.auto import plan_config
 from dsyolo.planner.local_hardware import hardware_here
 from dsyolo.tracking.log_setup import FILE_ONLY, RunLog
 from dsyolo.trainer.build import build
+from dsyolo.trainer.hooks.base import StopTraining
 from dsyolo.trainer.oom_restart import restart_with_less
 from dsyolo.trainer.run_folder import check_folder
 from dsyolo.trainer.session import Session
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Run the command line of `program`; return the exit status.
 
     0; 2 for a mistake of the user's; 65 where the training diverges; 74 where its end could not be saved; 75 after
-    SIGTERM, with all saved, and where another run is in its folder; 130 for Ctrl-C. A rank that is lost ends all of
+    SIGTERM, with all saved, and where another run is in its folder; 130 after Ctrl-C, with all saved too. A rank that is lost ends all of
     them with 70 (cluster/watchdog.py).
     """
     try:
@@ -68,8 +73,8 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         return error.status
     except KeyboardInterrupt:
         if world.is_main_process:
-            log.error("Interrupted. --resume continues from the last checkpoint, if there is one.")
-        return 130
+            log.error("Interrupted. --resume auto continues from the last checkpoint, if there is one.")
+        return preemption.INTERRUPTED
     except Exception:
         log.exception("The run ends with this error:", extra=FILE_ONLY)  # Python prints it on the terminal
         raise
@@ -97,19 +102,21 @@ def read(argv: Sequence[str] | None, world: World, program: str = "train.py") ->
 
 def train(spec: RunSpec, world: World, session: Session) -> int:
     """Build and train; return the exit status. Whatever is raised, all that was opened is closed."""
-    end = None
+    end, status = None, 0
     with session, ExitStack() as closing:
         try:
             end = build(spec, world, session, closing).fit()
-        except Preempted:  # before the first step
-            pass
+        except Preempted as request:  # before the first step
+            status = request.status
+        except StopTraining as stop:  # nothing is left to train
+            end = stop.end
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 restart_with_less(spec, session.watchdog)
             session.watchdog.wait_for_verdict()  # most likely a collective failed because another rank is lost
             raise
     if end is None:
-        preemption.leave_at_once(world)
+        preemption.leave_at_once(world, status)
     if end.message and world.is_main_process:
         log.error("%s", end.message)
     return end.status

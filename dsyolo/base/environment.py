@@ -12,6 +12,16 @@ from typing import NamedTuple
 
 from dsyolo.base.errors import UserError
 
+_WANDB = {"wandb": "WANDB_MODE", "wandb_project": "WANDB_PROJECT", "wandb_name": "WANDB_NAME"}
+_WANDB_MODES = {  # W&B's modes, and its older names for two of them
+    "online": "online",
+    "offline": "offline",
+    "disabled": "disabled",
+    "shared": "online",
+    "run": "online",
+    "dryrun": "offline",
+}
+
 
 class Environment(NamedTuple):
     """The settings that the environment gives."""
@@ -71,6 +81,32 @@ def export_to_torch(place: Environment, *, instead: bool = False) -> None:
     for name, value in variables.items():
         if instead or name not in os.environ:
             os.environ[name] = str(value)
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep where they wait for each other. Call it before torch is imported.
+
+    By default they wait in a loop, and keep a core from another process that could give theirs back. Where the user has
+    set any variable of it, nothing is changed.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0")  # GNU's and LLVM's; Intel's
+
+
+def wandb_options(problems: list[str]) -> dict[str, str]:
+    """Return the options that W&B's own variables give, by their names here; one that cannot be used is a problem.
+
+    W&B itself reads WANDB_ENTITY and WANDB_RUN_GROUP, for which dsyolo has no option.
+    """
+    found = {key: os.environ.get(name) for key, name in _WANDB.items()}
+    options = {key: value for key, value in found.items() if value}
+    if mode := options.get("wandb"):
+        options["wandb"] = _WANDB_MODES.get(mode, "")
+        if not options["wandb"]:
+            rule = f"{mode!r} given, but it must be {', '.join(_WANDB_MODES)}"
+            problems.append(f"WANDB_MODE: {rule}. Correct the variable, or unset it.")
+            del options["wandb"]
+    return options
 
 
 def all_variables() -> dict[str, str]:

@@ -28,6 +28,9 @@ class TrainState(BaseModel):
     skipped_in_a_row: int = 0  # the last steps, up to now
     tracking: dict[str, Any] = {}  # the states of all hooks; the key in checkpoints stays
     settings: dict[str, Any] = {}  # what a resumed run must repeat, by the names that users know
+    schedule_epochs: int = (
+        0  # over which the lr comes down; less than `epochs` in a run that was extended, 0: equal
+    )
 
     def advance(self, stats: StepStats) -> TrainState:
         """Count one more optimizer step."""
@@ -41,5 +44,12 @@ class TrainState(BaseModel):
         is_best = fitness > self.best_fitness
         if is_best:
             self.best_fitness, self.best_epoch = fitness, self.epoch
-        self.stopped_early = patience > 0 and self.epoch - self.best_epoch >= patience
+        self.stopped_early = self.is_out_of_patience(patience, self.epoch)
         return is_best
+
+    def is_out_of_patience(self, patience: int, epoch: int) -> bool:
+        """Return whether `patience` epochs up to `epoch` brought no better fitness; 0 is endless.
+
+        Epochs before the first object is detected (fitness 0) do not count: a large or difficult data set has many.
+        """
+        return 0 < patience <= epoch - self.best_epoch and self.best_fitness > 0

@@ -90,7 +90,8 @@ class ClusterCommunicator:
 
     Args:
         at: called with where this rank is whenever it makes progress.
-        is_requested: returns whether this rank was asked to stop; then `exchange` raises Preempted on all ranks.
+        requested: returns an exit status if this rank was asked to stop, else 0; `exchange` then raises Preempted on
+            all ranks.
         timeout: of an exchange; None: gloo's own.
     """
 
@@ -100,21 +101,21 @@ class ClusterCommunicator:
         self,
         world: World,
         at: Callable[[str], None],
-        is_requested: Callable[[], bool],
+        requested: Callable[[], int],
         timeout: timedelta | None = None,
     ) -> None:
         self.rank, self.size, self.at = world.rank, world.size, at
         self.keeps_cache = world.local_rank == 0
-        self._is_requested = is_requested
+        self._requested = requested
         self._group = torch_dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
 
     def exchange(self, item: Any) -> list[Any]:
         """Return every rank's item, in the order of ranks. Items are our own, never a file's."""
-        gathered = [(self._is_requested(), item)] * self.size
+        gathered = [(self._requested(), item)] * self.size
         if self._group:
             torch_dist.all_gather_object(gathered, gathered[0], group=self._group)
-        if any(is_requested for is_requested, _ in gathered):
-            raise Preempted
+        if status := max(requested for requested, _ in gathered):
+            raise Preempted(status)
         return [item for _, item in gathered]
 
     def broadcast(self, rank: int, item: Any) -> Any:

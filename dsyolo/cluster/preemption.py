@@ -1,80 +1,127 @@
-"""Stops all ranks at the same step on SIGTERM, on SIGHUP, or when their deepspeed launcher has gone."""
+"""Stops all ranks at the same step on SIGTERM, SIGHUP or Ctrl-C, or when their deepspeed launcher has gone."""
 
 import contextlib
+import logging
 import os
-import re
 import select
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as torch_dist
 
+from dsyolo.base.launcher import Launcher
 from dsyolo.cluster.heartbeat import log_last_error
 from dsyolo.cluster.world import World
 
 STATUS = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of sysexits.h
+INTERRUPTED = (
+    130  # that of one that Ctrl-C ended, saved or not: a script that starts 75 again must not start this
+)
 POLL_S = 1.0
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's; a terminal's or an ssh session's that ends
+AGAIN_S = 0.5  # a second Ctrl-C within is the first one, which a program between has passed on as well
+# A scheduler's; a terminal's or an ssh session's that ends; Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 END = 0  # ends the listening thread; no signal has this number
-# The program that starts `deepspeed.launcher.launch` on one machine: a script, or a module after python -m.
-_RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
+log = logging.getLogger(__name__)
 
 
 class Preempted(Exception):
-    """A rank was asked to stop. Raised on all ranks at the same step."""
+    """A rank was asked to stop. Raised on all ranks at the same step.
+
+    Attributes:
+        status: the exit status of all ranks, `STATUS`, or `INTERRUPTED` where one of them got Ctrl-C.
+    """
+
+    def __init__(self, status: int = STATUS) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class PreemptionHandler:
-    """Handles SIGTERM, which schedulers send before they take a machine away, and SIGHUP of a terminal that ends.
+    """Handles SIGTERM, which schedulers send before they take a machine away, SIGHUP of a terminal that ends, and Ctrl-C.
 
-    The signal reaches ranks at different moments, or only one of them. So after every step they exchange on the host
+    A second Ctrl-C ends this process at once. The signal reaches ranks at different moments, or only one of them. So after every step they exchange on the host
     whether they got it, and read the answer after the next step: nobody waits.
     """
 
     def __init__(self, world: World) -> None:
-        self._is_signalled, self._launcher = False, _Launcher()
+        self._world, self._launcher = world, Launcher()
+        self._request, self._interrupted_at = 0, 0.0  # an exit status; seconds
         self._group = torch_dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
         for number in _handled_signals():
             signal.signal(number, self._handle)
+        if signal.SIGINT in _handled_signals():
+            self._listen()
 
-    def _handle(self, *_: Any) -> None:
-        self._is_signalled = True
+    def _handle(self, number: int, _frame: Any) -> None:
+        self._request = max(self._request, _status_of(number))
+
+    def _listen(self) -> None:
+        """Notice Ctrl-C at once, in a thread: the main one may be in a long call of C++."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+        def listen() -> None:
+            while received := os.read(reader, 64):
+                if signal.SIGINT in received:
+                    self._interrupt()
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    def _interrupt(self) -> None:
+        now, before = time.monotonic(), self._interrupted_at
+        if before and now - before < AGAIN_S:
+            return
+        self._interrupted_at = now
+        self._launcher.end()
+        self._request = INTERRUPTED
+        if before:
+            leave_at_once(self._world, INTERRUPTED, "Interrupted again: this rank ends without saving.")
+        if self._world.is_main_process:
+            log.warning("Interrupted: the run saves, and ends. Ctrl-C again ends it at once.")
 
     def is_requested(self) -> bool:
         """Return whether this rank was asked to stop; the others may not know yet."""
-        return self._is_signalled or self._launcher.has_gone()
+        return bool(self.requested_status())
+
+    def requested_status(self) -> int:
+        """Return the exit status that this rank was asked to stop with; 0 if it was not."""
+        return self._request or (STATUS if self._launcher.has_gone() else 0)
 
     def raise_if_requested(self, *, wait: bool = False) -> None:
         """Raise Preempted on all ranks if one was asked to stop. All of them must call it after every step.
 
         With `wait`, wait for the answer of this step too.
         """
-        is_requested = self._take_answer() if self._group else self.is_requested()
+        status = self._take_answer() if self._group else self.requested_status()
         if self._group:
-            request = torch.tensor([self.is_requested()], dtype=torch.uint8)
+            request = torch.tensor(
+                [self.requested_status()], dtype=torch.uint8
+            )  # Ctrl-C has the larger status
             work = torch_dist.all_reduce(request, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
             self._pending = work, request
-            is_requested = (wait and self._take_answer()) or is_requested
-        if is_requested:
-            raise Preempted
+            status = (self._take_answer() if wait else 0) or status
+        if status:
+            raise Preempted(status)
 
     def close(self) -> None:
         """Wait for the exchange under way."""
         self._take_answer()
 
-    def _take_answer(self) -> bool:
-        """Wait for the exchange under way; return whether a rank was asked to stop."""
+    def _take_answer(self) -> int:
+        """Wait for the exchange under way; return the exit status if a rank was asked to stop, else 0."""
         if self._pending is None:
-            return False
+            return 0
         work, request = self._pending
         work.wait()
         self._pending = None
-        return bool(request)
+        return int(request)
 
 
 @contextlib.contextmanager
@@ -83,7 +130,7 @@ def ends_at_once(world: World) -> Iterator[None]:
 
     A thread listens, since the main thread may wait for other ranks in C++, where Python handles no signals.
     """
-    launcher = _Launcher()
+    launcher = Launcher()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -92,6 +139,9 @@ def ends_at_once(world: World) -> Iterator[None]:
         while END not in received:
             ready, *_ = select.select([reader], [], [], POLL_S)
             received = os.read(reader, 64) if ready else b""
+            if signal.SIGINT in received:
+                launcher.end()
+                leave_at_once(world, INTERRUPTED)
             if any(number in received for number in SIGNALS) or launcher.has_gone():
                 leave_at_once(world)
 
@@ -103,7 +153,9 @@ def ends_at_once(world: World) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
+        now = signal.set_wakeup_fd(before)
+        if now not in (writer, -1):  # that of the PreemptionHandler, which listens from now on
+            signal.set_wakeup_fd(now, warn_on_full_buffer=False)
         os.write(writer, bytes([END]))
         thread.join()
         os.close(reader)
@@ -115,46 +167,18 @@ def _handled_signals() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def leave_at_once(world: World) -> NoReturn:
-    """End this process without waiting for reading threads, which a slow disk may hold for minutes."""
-    if world.is_main_process:
-        log_last_error(
-            "Preempted before the first step: nothing to save. Run the same command again with --resume auto."
-        )
-    os._exit(STATUS)
+def leave_at_once(world: World, status: int = STATUS, text: str = "") -> NoReturn:
+    """End this process without waiting for reading threads, which a slow disk may hold for minutes.
 
-
-class _Launcher:
-    """The deepspeed launcher on this machine, if it started this rank.
-
-    `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks. SIGTERM ends the first alone, and SIGKILL
-    either: then nobody could stop the ranks.
+    Args:
+        text: the reason; empty before the first step.
     """
-
-    def __init__(self) -> None:
-        self._parents: dict[int, int] = {}  # by process id
-        launch = os.getppid()
-        if "deepspeed.launcher.launch" in _command_line(launch):
-            self._parents[os.getpid()] = launch
-            runner = _parent(launch)
-            if any(_RUNNER.fullmatch(Path(word).name) for word in _command_line(runner)[:3]):
-                self._parents[launch] = runner
-
-    def has_gone(self) -> bool:
-        return any(_parent(child) != parent for child, parent in self._parents.items())
+    if world.is_main_process:
+        word = "Interrupted" if status == INTERRUPTED else "Preempted"
+        again = "Run the same command again with --resume auto."
+        log_last_error(text or f"{word} before the first step: nothing to save. {again}")
+    os._exit(status)
 
 
-def _command_line(pid: int) -> list[str]:
-    """Return a process's arguments; none if it has gone, or without /proc."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
-
-
-def _parent(pid: int) -> int:
-    """Return the id of a process's parent; 0 if it has gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()[1])
-    except OSError:
-        return 0
+def _status_of(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else STATUS

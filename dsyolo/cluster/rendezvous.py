@@ -4,6 +4,7 @@ Torch's own waits half an hour, and over several hosts no launcher ends all rank
 the store in which torch will join them, and rank 0 judges.
 """
 
+import logging
 import os
 import socket
 import threading
@@ -15,12 +16,14 @@ from typing import Any, NoReturn
 import torch.distributed as torch_dist
 
 from dsyolo.base.errors import UserError
+from dsyolo.cluster.agreed_port import AgreedPort
 from dsyolo.cluster.heartbeat import STATUS, Heartbeat, log_last_error
 
 BEAT_S = 0.5
 LOST_S = 15.0  # without a beat: dead, stopped, or behind a network that is down
 NAME, ALL_HERE = "rendezvous", "rendezvous/all"
 END = "All ranks end; --resume auto resumes the run."
+log = logging.getLogger(__name__)
 
 
 class Rendezvous:
@@ -29,17 +32,31 @@ class Rendezvous:
     Args:
         address, port: where torch will let the ranks join; it shares the store.
         wait_s: rendezvous timeout in seconds. After it, this process ends with `heartbeat.STATUS`.
+        agreed: where rank 0 may choose another port, if this one is taken, and the others read which.
+
+    Attributes:
+        port: where rank 0 listens, once `wait` has returned.
 
     Raises:
         UserError: rank 0 cannot listen there.
     """
 
-    def __init__(self, rank: int, size: int, address: str, port: int, *, wait_s: float) -> None:
-        self._rank, self._size, self._place, self._wait_s = rank, size, f"{address}:{port}", wait_s
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        address: str,
+        port: int,
+        *,
+        wait_s: float,
+        agreed: AgreedPort | None = None,
+    ) -> None:
+        self._rank, self._size, self._address, self._wait_s = rank, size, address, wait_s
+        self.port, self._agreed = port, agreed
         self._all_here, self._closed = threading.Event(), threading.Event()
         options = {"world_size": size, "wait_for_workers": False, "multi_tenant": True}
-        self._server = _listen(address, port, options) if rank == 0 else None  # lives as long as this
-        connect = partial(self._connect, address, port, options)
+        self._server = self._listen(options) if rank == 0 else None  # lives as long as this
+        connect = partial(self._connect, options)
         self._thread = threading.Thread(target=lambda: self._attend(self._server or connect()), daemon=True)
         self._thread.start()
 
@@ -51,15 +68,44 @@ class Rendezvous:
         """Leave, after torch has joined the ranks."""
         self._closed.set()
         self._thread.join()
+        if self._rank == 0 and self._agreed:
+            self._agreed.remove()
 
-    def _connect(self, address: str, port: int, options: dict[str, Any]) -> torch_dist.TCPStore:
+    @property
+    def _place(self) -> str:
+        return f"{self._address}:{self.port}"
+
+    def _listen(self, options: dict[str, Any]) -> torch_dist.TCPStore:
+        """Listen at the port, or at a free one where it is taken and the others can read which."""
+        try:
+            store = _listen(self._address, self.port, options)
+        except UserError:
+            if not self._agreed:
+                raise
+            store = _listen(self._address, 0, options)
+            log.info("port %d is taken, most likely by another run: this one uses %d", self.port, store.port)
+        if self._agreed:
+            self.port = store.port
+            try:
+                self._agreed.write(self.port)
+            except OSError as error:
+                remedy = "Make room there, or name a free port: deepspeed --master_port N"
+                problem = f"{error.filename}: {error.strerror}. {remedy}."
+                raise UserError("The rendezvous failed", [problem]) from None
+        return store
+
+    def _connect(self, options: dict[str, Any]) -> torch_dist.TCPStore:
         """Connect to rank 0 once it listens. Torch's own client prints a stack at every try, and waits longer."""
         began = time.monotonic()
         while True:
             try:
-                socket.create_connection((address, port), LOST_S).close()
+                port = self._agreed.read() if self._agreed else self.port
+                if port is None:
+                    raise ConnectionError
+                self.port = port
+                socket.create_connection((self._address, port), LOST_S).close()
                 timeout = timedelta(seconds=LOST_S)
-                return torch_dist.TCPStore(address, port, is_master=False, timeout=timeout, **options)
+                return torch_dist.TCPStore(self._address, port, is_master=False, timeout=timeout, **options)
             except (OSError, RuntimeError):
                 waited_s = time.monotonic() - began
                 if waited_s > self._wait_s:

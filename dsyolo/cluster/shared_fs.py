@@ -32,16 +32,16 @@ def free_path(path: Path) -> Path:
     return next(one for one in paths if not one.exists())
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename a folder with files in it, or raise UserError. Return its new path; None if there are none."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+def set_aside(path: Path) -> Path | None:
+    """Rename a file, or a folder with files in it, or raise UserError. Return its new path; None if there are none."""
+    if not (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         return None
-    free = free_path(folder)
+    free = free_path(path)
     try:
-        folder.rename(free)
+        path.rename(free)
     except OSError as error:
         rule = f"it cannot be renamed to {free.name}: {error.strerror}"
-        raise UserError(f"{folder} cannot be used", [f"{rule}. Choose another folder with --name."]) from None
+        raise UserError(f"{path} cannot be used", [f"{rule}. Choose another folder with --name."]) from None
     return free
 
 

@@ -11,11 +11,13 @@ from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
+from dsyolo.base.environment import wandb_options
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import is_reference
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
+from dsyolo.config.resume_path import settle_resume
 from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unknown_in_recipe, unknown_option
 
 FOLDER_KEYS = ("project", "name")
@@ -32,7 +34,7 @@ def read_command_line(
     """Read a command line (None: of this process); return the run and where it resumes. The help names `program`.
 
     Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
-    `config.yaml` of the resumed run, then the defaults.
+    `config.yaml` of the resumed run, then W&B's own variables (WANDB_MODE even before that file), then the defaults.
 
     Raises:
         UserError: unknown options, values out of range, missing files: all of them at once.
@@ -40,14 +42,19 @@ def read_command_line(
     problems: list[str] = []
     fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
     given = read_options({**fields, **Recipe.model_fields}, argv, problems, program)
+    is_known = settle_resume(given, problems)  # else the run's own settings are not either
     point = _resume_point(given, problems)
-    resumes = point is not None or given.get("resume") == "always"
+    resumes = point is not None or given.get("resume") == "always" or not is_known
     base = point.config.dump() if point else {}
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
     named = set(recipe_given)
     # A run may have been moved: its folder is the one where it was found.
-    values = {**{key: value for key, value in base.items() if key not in FOLDER_KEYS}, **given}
+    kept = {key: value for key, value in base.items() if key not in FOLDER_KEYS}
+    wandb = wandb_options(problems)
+    if point:  # its W&B run goes on where it is; whether this machine reaches W&B is another matter
+        wandb = {key: value for key, value in wandb.items() if key == "wandb"}
+    values = {**kept, **wandb, **given}
     if recipe_base is None or "hyp" in given:
         hyp = str(values.get("hyp", "low"))
         recipe_base = _read_recipe(hyp, problems)
@@ -57,7 +64,8 @@ def read_command_line(
         recipe.model_fields_set.intersection_update(named)
     if "data" not in values and not resumes:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
-    problems += _missing_files(values, resumes)
+    if is_known or "deepspeed_config" in given:
+        problems += _missing_files(values, resumes)
     if is_reference(str(base.get("model", ""))) and "model" not in given:
         # A run's folder may be somebody else's: what it names is not run unless the command line names it.
         rule = f"missing, and only the command line may name code, as the resumed run's {base['model']}"

@@ -53,6 +53,11 @@ class RunSpec:
         """Return whether the run begins at a checkpoint."""
         return self.resume is not None
 
+    @property
+    def schedule_epochs(self) -> int:
+        """Return the epochs over which the lr comes down: fewer than the run's if it was finished and then extended."""
+        return (self.resume and self.resume.schedule_epochs) or self.config.epochs
+
 
 def resolve(
     argv: Sequence[str] | None,
@@ -85,7 +90,13 @@ def resolve(
     if network and (fault := image_size_fault(run.imgsz, run.model, network.size_multiple_px)):
         errors.append(UserError("This run cannot start", [f"--imgsz: {fault}"]))
     if resume and (saved := saved_state(resume.checkpoints)):
-        resume = replace(resume, global_batch=saved.global_batch)
+        resume = replace(
+            resume,
+            global_batch=saved.global_batch,
+            epochs=saved.epochs,
+            schedule_epochs=saved.schedule_epochs or saved.epochs,
+            is_finished=saved.epoch >= saved.epochs,
+        )
     known = None if errors else data  # planning needs a network, its images and their classes
     layers = network.has_parameters if network else None
     planned = _attempt(errors, lambda: _configure(run, known, layers, resume, world_size, accelerator, plan))

@@ -14,6 +14,11 @@ class ResumePoint:
     config: RunConfig  # its settings so far
     version: tuple[int, int, int]  # inode, size and time of change of config.yaml
     global_batch: int | None = None  # images in a step so far; None: no checkpoint could be read yet
+    epochs: int | None = None  # those that the newest checkpoint was to be trained for; None as above
+    schedule_epochs: int | None = (
+        None  # over which its lr comes down: fewer if it was extended; None as above
+    )
+    is_finished: bool = False  # all epochs are trained
 
     @property
     def checkpoints(self) -> Path:
@@ -40,6 +45,26 @@ def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) ->
     if known and status and known.version == version:
         return known
     return ResumePoint(folder, RunConfig.load(path), version)
+
+
+def extension_fault(point: ResumePoint, epochs: int, lrf: float) -> str | None:
+    """Return why a run cannot be extended to `epochs`; None where it can, or where they do not grow.
+
+    A finished run goes on at the lr that its schedule ended with. An unfinished one is in the middle of a schedule over
+    its own epochs, which would jump.
+
+    Args:
+        lrf: the final lr as a fraction of the peak.
+    """
+    if epochs <= (point.epochs or point.config.epochs):
+        return None
+    anew = f"start another run from its weights: --weights {point.folder}/weights/last.safetensors --name NEW"
+    if not point.is_finished:
+        rule = "only a finished run can be extended, as the lr comes down over its epochs"
+        return f"{rule}. Finish it first, without --epochs; or {anew}."
+    if not lrf:
+        return f"the schedule of the run has ended with lr 0 (--lrf 0), by which nothing is learned. To go on, {anew}."
+    return None
 
 
 def config_path(folder: Path) -> Path:

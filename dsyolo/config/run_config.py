@@ -75,7 +75,7 @@ class RunConfig(BaseModel):
     hyp: str = _run("low", "recipe: low, med, high or a YAML file")
     resume: Literal["never", "always", "auto"] = _run(
         "never",
-        "resume PROJECT/NAME: never, always, or auto (resume if there is a checkpoint, else start)",
+        "resume PROJECT/NAME: never, always, or auto (resume if there is a checkpoint, else start); or the path of a run",
         alone="always",
     )
     project: str = _run("runs", "folder of runs", min_length=1)

@@ -39,6 +39,7 @@ def limit_opencv() -> None:
 def _settle(_worker: int) -> None:
     # Launchers send SIGTERM to workers too. The training stops between two steps, so workers must outlive it.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; they end with their rank
     limit_opencv()
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from dsyolo.base.environment import all_variables
+from dsyolo.cluster.agreed_port import DEFAULT as DEFAULT_PORT
 from dsyolo.doctor.answers import Hello, LinkAnswer, NetworkAnswer, Port, Python, Result
 from dsyolo.doctor.ask import Reply
 from dsyolo.doctor.context import DoctorContext, DoctorOptions
@@ -197,7 +198,9 @@ def port(context: DoctorContext) -> Iterator[Finding]:
     """Check that the first rank can listen at the master port."""
     number = context.options.master_port
     for host, found in context.answers(Port).items():
-        if found.fault:
+        if found.fault and number == DEFAULT_PORT and len(context.hosts) == 1:
+            yield Finding("port", host, OK, f"{number} is taken, so the run takes a free one")
+        elif found.fault:
             by = f", taken by {found.holder}" if found.holder else ""
             remedy = "End that process, or give the launcher and this command another --master_port."
             yield Finding("port", host, FAIL, f"{number}: {found.fault}{by}", remedy)

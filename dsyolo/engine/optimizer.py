@@ -76,7 +76,8 @@ class Schedule:
     """Learning rate, momentum and weight decay at every optimizer step: a pure function of the step.
 
     After the warm-up, lr(x) = lr * (shape(x) * (1 - lrf) + lrf) with x the share of all steps done and shape
-    linear, 1 - x, or cosine, (1 + cos(pi x)) / 2. During it, the rate of weights rises linearly from 0, that of
+    linear, 1 - x, or cosine, (1 + cos(pi x)) / 2; it stays at lr * lrf after the last one, where a finished run is
+    extended. During it, the rate of weights rises linearly from 0, that of
     biases comes from `warmup_bias_lr`, momentum from `warmup_momentum`.
 
     Args:
@@ -114,7 +115,7 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the weights at step `step` (0-based), without the warm-up."""
-        x = step / max(self.total_steps, 1)
+        x = min(step / max(self.total_steps, 1), 1.0)
         falling = (1 + math.cos(math.pi * x)) / 2 if self.shape == "cosine" else 1 - x
         return self.lr * (falling * (1 - self.lrf) + self.lrf)
 

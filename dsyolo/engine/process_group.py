@@ -10,6 +10,7 @@ import torch
 import torch.distributed as torch_dist
 
 from dsyolo.base.environment import export_to_torch, read_environment
+from dsyolo.cluster.agreed_port import agreed_port
 from dsyolo.cluster.rendezvous import Rendezvous
 from dsyolo.cluster.world import World, world_from_environment
 from dsyolo.engine import deepspeed_internals as internals
@@ -40,8 +41,11 @@ def started(rendezvous_timeout_s: float = 300) -> Iterator[World]:
     rendezvous = None
     if world.size > 1 and not place.under_torchrun:
         address, port = str(place.master_addr), place.master_port or 0
-        rendezvous = Rendezvous(world.rank, world.size, address, port, wait_s=rendezvous_timeout_s)
+        rendezvous = Rendezvous(
+            world.rank, world.size, address, port, wait_s=rendezvous_timeout_s, agreed=agreed_port(place)
+        )
         rendezvous.wait()
+        export_to_torch(place._replace(master_port=rendezvous.port), instead=True)
     deepspeed.init_distributed(accelerator().communication_backend_name(), verbose=False)
     send_only_shares()
     yield world

@@ -1,8 +1,6 @@
 """The hardware of this machine: its devices, their memory for each rank, and their peak FLOP/s, which MFU refers to."""
 
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -10,6 +8,7 @@ import torch
 from dsyolo.cluster.world import World
 from dsyolo.config.spec import Precision
 from dsyolo.engine.device import total_memory
+from dsyolo.planner.cpu_peak import Peak
 from dsyolo.planner.hardware import GIB, Device, Hardware, device_named, typical_device
 
 CPU_SHARE = 0.8  # share of a machine's memory that training may take
@@ -17,7 +16,6 @@ CPU_SHARE = 0.8  # share of a machine's memory that training may take
 CPU_TFLOPS, CPU_BYTES_S, CPU_LINK_BYTES_S = 0.07, 20e9, 1.5e9
 GRAIN = GIB // 4  # a rank's memory is rounded down to it, so that all ranks see the same
 AMPERE = (8, 0)  # NVIDIA's first generation with bf16; AMD's numbers are all above it
-SIDE, TRIES = 1024, 10  # a product of square matrices takes 2 SIDE^3 operations, some 20 ms of a core
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -61,13 +59,6 @@ def _has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-class Peak(NamedTuple):
-    """The peak FLOP/s of one rank's device, and the source of that figure."""
-
-    flops_per_s: float
-    source: str
-
-
 def peak_of_gpu(name: str, precision: Precision) -> Peak | None:
     """Return the dense peak by the data sheet; None for a GPU that is not in the table."""
     device = device_named(name)
@@ -76,23 +67,3 @@ def peak_of_gpu(name: str, precision: Precision) -> Peak | None:
     # cuDNN may use TF32 for convolutions in fp32 (torch's default), so this figure for fp32 is a low one.
     tflops = device.tflops_fp32 if precision.compute == "fp32" else device.tflops_half
     return Peak(tflops * 1e12, f"data sheet of {device.name}: {tflops:g} TFLOP/s")
-
-
-def peak_of_cpu(precision: Precision) -> Peak:
-    """Measure the fastest of some matrix products on this rank's threads.
-
-    Half precision is also tried in fp32, which is faster if the CPU has no instructions for bf16.
-    """
-    dtypes = [torch.float32] if precision.compute == "fp32" else [torch.float32, torch.bfloat16]
-    rate, dtype = max((_measured(dtype), str(dtype).removeprefix("torch.")) for dtype in dtypes)
-    return Peak(rate, f"a product of {SIDE}x{SIDE} matrices in {dtype}: {rate / 1e9:.0f} GFLOP/s")
-
-
-def _measured(dtype: torch.dtype) -> float:
-    a = torch.ones(SIDE, SIDE, dtype=dtype)
-    times = []
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * SIDE**3 / min(times)

@@ -17,9 +17,7 @@ from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster import collectives
 from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.world import World
-from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.resolve import RunSpec
-from dsyolo.config.spec import SchedulerSpec
 from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.postprocess import OomSafePredictor, Predict
 from dsyolo.engine import device
@@ -37,15 +35,20 @@ from dsyolo.trainer.hooks.ema_hook import EmaHook
 from dsyolo.trainer.hooks.heartbeat_hook import HeartbeatHook
 from dsyolo.trainer.hooks.memory_profile_hook import MemoryProfileHook
 from dsyolo.trainer.hooks.metrics_hook import MetricsHook
+from dsyolo.trainer.hooks.other_load_hook import OtherLoadHook
 from dsyolo.trainer.hooks.preemption_hook import PreemptionHook
 from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
+from dsyolo.trainer.resumption import (
+    check_settings,
+    raise_if_finished,
+    resumed_state,
+    resumes_at,
+    settings_of,
+)
 from dsyolo.trainer.run_folder import lock_folder
 from dsyolo.trainer.session import Session
 from dsyolo.trainer.trainer import Trainer
 
-SAME = ("epochs", "num_images", "global_batch", "seed")  # fields of TrainState that a resumed run must repeat
-DECAY = "optimizer.params.weight_decay"
-UNSCALED = "optimizer.weight_decay_is_not_scaled"  # a setting of Adam's kinds
 DEEPSPEED_OUTPUT = "steps_per_print", "dump_state", "memory_breakdown", "comms_logger", "wall_clock_breakdown"
 log = logging.getLogger(__name__)
 
@@ -69,24 +72,31 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     session.run_log.open_file(spec.folder)
     plan = spec.ds.source if spec.planned else None
     collectives.check_same(plan, "the plan of --deepspeed_config auto", "write one by dsyolo plan")
-    with contextlib.closing(
-        collectives.ClusterCommunicator(world, watchdog.at, preemption.is_requested)
-    ) as communicator:
-        indexes = index_splits(spec, world, communicator)
     folder = spec.folder / "checkpoints"
     set_aside = spec.config.resume == "auto"
     checkpoint = newest_whole(folder, world, set_aside=set_aside) if spec.resumes else None
+    saved = read_manifest(checkpoint, verify=False).progress if checkpoint else None
+    if checkpoint and saved:
+        check_settings(spec, saved, checkpoint)
+        raise_if_finished(spec, saved, world)
+    with contextlib.closing(
+        collectives.ClusterCommunicator(world, watchdog.at, preemption.requested_status)
+    ) as communicator:
+        indexes = index_splits(spec, world, communicator)
     network, taken = build_network(spec, checkpoint)
     data = build_data(spec, world, indexes, network)
     closing.callback(data.close)
-    parts = build_engine(spec, world, network, data.sampler)
+    state = new_state(spec, data.sampler)
+    if checkpoint and saved:
+        check_settings(spec, saved, checkpoint, data.sampler.num_images)
+    parts = build_engine(spec, world, network, data.sampler, session.other_load)
     if world.is_main_process and taken:
         log.info("%s", taken)
     preemption.raise_if_requested(wait=True)
-    state = new_state(spec, data.sampler)
     if checkpoint:
-        _check_settings(read_manifest(checkpoint, verify=False).progress, state, str(checkpoint))
-        state = parts.checkpointer.load(checkpoint, verified=True)
+        state = resumed_state(spec, parts.checkpointer.load(checkpoint, verified=True), state)
+        if world.is_main_process:
+            log.info("%s", resumes_at(state, checkpoint))
     tracker, artifacts = collectives.all_ranks_or_raise(
         lambda: _main_process_parts(spec, world, data, state, parts, user_writers)
     )
@@ -117,6 +127,7 @@ def build_hooks(
     )
     if tracker and times:
         tracker.mfu = times.mfu
+    on_cpu = parts.engine.device.type == "cpu"
     hooks: list[Hook | None] = [
         ArtifactsHook(artifacts) if artifacts else None,
         times,
@@ -126,6 +137,7 @@ def build_hooks(
         MetricsHook(tracker) if tracker else None,
         DivergenceHook(config.max_skipped_steps, artifacts),
         CheckpointHook(parts.checkpointer, parts.ema, artifacts, config.save_every),
+        OtherLoadHook(session.other_load, config.threads) if on_cpu else None,
         PreemptionHook(session.preemption),
         HeartbeatHook(session.watchdog),
     ]
@@ -140,37 +152,8 @@ def new_state(spec: RunSpec, sampler: StepSampler) -> TrainState:
         num_images=sampler.num_images,
         global_batch=sampler.global_batch,
         seed=spec.config.seed,
-        settings={
-            "optimizer.type": spec.ds.optimizer.type,
-            **{f"optimizer.params.{key}": value for key, value in spec.ds.optimizer.params.items()},
-            **({UNSCALED: True} if spec.ds.optimizer.is_adam else {}),
-            **_scheduler_settings(spec.ds.scheduler),
-            "gradient_clipping": spec.ds.gradient_clipping,
-            "names": list(spec.data.names),
-        },
+        settings=settings_of(spec),
     )
-
-
-def _scheduler_settings(scheduler: SchedulerSpec | None) -> dict[str, Any]:
-    if scheduler is None:
-        return {}
-    params = {f"scheduler.params.{key}": value for key, value in scheduler.params.items()}
-    return {"scheduler.type": scheduler.type, **params}
-
-
-def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None:
-    """Refuse a checkpoint of a run with other settings."""
-    before, given = ({**s.settings, **{key: getattr(s, key) for key in SAME}} for s in (saved, now))
-    if UNSCALED in given and UNSCALED not in before and DECAY in before:
-        # Older versions scaled the weight decay of Adam's kinds too: this is what has run.
-        before |= {DECAY: before[DECAY] * saved.global_batch / NOMINAL_BATCH, UNSCALED: True}
-    changed = [
-        f"{key}: {given.get(key)} now, but {before.get(key)} when it was saved. Give what was given then."
-        for key in {**before, **given}
-        if given.get(key) != before.get(key)
-    ]
-    if changed:
-        raise UserError(f"{checkpoint} cannot be resumed from", changed)
 
 
 def _user_classes(references: str | None, option: str, base: type[Any]) -> dict[str, Any]:

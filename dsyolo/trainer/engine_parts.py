@@ -8,12 +8,14 @@ import torch
 
 from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.checkpoint.manifest import read_buffers
-from dsyolo.cluster.world import World, parallel_dims, set_threads
+from dsyolo.cluster.world import World, cores_of_rank, parallel_dims, set_threads
+from dsyolo.config.messages import counted
 from dsyolo.config.resolve import RunSpec
 from dsyolo.config.spec import OptimizerSpec, SchedulerSpec
 from dsyolo.data.sampler import StepSampler
 from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.buffers import named_buffers
+from dsyolo.engine.device import pins_memory
 from dsyolo.engine.ema import Ema, NoEma
 from dsyolo.engine.engine import Engine
 from dsyolo.engine.offload import move_to_folders
@@ -26,6 +28,7 @@ from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model
 from dsyolo.models.weights import WeightsInfo, describe, load_into
 from dsyolo.planner.memory_estimate import RankLoad
+from dsyolo.tracking.other_load import OtherLoad, threads_beside
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +62,12 @@ def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[Detect
     return network, taken
 
 
-def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler: StepSampler) -> EngineParts:
+def build_engine(
+    spec: RunSpec, world: World, network: DetectionNetwork, sampler: StepSampler, other_load: OtherLoad
+) -> EngineParts:
     """Build the engine around the network, and what keeps its state."""
     config, ds = spec.config, spec.ds
-    threads = set_threads(world, config.threads)
+    threads = _set_threads(world, config.threads, other_load)
     network.checkpointed = spec.activations.checkpointed
     network.offload_inputs = ds.parallelism.offload.activations
     num_parameters = sum(p.numel() for p in network.parameters())
@@ -97,13 +102,24 @@ def build_engine(spec: RunSpec, world: World, network: DetectionNetwork, sampler
             f"{config.model}: {num_parameters:,} parameters",
             *_explain(spec, schedule),
             *parallelized.lines,
-            f"device: {engine.device}, {threads} threads a rank",
+            f"device: {engine.device}, {threads}",
         ]
         log.info("%s", "\n".join(lines))
-        if warning := schedule.warning():
+        if (warning := schedule.warning()) and spec.schedule_epochs == config.epochs:
             log.warning("%s", warning)
     load = _rank_load(spec, world, parallelized)
     return EngineParts(engine, partitions, ema, checkpointer, info, load, record)
+
+
+def _set_threads(world: World, chosen: int | None, other_load: OtherLoad) -> str:
+    """Set the threads of this rank, on a CPU beside the load of others since the start; return a line about them."""
+    load = 0.0 if pins_memory() else other_load.take() or 0.0
+    threads = set_threads(world, chosen or threads_beside(load, world))
+    text = f"{counted(threads, 'thread')} a rank"
+    if chosen or threads == cores_of_rank(world):
+        return text
+    busy = f"other programs keep {load:.1f} of {other_load.num_cores} cores busy"
+    return f"{text}, as {busy} (--threads N fixes them)"
 
 
 def build_schedule(spec: RunSpec, sampler: StepSampler) -> AnySchedule:
@@ -111,7 +127,7 @@ def build_schedule(spec: RunSpec, sampler: StepSampler) -> AnySchedule:
     recipe, optimizer = spec.config.recipe, spec.ds.optimizer
     is_scaled = recipe.lr_scaling != "none"
     warmup_images = max(recipe.warmup_epochs * sampler.num_images, recipe.warmup_min_images)
-    total_steps = sampler.epoch_start_step(spec.config.epochs)
+    total_steps = sampler.epoch_start_step(spec.schedule_epochs)
     warmup_steps = max(round(warmup_images / sampler.global_batch), int(is_scaled))
     if spec.ds.scheduler:
         return warmup_schedule(spec.ds.scheduler, optimizer, total_steps, warmup_steps, sampler.global_batch)
@@ -158,6 +174,11 @@ def _explain(spec: RunSpec, schedule: AnySchedule) -> list[str]:
         times = schedule.lr / ds.optimizer.lr
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
         lines.append(f"lr: {schedule.lr:g}, {what}")
+    if spec.schedule_epochs < spec.config.epochs:
+        end = f"the end of its schedule over {spec.schedule_epochs} epochs"
+        lines.append(
+            f"extended to {spec.config.epochs} epochs: lr {schedule.lr_at(schedule.total_steps):.3g}, {end}"
+        )
     if spec.config.sync_batchnorm:
         lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.dp_size} images")
     return lines

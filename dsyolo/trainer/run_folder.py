@@ -1,6 +1,7 @@
 """Checks and locks the folder of a run."""
 
 import logging
+from dataclasses import replace
 
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.manifest import all_checkpoints
@@ -9,7 +10,7 @@ from dsyolo.cluster.run_lock import BUSY, RunLock
 from dsyolo.cluster.shared_fs import set_aside
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.resolve import RunSpec
-from dsyolo.config.resume import ResumePoint, config_path, resume_point
+from dsyolo.config.resume import ResumePoint, extension_fault, resume_point
 from dsyolo.config.run_config import RunConfig, differences
 
 log = logging.getLogger(__name__)
@@ -28,20 +29,22 @@ def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
         if problem := cannot_hold_files(one):
             raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
     if not resume:
-        # With auto, overwrite the leftovers of a run stopped before its first checkpoint.
-        if run.resume == "never" and config_path(folder).exists():
+        # The leftovers of a run stopped before its first checkpoint are overwritten, or set aside by `lock_folder`.
+        if run.resume == "never" and all_checkpoints(folder / "checkpoints"):
             rule = "it holds a run already. Resume it with --resume, or choose another folder with --name."
             raise UserError(f"{folder} cannot be used", [rule])
         return
     if not all_checkpoints(resume.checkpoints):
         rule = "it has no checkpoint yet. Use --resume auto, which starts the run afresh, or another --name."
         raise UserError(f"{folder} cannot be resumed", [rule])
-    changed = differences(resume.config, run)
+    rule = "Leave it out, or start another run with --name."
+    longer = run.epochs > (resume.epochs or resume.config.epochs)
+    lines = [line for line in differences(resume.config, run) if not (longer and line.startswith("epochs:"))]
+    changed = [f"{line}. {rule}" for line in lines]
+    if fault := extension_fault(resume, run.epochs, run.recipe.lrf):
+        changed.append(f"epochs: {resume.epochs or resume.config.epochs} -> {run.epochs}: {fault}")
     if changed:
-        rule = "Leave it out, or start another run with --name."
-        raise UserError(
-            f"{folder} cannot be resumed with other settings", [f"{line}. {rule}" for line in changed]
-        )
+        raise UserError(f"{folder} cannot be resumed with other settings", changed)
 
 
 def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler) -> None:
@@ -57,7 +60,13 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
             "another run has saved there, or removed what was saved, since this one has started. Start again."
         )
         raise UserError(f"{spec.folder} cannot be used", [rule], BUSY)
+    if (
+        resume and spec.resume and resume is not spec.resume
+    ):  # settings that a run beside this one has written again
+        resume = replace(spec.resume, config=resume.config, version=resume.version)
     check_folder(spec.config, resume)
     if not resume and (kept := set_aside(spec.folder / "weights")):
+        for name in ("metrics.jsonl", "results.png", "predictions.jpg"):
+            set_aside(spec.folder / name)
         rule = "held weights but no checkpoint to resume from. The weights were moved to"
-        log.warning("%s %s %s.", spec.folder, rule, kept)
+        log.warning("%s %s %s, and the figures of that run beside them.", spec.folder, rule, kept)

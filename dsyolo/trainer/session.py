@@ -12,6 +12,7 @@ from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
 from dsyolo.engine import process_group
 from dsyolo.tracking.log_setup import LOGS, RunLog
+from dsyolo.tracking.other_load import OtherLoad
 
 
 class Session:
@@ -25,6 +26,7 @@ class Session:
 
     def __init__(self, spec: RunSpec, world: World, run_log: RunLog) -> None:
         self.world, self.run_log = world, run_log
+        self.other_load = OtherLoad(world)  # first: measured meanwhile
         self.run_lock = RunLock(spec.folder, disposable=LOGS)
         with process_group.started(spec.config.rendezvous_timeout_s):
             self.watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)

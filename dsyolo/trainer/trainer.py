@@ -1,15 +1,17 @@
 """The training loop: epochs, steps and validations; everything else is a hook."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from dsyolo.cluster import preemption
 from dsyolo.cluster.preemption import Preempted
 from dsyolo.detection.evaluator import validate
 from dsyolo.detection.postprocess import PostProcessor
 from dsyolo.trainer.hooks.base import ExitStatus, RunningTrainer, StepResult, StopTraining, Validation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -29,11 +31,13 @@ class Trainer(RunningTrainer):
             try:
                 for epoch in self.epochs():
                     self._train_epoch(epoch)
+                self._log_early_stop()
             except StopTraining as stop:
                 end = stop.end
-            except Preempted:  # with the weights of the last step in place
+            except Preempted as request:  # with the weights of the last step in place
+                self.stop_status = request.status
                 ends = (end for end in self.hooks.call("preempted") if isinstance(end, ExitStatus))
-                end = next(ends, ExitStatus(preemption.STATUS, "Preempted."))
+                end = next(ends, ExitStatus(request.status, "Preempted."))
             self.hooks.call("finish")
             self.end = end
         return end
@@ -58,6 +62,18 @@ class Trainer(RunningTrainer):
             self.state.epoch = self.epoch = epoch
             if not is_empty or epoch + 1 == epochs:
                 yield epoch
+
+    def _log_early_stop(self) -> None:
+        state, patience = self.state, self.spec.config.patience
+        if not (state.stopped_early and state.epoch < state.epochs and self.world.is_main_process):
+            return
+        reason = f"no better fitness for {state.epoch - 1 - state.best_epoch} epochs (--patience {patience})"
+        if not state.is_out_of_patience(patience, state.epoch - 1):
+            reason = "a hook asked for it"
+        text = f"Stopped early after epoch {state.epoch} of {state.epochs}: {reason}."
+        if state.best_epoch >= 0:
+            text += f" The best is epoch {state.best_epoch + 1}, with fitness {state.best_fitness:.4f}."
+        log.info("%s", text)
 
     def _train_epoch(self, epoch: int) -> None:
         self.hooks.call("before_epoch")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT
 
-from dsyolo.base.environment import export_to_torch, read_environment
+from dsyolo.base.environment import export_to_torch, read_environment, wait_passively, wandb_options
 from dsyolo.base.errors import UserError
 
 DEEPSPEED = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8", "MASTER_ADDR": "a"}
@@ -88,3 +88,67 @@ def test_a_run_says_so_without_a_traceback():
     assert done.returncode == 2
     assert "MASTER_ADDR: missing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "after"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
+        ({"KMP_BLOCKTIME": "200"}, {"KMP_BLOCKTIME": "200"}),
+    ],
+)
+def test_threads_wait_passively_unless_the_user_chose(monkeypatch, given, after):
+    monkeypatch.setattr(os, "environ", dict(given))
+    wait_passively()
+    assert os.environ == after
+
+
+ENTRIES = {
+    "train.py": "sys.argv = ['train.py', '--help']; runpy.run_path(TRAIN, run_name='__main__')",
+    "dsyolo train": "from dsyolo import cli; cli.main(['train', '--help'])",
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entries_of_a_training_let_threads_wait_passively_before_torch_is_there(entry):
+    script = f"""
+import builtins, os, runpy, sys
+TRAIN, plain = {str(ROOT / "dsyolo/train.py")!r}, builtins.__import__
+def see(name, *args):
+    if name == "torch" and "torch" not in sys.modules:
+        print("POLICY", os.environ.get("OMP_WAIT_POLICY"), file=sys.stderr, flush=True)
+        os._exit(0)
+    return plain(name, *args)
+builtins.__import__ = see
+{ENTRIES[entry]}
+"""
+    known = {key: value for key, value in os.environ.items() if not key.startswith(("OMP", "GOMP", "KMP"))}
+    env = {**known, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert "POLICY PASSIVE" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, {}),
+        ({"WANDB_PROJECT": "p", "WANDB_NAME": "n"}, {"wandb_project": "p", "wandb_name": "n"}),
+        ({"WANDB_MODE": "offline"}, {"wandb": "offline"}),
+        ({"WANDB_MODE": "dryrun", "WANDB_PROJECT": ""}, {"wandb": "offline"}),
+    ],
+)
+def test_wandbs_own_variables_are_options(monkeypatch, given, options):
+    monkeypatch.setattr(os, "environ", given)
+    problems: list[str] = []
+    assert wandb_options(problems) == options
+    assert not problems
+
+
+def test_a_mode_that_wandb_does_not_have_is_a_problem(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"WANDB_MODE": "of"})
+    problems: list[str] = []
+    assert wandb_options(problems) == {}
+    (problem,) = problems
+    assert problem.startswith("WANDB_MODE: 'of' given, but it must be online, offline, disabled")

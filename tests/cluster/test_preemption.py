@@ -155,6 +155,66 @@ def listens(port: int) -> bool:
     return any(words[1].endswith(wanted.strip()) and words[3] == "0A" for words in lines)
 
 
+HEARS = """
+import time
+from dsyolo.cluster.preemption import Preempted, PreemptionHandler
+from dsyolo.cluster.world import World
+handler = PreemptionHandler(World(0, 1, 0, 1))
+print("ready", flush=True)
+while not handler.is_requested():
+    time.sleep(0.01)
+try:
+    handler.raise_if_requested()
+except Preempted as request:
+    print("asked", request.status, flush=True)
+time.sleep(60)
+"""
+
+
+def hearing(script: str, **variables: str) -> subprocess.Popen[str]:
+    """A process that has come to its first line of output."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # as a terminal starts it: whoever runs the tests may have it ignored
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen([sys.executable, "-c", script], env=env, preexec_fn=restore, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_first_one_counts_once():
+    process = hearing(HEARS)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked 130\n"
+    process.send_signal(signal.SIGINT)  # a program between may pass on what the terminal has sent already
+    time.sleep(2 * preemption.AGAIN_S)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == preemption.INTERRUPTED
+    assert "Interrupted again: this rank ends without saving." in said
+
+
+def test_sigterm_asks_with_another_status_than_ctrl_c():
+    process = hearing(HEARS)
+    process.terminate()
+    assert process.stdout.readline() == "asked 75\n"
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("rank", "text"), [("0", "Interrupted before the run began: nothing to save."), ("1", "")]
+)
+def test_ctrl_c_while_torch_is_imported_is_one_line(rank, text):
+    script = "import time; from dsyolo.base.start import prepare_training; prepare_training()\n"
+    process = hearing(script + "print('ready', flush=True)\ntime.sleep(60)", RANK=rank)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert said.strip() == text
+
+
 STOPS_IN_VALIDATION = """
 import os, signal, sys
 from dsyolo import train

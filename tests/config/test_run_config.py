@@ -250,6 +250,35 @@ def test_resume_without_a_run(base: list[str]) -> None:
     assert line.startswith("--resume: runs/train/config.yaml does not exist")
 
 
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """W&B's own variables, set."""
+    for name, value in (("PROJECT", "theirs"), ("NAME", "named"), ("MODE", "offline")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    return monkeypatch
+
+
+def test_wandbs_variables_win_over_defaults_and_not_over_options(
+    base: list[str], wandb: pytest.MonkeyPatch
+) -> None:
+    run = parse(base)
+    assert (run.wandb, run.wandb_project, run.wandb_name) == ("offline", "theirs", "named")
+    run = parse([*base, "--wandb", "disabled", "--wandb_project", "mine"])
+    assert (run.wandb, run.wandb_project, run.wandb_name) == ("disabled", "mine", "named")
+
+
+def test_a_resumed_run_stays_in_its_wandb_project(base: list[str], wandb: pytest.MonkeyPatch) -> None:
+    first = parse([*base, "--name", "a", "--wandb", "online"])
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/config.yaml").write_text(yaml.safe_dump(first.dump()), encoding="utf-8")
+    wandb.setenv("WANDB_PROJECT", "another")
+    wandb.delenv("WANDB_NAME")
+    again = parse(["--resume", "--name", "a"])
+    assert (again.wandb, again.wandb_project, again.wandb_name) == ("offline", "theirs", "named")
+    wandb.delenv("WANDB_MODE")
+    assert parse(["--resume", "--name", "a"]).wandb == "online"
+
+
 def test_configs_are_frozen(base: list[str]) -> None:
     run = parse(base)
     with pytest.raises(ValueError, match="frozen"):

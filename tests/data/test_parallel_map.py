@@ -64,7 +64,7 @@ def read_together(sources: list[Path], cache_dir: Path, timeout_s: float | None 
     # every rank stands for a machine of its own, with a cache of its own
     world = process_group.init_process_group()._replace(local_rank=0, local_size=1)
     timeout = timedelta(seconds=timeout_s) if timeout_s else None
-    communicator = ClusterCommunicator(world, messages.append, lambda: False, timeout)
+    communicator = ClusterCommunicator(world, messages.append, lambda: 0, timeout)
 
     def counted(path):
         reads.append(path)
@@ -161,7 +161,9 @@ def stopped_while_indexing(source: Path, cache_dir: Path) -> tuple[bool, int]:
     asked, reads = [], []
     check = index_builder.check_image
     world = process_group.init_process_group()._replace(local_rank=0, local_size=1)
-    communicator = ClusterCommunicator(world, lambda _: None, lambda: bool(asked), timedelta(seconds=60))
+    communicator = ClusterCommunicator(
+        world, lambda _: None, lambda: 75 if asked else 0, timedelta(seconds=60)
+    )
 
     def slow(path):
         reads.append(path)

@@ -236,7 +236,7 @@ def test_ctrl_c_is_reported_in_one_line_with_status_130(monkeypatch, capsys):
     assert train.main([]) == 130
     assert (
         capsys.readouterr().err.strip()
-        == "Interrupted. --resume continues from the last checkpoint, if there is one."
+        == "Interrupted. --resume auto continues from the last checkpoint, if there is one."
     )
 
 

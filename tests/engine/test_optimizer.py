@@ -119,6 +119,14 @@ def test_cosine_by_hand():
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE])
+def test_after_the_end_the_rate_stays_for_a_run_that_is_extended(schedule):
+    last = schedule.lr * schedule.lrf
+    for step in (schedule.total_steps, schedule.total_steps + 1, 7 * schedule.total_steps):
+        assert schedule.lr_at(step) == pytest.approx(last)
+        assert apply(schedule, step)["weights"]["lr"] == pytest.approx(last)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE])
 def test_the_rate_falls_from_step_to_step_after_the_warm_up(schedule):
     rates = [apply(schedule, step)["weights"]["lr"] for step in range(10, 100)]
     assert all(later < earlier for earlier, later in pairwise(rates))

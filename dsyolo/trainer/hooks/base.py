@@ -65,6 +65,7 @@ class RunningTrainer:
         epoch: the one that is trained, or was trained last.
         validation: that of the last epoch, None where there was none.
         figures: those of the current epoch, for its row: add yours in `after_epoch`, before the metrics hook.
+        stop_status: the exit status that a rank was asked to stop with, for `preempted`: 75, or 130 after Ctrl-C.
         end: how the training ended, None until it did.
     """
 
@@ -77,6 +78,7 @@ class RunningTrainer:
     epoch: int = field(default=0, init=False)
     validation: Validation | None = field(default=None, init=False)
     figures: dict[str, float] = field(default_factory=dict, init=False)
+    stop_status: int = field(default=0, init=False)
     end: ExitStatus | None = field(default=None, init=False)
 
     @property

@@ -54,5 +54,10 @@ class CheckpointHook(Hook):
         if problem:
             message = f"{problem} --resume auto resumes from the previous checkpoint, if there is one."
             return ExitStatus(NOT_SAVED, message)
-        message = f"Preempted: saved after step {state.step}. --resume auto resumes the run."
-        return ExitStatus(preemption.STATUS, message)
+        status = self.trainer.stop_status
+        if status == preemption.INTERRUPTED:
+            folder = self.trainer.spec.folder
+            return ExitStatus(
+                status, f"Interrupted: saved after step {state.step}. To go on: --resume {folder}"
+            )
+        return ExitStatus(status, f"Preempted: saved after step {state.step}. --resume auto resumes the run.")

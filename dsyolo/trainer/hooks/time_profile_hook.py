@@ -18,12 +18,14 @@ from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import PHASES, StepTimer, clock_of_device
 from dsyolo.models.flops import BACKWARD, node_costs
 from dsyolo.models.registry import meta_network
-from dsyolo.planner.local_hardware import Peak, peak_of_cpu, peak_of_gpu
+from dsyolo.planner.cpu_peak import Peak, peak_of_cpu
+from dsyolo.planner.local_hardware import peak_of_gpu
 from dsyolo.tracking.resource_usage import Gpu, ResourceUsage, load_nvml
 from dsyolo.tracking.throughput import StepDetails, measured_every, peak_figures, shares
 from dsyolo.trainer.hooks.base import Hook, Part
 
 T = TypeVar("T")
+MOST_PEAK_TRIES = 4  # at the start, and after epochs while other load disturbs it
 PASSES = 1 + BACKWARD  # forward passes that a step's operations count as, without what is computed again
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class TimeProfileHook(Hook):
         self._in_detail = in_detail
         self._details: StepDetails | None = None
         self._memory: dict[str, float] = {}
+        self._peak_tries = 0
 
     def open(self) -> None:
         trainer, engine = self.trainer, self.trainer.engine
@@ -54,12 +57,25 @@ class TimeProfileHook(Hook):
         self._flops_per_image = PASSES * sum(
             cost.flops for cost in node_costs(network, (1, 3, size_px, size_px))
         )
-        self._peak = _peak_of_rank(spec.ds.precision, engine.device, engine.all_gather)
-        self._peak_flops_per_s = sum(engine.all_gather(self._peak.flops_per_s))
-        if trainer.world.is_main_process:
-            log.info("peak of a rank: %s", self._peak.source)
+        self._measure_peak()
         if self._in_detail:
             self._details = self._make_details(on_cpu)
+
+    def _measure_peak(self) -> None:
+        """Measure or look up the peak of all ranks. All ranks call it together."""
+        trainer, engine = self.trainer, self.trainer.engine
+        self._peak = _peak_of_rank(trainer.spec.ds.precision, engine.device, engine.all_gather)
+        self._peak_threads = torch.get_num_threads()
+        self._sum_of_peaks = sum(engine.all_gather(self._peak.flops_per_s))
+        self._peak_tries += 1
+        if trainer.world.is_main_process:
+            log.info("peak of a rank: %s", self._peak.source)
+
+    @property
+    def _peak_flops_per_s(self) -> float:
+        """Return the peak of all ranks; on a CPU that of the threads that they have now."""
+        on_cpu = self.trainer.engine.device.type == "cpu"
+        return self._sum_of_peaks * (torch.get_num_threads() / self._peak_threads if on_cpu else 1)
 
     def mfu(self, images_per_s: float) -> float | None:
         """Return the share of all ranks' peak FLOP/s that this speed uses; None where the peak is not known."""
@@ -85,11 +101,14 @@ class TimeProfileHook(Hook):
 
     def after_epoch(self) -> None:
         own = self._timer.take()
+        on_cpu = self.trainer.engine.device.type == "cpu"
         if self._details:
             self._details.times += own
         ranks = self.trainer.engine.all_gather({name: sum(s.seconds[name] for s in own) for name in PHASES})
         flops = sum(self._flops_of_step(one.step) for one in own)
         self.trainer.figures |= shares(ranks, flops, self._peak_flops_per_s) | self._memory
+        if not self._sum_of_peaks and on_cpu and self._peak_tries < MOST_PEAK_TRIES:  # a busy moment before
+            self._measure_peak()
 
     def finish(self) -> None:
         if self._details:

@@ -1,0 +1,28 @@
+"""Prepares the process of a training before torch is imported, which takes seconds."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from dsyolo.base.environment import all_variables, wait_passively
+from dsyolo.base.launcher import Launcher
+
+INTERRUPTED = 130  # exit status after Ctrl-C
+
+
+def prepare_training() -> None:
+    """Let the threads of torch wait passively, and end in one line on Ctrl-C until the run handles it itself."""
+    wait_passively()
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # else it is ignored, as under nohup or &
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(*_: Any) -> None:
+    Launcher().end()
+    if all_variables().get("RANK", "0") == "0":
+        sys.stderr.write("\nInterrupted before the run began: nothing to save.\n")
+        sys.stderr.flush()
+    os._exit(INTERRUPTED)

@@ -1,0 +1,127 @@
+"""`--resume PATH`: which run a path names, and what is said where it names none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsyolo.base.errors import UserError
+from dsyolo.config.cli_args import parse
+from dsyolo.config.resume import ResumePoint, extension_fault
+from dsyolo.config.resume_path import settle_resume
+from dsyolo.config.run_config import RunConfig
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run, seen from the current one as runs/a."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/a")
+    for name in ("weights", "checkpoints/step_00000003", "checkpoints/step_00000006"):
+        (folder / name).mkdir(parents=True)
+    (folder / "config.yaml").write_text("data: data.yaml\nepochs: 7\n", encoding="utf-8")
+    for name in ("last", "best"):
+        (folder / f"weights/{name}.safetensors").touch()
+    Path("yolov5s.pt").touch()
+    Path("data.yaml").touch()
+    Path("ds.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "project"),
+    [
+        ("runs/a", "runs"),
+        ("runs/a/", "runs"),
+        ("runs/a/weights/last.safetensors", "runs"),
+        ("runs/a/weights/last.pt", "runs"),  # by the habit of YOLOv5
+        ("runs/a/weights", "runs"),
+        ("runs/a/checkpoints", "runs"),
+        ("runs/a/checkpoints/step_00000006", "runs"),
+        ("runs/a/config.yaml", "runs"),
+        ("{here}/runs/a", "{here}/runs"),
+    ],
+)
+def test_a_path_in_a_run_resumes_it(run: Path, text: str, project: str) -> None:
+    text, project = (one.format(here=Path.cwd()) for one in (text, project))
+    found = parse(["--resume", text, "--deepspeed_config", "ds.json"])
+    assert (found.resume, found.project, found.name, found.epochs) == ("always", project, "a", 7)
+
+
+def test_paths_seen_from_inside_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    for text in (".", "weights/last.safetensors", "checkpoints/step_00000006", "weights/.."):
+        given: dict[str, Any] = {"resume": text}
+        assert settle_resume(given, [])
+        assert (given["project"], given["name"]) == (str(Path.cwd().parent), "a"), text
+
+
+@pytest.mark.parametrize(("word", "meant"), [("true", "always"), ("True", "always"), ("0", "never")])
+def test_words_of_yes_and_no_are_understood(run: Path, word: str, meant: str) -> None:
+    given = {"resume": word}
+    assert settle_resume(given, [])
+    assert given["resume"] == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "remedy"),
+    [
+        (
+            "alwys",
+            "--resume: alwys does not exist, and it must be never, always, auto, or the path",
+            "always?",
+        ),
+        ("runs/b", "--resume: runs/b does not exist", "Give a path that is there."),
+        ("yolov5s.pt", "--resume: yolov5s.pt is a file of PyTorch", "--weights FILE.safetensors."),
+        ("data.yaml", "--resume: data.yaml belongs to no run: there is no config.yaml", "as runs/train."),
+        (
+            "runs/a/weights/best.safetensors",
+            "--resume: runs/a/weights/best.safetensors holds weights alone",
+            "",
+        ),
+        (
+            "runs/a/checkpoints/step_00000003",
+            "--resume: runs/a/checkpoints/step_00000003 is not the newest checkpoint, which is step_00000006",
+            "move the newer ones out of runs/a/checkpoints first.",
+        ),
+        ("x" * 5000, "--resume: xxx", ""),
+        ("a\0b", "--resume: ", ""),
+    ],
+)
+def test_a_path_that_resumes_nothing_is_one_problem(run: Path, text: str, start: str, remedy: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["--resume", text])
+    (problem,) = caught.value.problems
+    assert problem.startswith(start)
+    assert problem.endswith(remedy)
+
+
+def test_name_and_project_may_not_contradict_the_path(run: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["--resume", "runs/a", "--name", "b", "--project", "runs", "--deepspeed_config", "ds.json"])
+    assert list(caught.value.problems) == [
+        "--name: b given, but --resume runs/a is the run runs/a. Leave --name out."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("finished", "epochs", "lrf", "fault"),
+    [
+        (True, 7, 0.01, None),
+        (True, 9, 0.01, None),
+        (False, 7, 0.01, None),
+        (False, 9, 0.01, "only a finished run can be extended, as the lr comes down over its epochs"),
+        (True, 9, 0.0, "the schedule of the run has ended with lr 0 (--lrf 0)"),
+    ],
+)
+def test_a_finished_run_can_be_extended(
+    run: Path, finished: bool, epochs: int, lrf: float, fault: str | None
+) -> None:
+    point = ResumePoint(run, RunConfig.load(run / "config.yaml"), (0, 0, 0), epochs=7, is_finished=finished)
+    found = extension_fault(point, epochs, lrf)
+    assert (found is None) == (fault is None)
+    if found:
+        assert found.startswith(str(fault))
+        assert "--weights runs/a/weights/last.safetensors" in found

@@ -1,0 +1,106 @@
+"""Going on with a saved run: what is finished, what is extended, and what has to be the same."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dsyolo.base.errors import UserError
+from dsyolo.checkpoint.train_state import TrainState
+from dsyolo.cluster.world import World
+from dsyolo.trainer import resumption
+from dsyolo.trainer.hooks.base import StopTraining
+
+WORLD = World(0, 1, 0, 1)
+
+
+def spec(
+    epochs: int = 10, *, patience: int = 5, patience_before: int = 5, lrf: float = 0.01, **other: Any
+) -> Any:
+    optimizer = SimpleNamespace(type="SGD", params={"lr": 0.01})
+    return SimpleNamespace(
+        folder=Path("runs/a"),
+        schedule_epochs=10,
+        config=SimpleNamespace(epochs=epochs, patience=patience, seed=0, recipe=SimpleNamespace(lrf=lrf)),
+        resume=SimpleNamespace(config=SimpleNamespace(patience=patience_before)),
+        ds=SimpleNamespace(optimizer=optimizer, gradient_clipping=10.0, global_batch=8),
+        data=SimpleNamespace(names=("a",)),
+        **other,
+    )
+
+
+def state(epoch: int, **other: Any) -> TrainState:
+    values = {"total_steps": 30, "epochs": 10, "num_images": 24, "global_batch": 8, "seed": 0}
+    settings = resumption.settings_of(spec())
+    return TrainState(**values, epoch=epoch, step=3 * epoch, settings=settings, **other)
+
+
+@pytest.mark.parametrize(
+    ("options", "saved", "line"),
+    [
+        (
+            {},
+            state(10),
+            "all of its 10 epochs are trained. To train more, give --epochs 20, which goes on at the ",
+        ),
+        (
+            {"lrf": 0.0},
+            state(10),
+            "all of its 10 epochs are trained. To train more, start another run with --name",
+        ),
+        ({}, state(9), None),
+        ({"epochs": 12}, state(10), None),
+        (
+            {},
+            state(7, stopped_early=True, best_epoch=1, best_fitness=0.5),
+            "it stopped early after epoch 7 of 10. Raise --patience (now 5)",
+        ),
+        ({"patience": 50}, state(7, stopped_early=True, best_epoch=1, best_fitness=0.5), None),
+        (
+            {"patience": 4},
+            state(7, stopped_early=True, best_epoch=1, best_fitness=0.5),
+            "it stopped early after ",
+        ),
+        ({"patience": 0}, state(7, stopped_early=True, best_epoch=1, best_fitness=0.5), None),
+    ],
+)
+def test_a_finished_run_says_so_in_one_line(caplog, options, saved, line):
+    caplog.set_level(logging.INFO)
+    if line is None:
+        resumption.raise_if_finished(spec(**options), saved, WORLD)
+        assert not caplog.records
+        return
+    with pytest.raises(StopTraining) as caught:
+        resumption.raise_if_finished(spec(**options), saved, WORLD)
+    assert caught.value.end == (0, "")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"runs/a is finished: {line}")
+    assert "--weights runs/a/weights/last.safetensors" in record.getMessage()
+
+
+def test_an_extended_run_keeps_its_schedule():
+    new = state(0, stopped_early=False).model_copy(update={"epochs": 15, "total_steps": 45})
+    found = resumption.resumed_state(spec(15), state(10), new)
+    assert (found.epochs, found.total_steps, found.schedule_epochs, found.epoch) == (15, 45, 10, 10)
+    assert (
+        resumption.resumes_at(found, Path("step_30"))
+        == "resumes at epoch 11 of 15, step 31 of 45, from step_30"
+    )
+    plain = resumption.resumed_state(spec(10), state(4), state(0))
+    assert (plain.epochs, plain.schedule_epochs) == (10, 0)
+
+
+def test_what_must_be_the_same_is_named():
+    resumption.check_settings(spec(15), state(10), Path("step_30"), 24)
+    saved = state(10).model_copy(update={"seed": 3, "epochs": 20})
+    with pytest.raises(UserError) as caught:
+        resumption.check_settings(spec(15), saved, Path("step_30"), 23)
+    assert [problem.partition(",")[0] for problem in caught.value.problems] == [
+        "seed: 0 now",
+        "epochs: 15 now",
+        "num_images: 23 now",
+    ]
