@@ -3,11 +3,13 @@
 Nothing of it is written where standard error is not a terminal, or one that cannot rewrite a line (TERM=dumb).
 """
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -17,6 +19,11 @@ MIN_BAR, MAX_BAR = 6, 30  # characters between the brackets
 REDRAW_S = 0.1  # redrawing costs some tenths of a millisecond
 RECENT = 0.05  # weight of the last step in the mean time of a step
 UNKNOWN_WIDTH = 80  # where the terminal does not give its own
+CLEAR = "\r\x1b[K"  # to the start of the line, and erase it
+_lock = (
+    threading.RLock()
+)  # log lines come from other threads too; tqdm's own lock is not released after an error
+_shown: "list[ProgressBar]" = []  # the bar that is on the terminal, if there is one
 
 
 class Eta:
@@ -56,7 +63,9 @@ class ProgressBar:
         stream = stream or sys.stderr
         self.is_on = stream is not None and stream.isatty() and terminal_type() != "dumb"
         self._clock = clock
-        self._line = _Line(self._text, file=stream) if self.is_on else None
+        self._stream = stream
+        if self.is_on:
+            _shown[:] = [self]
         self._title = ""
         self._done = self._total = 0
         self._parts: Sequence[str] = ()
@@ -89,18 +98,44 @@ class ProgressBar:
 
     def close(self) -> None:
         """Remove the line. Further calls do nothing."""
-        if self._line:
-            self._line.close()
-        self._line = None
+        if self in _shown:
+            with _lock:
+                self.write(CLEAR)
+                _shown.clear()
+
+    def line(self) -> str:
+        """Return what rewrites the line, for the terminal's present width."""
+        try:
+            width = os.get_terminal_size(self._stream.fileno()).columns or UNKNOWN_WIDTH
+        except (OSError, ValueError):
+            width = UNKNOWN_WIDTH
+        return CLEAR + compose(width, self._title, self._done, self._total, self._parts)
+
+    def write(self, text: str) -> None:
+        """Write to the terminal, which may be gone."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
 
     def _draw(self, at_once: bool) -> None:
         now = self._clock()
-        if self._line and (at_once or now - self._drawn >= REDRAW_S):
+        if self in _shown and (at_once or now - self._drawn >= REDRAW_S):
             self._drawn = now
-            self._line.refresh()
+            with _lock:
+                self.write(self.line())
 
-    def _text(self, width: int) -> str:
-        return compose(width, self._title, self._done, self._total, self._parts)
+
+def write_above_bar(text: str, stream: TextIO) -> None:
+    """Write a line to standard output or error; a bar on the terminal stays below it."""
+    with _lock:
+        for bar in _shown:
+            bar.write(CLEAR)
+        try:
+            tqdm.write(text, file=stream)  # above the bar of an index that is built, too
+            stream.flush()  # a log is read while the run goes on
+        finally:
+            for bar in _shown:
+                bar.write(bar.line())
 
 
 def compose(width: int, title: str, done: int, total: int, parts: Sequence[str]) -> str:
@@ -126,15 +161,3 @@ def duration(seconds: float) -> str:
     """Return a time like 0:07, 12:34 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-class _Line(tqdm):
-    """tqdm's part: the width of the terminal at each moment, and log lines above the bar."""
-
-    def __init__(self, text: Callable[[int], str], **settings: Any) -> None:
-        self._text = text
-        super().__init__(dynamic_ncols=True, leave=False, **settings)
-
-    def __str__(self) -> str:
-        width = self.format_dict["ncols"]
-        return self._text(UNKNOWN_WIDTH if width is None else width)
