@@ -194,7 +194,9 @@ class RunTracker:
         rows = self._epoch_rows()
         if rows:
             panels = {title: _curves(rows, names) for title, names in PANELS.items()}
-            save_curves(self.folder / "results.png", panels)
+            validated = [row for row in rows if row.get("fitness") is not None]
+            best = max(validated, key=lambda row: row["fitness"], default=None)  # the first of equals
+            save_curves(self.folder / "results.png", panels, best["epoch"] + 1 if best else None)
         now = time.perf_counter()
         self._next_plot = now + (now - start) / PLOT_SHARE
 

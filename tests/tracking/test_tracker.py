@@ -91,7 +91,9 @@ def without_timings(folder: Path) -> list[dict[str, Any]]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The panels that are drawn, without the seconds that drawing takes."""
     panels: list[dict[str, Any]] = []
-    monkeypatch.setattr(track, "save_curves", lambda path, drawn_panels: panels.append(drawn_panels))
+    monkeypatch.setattr(
+        track, "save_curves", lambda path, drawn_panels, best_epoch: panels.append(drawn_panels)
+    )
     return panels
 
 
@@ -227,9 +229,9 @@ def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
     monkeypatch.setattr(track, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     record = track.save_curves
 
-    def draw_for_a_second(path: Path, panels: dict[str, Any]) -> None:
+    def draw_for_a_second(path: Path, panels: dict[str, Any], best_epoch: int | None) -> None:
         clock.now += 1.0
-        record(path, panels)
+        record(path, panels, best_epoch)
 
     monkeypatch.setattr(track, "save_curves", draw_for_a_second)
     tracker, progress = RunTracker(tmp_path, TrainState(), log_every=100), TrainState()
