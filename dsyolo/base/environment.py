@@ -114,6 +114,11 @@ def all_variables() -> dict[str, str]:
     return dict(os.environ)
 
 
+def terminal_type() -> str:
+    """Return TERM: `dumb` for a terminal that cannot rewrite a line; empty where it is not set."""
+    return os.environ.get("TERM", "")
+
+
 def count_restart() -> None:
     """Count a restart of all ranks: torchrun's store keeps the keys of each start apart by this number."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

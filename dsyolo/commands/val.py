@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
 from dsyolo.commands.weights_options import LoadedNetwork, add_number, add_weights_options, load
 from dsyolo.config.option_checks import cannot_hold_file
+from dsyolo.config.recipe import DEFAULT_RECIPE, Recipe
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.index_builder import build_index
 
 if TYPE_CHECKING:
     from dsyolo.data.loader import EvalLoader
+    from dsyolo.detection.loss import DetectionLoss
+    from dsyolo.detection.validation_loss import PredictBatch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table of metrics, and write them as JSON where asked; return 0.
+    """Print the table of metrics and the losses, and write them as JSON where asked; return 0.
 
     Raises UserError where weights or data cannot be used, or not together.
     """
@@ -44,12 +49,37 @@ def run(args: argparse.Namespace) -> int:
     network = load(args, multi_label=True)
     loader = _loader(args, network)
     names = network.class_names
-    metrics, _ = validate(network.predict, loader, network.postprocess, names, lambda item: [item])
-    print(metrics.table())
+    recipe, source = _recipe_of(args.weights)
+    loss, predict = _measuring(network, recipe)
+    metrics, _ = validate(predict, loader, network.postprocess, names, lambda item: [item], loss)
+    print(metrics.table(), *metrics.notes(), f"gains of the loss: {source}", sep="\n")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(metrics.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _recipe_of(weights: Path) -> tuple[Recipe, str]:
+    """Return the recipe of the run that wrote the weights, where they lie in its folder, and where it is from."""
+    config = weights.absolute().parent.parent / "config.yaml"
+    if config.is_file():
+        with suppress(UserError):  # of something else, or of an older edition
+            return RunConfig.load(config).recipe, str(config)
+    return DEFAULT_RECIPE, f"those of preset low, as {config.name} of the run is not beside the weights"
+
+
+def _measuring(network: LoadedNetwork, recipe: Recipe) -> tuple[DetectionLoss, PredictBatch]:
+    """Return the loss that the network would be trained with, and a prediction that measures it."""
+    import torch
+
+    from dsyolo.detection.assigner import Assigner
+    from dsyolo.detection.loss import DetectionLoss
+    from dsyolo.detection.validation_loss import predict_with_loss
+
+    anchors, strides = network.anchors, network.strides
+    loss = DetectionLoss(anchors, len(network.class_names), network.image_size_px, recipe)
+    assign = Assigner((anchors * torch.tensor(strides).view(-1, 1, 1)).numpy(), strides, recipe.anchor_t)
+    return loss, partial(predict_with_loss, partial(network.predict.with_loss, loss), assign)
 
 
 def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:

@@ -12,6 +12,8 @@ from dsyolo.config.option_checks import model_option
 from dsyolo.config.run_config import RunConfig, image_size_fault
 
 if TYPE_CHECKING:
+    import torch
+
     from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
 
 
@@ -21,6 +23,8 @@ class LoadedNetwork(NamedTuple):
     class_names: tuple[str, ...]
     image_size_px: int
     stride: int  # pixels that the sides of images must be multiples of
+    strides: tuple[int, ...]  # pixels per cell of each level
+    anchors: torch.Tensor  # (L, A, 2) widths and heights in cells
     predict: PlainPredictor
     postprocess: PostProcessor
 
@@ -73,4 +77,6 @@ def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
     postprocess = PostProcessor(
         args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label
     )
-    return LoadedNetwork(info.names, size_px, stride, PlainPredictor(network, device), postprocess)
+    anchors = network.anchors.clone()  # before they move to the device
+    predictor = PlainPredictor(network, device)
+    return LoadedNetwork(info.names, size_px, stride, network.strides, anchors, predictor, postprocess)

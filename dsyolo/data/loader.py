@@ -194,6 +194,10 @@ class EvalLoader:
         """End the workers."""
         self._loader._iterator = None  # where DataLoader keeps its persistent workers
 
+    def __len__(self) -> int:
+        """Return the number of batches, with those that fill up."""
+        return len(self._is_real)
+
     def __iter__(self) -> Iterator[EvalBatch]:
         limit_opencv()
         for batch, is_real in zip(self._loader, self._is_real, strict=True):

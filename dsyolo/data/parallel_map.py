@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from dsyolo.base.environment import terminal_type
 from dsyolo.base.errors import UserError
 
 CHUNK = 64  # files per task: large enough that handing out tasks and sending results costs nothing
@@ -100,7 +101,9 @@ def parallel_map(
 
     own = [partial(task, index) for index in range(communicator.rank, len(chunks), communicator.size)]
     packs: dict[int, P] = {}
-    with tqdm(total=len(items), desc=what, unit=" files", delay=BAR_AFTER_S, disable=not bar) as shown:
+    is_off = True if not bar or terminal_type() == "dumb" else None  # None: off without a terminal
+    settings: dict[str, Any] = {"delay": BAR_AFTER_S, "disable": is_off, "dynamic_ncols": True, "ascii": True}
+    with tqdm(total=len(items), desc=what, unit=" files", **settings) as shown:
         done = _exchanges(communicator, own, what, len(items), lambda: len(read), num_threads=num_threads)
         for num_done, results in done:
             packs |= dict(results)

@@ -52,6 +52,15 @@ def paired_ciou(a_cxcywh: torch.Tensor, b_cxcywh: torch.Tensor, eps: float = 1e-
     return iou - distance2 / diagonal2 - alpha * v
 
 
+def pairwise_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
+    """Return the IoU of each a (N, 4) with each b (M, 4), (N, M) float64; 0 where both are empty."""
+    a, b = (boxes.astype(np.float64) for boxes in (a_xyxy[:, None], b_xyxy[None]))
+    size = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    overlap = np.maximum(size, 0).prod(-1)
+    areas = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1)
+    return overlap / np.maximum(areas - overlap, 1e-9)
+
+
 def nms(
     boxes_xyxy: np.ndarray, scores: np.ndarray, classes: np.ndarray, iou_threshold: float, max_detections: int
 ) -> np.ndarray:

@@ -73,6 +73,16 @@ class DetectionLoss(nn.Module):
         parts = torch.stack((box * self.gains[0], obj * self.gains[1], cls * self.gains[2]))
         return parts.sum() * targets.num_images, parts.detach()
 
+    @torch.no_grad()
+    def level_sums(self, maps: tuple[torch.Tensor, ...], targets: Targets) -> torch.Tensor:
+        """Return box, objectness and class loss of each level, (L, 3), without gains and not normalised.
+
+        Box and class loss are summed over the level's matches; objectness over images, each a mean over its cells.
+        """
+        ones = torch.ones_like(targets.num_matches), torch.ones_like(targets.num_images)
+        targets = Targets._make((*targets[:-2], *ones))
+        return torch.stack([torch.stack(self._level(level, raw, targets)) for level, raw in enumerate(maps)])
+
     def _level(self, level: int, raw: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, ...]:
         b, num_anchors, h, w, _ = raw.shape
         cells, weights = targets.cells[level], targets.weights[level]

@@ -45,6 +45,9 @@ class Metrics:
     num_images: int
     num_labels: int
     per_class: tuple[ClassMetrics, ...]
+    val_box: float | None = None  # the training's losses over the split; None where they were not measured
+    val_obj: float | None = None
+    val_cls: float | None = None
 
     @property
     def fitness(self) -> float:
@@ -67,6 +70,16 @@ class Metrics:
             cells = "".join(f"{'-':>10}" if figure is None else f"{figure:>10.3f}" for figure in figures)
             lines.append(f"{row.name:>{width}}{row.num_images:>10}{row.num_labels:>10}{cells}")
         return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """Return what the table does not say: where P and R hold, and the losses if they were measured."""
+        lines = [f"P and R: at confidence {self.confidence:.3f}, where the mean F1 of the classes is best"]
+        if not self.confidence:
+            lines = ["P and R: nothing was found that is right, at any confidence"]
+        if self.val_box is not None:
+            losses = f"box {self.val_box:.4f}, obj {self.val_obj:.4f}, cls {self.val_cls:.4f}"
+            lines.append(f"loss of the split: {losses}")
+        return lines
 
 
 _FIGURES = {"precision": "P", "recall": "R", "map50": "mAP50", "map50_95": "mAP50-95"}

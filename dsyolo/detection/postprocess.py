@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from dsyolo.base.batch import Detections
+from dsyolo.base.batch import Detections, EvalBatch, Targets
 from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.detection.boxes import cxcywh_to_xyxy, nms
+from dsyolo.detection.loss import DetectionLoss
+from dsyolo.detection.validation_loss import PredictBatch, Prediction
 
 # Before NMS, whose cost is bounded by this times the detections kept. An untrained network gives thousands.
 MAX_CANDIDATES = 5_000
-
-Predict = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) -> decoded (B, boxes, 5 + K)
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,29 @@ class PostProcessor:
 class OomSafePredictor:
     """Halves the number of images at a time when memory runs out, for good."""
 
-    predict: Predict  # must not need other ranks
+    predict: PredictBatch  # must not need other ranks
     warn: Callable[[str], None]  # gets a message
     free: Callable[[], None]  # releases cached memory
     _limit: int | None = field(default=None, init=False)
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, batch: EvalBatch) -> Prediction:
         """Predict as `predict` does.
 
         Raises:
             RuntimeError, MemoryError: memory runs out even with one image, or `predict` fails otherwise.
         """
+        images, labels = batch
         while True:
             limit = min(self._limit or len(images), len(images))
+            starts = range(0, len(images), limit)
             try:
-                parts = [self.predict(part) for part in images.split(limit)]
-                return torch.cat(parts) if len(parts) > 1 else parts[0]
+                parts = [
+                    self.predict(EvalBatch(images[i : i + limit], labels[i : i + limit])) for i in starts
+                ]
+                if len(parts) == 1:
+                    return parts[0]
+                decoded = torch.cat([part.decoded for part in parts])
+                return Prediction(decoded, tuple(loss for part in parts for loss in part.losses))
             except (RuntimeError, MemoryError) as error:
                 if limit == 1 or not is_out_of_memory(error):
                     raise
@@ -93,5 +100,19 @@ class PlainPredictor:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return decoded boxes (B, boxes, 5 + K) of uint8 images (B, 3, H, W)."""
+        return self._network.decode(self._maps(images))
+
+    @torch.inference_mode()
+    def with_loss(
+        self, loss: DetectionLoss, images: torch.Tensor, targets: Targets
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return decoded boxes, and the sums (L, 3) of `loss`, which is moved to the device."""
+        maps = self._maps(images)
+        on_device = Targets(*(tensor.to(self._device, non_blocking=True) for tensor in targets))
+        sums = loss.to(self._device).level_sums(maps, on_device)  # first: it takes less memory than decoding
+        return self._network.decode(maps), sums
+
+    def _maps(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         images = images.to(self._device, non_blocking=True)
-        return self._network.decode(self._network(images.contiguous(memory_format=torch.channels_last)))
+        return self._network(images.contiguous(memory_format=torch.channels_last))

@@ -10,6 +10,7 @@ from torch import nn
 from dsyolo.base.batch import Batch, StepStats, Targets
 from dsyolo.cluster.collectives import all_gather_objects, all_reduce_sum, broadcast
 from dsyolo.cluster.world import ParallelDims, World
+from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine import deepspeed_internals as internals
 from dsyolo.engine.buffers import Buffers
 from dsyolo.engine.device import current_device
@@ -39,7 +40,7 @@ class Engine:
     def __init__(
         self,
         network: nn.Module,
-        loss: nn.Module,
+        loss: DetectionLoss,
         optimizer: torch.optim.Optimizer,
         schedule: AnySchedule,
         *,
@@ -107,9 +108,23 @@ class Engine:
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Return decoded boxes (B, boxes, 5 + K) on the device. Under ZeRO 3 all ranks must call it equally often."""
+        return self._decode(self._raw_maps(images))
+
+    @torch.no_grad()
+    def predict_with_loss(self, images: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `predict` does, and the loss's sums (L, 3) of `DetectionLoss.level_sums`; it counts as one call."""
+        maps = self._raw_maps(images)
+        # Before decoding, which takes more memory: the peak is that of `predict`.
+        sums = self.loss.level_sums(maps, Targets(*map(self._to_device, targets)))
+        return self._decode(maps), sums
+
+    def _raw_maps(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.ds_engine.eval()
+        return self.ds_engine(self.to_device_images(images))
+
+    def _decode(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         network: Any = self.network  # a DetectionNetwork here; a stage of one has no decode
-        return network.decode(self.ds_engine(self.to_device_images(images)))
+        return network.decode(maps)
 
     def to_device_images(self, images: torch.Tensor) -> torch.Tensor:
         """Copy uint8 images (B, 3, H, W) to the device, channels-last, without waiting."""

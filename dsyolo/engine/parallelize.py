@@ -10,6 +10,7 @@ from torch import nn
 
 from dsyolo.cluster.world import ParallelDims, World, parallel_dims
 from dsyolo.config.deepspeed.config import DeepSpeedConfig
+from dsyolo.detection.loss import DetectionLoss
 from dsyolo.engine.batchnorm import synchronise_batchnorm
 from dsyolo.engine.device import pins_memory
 from dsyolo.engine.engine import Engine
@@ -35,7 +36,7 @@ class Parallelized(NamedTuple):
 
 def parallelize(
     network: Network,
-    loss: nn.Module,
+    loss: DetectionLoss,
     schedule: AnySchedule,
     ds: DeepSpeedConfig,
     world: World,

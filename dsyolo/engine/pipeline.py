@@ -56,11 +56,13 @@ class PipelineEngine(Engine):
         micro_batch = self.ds_engine.train_micro_batch_size_per_gpu()
         return self._stats(self._losses.clone(), micro_batch, buffers_before), lr
 
-    @torch.no_grad()
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Predict with the whole network: only inside `StagePartitions.swap_parameters`."""
+    def _raw_maps(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the whole network's maps: only inside `StagePartitions.swap_parameters`."""
         with self._autocast():
-            return self._whole_on_device.decode(self._whole_on_device(self.to_device_images(images)))
+            return self._whole_on_device(self.to_device_images(images))
+
+    def _decode(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self._whole_on_device.decode(maps)
 
     def set_timer(self, timer: StepTimer) -> None:
         """Time the phases. Waiting for a neighbour stage cannot be separated from its sending: both are communication."""

@@ -217,9 +217,14 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
     def effect(what: str, gain: int) -> str:
         return f"{what} {'saves' if gain >= 0 else 'adds'} {amount(abs(gain))}"
 
+    hint = ""
     effects = [effect("the pipeline", base - of_stage)] if ds.stages > 1 else []
     if ds.zero_stage:
-        effects.append(effect(f"ZeRO {ds.zero_stage}", of_stage - predict(plain, ds, zero).combined.total))
+        saved = of_stage - predict(plain, ds, zero).combined.total
+        if load.dp_size == 1 and saved < 0:
+            hint = f". {_nothing_to_shard(ds, f'{amount(-saved)} {unit}')}"
+        else:
+            effects.append(effect(f"ZeRO {ds.zero_stage}", saved))
     if load.activations != load.activations_plain:
         kept = load.activations + load.activations_host
         effects.append(effect("recompute", load.activations_plain - kept))
@@ -230,7 +235,18 @@ def verdict(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any], alone: Ra
         effects.append(f"offload moves {amount(estimate.host.total)} to the host")
     whose = "the rank that needs most" if ds.stages > 1 else "a rank"
     total = amount(estimate.combined.total)
-    return f"memory: {total} {unit} on {whose}, {amount(base)} without all this: {', '.join(effects)}"
+    return f"memory: {total} {unit} on {whose}, {amount(base)} without all this: {', '.join(effects)}{hint}"
+
+
+def _nothing_to_shard(ds: DeepSpeedConfig, added: str) -> str:
+    """Return what a ZeRO stage costs where no other rank holds the same weights, and what to use instead."""
+    stage = ds.zero_stage
+    cost = f"ZeRO {stage} has nothing to shard on one data-parallel rank, and its buffers take {added}"
+    if any(ds.parallelism.offload.devices):
+        return f"{cost}: here its offload alone can pay"
+    if ds.precision.params != "fp32":
+        return f'{cost}: take torch_autocast at "stage": 0 as in ds_configs/zero0.json, or more ranks'
+    return f'{cost}: set "stage": 0 in zero_optimization, or start more ranks'
 
 
 def shortage(estimates: Sequence[MemoryEstimate], device_bytes: int | None, host_bytes: int) -> str:

@@ -17,12 +17,20 @@ from dsyolo.base.atomic_file import write_file
 from dsyolo.base.batch import Detections, GroundTruth
 from dsyolo.detection.metrics import Metrics
 from dsyolo.models.weights import WeightsInfo, save_weights
-from dsyolo.tracking.plots import draw, grid, save
+from dsyolo.tracking.plots import save
+from dsyolo.tracking.predictions import draw_pair, draw_sheet
+from dsyolo.tracking.progress_bar import duration
 
 log = logging.getLogger(__name__)
-GRID_IMAGES, GRID_COLUMNS, CELL_PX = 12, 4, 400
+SHOWN_IMAGES = 12
 WEIGHTS = ("weights/best.safetensors", "weights/last.safetensors")
-REPORTED = (*WEIGHTS, "predictions.jpg", "results.png", "metrics.jsonl")
+REPORTED = {
+    WEIGHTS[0]: "best weights",
+    WEIGHTS[1]: "last weights",
+    "predictions.jpg": "predictions",
+    "results.png": "curves",
+    "metrics.jsonl": "figures",
+}
 SHOWN_SCORE = 0.25  # detections below it would only cover the picture
 
 
@@ -53,7 +61,7 @@ class RunArtifacts:
         self.folder = folder
         self._info, self._load_rgb = info, load_rgb
         self._draw, self._picture = draw, picture
-        self._table = ""
+        self._best: dict[str, Any] = {}  # report of the best validation; all of it is in checkpoints
         self._settings = {
             "config.yaml": yaml.safe_dump(dict(config), sort_keys=False),
             "deepspeed.json": json.dumps(deepspeed_json, indent=2) + "\n",
@@ -81,12 +89,18 @@ class RunArtifacts:
         return None
 
     def validated(
-        self, metrics: Metrics, detections: Sequence[tuple[GroundTruth, Detections]], is_best: bool
+        self,
+        metrics: Metrics,
+        detections: Sequence[tuple[GroundTruth, Detections]],
+        is_best: bool,
+        epoch: int = 0,
     ) -> None:
-        """Have predictions.jpg drawn: a grid of the first validation images with their detections."""
-        if is_best or not self._table:
-            self._table = metrics.table()
-        shown = list(detections[:GRID_IMAGES])
+        """Have predictions.jpg drawn: the first validation images with their labels, beside their detections."""
+        if is_best:
+            figures = f"mAP50 {metrics.map50:.4f}, mAP50-95 {metrics.map50_95:.4f}"
+            text = "\n".join((metrics.table(), *metrics.notes()))
+            self._best = {"epoch": epoch + 1, "figures": figures, "text": text}
+        shown = list(detections[:SHOWN_IMAGES])
         self._draw("predictions.jpg", lambda: self._write_grid(shown))
 
     def _write_grid(self, pairs: Sequence[tuple[GroundTruth, Detections]]) -> None:
@@ -95,9 +109,9 @@ class RunArtifacts:
             shown = detections.scores > SHOWN_SCORE
             detections = Detections(*(values[shown] for values in detections))
             image_rgb = self._load_rgb(ground_truth.image_id)
-            cells.append(draw(image_rgb, detections, self._info.names, ground_truth=ground_truth))
+            cells.append(draw_pair(image_rgb, ground_truth, detections, self._info.names))
         path = self.folder / "predictions.jpg"
-        save(path, grid(cells, columns=GRID_COLUMNS, cell_px=CELL_PX))
+        save(path, draw_sheet(cells, SHOWN_SCORE))
         self._picture(path)
 
     def write_json(self, name: str, content: Any) -> None:
@@ -108,7 +122,26 @@ class RunArtifacts:
         except OSError as error:
             warnings.warn(f"{path} could not be written: {error.strerror}. The run goes on.", stacklevel=2)
 
-    def report(self) -> None:
-        """Log the best validation and where things are."""
-        there = [f"{self.folder / name}" for name in REPORTED if (self.folder / name).exists()]
-        log.info("best validation:\n%s\n\n%s", self._table, "\n".join(there))
+    def state_dict(self) -> dict[str, Any]:
+        """Return the report of the best validation, for the checkpoint's JSON."""
+        return {"best_report": self._best} if self._best else {}
+
+    def load_state_dict(self, tracking: Mapping[str, Any]) -> None:
+        """Take what a resumed run's checkpoint has."""
+        saved = tracking.get("best_report")
+        if isinstance(saved, dict) and isinstance(saved.get("epoch"), int):
+            self._best = {key: saved.get(key, "") for key in ("epoch", "figures", "text")}
+
+    def report(self, num_epochs: int, seconds: float) -> None:
+        """Log how long the run took, its best validation, and where things are."""
+        lines = [f"{num_epochs} epochs in {duration(seconds)}"]
+        best = self._best
+        if best:
+            lines[0] += f"; the best was epoch {best['epoch']}: {best['figures']}"
+            lines += [
+                f"validation of the best weights ({WEIGHTS[0]}, of epoch {best['epoch']}):",
+                best["text"],
+            ]
+        there = {name: what for name, what in REPORTED.items() if (self.folder / name).exists()}
+        lines += ["", *(f"{what:14}{self.folder / name}" for name, what in there.items())]
+        log.info("%s", "\n".join(lines))

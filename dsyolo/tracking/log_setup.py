@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from tqdm import tqdm
+from dsyolo.tracking.progress_bar import write_above_bar
 
 LOGS = "logs"  # folder of the ranks' log files, in the run's folder
 LINE = "%(asctime)s %(levelname)s rank %(rank)d: %(source)s%(message)s"
@@ -87,8 +87,7 @@ class _Console(logging.Handler):
                 text, stream = f"{mark}{record.getMessage()}", sys.stdout
             else:
                 text, stream = self.format(record), sys.stdout
-            tqdm.write(text, file=stream)
-            stream.flush()  # a log is read while the run goes on
+            write_above_bar(text, stream)
         except Exception:  # a closed stream
             self.handleError(record)
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from dsyolo.base.atomic_file import write_file
-from dsyolo.base.batch import Detections, GroundTruth
+from dsyolo.base.batch import Detections
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 CURVES = ("#1f6fd6", "#e2641a", "#1c9a6b", "#8a3fc0")  # dark enough for thin lines on white
@@ -31,32 +31,25 @@ def colour(klass: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def draw(
-    image_rgb: np.ndarray,
-    detections: Detections,
-    class_names: Sequence[str],
-    *,
-    ground_truth: GroundTruth | None = None,
-) -> np.ndarray:
+def draw(image_rgb: np.ndarray, detections: Detections, class_names: Sequence[str]) -> np.ndarray:
     """Return a copy of the image with a box, class and score per detection, the best on top.
 
     Args:
         image_rgb: (H, W, 3) uint8.
         detections: in pixels of `image_rgb`.
-        ground_truth: its boxes are drawn below, in black and white dashes, without text.
     """
     picture = np.array(image_rgb, order="C")
     line_px = max(round(sum(picture.shape[:2]) * 0.0018), 1)
-    for box in [] if ground_truth is None else ground_truth.boxes_xyxy:
-        _dashed_box(picture, box, max(line_px // 2, 1))
     worst_first = np.argsort(detections.scores, kind="stable").tolist()
     for i in worst_first:
-        (x1, y1), (x2, y2) = _corners(detections.boxes_xyxy[i])
-        cv2.rectangle(picture, (x1, y1), (x2, y2), colour(int(detections.classes[i])), line_px)
+        draw_box(picture, detections.boxes_xyxy[i], colour(int(detections.classes[i])), line_px)
     for i in worst_first:  # texts last: a box crossing a text makes it unreadable
         klass = int(detections.classes[i])
         text = f"{class_names[klass]} {detections.scores[i]:.2f}"
-        _text(picture, text, detections.boxes_xyxy[i], colour(klass))
+        # below 9 px capitals are not legible
+        write_label(
+            picture, text, detections.boxes_xyxy[i], colour(klass), max(sum(picture.shape[:2]) * 0.010, 9.0)
+        )
     return picture
 
 
@@ -73,7 +66,7 @@ def grid(images: Sequence[np.ndarray], *, columns: int, cell_px: int, gap_px: in
     columns = min(columns, len(images))
     strips = []
     for start in range(0, len(images), columns):
-        cells = [_fit(image, cell_px) for image in images[start : start + columns]]
+        cells = [fit(image, cell_px) for image in images[start : start + columns]]
         height = max(cell.shape[0] for cell in cells)
         strip = np.full((height + gap_px, columns * (cell_px + gap_px), 3), 255, np.uint8)
         for i, cell in enumerate(cells):
@@ -91,16 +84,20 @@ def save(path: Path, image_rgb: np.ndarray) -> None:
     write_file(path, data.tobytes())
 
 
-def save_curves(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]]) -> None:
+def save_curves(
+    path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence, Sequence]]], best_epoch: int | None = None
+) -> None:
     """Write a PNG with one panel per entry.
 
     Args:
         panels: by title the lines, by name the x (epochs) and y values (not negative) of each; at most four.
+        best_epoch: is marked in every panel.
     """
     import io  # here, as Matplotlib: half a second that most commands need not pay
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -108,15 +105,28 @@ def save_curves(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence, Se
     figure = Figure(figsize=size_inches)  # no pyplot: no global state, no window
     FigureCanvasAgg(figure)
     inch_x, inch_y = 1 / size_inches[0], 1 / size_inches[1]  # Matplotlib's own layouts draw all twice
-    figure.subplots_adjust(0.5 * inch_x, 0.55 * inch_y, 1 - 0.15 * inch_x, 1 - 0.35 * inch_y, 0.16, 0.26)
+    figure.subplots_adjust(0.55 * inch_x, 0.55 * inch_y, 1 - 0.15 * inch_x, 1 - 0.4 * inch_y, 0.2, 0.3)
+    epochs = [x for lines in panels.values() for xs, _ in lines.values() for x in xs]
     places = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axes, (title, lines) in zip(places, panels.items(), strict=False):
         for shade, (name, (x, y)) in zip(CURVES, lines.items(), strict=False):
             marker = "o" if len(x) <= 20 else None
-            axes.plot(x, y, label=name, color=shade, linewidth=1.6, marker=marker, markersize=3)
-        axes.set_title(title, fontsize=11)
+            size = 7 if len(x) == 1 else 3  # a single epoch is a point
+            axes.plot(x, y, label=name, color=shade, linewidth=1.6, marker=marker, markersize=size)
+        if best_epoch is not None:
+            axes.axvline(best_epoch, color="0.45", linewidth=1.0, linestyle="--", zorder=0)
+        axes.set_title(title, fontsize=11, pad=10)
         highest = max((value for _, y in lines.values() for value in y), default=0)
         axes.set_ylim(0, 1.06 * highest or 1)
+        if epochs:
+            margin = max(0.03 * (max(epochs) - min(epochs)), 0.5)
+            axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        numbers = ScalarFormatter(useMathText=True)
+        numbers.set_powerlimits((-3, 5))  # 0.00001 and 100000 would not fit beside the axis
+        axes.yaxis.set_major_formatter(numbers)
+        axes.yaxis.get_offset_text().set_fontsize(8)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
@@ -124,7 +134,8 @@ def save_curves(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence, Se
             axes.legend(fontsize=8, frameon=False)
     for axes in places[len(panels) :]:
         axes.remove()
-    figure.supxlabel("epoch", fontsize=9, y=0.05 * inch_y)
+    best = f" (dashed: the best, {best_epoch})" if best_epoch is not None else ""
+    figure.supxlabel(f"epoch{best}", fontsize=9, y=0.05 * inch_y)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_file(path, buffer.getvalue())
@@ -135,20 +146,30 @@ def _corners(box_xyxy: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
     return (x1, y1), (x2, y2)
 
 
-def _dashed_box(picture: np.ndarray, box_xyxy: np.ndarray, line_px: int) -> None:
+def draw_box(
+    picture: np.ndarray,
+    box_xyxy: np.ndarray,
+    rgb: tuple[int, int, int],
+    line_px: int,
+    *,
+    dashed: bool = False,
+) -> None:
+    """Draw a box into a picture; a dashed one has white gaps."""
     (x1, y1), (x2, y2) = _corners(box_xyxy)
-    cv2.rectangle(picture, (x1, y1), (x2, y2), (0, 0, 0), line_px)
+    cv2.rectangle(picture, (x1, y1), (x2, y2), rgb, line_px)
     dash_px, white = 5 * line_px, (255, 255, 255)
-    for x, y in product(range(x1, x2, 2 * dash_px), (y1, y2)):
+    for x, y in product(range(x1, x2, 2 * dash_px) if dashed else (), (y1, y2)):
         cv2.line(picture, (x, y), (min(x + dash_px, x2), y), white, line_px)
-    for x, y in product((x1, x2), range(y1, y2, 2 * dash_px)):
+    for x, y in product((x1, x2), range(y1, y2, 2 * dash_px) if dashed else ()):
         cv2.line(picture, (x, y), (x, min(y + dash_px, y2)), white, line_px)
 
 
-def _text(picture: np.ndarray, text: str, box_xyxy: np.ndarray, rgb: tuple[int, int, int]) -> None:
+def write_label(
+    picture: np.ndarray, text: str, box_xyxy: np.ndarray, rgb: tuple[int, int, int], capital_px: float
+) -> None:
     """Write on a plate above the box's left corner, or inside the box where the image ends."""
     height, width = picture.shape[:2]
-    scale = max((height + width) * 0.010, 9.0) / CAP_HEIGHT  # below 9 px capitals are not legible
+    scale = capital_px / CAP_HEIGHT
     stroke_px = max(round(scale * 1.8), 1)
     (text_w, text_h), below = cv2.getTextSize(text, FONT, scale, stroke_px)
     plate_w, plate_h = text_w + below, text_h + below + stroke_px
@@ -162,7 +183,8 @@ def _text(picture: np.ndarray, text: str, box_xyxy: np.ndarray, rgb: tuple[int, 
     cv2.putText(picture, text, origin, FONT, scale, ink, stroke_px, cv2.LINE_AA)
 
 
-def _fit(image_rgb: np.ndarray, side_px: int) -> np.ndarray:
+def fit(image_rgb: np.ndarray, side_px: int) -> np.ndarray:
+    """Return the image with its long side at `side_px`."""
     height, width = image_rgb.shape[:2]
     scale = side_px / max(height, width)
     size_wh = max(round(width * scale), 1), max(round(height * scale), 1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dsyolo.base.batch import StepStats
 from dsyolo.checkpoint.train_state import TrainState
@@ -16,14 +15,13 @@ from dsyolo.detection.metrics import Metrics
 from dsyolo.engine.memory_profile import process_memory_gib
 from dsyolo.tracking.background_plotter import BackgroundPlotter
 from dsyolo.tracking.plots import save_curves
-from dsyolo.tracking.throughput import describe as describe_throughput
+from dsyolo.tracking.run_display import LOSSES, RunDisplay, epoch_lines, step_line
 from dsyolo.tracking.writers import VALIDATION_FIGURES, JsonlWriter, Writer
 
-LOSSES = ("box", "obj", "cls")
 PANELS = {  # panels of results.png: by title the lines, each a name and its key in an epoch's row
-    "box loss": {"box": "box"},
-    "objectness loss": {"objectness": "obj"},
-    "class loss": {"class": "cls"},
+    "box loss": {"training": "box", "validation": "val_box"},
+    "objectness loss": {"training": "obj", "validation": "val_obj"},
+    "class loss": {"training": "cls", "validation": "val_cls"},
     "mAP": {"mAP50": "map50", "mAP50-95": "map50_95"},
     "precision and recall": {"precision": "precision", "recall": "recall"},
     "learning rate": {"lr": "lr"},
@@ -50,6 +48,7 @@ class RunTracker:
         state: what `state()` returned for the checkpoint of a resumed run.
         memory_gib: returns the peak memory to report.
         writers: get every row, as metrics.jsonl does.
+        epoch_start_step: returns the first step of an epoch; by default all epochs have equally many.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class RunTracker:
         state: Mapping[str, Any] | None = None,
         memory_gib: Callable[[], float] = process_memory_gib,
         writers: Sequence[Writer] = (),
+        epoch_start_step: Callable[[int], int] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.log_every = log_every
@@ -69,14 +69,10 @@ class RunTracker:
         self.plotter = BackgroundPlotter()
         self._rows = JsonlWriter(self.folder / "metrics.jsonl", step=start.step, epoch=start.epoch)
         self._writers: list[Writer] = [self._rows, *writers]
-        self._has_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=start.total_steps,
-            initial=start.step,
-            unit="step",
-            disable=not self._has_terminal,
-            dynamic_ncols=True,
-        )
+        steps = epoch_start_step or (lambda epoch: epoch * start.total_steps // start.epochs)
+        self.display = RunDisplay(start, steps)
+        # On a terminal the bar shows a step, and its line is for files alone.
+        self._step_level = logging.DEBUG if self.display.has_bar and sys.stdout.isatty() else logging.INFO
         self._loss_sum: torch.Tensor | None = None  # (3,) on the device, of this epoch's steps
         self._num_summed = 0
         if state and state.get("num_summed"):
@@ -85,10 +81,17 @@ class RunTracker:
         self._next_plot = 0.0
         self._num_skipped = 0  # since the last logged step
         self._closed = False
+        self._best = -1.0  # fitness
+        for row in self._epoch_rows():
+            self._is_best(row)
         self.begin(start)
 
     def begin(self, progress: TrainState) -> None:
         """Start the clock: what came before, such as a checkpoint, is not training time."""
+        self.display.begin(progress)
+        self._start_clock(progress)
+
+    def _start_clock(self, progress: TrainState) -> None:
         self._in_epoch = _Window(progress)
         self._since_log = _Window(progress)
 
@@ -103,7 +106,7 @@ class RunTracker:
         self._in_epoch.step(progress, data_wait_s)
         self._since_log.step(progress, data_wait_s)
         self._num_skipped += not stats.was_applied
-        self._bar.update()
+        self.display.step(progress)
         if progress.step == 1 or progress.step % self.log_every == 0 or progress.step == progress.total_steps:
             self._log_step(progress, stats)
 
@@ -117,14 +120,11 @@ class RunTracker:
         if self._num_skipped:
             row["skipped_steps"] = self._num_skipped
             self._num_skipped = 0
-        steps_per_s = self._since_log.steps / max(self._since_log.seconds, 1e-9)
         self._since_log = _Window(progress)
         self._write("step", progress, row)
-        # On a terminal the bar shows it, and the line is for the file alone.
-        level = logging.DEBUG if self._has_terminal else logging.INFO
-        log.log(level, "%s", _step_line(progress, row, steps_per_s, self.mfu(row["images_per_s"])))
-        self._bar.set_description(f"epoch {progress.epoch + 1}/{progress.epochs}", refresh=False)
-        self._bar.set_postfix_str(_describe(row), refresh=False)
+        mfu = self.mfu(row["images_per_s"])
+        self.display.logged(row, mfu)
+        log.log(self._step_level, "%s", step_line(progress, row, self.display.eta_s(progress), mfu))
 
     def epoch(
         self, progress: TrainState, metrics: Metrics | None, figures: Mapping[str, float] | None = None
@@ -141,14 +141,23 @@ class RunTracker:
             validated = metrics.to_json()
             row |= {name: validated[name] for name in VALIDATION_FIGURES}
         self._write("epoch", progress, row)
-        width = len(str(progress.epochs))
-        line = f"epoch {progress.epoch + 1:>{width}}/{progress.epochs}  {_describe(row)}"
-        throughput = describe_throughput(row)
-        log.info("%s", f"{line}\n{' ' * (7 + 2 * width)}  {throughput}" if throughput else line)
+        log.info("%s", epoch_lines(progress, row, self._is_best({**row, "epoch": progress.epoch})))
         self._loss_sum, self._num_summed = None, 0
         if now >= self._next_plot:
             self.plotter.draw("results.png", self._plot)
-        self.begin(progress)
+        self._start_clock(progress)
+
+    def _is_best(self, row: Mapping[str, Any]) -> bool:
+        """Return whether an epoch's row is the best so far, as `TrainState.judge` does."""
+        fitness = row.get("fitness")
+        if fitness is None or fitness <= self._best:
+            return False
+        self._best = fitness
+        self.display.best_is(row)
+        return True
+
+    def _epoch_rows(self) -> list[dict[str, Any]]:
+        return [row for row in self._rows.read() if row["kind"] == "epoch"]
 
     def _write(self, kind: str, progress: TrainState, row: dict[str, Any]) -> None:
         for writer in self._writers:
@@ -174,7 +183,7 @@ class RunTracker:
         if self._closed:
             return
         self._closed = True
-        self._bar.close()
+        self.display.close()
         self.plotter.draw("results.png", self._plot)
         self.plotter.close()
         for writer in self._writers:
@@ -182,10 +191,12 @@ class RunTracker:
 
     def _plot(self) -> None:
         start = time.perf_counter()
-        rows = [row for row in self._rows.read() if row["kind"] == "epoch"]
+        rows = self._epoch_rows()
         if rows:
             panels = {title: _curves(rows, names) for title, names in PANELS.items()}
-            save_curves(self.folder / "results.png", panels)
+            validated = [row for row in rows if row.get("fitness") is not None]
+            best = max(validated, key=lambda row: row["fitness"], default=None)  # the first of equals
+            save_curves(self.folder / "results.png", panels, best["epoch"] + 1 if best else None)
         now = time.perf_counter()
         self._next_plot = now + (now - start) / PLOT_SHARE
 
@@ -231,33 +242,3 @@ def _curves(rows: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, t
         points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
         curves[name] = ([x for x, _ in points], [y for _, y in points])
     return curves
-
-
-def _step_line(progress: TrainState, row: Mapping[str, float], steps_per_s: float, mfu: float | None) -> str:
-    left_s = round((progress.total_steps - progress.step) / max(steps_per_s, 1e-9))
-    parts = [
-        f"epoch {progress.epoch + 1}",
-        f"step {progress.step}/{progress.total_steps}",
-        f"ETA {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}",
-        f"{row['images_per_s']:.1f} images/s",
-        *([f"MFU {100 * mfu:.0f} %"] if mfu is not None else []),
-        *(f"{name} {row[name]:.4f}" for name in LOSSES),
-        f"lr {row['lr']:.3g}",
-        f"{row['memory_gib']:.2f} GiB",
-        *([f"{row['skipped_steps']} steps skipped"] if "skipped_steps" in row else []),
-    ]
-    return "  ".join(parts)
-
-
-def _describe(row: Mapping[str, float]) -> str:
-    parts = [f"{name} {row[name]:.4f}" for name in LOSSES if name in row]
-    if "map50" in row:
-        parts.append(f"mAP50 {row['map50']:.4f}  mAP50-95 {row['map50_95']:.4f}")
-    if not describe_throughput(row):  # that line says more of it
-        parts.append(f"{row['images_per_s']:.1f} images/s  data {100 * row['data_wait_share']:.0f} %")
-    parts.append(f"{row['memory_gib']:.2f} GiB")
-    if "skipped_steps" in row:
-        parts.append(f"{row['skipped_steps']} steps skipped")
-    if "train_s" in row:
-        parts.append(f"{row['train_s'] + row['val_s']:.1f} s")
-    return "  ".join(parts)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from dsyolo.base.atomic_file import write_file
 
 PLACE = ("kind", "step", "epoch")
-VALIDATION_FIGURES = ("precision", "recall", "map50", "map75", "map50_95", "fitness")
+VALIDATION_LOSSES = ("val_box", "val_obj", "val_cls")
+VALIDATION_FIGURES = ("precision", "recall", "map50", "map75", "map50_95", "fitness", *VALIDATION_LOSSES)
 
 
 class Writer:
@@ -181,7 +182,10 @@ class WandbWriter(Writer):
     def write(self, row: Mapping[str, Any]) -> None:
         other = "train" if row["kind"] == "step" else "epoch"
         figures = {key: value for key, value in row.items() if key not in PLACE}
-        named = {f"{'val' if key in VALIDATION_FIGURES else other}/{key}": v for key, v in figures.items()}
+        named = {
+            f"val/{key.removeprefix('val_')}" if key in VALIDATION_FIGURES else f"{other}/{key}": value
+            for key, value in figures.items()
+        }
         self._run.log({"step": row["step"], "epoch": row["epoch"], **named})
 
     def picture(self, name: str, path: Path, step: int) -> None:

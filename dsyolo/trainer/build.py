@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from dsyolo.base.batch import EvalBatch
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import load_class, raised
 from dsyolo.checkpoint.latest import newest_whole
@@ -19,7 +20,8 @@ from dsyolo.cluster.shared_fs import check_shared
 from dsyolo.cluster.world import World
 from dsyolo.config.resolve import RunSpec
 from dsyolo.data.sampler import StepSampler
-from dsyolo.detection.postprocess import OomSafePredictor, Predict
+from dsyolo.detection.postprocess import OomSafePredictor
+from dsyolo.detection.validation_loss import PredictBatch, Prediction, predict_with_loss
 from dsyolo.engine import device
 from dsyolo.engine.memory_profile import peak_memory_gib
 from dsyolo.tracking.artifacts import RunArtifacts
@@ -105,7 +107,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     if any(spec.ds.source.get(key) for key in DEEPSPEED_OUTPUT):
         session.run_log.show_deepspeed()
     hooks = build_hooks(spec, parts, session, tracker, artifacts, user_hooks)
-    return Trainer(spec, world, parts.engine, data, state, hooks, predict=_predictor(spec, parts))
+    return Trainer(spec, world, parts.engine, data, state, hooks, predict=_predictor(spec, parts, data))
 
 
 def build_hooks(
@@ -174,13 +176,18 @@ def _user_hooks(references: str | None) -> list[Hook]:
     return hooks
 
 
-def _predictor(spec: RunSpec, parts: EngineParts) -> Predict:
+def _predictor(spec: RunSpec, parts: EngineParts, data: DataParts) -> PredictBatch:
     """Return the prediction of a validation, which takes fewer images at a time where memory runs out."""
+    engine = parts.engine
+
+    def predict(batch: EvalBatch) -> Prediction:
+        if not batch.ground_truths:  # it fills up
+            return Prediction(engine.predict(batch.images))
+        return predict_with_loss(engine.predict_with_loss, data.train.assign, batch)
+
     if spec.ds.zero_stage == 3:  # every pass gathers weights from all ranks: none can make more of them
-        return parts.engine.predict
-    return OomSafePredictor(
-        parts.engine.predict, lambda line: log.warning("%s", line), device.accelerator().empty_cache
-    )
+        return predict
+    return OomSafePredictor(predict, lambda line: log.warning("%s", line), device.accelerator().empty_cache)
 
 
 def _main_process_parts(
@@ -207,6 +214,7 @@ def _main_process_parts(
             state=state.tracking,
             memory_gib=lambda: peak_memory_gib(parts.engine.device),
             writers=_writers(spec, state, user_writers),
+            epoch_start_step=data.sampler.epoch_start_step,
         )
         if spec.planned:
             text = json.dumps(dict(spec.ds.source), indent=2) + "\n"

@@ -1,14 +1,14 @@
 """The training loop: epochs, steps and validations; everything else is a hook."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
+from dsyolo.base.batch import EvalBatch
 from dsyolo.cluster.preemption import Preempted
 from dsyolo.detection.evaluator import validate
 from dsyolo.detection.postprocess import PostProcessor
+from dsyolo.detection.validation_loss import PredictBatch, Prediction
 from dsyolo.trainer.hooks.base import ExitStatus, RunningTrainer, StepResult, StopTraining, Validation
 
 log = logging.getLogger(__name__)
@@ -19,10 +19,10 @@ class Trainer(RunningTrainer):
     """Trains a run from where it is to its end.
 
     Args:
-        predict: decoded boxes (B, boxes, 5 + K) of uint8 images (B, 3, H, W), by the engine.
+        predict: decoded boxes and losses of a batch, by the engine.
     """
 
-    predict: Callable[[torch.Tensor], torch.Tensor] = field(kw_only=True)
+    predict: PredictBatch = field(kw_only=True)
 
     def fit(self) -> ExitStatus:
         """Train to the end of the last epoch, or until a hook or a signal stops the run."""
@@ -48,7 +48,12 @@ class Trainer(RunningTrainer):
         post_process = PostProcessor(config.score_threshold, config.iou_threshold, config.max_detections)
         with self.hooks.around("validation"):
             metrics, found = validate(
-                self._predict_batch, self.data.val, post_process, self.spec.data.names, self.engine.all_gather
+                self._predict_batch,
+                self.data.val,
+                post_process,
+                self.spec.data.names,
+                self.engine.all_gather,
+                self.engine.loss,
             )
         return Validation(metrics, found, self.state.judge(metrics.fitness, config.patience))
 
@@ -91,6 +96,6 @@ class Trainer(RunningTrainer):
         self.state.epoch = epoch + 1
         self.hooks.call("between_epochs")
 
-    def _predict_batch(self, images: torch.Tensor) -> torch.Tensor:
+    def _predict_batch(self, batch: EvalBatch) -> Prediction:
         self.hooks.call("before_validation_batch")
-        return self.predict(images)
+        return self.predict(batch)

@@ -219,15 +219,15 @@ STOPS_IN_VALIDATION = """
 import os, signal, sys
 from dsyolo import train
 from dsyolo.engine.engine import Engine
-plain, calls = Engine.predict, []
+plain, calls = Engine.predict_with_loss, []
 
-def predict(self, images):
+def predict(self, images, targets):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGTERM)
-    return plain(self, images)
+    return plain(self, images, targets)
 
-Engine.predict = predict
+Engine.predict_with_loss = predict
 sys.exit(train.main())
 """
 

@@ -10,6 +10,7 @@ from dsyolo.base.batch import EvalBatch, GroundTruth
 from dsyolo.detection.boxes import letterbox
 from dsyolo.detection.evaluator import detect_all, validate
 from dsyolo.detection.postprocess import MAX_CANDIDATES, PlainPredictor, PostProcessor
+from dsyolo.detection.validation_loss import Prediction
 from dsyolo.models.yolov5 import build_yolov5
 
 NAMES = ("cat", "dog", "emu")
@@ -145,8 +146,9 @@ class Oracle:
         self.ground_truths = {ground_truth.image_id: ground_truth for ground_truth in all_ground_truths}
         self.shift_px, self.calls = shift_px, 0
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, batch: EvalBatch) -> Prediction:
         self.calls += 1
+        images = batch.images
         decoded = torch.zeros(len(images), 4, 5 + len(NAMES))
         for row, image in zip(decoded, images, strict=True):
             ground_truth = self.ground_truths[int(image[0, 0, 0])]
@@ -160,7 +162,7 @@ class Oracle:
                 row[k, 2:4] = torch.from_numpy(box[2:] - box[:2])
                 row[k, 4] = 0.9 - 0.01 * ground_truth.image_id - 0.1 * k
                 row[k, 5 + kind] = 1.0
-        return decoded
+        return Prediction(decoded)
 
 
 def alone(item):
@@ -172,7 +174,8 @@ POST_PROCESS = PostProcessor(0.001, 0.6)
 
 def test_boxes_come_back_in_pixels_of_the_original_images():
     made = ground_truths()
-    found = detect_all(Oracle(made), batches_of(made), POST_PROCESS)
+    found, losses = detect_all(Oracle(made), batches_of(made), POST_PROCESS)
+    assert losses == []
     assert [ground_truth.image_id for ground_truth, _ in found] == list(range(10))
     for ground_truth, one in found:
         assert len(one.classes) == len(ground_truth.classes)
@@ -185,7 +188,7 @@ def test_boxes_come_back_in_pixels_of_the_original_images():
 
 def test_boxes_are_clipped_to_the_original_image():
     made = ground_truths()
-    for ground_truth, one in detect_all(Oracle(made, shift_px=60), batches_of(made), POST_PROCESS):
+    for ground_truth, one in detect_all(Oracle(made, shift_px=60), batches_of(made), POST_PROCESS)[0]:
         high, wide = ground_truth.size_hw
         assert (one.boxes_xyxy >= 0).all()
         assert (one.boxes_xyxy <= [wide, high, wide, high]).all()
@@ -195,7 +198,7 @@ def test_a_batch_that_fills_up_is_run_and_not_counted():
     made = ground_truths()
     batches = batches_of(made)
     oracle = Oracle(made)
-    found = detect_all(oracle, [*batches, EvalBatch(batches[0].images, ())], POST_PROCESS)
+    found, _ = detect_all(oracle, [*batches, EvalBatch(batches[0].images, ())], POST_PROCESS)
     assert oracle.calls == len(batches) + 1  # every rank runs the network as often
     assert len(found) == 10
 
@@ -231,11 +234,11 @@ def test_ranks_see_the_metrics_of_one(num_ranks):
         for rank in range(num_ranks)
     ]
     shares = [detect_all(Oracle(made, 2.0), own, POST_PROCESS) for own in dealt]
-    assert sum(map(len, shares)) == 10
+    assert sum(len(own) for own, _ in shares) == 10
     for rank in range(num_ranks):
 
         def gather(item, rank=rank):
-            assert [t.image_id for t, _ in item] == [t.image_id for t, _ in shares[rank]]
+            assert [t.image_id for t, _ in item[0]] == [t.image_id for t, _ in shares[rank][0]]
             return shares
 
         metrics, found = validate(Oracle(made, 2.0), dealt[rank], POST_PROCESS, NAMES, gather)

@@ -16,10 +16,12 @@ import pytest
 import torch
 from runs import CONFIG, TRAIN, arguments, environment, launch, losses, make_place
 
+from dsyolo.base.batch import EvalBatch
 from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.cluster import watchdog
 from dsyolo.config.run_config import RunConfig
 from dsyolo.detection.postprocess import OomSafePredictor
+from dsyolo.detection.validation_loss import BatchLoss, Prediction
 
 GIB = 2**30
 LITTLE_MEMORY = """
@@ -28,16 +30,16 @@ import sys
 from dsyolo import train
 from dsyolo.engine.engine import Engine
 
-plain = Engine.predict
+plain = Engine.predict_with_loss
 
 
-def predict(self, images):
+def predict(self, images, targets):
     if len(images) > int(os.environ["MOST"]):
         raise MemoryError
-    return plain(self, images)
+    return plain(self, images, targets)
 
 
-Engine.predict = predict
+Engine.predict_with_loss = predict
 sys.exit(train.main())
 """
 OPTIONS = {"imgsz": 640, "epochs": 1, "workers": 0, "val_every": 9, "memory_profile": "off"}
@@ -138,21 +140,29 @@ def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
 
 
 def test_one_image_that_does_not_fit_and_other_errors_are_raised():
-    def predict(images):
-        raise MemoryError if images.max() else ValueError("other")
+    def predict(batch):
+        raise MemoryError if batch.images.max() else ValueError("other")
 
     told: list[str] = []
     in_parts = OomSafePredictor(predict, told.append, lambda: None)
     with pytest.raises(MemoryError):
-        in_parts(torch.ones(5, 1))
+        in_parts(EvalBatch(torch.ones(5, 1), ()))
     assert [re.findall(r"\d", line)[0] for line in told] == ["5", "2"]
     with pytest.raises(ValueError, match="other"):
-        in_parts(torch.zeros(5, 1))
+        in_parts(EvalBatch(torch.zeros(5, 1), ()))
     seen: list[int] = []
-    whole = OomSafePredictor(lambda part: seen.append(len(part)) or part, told.append, lambda: None)
-    assert torch.equal(whole(torch.arange(5)), torch.arange(5))
+
+    def echo(part: EvalBatch) -> Prediction:
+        seen.append(len(part.images))
+        loss = BatchLoss(part.ground_truths[0], (), (), len(part.ground_truths))
+        return Prediction(part.images, (loss,))
+
+    whole, batch = OomSafePredictor(echo, told.append, lambda: None), EvalBatch(torch.arange(5), (*range(5),))
+    assert torch.equal(whole(batch).decoded, torch.arange(5))
     whole._limit = 2
-    assert torch.equal(whole(torch.arange(5)), torch.arange(5))
+    decoded, losses = whole(batch)
+    assert torch.equal(decoded, torch.arange(5))
+    assert [(one.first_image, one.num_images) for one in losses] == [(0, 2), (2, 2), (4, 1)]
     assert seen == [5, 2, 2, 1]
 
 

@@ -39,7 +39,7 @@ def train_one(folder: str, name: str) -> dict[str, Any]:
     got = training.result(engine, partitions, ema, losses)
     images = training.batch(99, 0).images
     with ema.swapped():
-        got["averaged"] = engine.predict(images)
+        got["averaged"], got["measured"] = engine.predict_with_loss(images, training.batch(99, 0).targets)
     got["state"] = ema.state_dict(keep=True)
     got["mine"] = sum(p.numel() for p in engine.network.parameters())
     return got
@@ -88,9 +88,13 @@ def test_every_rank_predicts_with_the_whole_average(two_stages, name):
     net.load_state_dict(first["state"])
     images = training.batch(99, 0).images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        expected = net.decode(net(images))
+        maps = net(images)
+        expected = net.decode(maps)
+        losses = training.loss_of(net).level_sums(maps, training.batch(99, 0).targets)
     bound = 1e-4 if name in ("zero0", "zero1", "cut_where_four_tensors_live") else 0.05
     torch.testing.assert_close(first["averaged"], expected, rtol=bound, atol=bound * 32)
+    torch.testing.assert_close(first["measured"], losses, rtol=bound, atol=bound)
+    assert torch.equal(first["measured"], second["measured"])
 
 
 def test_a_stage_holds_its_own_parameters_only(two_stages):

@@ -28,6 +28,7 @@ def every_stage(folder: str) -> dict[int, dict[str, object]]:
         before = engine.predict(images)
         with ema.swapped():
             averaged = engine.predict(images)
+            measured = engine.predict_with_loss(images, training.batch(99, 0).targets)
         after = engine.predict(images)
         results[stage] = {
             "losses": losses,
@@ -36,6 +37,7 @@ def every_stage(folder: str) -> dict[int, dict[str, object]]:
             "ema_state": ema.state_dict(keep=True),
             "swap_restores": torch.equal(before, after) and torch.equal(live, engine.buffers.flat),
             "averaged": averaged,
+            "measured": measured,
             "ema_elements": sum(t.numel() for t in ema.tensors),
         }
     return results
@@ -77,6 +79,19 @@ def test_swapping_in_the_average_computes_with_it_and_gives_the_weights_back(two
     with torch.no_grad():
         expected = net.decode(net(images))
     torch.testing.assert_close(got["averaged"], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_loss_of_a_validation_is_that_of_the_average_in_one_pass(two_ranks, stage):
+    net, batch = training.network(), training.batch(99, 0)
+    for got in (ranks[stage] for ranks in two_ranks):
+        net.load_state_dict(got["ema_state"])
+        with torch.no_grad():
+            expected = training.loss_of(net).level_sums(net.eval()(batch.images), batch.targets)
+        decoded, sums = got["measured"]
+        assert torch.equal(decoded, got["averaged"])
+        assert (sums > 0).all()
+        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", range(4))

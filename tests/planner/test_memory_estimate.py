@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,8 +148,18 @@ def test_the_verdict_names_what_is_saved():
     said = verdict(load._replace(activations=2**28, activations_host=2**27), ds, block, load)
     assert said.endswith(", recompute saves 0.62, offload moves 0.12 to the host")
     one = load_of(0, 1, 100)
-    alone = verdict(one, resolved(zero(1), {}, "SGD", 1), block, one)
-    assert " MiB on a rank, 27 without all this: ZeRO 1 adds 15, " in alone  # a copy in fp32, and buckets
+    alone = verdict(one, resolved(zero(1), {}, "SGD", 1), block, one)  # 15: a copy in fp32, and buckets
+    assert re.search(
+        r"memory: \d+ MiB on a rank, 27 without all this: recompute would save \d+\. ZeRO 1 has", alone
+    )
+    cost = "ZeRO 1 has nothing to shard on one data-parallel rank, and its buffers take 15 MiB: "
+    assert alone.endswith(f'{cost}set "stage": 0 in zero_optimization, or start more ranks')
+    half = verdict(
+        one, resolved(zero(1), {"bf16": {"enabled": True}}, "SGD", 1), {"reduce_bucket_size": 2**26}, one
+    )
+    assert half.endswith('take torch_autocast at "stage": 0 as in ds_configs/zero0.json, or more ranks')
+    offloaded = resolved(zero(2, "offload_optimizer"), {}, "SGD", 1)
+    assert verdict(one, offloaded, block, one).endswith("here its offload alone can pay")
     moved = verdict(load, resolved(zero(2, "offload_optimizer"), {}, "SGD", 4), block, load)
     assert "offload moves 0.01 to the host" in moved
     ds = resolved(zero(0), {"pipeline": {"stages": 2}}, "SGD", 2)

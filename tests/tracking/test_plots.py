@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dsyolo.base.batch import Detections, GroundTruth
+from dsyolo.base.batch import Detections
 from dsyolo.tracking.plots import colour, draw, grid, save, save_curves
 
 NAMES = ("cat", "dog")
@@ -70,18 +70,6 @@ def test_the_text_of_a_box_at_any_edge_lies_in_the_image(box: tuple[int, ...]):
     plate = (picture == colour(0)).all(axis=2)
     assert plate.any(axis=1).sum() >= 9  # a text's height at least
     assert plate.any(axis=0).sum() >= 30  # and its width
-
-
-def test_truth_is_drawn_without_text_and_images_without_boxes_stay():
-    ground_truth = GroundTruth(
-        0, (240, 320), np.array([[100, 80, 200, 160]], np.float32), np.array([1]), 1.0, (0.0, 0.0)
-    )
-    picture = draw(canvas(240, 320), NOTHING, NAMES, ground_truth=ground_truth)
-    changed = np.argwhere((picture != 200).any(axis=2))
-    assert changed.min(axis=0).tolist() == [80, 100]
-    assert changed.max(axis=0).tolist() == [160, 200]
-    assert {tuple(rgb) for rgb in picture[80, 100:201]} == {(0, 0, 0), (255, 255, 255)}
-    assert (draw(canvas(10, 10), NOTHING, NAMES) == 200).all()
 
 
 def test_a_channel_swapped_view_can_be_drawn_on():

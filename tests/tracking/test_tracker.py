@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
@@ -92,7 +91,9 @@ def without_timings(folder: Path) -> list[dict[str, Any]]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The panels that are drawn, without the seconds that drawing takes."""
     panels: list[dict[str, Any]] = []
-    monkeypatch.setattr(track, "save_curves", lambda path, drawn_panels: panels.append(drawn_panels))
+    monkeypatch.setattr(
+        track, "save_curves", lambda path, drawn_panels, best_epoch: panels.append(drawn_panels)
+    )
     return panels
 
 
@@ -207,7 +208,7 @@ def test_without_a_terminal_there_is_a_line_per_logged_step_and_per_epoch(
     go_on(tracker, TrainState(), until_step=10)
     tracker.close()
     out, err = capsys.readouterr()
-    _, step, first, _, second = out.splitlines()
+    _, step, first, _, second, validated = out.splitlines()
     assert re.match(
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rank 0: epoch 1  step 5/20  ETA 0:00:0\d  ", step
     )
@@ -216,22 +217,9 @@ def test_without_a_terminal_there_is_a_line_per_logged_step_and_per_epoch(
     )
     assert "INFO rank 0: epoch 1/4  box 0.4567  obj 0.1370  cls 0.3197  " in first
     assert "mAP" not in first
-    assert "mAP50 1.0000  mAP50-95 1.0000" in second
+    assert "mAP50 1.0000  mAP50-95 1.0000  * best" in validated
     assert all(part in second for part in ("epoch 2/4", " images/s", "data 0 %", "1.50 GiB", " s"))
     assert err == ""
-
-
-def test_on_a_terminal_a_bar_shows_losses_speed_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    tracker = RunTracker(tmp_path, TrainState(step=5, epoch=1), log_every=1, memory_gib=lambda: 1.5)
-    go_on(tracker, TrainState(step=5, epoch=1), until_step=7)
-    tracker.close()
-    shown = terminal.getvalue()
-    assert "5/20" in shown  # where the run goes on
-    last = shown.strip().split("\r")[-1]
-    assert all(part in last for part in ("epoch 2/4", "7/20", "box 0.1429", "images/s", "1.50 GiB"))
 
 
 def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
@@ -241,9 +229,9 @@ def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
     monkeypatch.setattr(track, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     record = track.save_curves
 
-    def draw_for_a_second(path: Path, panels: dict[str, Any]) -> None:
+    def draw_for_a_second(path: Path, panels: dict[str, Any], best_epoch: int | None) -> None:
         clock.now += 1.0
-        record(path, panels)
+        record(path, panels, best_epoch)
 
     monkeypatch.setattr(track, "save_curves", draw_for_a_second)
     tracker, progress = RunTracker(tmp_path, TrainState(), log_every=100), TrainState()
@@ -256,7 +244,7 @@ def test_curves_are_drawn_and_drawing_takes_a_small_share_of_the_run(
     tracker.close()
     assert len(drawn) == 3
     assert drawn[-1]["mAP"]["mAP50"] == ([2, 4], pytest.approx([1, 1]))
-    assert drawn[-1]["box loss"]["box"][0] == [1, 2, 3, 4]
+    assert drawn[-1]["box loss"]["training"][0] == [1, 2, 3, 4]
 
 
 def test_results_png_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -39,6 +39,7 @@ class MemoryProfileHook(Hook):
         self._load, self._parts, self._measure = load, (partitions, ema), measure
         self._artifacts, self._times = artifacts, times
         self._profiler: MemoryProfiler | None = None
+        self._has_shown = False  # the table of a measured step
 
     def open(self) -> None:
         trainer, ds = self.trainer, self.trainer.spec.ds
@@ -49,11 +50,14 @@ class MemoryProfileHook(Hook):
         self._titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
         if trainer.world.is_main_process:
             largest = max(shown, key=lambda rank: self._predicted[rank].combined.total)
+            log.info("%s", verdict(loads[largest], ds, zero, self._on_one_rank(loads)))
+            # The table comes once: with what is measured in the second step, or now where nothing will be.
+            will_measure = self._measure != "off" and trainer.state.total_steps - trainer.state.step > 1
             rows = [
                 (f"{title}, predicted", self._predicted[rank].combined)
                 for rank, title in self._titles.items()
             ]
-            log.info("%s\n%s", table(rows), verdict(loads[largest], ds, zero, self._on_one_rank(loads)))
+            log.log(logging.DEBUG if will_measure else logging.INFO, "%s", table(rows))
             for warning in (*large_buckets(loads[largest], ds, zero), self._shortage()):
                 if warning:
                     log.warning("%s", warning)
@@ -100,7 +104,8 @@ class MemoryProfileHook(Hook):
         most = (
             f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
         )
-        log.info("%s\n%s", table(rows), most)
+        log.log(logging.DEBUG if self._has_shown else logging.INFO, "%s\n%s", table(rows), most)
+        self._has_shown = True  # the later ones are in the log file and in memory.json
         self._artifacts.write_json(
             "memory.json",
             [

@@ -1,9 +1,10 @@
 """Reports figures of steps and epochs: progress bar, log lines, writers, curves. On the main process alone."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from dsyolo.tracking.tracker import RunTracker
-from dsyolo.trainer.hooks.base import Hook, StepResult
+from dsyolo.trainer.hooks.base import Hook, Part, StepResult
 
 
 class MetricsHook(Hook):
@@ -22,6 +23,14 @@ class MetricsHook(Hook):
         validation = self.trainer.validation
         metrics = validation.metrics if validation else None
         self._tracker.epoch(self.trainer.state, metrics, self.trainer.figures)
+
+    def around(self, part: Part) -> AbstractContextManager[Any]:
+        if part == "validation":
+            return self._tracker.display.part("validation", len(self.trainer.data.val))
+        return self._tracker.display.part("checkpoint") if part == "checkpoint" else nullcontext()
+
+    def before_validation_batch(self) -> None:
+        self._tracker.display.advance()
 
     def state_dict(self) -> dict[str, Any]:
         return self._tracker.state()
