@@ -73,6 +73,11 @@ def export_to_torch(place: Environment, *, instead: bool = False) -> None:
             os.environ[name] = str(value)
 
 
+def choose_cpu() -> None:
+    """Let torch and DeepSpeed use the CPU, in child processes and after a restart too."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def all_variables() -> dict[str, str]:
     """Return a copy of this process's variables, for child processes."""
     return dict(os.environ)

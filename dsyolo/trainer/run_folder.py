@@ -29,7 +29,7 @@ def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
             raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
     if not resume:
         # With auto, overwrite the leftovers of a run stopped before its first checkpoint.
-        if run.resume == "never" and config_path(folder).exists():
+        if run.resume == "never" and not run.exist_ok and config_path(folder).exists():
             rule = "it holds a run already. Resume it with --resume, or choose another folder with --name."
             raise UserError(f"{folder} cannot be used", [rule])
         return
@@ -58,6 +58,8 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
         )
         raise UserError(f"{spec.folder} cannot be used", [rule], BUSY)
     check_folder(spec.config, resume)
+    if not resume and spec.config.exist_ok and (kept := set_aside(spec.folder / "checkpoints")):
+        log.warning("--exist_ok: the checkpoints of the run before were moved to %s.", kept)
     if not resume and (kept := set_aside(spec.folder / "weights")):
         rule = "held weights but no checkpoint to resume from. The weights were moved to"
         log.warning("%s %s %s.", spec.folder, rule, kept)
