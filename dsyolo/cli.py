@@ -9,6 +9,8 @@ from importlib import import_module
 from dsyolo.base.errors import UserError
 from dsyolo.base.start import prepare_training
 from dsyolo.base.stdio import outlive_readers
+from dsyolo.config import command_parser
+from dsyolo.config.foreign_commands import answer_command, without_task
 
 TRAIN = "train"  # has a parser of its own
 # Modules, the others with `add_options(parser)` and `run(args) -> int`, imported when they are asked for.
@@ -30,13 +32,13 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: the command's own, 2 for a mistake of the user's, or 128 + the signal."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = without_task(sys.argv[1:] if argv is None else argv, COMMANDS)
     if argv[:1] == [TRAIN]:
         prepare_training()
         outlive_readers()  # before train.py is imported, as in its own entry: loggers take hold of the streams
         return import_module(COMMANDS[TRAIN][0]).main(argv[1:], f"dsyolo {TRAIN}")
-    args = parse(argv)
     try:
+        args = parse(argv)
         status = args.run(args)
         sys.stdout.flush()
     except UserError as error:
@@ -52,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command and its options; `run` of the result is the command's function."""
+    """Parse a command and its options; `run` of the result is the command's function.
+
+    Raises UserError with all mistakes of the command line.
+    """
+    answer_command(argv, COMMANDS)
     parser = argparse.ArgumentParser(prog="dsyolo", description="Train YOLOv5 detectors, and use them.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (path, text) in COMMANDS.items():
@@ -60,7 +66,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if argv[:1] == [name]:
             module = import_module(path)
             module.add_options(subparser)
-            subparser.set_defaults(run=module.run)
+            args = command_parser.parse(subparser, argv[1:], name)
+            args.run = module.run
+            return args
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,7 @@
 """Trains a YOLOv5 detector under DeepSpeed: parse, resolve, build, fit.
 
 deepspeed dsyolo/train.py --deepspeed_config ds_configs/zero2.json --data data.yaml
+Installed: deepspeed --module dsyolo.train, or alone dsyolo train.
 """
 
 import os
@@ -20,7 +21,7 @@ from contextlib import ExitStack
 
 import torch
 
-from dsyolo.base.environment import read_environment
+from dsyolo.base.environment import choose_cpu, read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.base.stdio import outlive_readers
@@ -28,6 +29,7 @@ from dsyolo.checkpoint.manifest import saved_progress
 from dsyolo.cluster import preemption
 from dsyolo.cluster.preemption import Preempted
 from dsyolo.cluster.world import World, world_from_environment
+from dsyolo.config.cli_args import wants_cpu
 from dsyolo.config.resolve import RunSpec, resolve
 from dsyolo.planner.auto import plan_config
 from dsyolo.planner.local_hardware import hardware_here
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     SIGTERM, with all saved, and where another run is in its folder; 130 after Ctrl-C, with all saved too. A rank that is lost ends all of
     them with 70 (cluster/watchdog.py).
     """
+    if wants_cpu(argv):
+        choose_cpu()  # before anything asks for the accelerator
     try:
         world = world_from_environment()
     except UserError as error:

@@ -53,6 +53,7 @@ PURE |= {
     "one_of",
     "whole",
 }  # make descriptions of keys
+PURE |= {"Foreign", "flag", "ignored"}  # make descriptions of other programs' options
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
 FORBIDDEN_CALLS = ("eval", "exec", "__import__", "compile")
 

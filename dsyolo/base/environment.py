@@ -109,6 +109,11 @@ def wandb_options(problems: list[str]) -> dict[str, str]:
     return options
 
 
+def choose_cpu() -> None:
+    """Let torch and DeepSpeed use the CPU, in child processes and after a restart too."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def all_variables() -> dict[str, str]:
     """Return a copy of this process's variables, for child processes."""
     return dict(os.environ)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
+from dsyolo.config.ready_configs import locate
 from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.context import DoctorOptions
 from dsyolo.doctor.examine import examine
@@ -35,8 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; return 0 if the run can start, else 1. Files that are missing are findings."""
     _check(args)
-    if args.deepspeed_config == Path(AUTO):
-        args.deepspeed_config = None
+    if args.deepspeed_config:
+        is_planned = args.deepspeed_config == Path(AUTO)
+        args.deepspeed_config = None if is_planned else locate(args.deepspeed_config)
     renamed = {"image_size_px": args.imgsz, "timeout_s": args.timeout}
     given = {key: value for key, value in vars(args).items() if key in DoctorOptions._fields}
     findings, hosts = examine(DoctorOptions(**given, **renamed))

@@ -14,6 +14,7 @@ from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.config.messages import cannot_hold_files, did_you_mean
 from dsyolo.config.option_checks import model_option, out_of_range
+from dsyolo.config.ready_configs import READY_FOLDER, locate
 from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.findings import FAIL
 from dsyolo.doctor.hosts import Host, read_hostfile
@@ -150,7 +151,8 @@ def _files(names: Sequence[str], option: str, problems: list[str]) -> list[Path]
     where = "names of files in ds_configs/, or paths"
     files: dict[Path, Path] = {}
     for name in names:
-        path = Path(name) if name.endswith(".json") else Path("ds_configs", f"{name}.json")
+        path = Path(name) if name.endswith(".json") else Path(READY_FOLDER, f"{name}.json")
+        path = locate(path)
         if not name:
             problems.append(f"{option}: a name is empty. Give {where}.")
         elif name == AUTO:

@@ -35,6 +35,12 @@ def add_weights_options(parser: argparse.ArgumentParser, *, score: float, iou: f
     add("--weights", type=Path, required=True, metavar="FILE", help="a .safetensors file of a run")
     add("--model", type=model_option, metavar="FILE.py:FUNCTION", help="for weights of your own network")
     add("--imgsz", type=int, metavar="N", help="image size in pixels (default: of the training)")
+    add(
+        "--device",
+        choices=("auto", "cpu"),
+        default="auto",
+        help="auto: a GPU if there is one (default: auto)",
+    )
     add_number(parser, "--score_threshold", score, "minimum score of a detection")
     add_number(parser, "--iou_threshold", iou, "IoU threshold of NMS")
     add_number(parser, "--max_detections", 300, "maximum detections per image")
@@ -73,7 +79,7 @@ def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
     stride = meta_network(args.model or info.variant).size_multiple_px
     if fault := image_size_fault(size_px, info.variant, stride, times=1):
         raise UserError("The command line cannot be used", [f"--imgsz: {fault}"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
     postprocess = PostProcessor(
         args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label
     )

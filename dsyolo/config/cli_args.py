@@ -5,22 +5,28 @@ Values stay text until pydantic checks them. Dashes and underscores are the same
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
 from dsyolo.base.environment import wandb_options
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import is_reference
+from dsyolo.config.batch_options import PLANNED, per_rank
+from dsyolo.config.command_parser import CommandLine, CommandParser
+from dsyolo.config.foreign_values import missing_release
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
+from dsyolo.config.ready_configs import READY_FOLDER, locate, ready_names
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
 from dsyolo.config.resume_path import settle_resume
 from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unknown_in_recipe, unknown_option
 
 FOLDER_KEYS = ("project", "name")
+BATCH_OF_ALL = "batch_size"  # YOLOv5's option: images of all GPUs in a forward pass
 
 
 def parse(argv: Sequence[str] | None = None) -> RunConfig:
@@ -29,9 +35,15 @@ def parse(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 def read_command_line(
-    argv: Sequence[str] | None = None, program: str = "train.py"
+    argv: Sequence[str] | None = None,
+    program: str = "train.py",
+    *,
+    ranks: int = 1,
+    notes: list[str] | None = None,
 ) -> tuple[RunConfig, ResumePoint | None]:
     """Read a command line (None: of this process); return the run and where it resumes. The help names `program`.
+
+    `ranks` share YOLOv5's --batch-size; `notes` gets the lines on options of other programs that were taken.
 
     Order of precedence: an option, then the recipe file or preset of `--hyp`, then, under `--resume`, the
     `config.yaml` of the resumed run, then W&B's own variables (WANDB_MODE even before that file), then the defaults.
@@ -41,11 +53,15 @@ def read_command_line(
     """
     problems: list[str] = []
     fields = {key: RunConfig.model_fields[key] for key in RunConfig.model_fields if key in RUN_KEYS}
-    given = read_options({**fields, **Recipe.model_fields}, argv, problems, program)
+    notes = [] if notes is None else notes
+    given = read_options({**fields, **Recipe.model_fields}, argv, problems, program, notes)
     is_known = settle_resume(given, problems)  # else the run's own settings are not either
+    _read_batch(given, ranks, problems, notes)
     point = _resume_point(given, problems)
     resumes = point is not None or given.get("resume") == "always" or not is_known
     base = point.config.dump() if point else {}
+    if "deepspeed_config" in given:
+        base.pop("batch", None)  # it was for the JSON so far; the global batch stays
     recipe_base = base.pop("recipe", None)
     recipe_given = {key: given.pop(key) for key in list(given) if key in RECIPE_KEYS}
     named = set(recipe_given)
@@ -77,6 +93,14 @@ def read_command_line(
     return run, point
 
 
+def wants_cpu(argv: Sequence[str] | None = None) -> bool:
+    """Return whether a command line (None: of this process) asks for the CPU, before it is read as a whole."""
+    arguments = sys.argv[1:] if argv is None else argv
+    given = [word.removeprefix("--") for word in arguments if word.startswith(("--device=", "device="))]
+    given += [f"device={after}" for word, after in pairwise(arguments) if word == "--device"]
+    return given[-1:] == ["device=cpu"]
+
+
 def _resume_point(given: Mapping[str, Any], problems: list[str]) -> ResumePoint | None:
     fields = RunConfig.model_fields
     folder = Path(*(given.get(key, fields[key].default) for key in FOLDER_KEYS))
@@ -95,10 +119,13 @@ def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:
         field = RunConfig.model_fields[key]
         value = values.get(key, field.default)
         is_planned = (key, value) == ("deepspeed_config", AUTO)
-        if not isinstance(value, str) or is_planned or Path(value).is_file():
+        if not isinstance(value, str) or is_planned:
             continue
-        what, hint = _missing_file(Path(value), key)
-        seen = "" if Path(value).is_absolute() or Path(value).exists() else f", seen from {Path.cwd()}"
+        path = locate(value) if key == "deepspeed_config" else Path(value)
+        if path.is_file():
+            continue
+        what, hint = _missing_file(path, key)
+        seen = "" if path.is_absolute() or path.exists() else f", seen from {Path.cwd()}"
         hint = hint or f"Give the path of a file{seen}: {field.description}."
         problems.append(f"--{key}: {value} {what}. {hint}")
     return problems
@@ -112,8 +139,14 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
         return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
     if path.exists():
         return "is a device or pipe, but it must be a file", ""
+    if key == "weights" and path.suffix in (".pt", ".pth"):
+        return "does not exist", missing_release(str(path))
     beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
-    return "does not exist", did_you_mean(path.name, beside)
+    hint = did_you_mean(path.name, beside)
+    if key == "deepspeed_config" and not hint and str(path.parent) in (".", READY_FOLDER):
+        known = ready_names()
+        hint = did_you_mean(path.stem, known) or f"The ready ones are {', '.join(known)}, and auto plans."
+    return "does not exist", hint
 
 
 def _read_recipe(hyp: str, problems: list[str]) -> dict[str, Any]:
@@ -143,40 +176,58 @@ def _changed(recipe: Mapping[str, Any]) -> set[str]:
 
 
 def read_options(
-    fields: Mapping[str, FieldInfo], argv: Sequence[str] | None, problems: list[str], program: str
+    fields: Mapping[str, FieldInfo],
+    argv: Sequence[str] | None,
+    problems: list[str],
+    program: str,
+    notes: list[str],
 ) -> dict[str, Any]:
     """Return the options given, by field; `none` and `auto` are None where a field may be None.
 
-    An argument that is not an option is a problem. An option without its value raises UserError, `--help` exits with 0.
+    An argument that is not an option is a problem, and so is an option without its value. `--help` exits with 0.
     """
-    flags = {key for key, field in fields.items() if field.annotation is bool}
-    argv = [_canonical(one, flags) for one in (sys.argv[1:] if argv is None else argv)]
-    known, unknown = _build_parser(fields, program).parse_known_args(argv)
-    was_option = False
-    for one in unknown:
-        if one.startswith("--"):
-            problems.append(unknown_option(one[2:].partition("=")[0]))
-        elif not was_option:  # else it is the value of the unknown option before it
-            problems.append(
-                f"{one}: not an option. Options start with --, and flags take no value: --ema, --no-ema."
-            )
-        was_option = one.startswith("--") and "=" not in one
-    given = {key: value for key, value in vars(known).items() if key in fields}
+    line = CommandLine(_build_parser(fields, program), "train", unknown_option)
+    line.read(sys.argv[1:] if argv is None else argv)
+    problems += line.problems
+    notes += line.notes
+    given = {key: value for key, value in line.given.items() if key in fields or key == BATCH_OF_ALL}
+    if str(given.get("batch")).lower() == AUTO:
+        given["batch"] = str(PLANNED)
     for key, value in given.items():
-        if type(None) in get_args(fields[key].annotation) and value.lower() in ("none", "auto"):
+        optional = key in fields and type(None) in get_args(fields[key].annotation)
+        if optional and value.lower() in ("none", "auto"):
             given[key] = None
     return given
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(
-            "The command line cannot be used", [f"{message.removeprefix('argument ')}. See --help."]
-        )
+def _read_batch(given: dict[str, Any], ranks: int, problems: list[str], notes: list[str]) -> None:
+    """Turn YOLOv5's --batch-size and a --global_batch without a number into `batch` and `global_batch`."""
+    of_all = given.pop(BATCH_OF_ALL, None)
+    if of_all is not None and "batch" in given:
+        problems.append("--batch-size: given, and so is --batch. Leave one out.")
+    elif of_all is not None:
+        given["batch"] = of_all
+        if of_all.lstrip("-").isdecimal() and given.get("global_batch") != "batch":
+            try:
+                given["batch"] = per_rank(int(of_all), ranks)
+            except ValueError as error:
+                problems.append(f"--batch-size: {error}")
+                del given["batch"]
+            else:
+                if ranks > 1 and int(of_all) > 0:
+                    notes.append(
+                        f"--batch-size {of_all}: of all GPUs, as in YOLOv5: --batch {given['batch']} on each of {ranks}"
+                    )
+    if given.get("global_batch") == "batch":
+        del given["global_batch"]
+        if "batch" in given:
+            given["global_batch"] = given.pop("batch")
+        else:
+            problems.append("--global_batch: no number given, and no --batch. Give one: --global_batch 64.")
 
 
 def _build_parser(fields: Mapping[str, FieldInfo], program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         usage=f"{program} --data FILE [options]",
         description="Train a YOLOv5 detector under DeepSpeed.",
         epilog="The DeepSpeed JSON sets how the training runs: batch sizes, precision, ZeRO, optimizer, lr.",
@@ -190,6 +241,7 @@ def _build_parser(fields: Mapping[str, FieldInfo], program: str) -> argparse.Arg
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(f"--{key}", **_option(field))
+    parser.add_argument(f"--{BATCH_OF_ALL}", help=argparse.SUPPRESS)
     # Launchers pass the first, many users the second out of habit. The rank comes from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -211,14 +263,3 @@ def _option(field: FieldInfo) -> dict[str, Any]:
         return {"nargs": "?", "const": alone, "metavar": "TEXT", "help": text}
     text += f" (default: {default})"
     return {"metavar": {int: "N", float: "X"}.get(plain_type(field), "TEXT"), "help": text}
-
-
-def _canonical(argument: str, flags: Iterable[str]) -> str:
-    """Return an argument with the option's name as argparse knows it: --save-every is --save_every, --no_ema --no-ema."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    name = name.replace("-", "_")
-    if name.startswith("no_") and name[3:] in flags:
-        name = "no-" + name[3:]
-    return f"--{name}{equals}{value}"

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dsyolo.base.errors import UserError
+from dsyolo.config.batch_options import with_batch_options
 from dsyolo.config.cli_args import read_command_line
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.deepspeed.scheduler_table import SCHEDULE_KEYS
+from dsyolo.config.ready_configs import locate
 from dsyolo.config.resume import ResumePoint
 from dsyolo.config.run_config import AUTO, RunConfig, image_size_fault
 from dsyolo.config.spec import DataSpec
@@ -83,7 +85,8 @@ def resolve(
     Raises:
         UserError: something in it cannot be used.
     """
-    run, resume = read_command_line(argv, program)
+    notes: list[str] = []
+    run, resume = read_command_line(argv, program, ranks=world_size, notes=notes)
     errors: list[UserError] = []
     data = _attempt(errors, lambda: read_data_yaml(run.data))
     network = _attempt(errors, lambda: meta_network(run.model, data.num_classes if data else 1))
@@ -119,7 +122,7 @@ def resolve(
     if val_images:
         run = run.model_copy(update={"val_batch_size": min(run.val_batch_size, val_images)})
     activations = plan_activations(run, ds, data.num_classes)
-    return RunSpec(run, ds, data, run.folder, activations, resume, lines, weights)
+    return RunSpec(run, ds, data, run.folder, activations, resume, (*notes, *lines), weights)
 
 
 def _configure(
@@ -135,9 +138,12 @@ def _configure(
     saved_batch = resume.global_batch if resume else None
     if run.deepspeed_config == AUTO:
         return plan(run, None, data.num_classes, saved_batch) if data else None
-    source = read_source(run.deepspeed_config)
+    source, lines = with_batch_options(
+        read_source(locate(run.deepspeed_config)), run, world_size, saved_batch
+    )
     if source.left_open and data:
-        return plan(run, source, data.num_classes, saved_batch)
+        planned = plan(run, source, data.num_classes, saved_batch)
+        return planned._replace(lines=(*lines, *planned.lines))
     return PlannedConfig(
         check(
             source,
@@ -147,7 +153,8 @@ def _configure(
             recompute=run.recompute,
             halve=run.halve_micro_batch,
             saved_batch=saved_batch,
-        )
+        ),
+        lines,
     )
 
 

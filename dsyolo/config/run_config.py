@@ -37,7 +37,7 @@ _JSON_NAMES = {
     "optimizer.params.weight_decay": ("weight_decay",),
     "optimizer.type": ("adam", "optimizer"),
     "pipeline.stages": ("stages",),
-    "train_batch_size": ("batch", "batch_size", "train_batch_size"),
+    "train_batch_size": ("batch_size", "train_batch_size"),
     "train_micro_batch_size_per_gpu": ("micro_batch_size", "train_micro_batch_size_per_gpu"),
     "zero_optimization.stage": ("zero_stage",),
 }
@@ -64,7 +64,20 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     deepspeed_config: str = _run(
-        "ds_configs/zero1.json", "DeepSpeed JSON: how the training runs; auto: plan it for this machine"
+        AUTO, "DeepSpeed JSON, or the name of a file in ds_configs/: how the training runs; auto: planned"
+    )
+    batch: int | None = _run(
+        None,
+        "images of a micro-batch on each GPU, before the JSON's; -1: planned",
+        unset="the JSON's",
+        ge=-1,
+        le=2**16,
+    )
+    global_batch: int | None = _run(
+        None,
+        "images in an optimizer step, all GPUs together, before the JSON's. Without a number: those of --batch",
+        unset="the JSON's",
+        ge=1,
     )
     data: str = _run(..., "data set's YAML file", learned=True)
     model: str = _run("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", learned=True)
@@ -80,6 +93,8 @@ class RunConfig(BaseModel):
     )
     project: str = _run("runs", "folder of runs", min_length=1)
     name: str = _run("train", "folder of this run inside the project", min_length=1)
+    exist_ok: bool = _run(False, "start afresh in the folder of another run, whose files are moved aside")
+    device: Literal["auto", "cpu"] = _run("auto", "auto: the GPUs if there are any; cpu")
 
     workers: int | None = _machine(
         None, "loader processes per rank; auto: by the number of cores", unset="auto", ge=0, le=1024
@@ -103,7 +118,7 @@ class RunConfig(BaseModel):
     time_profile: Literal["epochs", "steps", "off"] = _machine(
         "epochs", "log the time profile: epochs, steps (also write each step to steps.json), off"
     )
-    cache: Literal["none", "ram"] = _machine("none", "where to keep decoded images")
+    cache: Literal["none", "ram"] = _machine("none", "where to keep decoded images", alone="ram")
 
     ema: bool = _training(True, "average the weights", learned=True)
     ema_decay: float = _training(0.9999, "decay of the average", learned=True, gt=0, lt=1)
@@ -141,6 +156,15 @@ class RunConfig(BaseModel):
     def _can_be_built(cls, model: str) -> str:
         return check_model_name(model)
 
+    @field_validator("batch")
+    @classmethod
+    def _is_a_number_of_images(cls, batch: int | None) -> int | None:
+        if batch == 0:
+            raise ValueError(
+                "0 given, but a micro-batch has images. Set it to 1, or to -1 to have it planned."
+            )
+        return batch
+
     @field_validator("imgsz")
     @classmethod
     def _fits_strides(cls, imgsz: int, info: ValidationInfo) -> int:
@@ -171,8 +195,8 @@ class RunConfig(BaseModel):
         return Path(self.project, self.name)
 
     def dump(self) -> dict[str, Any]:
-        """Return plain YAML types with the recipe resolved, without `resume`, which belongs to a start and not to the run."""
-        return self.model_dump(exclude={"resume"})
+        """Return plain YAML types with the recipe resolved, without what belongs to a start and not to the run."""
+        return self.model_dump(exclude=set(OF_A_START))
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -192,6 +216,7 @@ class RunConfig(BaseModel):
 
 
 RUN_KEYS = frozenset(RunConfig.model_fields) - {"recipe"}
+OF_A_START = ("resume", "exist_ok", "device")  # not kept in config.yaml
 
 
 def read_recompute(text: str) -> str | int | None:

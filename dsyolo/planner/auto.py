@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dsyolo.base.errors import UserError
+from dsyolo.config.batch_options import PLANNED, contradiction, images_in_step
 from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, divisors, halved, open_batch
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, cannot_be_used, check
 from dsyolo.config.deepspeed.json_reader import JsonSource
@@ -65,8 +66,9 @@ def plan_config(
 def _plan_all(
     run: RunConfig, hardware: Hardware, profile: ModelProfile, saved_batch: int | None
 ) -> PlannedConfig:
-    batch = saved_batch or open_batch({}, hardware.ranks)
-    assert batch
+    if problem := contradiction(run, hardware.ranks, saved_batch):
+        raise UserError("No plan for this machine", [problem])
+    batch = images_in_step(run, hardware.ranks, saved_batch)
     if batch % hardware.ranks:  # refused there, with the ranks that divide it
         check(
             {BATCH_KEYS[0]: batch},
@@ -96,14 +98,19 @@ def _best(
     recomputes = RECOMPUTES if chosen is None else (chosen,)
     precisions = _precisions(hardware)
 
+    # The run's own --batch, unless memory ran out with it or the batch of a resumed run has no room for it.
+    micro = None if run.batch == PLANNED or run.halve_micro_batch else run.batch
+    if micro and batch % (micro * hardware.ranks):
+        micro = None
+
     def ranked(hardware: Hardware) -> Ranking:
-        return search(Planner(profile, hardware, ema=run.ema), batch, "SGD", precisions, recomputes)
+        return search(Planner(profile, hardware, ema=run.ema), batch, "SGD", precisions, recomputes, micro)
 
     best, text = ranked(hardware).best, ""
     reserved = hardware.memory_bytes - hardware.usable_bytes
     rule = (
         f"no strategy fits into {hardware.memory_bytes / GIB:.2f} GiB per rank ({reserved / GIB:.1f} GiB of it reserved for "
-        f"the process) at {batch} images a step"
+        f"the process) at {batch} images a step{f' and --batch {micro}' if micro else ''}"
     )
     if best and run.halve_micro_batch:
         room = int(AGAIN * best.peak_bytes / (1 - HEADROOM)) + reserved
@@ -113,7 +120,8 @@ def _best(
         smaller = [one for one in again.others[:1] if one.peak_bytes < best.peak_bytes]
         best = again.best or next(iter(smaller), None)
     if best is None:
-        remedy = "Use a smaller --imgsz or --model, or fewer ranks per machine; `dsyolo plan` shows what fits"
+        less = "a smaller --batch, --imgsz or --model" if micro else "a smaller --imgsz or --model"
+        remedy = f"Use {less}, or fewer ranks per machine; `dsyolo plan` shows what fits"
         problem = f"--deepspeed_config: auto given, but {rule}. {remedy}."
         raise UserError("No plan for this machine", [problem])
     return best, text

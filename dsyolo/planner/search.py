@@ -35,8 +35,9 @@ def search(
     optimizer: str,
     precisions: Sequence[Precision],
     recomputes: Sequence[str | int] = RECOMPUTES,
+    micro_batch: int | None = None,
 ) -> Ranking:
-    """Predict all strategies, and rank them.
+    """Predict all strategies, or those of one micro-batch, and rank them.
 
     If a micro-batch fits only with recompute, recompute the fewest blocks that make it fit.
     """
@@ -47,6 +48,8 @@ def search(
     for one in settings(planner.hardware.ranks, global_batch, optimizer, precisions, recomputes):
         if one.offload_optimizer and planner.hardware.accelerator == "cpu":
             continue  # from a host to itself
+        if micro_batch not in (None, one.micro_batch):
+            continue
         kind = one._replace(micro_batch=0, accumulation=0, recompute="none")
         size, fits = fitting.get(kind, (0, True))
         if size != one.micro_batch and not fits:

@@ -30,7 +30,7 @@ def check_folder(run: RunConfig, resume: ResumePoint | None) -> None:
             raise UserError(f"{folder} cannot be used", [f"--project: {problem}"])
     if not resume:
         # The leftovers of a run stopped before its first checkpoint are overwritten, or set aside by `lock_folder`.
-        if run.resume == "never" and all_checkpoints(folder / "checkpoints"):
+        if run.resume == "never" and not run.exist_ok and all_checkpoints(folder / "checkpoints"):
             rule = "it holds a run already. Resume it with --resume, or choose another folder with --name."
             raise UserError(f"{folder} cannot be used", [rule])
         return
@@ -65,6 +65,8 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
     ):  # settings that a run beside this one has written again
         resume = replace(spec.resume, config=resume.config, version=resume.version)
     check_folder(spec.config, resume)
+    if not resume and spec.config.exist_ok and (kept := set_aside(spec.folder / "checkpoints")):
+        log.warning("--exist_ok: the checkpoints of the run before were moved to %s.", kept)
     if not resume and (kept := set_aside(spec.folder / "weights")):
         for name in ("metrics.jsonl", "results.png", "predictions.jpg"):
             set_aside(spec.folder / name)

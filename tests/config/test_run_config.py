@@ -91,12 +91,21 @@ def test_command_line_wins_over_recipe_file_over_low(base: list[str]) -> None:
 
 
 def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
-    argv = ["--data", "nodata.yaml", "--weights", "w.pt", "--deepspeed_config", "zero2.json", "--hyp", "hihg"]
+    argv = [
+        "--data",
+        "nodata.yaml",
+        "--weights",
+        "w.pt",
+        "--deepspeed_config",
+        "zero22.json",
+        "--hyp",
+        "hihg",
+    ]
     argv += ["--mosaik", "0", "--mosaic", "1.5", "--imgsz", "330", "--epochs", "0", "--schedule", "cosin"]
     text = "\n".join(problems_of([*argv, "--lr", "0.1", "--mixup", "nan", "surplus"]))
     for line in (
         "--mosaik: unknown option. Did you mean --mosaic?",
-        "--lr: the DeepSpeed JSON owns it. Set optimizer.params.lr there.",
+        "--lr: the DeepSpeed JSON owns it. Set optimizer.params.lr to 0.1 there.",
         "surplus: not an option.",
         "--hyp: hihg does not exist, and the presets are low, med, high. Did you mean high?",
         "--mosaic: 1.5 given, but it must be a number, at least 0 and at most 1. Set it to 1, or leave it out.",
@@ -107,7 +116,7 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
         "--epochs: 0 given, but it must be a whole number, at least 1. Set it to 1, or leave it out.",
         "--data: nodata.yaml does not exist. Did you mean data.yaml?",
         "--weights: w.pt does not exist.",
-        "--deepspeed_config: zero2.json does not exist.",
+        "--deepspeed_config: zero22.json does not exist. Did you mean zero2?",
     ):
         assert line in text
 
@@ -139,7 +148,7 @@ def test_all_problems_at_once_with_remedies(base: list[str]) -> None:
             ["--sync_batchnorm", "--freeze_batchnorm"],
             "--freeze_batchnorm leaves nothing to share. Leave one out.",
         ),
-        (["--batch-size", "16"], "--batch_size: the DeepSpeed JSON owns it. Set train_batch_size there."),
+        (["--train_batch_size", "16"], "the DeepSpeed JSON owns it. Set train_batch_size to 16 there."),
         (["--gradient_clipping", "1"], "--gradient_clipping: the DeepSpeed JSON owns it."),
         (
             ["--recompute", "4GB"],

@@ -31,12 +31,16 @@ def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
     train, micro, steps = (content.get(key) for key in BATCH_KEYS)
     if train is not None or (micro is not None and steps is not None):
         return None
-    pipeline = content.get("pipeline", {})
-    stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
-    has_stages = isinstance(stages, int) and stages > 0
-    dp_size = max(1, ranks // stages) if has_stages else ranks
+    dp_size = dp_size_of(content, ranks)
     unit = dp_size * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
     return -(-NOMINAL_BATCH // unit) * unit
+
+
+def dp_size_of(content: Mapping[str, Any], ranks: int) -> int:
+    """Return the data-parallel ranks of a JSON that may hold mistakes; those are refused elsewhere."""
+    pipeline = content.get("pipeline", {})
+    stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
+    return max(1, ranks // stages) if isinstance(stages, int) and stages > 0 else ranks
 
 
 def divisors(number: int, most: int | None = None) -> list[int]:

@@ -1,0 +1,271 @@
+"""Reads a command line by an argparse parser's own description, and reports all of its mistakes at once.
+
+argparse stops at the first mistake. Here it describes the options and prints the help; the words are read one after the
+other. Dashes and underscores are the same in an option's name, and flags may be written `--ema`, `--no-ema` or `--ema=false`.
+Options that people bring from other programs, as `--img 640` or `imgsz=640`, are looked up in `foreign_options.py`.
+"""
+
+import argparse
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from dsyolo.base.errors import UserError
+from dsyolo.config.foreign_options import FLAG, MANY, MAYBE, Foreign, Taken
+from dsyolo.config.foreign_tables import foreign_option, training_option
+from dsyolo.config.messages import did_you_mean
+
+SWITCH = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
+NUMBERS = {int: "a whole number", float: "a number"}
+KEY_VALUE = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
+NUMBER = re.compile(r"-?\d+(\.\d*)?|-?\.\d+")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("The command line cannot be used", [f"{message}. See --help."])
+
+
+class CommandLine:
+    """The options and positional arguments of one command, read word by word.
+
+    Args:
+        parser: describes the options.
+        command: the command's name in the table of foreign options.
+        unknown: returns the problem of an option that nobody knows.
+    """
+
+    def __init__(
+        self, parser: argparse.ArgumentParser, command: str, unknown: Callable[[str], str] | None = None
+    ) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []  # what an alias changes, for the start of the run
+        self.given: dict[str, Any] = {}
+        self._parser, self._command, self._unknown = parser, command, unknown
+        actions = parser._actions
+        self._options = {canonical(name): one for one in actions for name in one.option_strings}
+        self._positionals = [one for one in actions if not one.option_strings]
+        self._queue: deque[str] = deque()
+        self._num_own = 0  # at the front, put there for an alias
+        self._rest: list[str] = []
+
+    def read(self, argv: Sequence[str]) -> None:
+        """Read all words into `given`, `problems` and `notes`. `--help` prints the help and ends the process with 0."""
+        self._queue.extend(argv)
+        while self._queue:
+            is_own = self._num_own > 0
+            self._num_own = max(0, self._num_own - 1)
+            word = self._queue.popleft()
+            if word == "--" and not is_own:
+                self._rest += self._queue
+                break
+            if word == "-h" or (word.startswith("--") and len(word) > 2):
+                self._option(word, is_own)
+            elif not is_own and (match := KEY_VALUE.fullmatch(word)) and self._is_key(match[1]):
+                self._key_value(word, match[1], match[2])
+            else:
+                self._rest.append(word)
+        self._assign_positionals()
+        for action in self._options.values():
+            if action.required and action.dest not in self.given and not self._was_refused(action):
+                name = action.option_strings[0]
+                line = f"{name}: missing. Give the {action.help or action.dest}."
+                self.problems += [] if line in self.problems else [line]
+
+    def namespace(self) -> argparse.Namespace:
+        """Return what argparse would: all destinations, with their defaults where nothing was given."""
+        values = {}
+        for action in self._parser._actions:
+            if argparse.SUPPRESS not in (action.dest, action.default):
+                default, convert = action.default, action.type
+                values[action.dest] = (
+                    convert(default) if isinstance(default, str) and callable(convert) else default
+                )
+        return argparse.Namespace(**{**values, **self.given})
+
+    # ---- options
+
+    def _option(self, word: str, is_own: bool) -> None:
+        name, equals, value = word.partition("=")
+        key = canonical(name)
+        action, foreign = self._options.get(key), None
+        if not is_own:
+            foreign = self._known_elsewhere(key)
+        if isinstance(action, argparse._HelpAction):
+            self._parser.print_help()
+            self._parser.exit()
+        if foreign:
+            given = value if equals else self._foreign_value(foreign, action)
+            self._foreign(name, foreign, given, action)
+        elif action:
+            self._own(name, action, value if equals else None)
+        else:
+            if not equals and self._queue and not self._queue[0].startswith("--"):
+                self._queue.popleft()  # most likely its value
+            self.problems.append(self._unknown_option(key))
+
+    def _own(self, name: str, action: argparse.Action, value: str | None) -> None:
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            switch = True if value is None else SWITCH.get(value.lower())
+            if switch is None:
+                rule = "it is a flag: true or false"
+                self.problems.append(
+                    f"{name}: {value} given, but {rule}. Write {name} alone, or leave it out."
+                )
+                return
+            is_negated = canonical(name).startswith("no_") and isinstance(
+                action, argparse.BooleanOptionalAction
+            )
+            if isinstance(action, argparse.BooleanOptionalAction):
+                self.given[action.dest] = switch != is_negated
+            elif switch:
+                self.given[action.dest] = action.const
+            return
+        if value is None:
+            value = self._next_value()
+        if value is None and action.nargs == "?":
+            self.given[action.dest] = action.const
+        elif value is None:
+            self.problems.append(f"{name}: expected one argument. See --help.")
+        else:
+            self.given[action.dest] = self._converted(name, action, value)
+
+    def _converted(self, name: str, action: argparse.Action, value: str) -> Any:
+        """Return the value in the type of its option; a problem is added where that cannot be."""
+        converted: Any = value
+        try:
+            if callable(action.type):
+                converted = action.type(value)
+        except argparse.ArgumentTypeError as error:
+            self.problems.append(f"{name}: {error}".rstrip(".") + ".")
+            return action.default
+        except (TypeError, ValueError):
+            rule = next((text for kind, text in NUMBERS.items() if kind is action.type), "of another form")
+            self.problems.append(f"{name}: {value} given, but it must be {rule}. See --help.")
+            return action.default
+        if action.choices is not None and converted not in action.choices:
+            known = [str(one) for one in action.choices]
+            hint = did_you_mean(str(converted), known) or "See --help."
+            self.problems.append(f"{name}: {value} given, but it must be one of {', '.join(known)}. {hint}")
+        return converted
+
+    def _next_value(self) -> str | None:
+        """Take the next word, unless it is an option."""
+        if self._queue and not (self._queue[0].startswith("--") and len(self._queue[0]) > 2):
+            return self._queue.popleft()
+        return None
+
+    def _unknown_option(self, key: str) -> str:
+        begun = sorted({name for name in self._options if name.startswith(key)})
+        if len(begun) == 1 and len(key) > 1:
+            return f"--{key}: unknown option. Did you mean --{begun[0]}?"
+        if self._unknown:
+            return self._unknown(key)
+        return f"--{key}: unknown option. {did_you_mean(key, self._options, '--') or 'See --help.'}"
+
+    def _was_refused(self, action: argparse.Action) -> bool:
+        """Return whether a problem is about this option already."""
+        names = tuple(f"{start}{name}" for name in action.option_strings for start in ("", "argument "))
+        return any(line.startswith(tuple(f"{name}:" for name in names)) for line in self.problems)
+
+    # ---- options of other programs
+
+    def _is_key(self, key: str) -> bool:
+        return key in self._options or self._known_elsewhere(key, is_key=True) is not None
+
+    def _known_elsewhere(self, key: str, *, is_key: bool = False) -> Foreign | None:
+        found = foreign_option(self._command, key, is_key=is_key)
+        return found or (None if key in self._options else training_option(self._command, key))
+
+    def _key_value(self, word: str, key: str, value: str) -> None:
+        """Read `key=value`, as Ultralytics' command line has it."""
+        action = self._options.get(key)
+        if foreign := self._known_elsewhere(key, is_key=True):
+            self._foreign(f"{key}=", foreign, value, action)
+        elif action:
+            self._own(f"--{key}", action, value)
+
+    def _foreign_value(self, foreign: Foreign, action: argparse.Action | None) -> str | None:
+        """Take the words that are the option's value from the command line."""
+        if foreign.arity == FLAG or (action is not None and action.nargs == 0):
+            return None
+        if foreign.arity == MANY:
+            taken = []
+            while self._queue and NUMBER.fullmatch(self._queue[0]):
+                taken.append(self._queue.popleft())
+            return " ".join(taken) or None
+        return self._next_value()
+
+    def _foreign(
+        self, name: str, foreign: Foreign, value: str | None, action: argparse.Action | None
+    ) -> None:
+        if value is None and foreign.arity not in (FLAG, MAYBE, MANY):
+            self.problems.append(f"{name}: expected one argument. See --help.")
+            return
+        outcome = foreign.outcome(value)
+        shown = f"{name}{value}" if name.endswith("=") else name
+        if outcome is None and action:
+            self._own(f"--{action.dest}" if name.endswith("=") else name, action, value)
+        elif isinstance(outcome, Taken):
+            missing = [word for word in outcome.arguments if word.startswith("--") and not self._has(word)]
+            if missing:
+                rule = f"an option of `dsyolo train` ({' '.join(outcome.arguments)})"
+                self.problems.append(f"{shown}: {rule}, and not of `dsyolo {self._command}`. Leave it out.")
+                return
+            self._queue.extendleft(reversed(outcome.arguments))
+            self._num_own += len(outcome.arguments)
+            self.notes += [f"{shown}: {outcome.note}"] if outcome.note else []
+        else:
+            self.problems.append(f"{shown}: {outcome or 'not here. See --help.'}")
+
+    def _has(self, word: str) -> bool:
+        return canonical(word.partition("=")[0]) in self._options
+
+    # ---- positional arguments
+
+    def _assign_positionals(self) -> None:
+        rest = list(self._rest)
+        for place, action in enumerate(self._positionals):
+            later = len(self._positionals) - place - 1
+            if action.nargs in ("+", "*"):
+                taken, rest = rest[: max(0, len(rest) - later)], rest[max(0, len(rest) - later) :]
+                if taken or action.nargs == "*":
+                    name = str(action.metavar or action.dest)
+                    self.given[action.dest] = [self._converted(name, action, one) for one in taken]
+            else:
+                taken, rest = rest[:1], rest[1:]
+                if taken:
+                    name = str(action.metavar or action.dest)
+                    self.given[action.dest] = self._converted(name, action, taken[0])
+            if not taken and action.nargs != "*":
+                self.problems.append(f"{action.metavar or action.dest}: missing. Give {action.help}.")
+        self.problems += [
+            f"{one}: not an option. Options start with --, and flags take no value: --ema, --no-ema."
+            for one in rest
+        ]
+
+
+def canonical(name: str) -> str:
+    """Return an option's name without its dashes at the front, and with underscores: --save-every is save_every."""
+    return name.lstrip("-").replace("-", "_")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str], command: str) -> argparse.Namespace:
+    """Return the arguments of a command, as argparse would. Raise UserError with all mistakes of the command line."""
+    line = CommandLine(parser, command)
+    line.read(argv)
+    if line.problems:
+        raise UserError("The command line cannot be used", line.problems)
+    return line.namespace()

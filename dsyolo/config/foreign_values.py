@@ -1,0 +1,134 @@
+"""Reads the values of foreign options: what is taken for a value, or the problem as text, or None to go on."""
+
+import re
+from pathlib import Path
+
+from dsyolo.config.foreign_options import Taken
+from dsyolo.config.run_config import MODELS
+
+PAGE = "See docs/from_yolov5.md."
+NO_EXPORT = f"there is no export: weights are safetensors (RUN/weights/best.safetensors). {PAGE}"
+RELEASES = "github.com/ultralytics/yolov5/releases"
+_VARIANT = re.compile(r"(?:.*/)?(yolov5[nsmlx]6?)u?(\.yaml|\.pt|\.pth)?")
+_SCRATCH = re.compile(r"(?:.*/)?hyp\.scratch-(low|med|high)(?:\.yaml)?")
+
+
+def release_name(weights: str) -> str | None:
+    """Return the variant whose released weights a path names, as yolov5s for yolov5s.pt; None for other paths."""
+    match = _VARIANT.fullmatch(weights)
+    return match[1] if match and match[2] in (".pt", ".pth") else None
+
+
+def missing_release(weights: str) -> str:
+    """Return the remedy for weights of another program that are not there."""
+    place = (
+        f"get {Path(weights).name} from {RELEASES}, and"
+        if release_name(weights)
+        else "such files are pickles:"
+    )
+    return f"Nothing is downloaded: {place} convert it once (docs/from_yolov5.md). Or leave it out to train from scratch."
+
+
+def read_model(text: str) -> Taken | str | None:
+    """Take a variant's YAML file for its name; released weights need a file, and a file of ours is weights."""
+    if text.endswith(".safetensors"):
+        return Taken((f"--weights={text}",))
+    match = _VARIANT.fullmatch(text)
+    if match and match[1] in MODELS and match[2] != ".pt" and not Path(text).is_file():
+        return Taken((f"--model={match[1]}",))
+    if match and match[2]:
+        scratch = f"--model {match[1]} trains from scratch"
+        return f"{scratch}, and --weights FILE.safetensors starts from weights. {missing_release(text)}"
+    if re.fullmatch(r"(?:.*/)?(yolo|rtdetr|sam).*\.(pt|yaml)", text, re.IGNORECASE):
+        return f"{text} given, but only YOLOv5's networks are here: --model {', '.join(MODELS)}."
+    if text.endswith((".pt", ".pth")):
+        return f"{text} given, but pickled files are not read. Give --model yolov5n and --weights FILE.safetensors."
+    return None
+
+
+def read_cfg(text: str) -> Taken | str | None:
+    """Read `--cfg`: a variant's YAML file is its name."""
+    found = read_model(text)
+    if isinstance(found, Taken):
+        return found
+    return Taken() if not text else None
+
+
+def read_weights_to_use(text: str) -> str | None:
+    """Answer released weights that are not there, for val and detect."""
+    variant = None if Path(text).exists() else release_name(text)
+    if variant is None:
+        return None
+    rule = "YOLOv5's files lack class names: train from them (dsyolo train --weights), and give what the run writes"
+    return f"{text} does not exist, and {rule}, as in --weights runs/train/weights/best.safetensors. {PAGE}"
+
+
+def read_model_to_use(text: str) -> Taken | str | None:
+    """Take `model=` of val and detect, which is a weights file there."""
+    return read_weights_to_use(text) or Taken((f"--weights={text}",))
+
+
+def read_hyp(text: str) -> Taken | str | None:
+    """Read the name of one of YOLOv5's recipes: three of them are presets."""
+    if Path(text).is_file():
+        return None
+    if match := _SCRATCH.fullmatch(text):
+        return Taken((f"--hyp={match[1]}",))
+    if re.fullmatch(r"(?:.*/)?hyp\.[\w-]+\.yaml", text):
+        return f"{text} does not exist; the presets are --hyp low, --hyp med and --hyp high. Give one, or a file that is there."
+    return None
+
+
+def read_save_period(text: str) -> Taken | None:
+    """Read `--save-period`; below 1 it is off."""
+    if re.fullmatch(r"-\d+|0", text):
+        return Taken()  # YOLOv5's default: only best and last
+    return Taken((f"--save_every={text}",), "read as --save_every; the newest --keep_checkpoints (2) stay")
+
+
+def read_optimizer(text: str) -> str | None:
+    """Answer `--optimizer` with the key of the JSON and its value."""
+    kinds = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+    if (kind := kinds.get(text.lower())) is None:
+        return f'{text} given, but the DeepSpeed JSON owns it. Set optimizer.type to "SGD", "Adam" or "AdamW" there.'
+    ready = {"AdamW": " Or give --deepspeed_config adamw.", "SGD": " Without it SGD runs."}.get(kind, "")
+    return f'the DeepSpeed JSON owns it. Set optimizer.type to "{kind}" there.{ready}'
+
+
+def read_device(text: str) -> Taken | str | None:
+    """Read `--device` of a training: GPUs are chosen before it starts."""
+    text = text.strip().lower()
+    if text in ("cpu", "auto"):
+        return None
+    if text in ("", "none"):
+        return Taken()
+    if (numbers := text.removeprefix("cuda:")) and re.fullmatch(r"\d+(,\s*\d+)*", numbers):
+        several = f"deepspeed --include localhost:{numbers} dsyolo/train.py"
+        if "," in numbers:
+            return f"{text} given, but the launcher chooses GPUs: {several}."
+        return f"{text} given, but GPUs are chosen before the start: CUDA_VISIBLE_DEVICES={numbers} in front of the command, or {several}."
+    return f"{text} given, but it must be cpu or auto. DS_ACCELERATOR names other devices, and CUDA_VISIBLE_DEVICES GPUs. {PAGE}"
+
+
+def read_device_here(text: str) -> Taken | str | None:
+    """Read `--device` of a command that uses one device."""
+    found = read_device(text)
+    if isinstance(found, str) and "CUDA_VISIBLE_DEVICES=" in found:
+        return found.partition(", or deepspeed")[0] + ", or --device cpu."
+    return found
+
+
+def read_batch_share(text: str) -> str | None:
+    """Answer a batch that is a share of the memory."""
+    if re.fullmatch(r"0?\.\d+", text):
+        return f"{text} given, but a share of the memory cannot be chosen. Give --batch -1, which plans for all of it but 5 %."
+    return None
+
+
+def read_pretrained(text: str) -> Taken | str:
+    """Read `pretrained=`: a file, or none."""
+    if text.lower() in ("false", "none", "0", ""):
+        return Taken()
+    if text.endswith(".safetensors"):
+        return Taken((f"--weights={text}",))
+    return f"{text} given, but files go by --weights FILE.safetensors. {missing_release('yolov5s.pt')}"
