@@ -1,36 +1,14 @@
 """An indexed data set as training reads it: one image, scaled, with its labels in pixels."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from dsyolo.base.batch import Sample
-from dsyolo.base.errors import UserError
-from dsyolo.config.spec import DataSpec
 from dsyolo.data.images import read_rgb, scaled_hw
 from dsyolo.data.index import DatasetIndex
-from dsyolo.data.labels import NUM_SHOWN, first_places
 from dsyolo.detection.boxes import PAD_GREY
-
-
-def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> None:
-    """Refuse labels of a class without a name: left out, its objects would be learned as background.
-
-    Raises:
-        UserError: labels in `splits` have classes that `data` does not name.
-    """
-    problems = []
-    for split, index in splits.items():
-        unknown = index.unknown_classes()
-        for detail, rows in list(unknown.items())[:NUM_SHOWN]:
-            problems.append(f"{split}: {detail}: {len(rows):,} rows ({first_places(rows)}).")
-        if len(unknown) > NUM_SHOWN:
-            problems.append(f"{split}: and {len(unknown) - NUM_SHOWN} more such classes.")
-    if problems:
-        remedy = f"names: add these classes to {', '.join(data.names[:20])}, or remove the rows."
-        raise UserError(f"{data.path} lacks classes that its labels have", [*problems, remedy])
 
 
 class DetectionDataset:

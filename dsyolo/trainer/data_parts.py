@@ -8,12 +8,13 @@ import torch
 
 from dsyolo.cluster.world import World, num_readers, parallel_dims
 from dsyolo.config.resolve import RunSpec
-from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
+from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.index_builder import build_index
 from dsyolo.data.loader import EvalLoader, TrainLoader
 from dsyolo.data.parallel_map import Communicator
 from dsyolo.data.sampler import StepSampler
+from dsyolo.data.split_checks import refuse_lost_objects
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine import device
 from dsyolo.models.detection_network import DetectionNetwork
@@ -58,7 +59,8 @@ def index_splits(
         communicator: the ranks, each of which reads its share; None: this process reads all.
 
     Raises:
-        UserError: no usable image in one, or labels of classes that data.yaml does not name.
+        UserError: no usable image in one, no object in the training split, or labels of classes that data.yaml does
+            not name.
     """
     indexes = {
         split: build_index(
@@ -70,10 +72,11 @@ def index_splits(
         )
         for split in ("train", "val")
     }
-    refuse_unknown_classes(run.data, indexes)
     if world.is_main_process:
         for split, found in indexes.items():
             log.info("%s: %s", split, found.summary())
+    for line in refuse_lost_objects(run.data, indexes, with_warnings=world.is_main_process):
+        log.warning("%s", line)
     return indexes["train"], indexes["val"]
 
 
