@@ -8,7 +8,10 @@ import numpy as np
 from dsyolo.base.batch import Sample
 from dsyolo.data.images import read_rgb, scaled_hw
 from dsyolo.data.index import DatasetIndex
+from dsyolo.data.read_counts import ReadCounts
 from dsyolo.detection.boxes import PAD_GREY
+
+MAX_WARNED = 3  # images that each process names
 
 
 class DetectionDataset:
@@ -29,6 +32,7 @@ class DetectionDataset:
         self._kept_bytes = 0
         self._kept: dict[int, np.ndarray] = {}
         self._warned: set[int] = set()
+        self.counts = ReadCounts()  # loads, in this process and its workers
 
     def __len__(self) -> int:
         return len(self.index)
@@ -37,14 +41,16 @@ class DetectionDataset:
         """Return an image with a long side of exactly `long_side_px` (None: the image size), and labels in its pixels.
 
         An image that can no longer be decoded, or whose size has changed since it was indexed, is replaced by a grey
-        one without boxes, with one warning: the epoch goes on.
+        one without boxes, and counted in `counts`: the epoch goes on. Each process warns of the first few.
         """
         long_side_px = long_side_px or self.image_size
         image = self._image(index, long_side_px)
+        self.counts.add(index, image is not None)
         if image is None:
-            if index not in self._warned:
+            if index not in self._warned and len(self._warned) < MAX_WARNED:
                 self._warned.add(index)
                 fault = "has changed since it was indexed, or cannot be read: a grey image replaces it"
+                fault += "; further ones are only counted" * (len(self._warned) == MAX_WARNED)
                 warnings.warn(f"{self.index.path(index)} {fault}", stacklevel=2)
             grey = np.full((*scaled_hw(self._size_hw(index), long_side_px), 3), PAD_GREY, np.uint8)
             return Sample(grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))

@@ -15,6 +15,7 @@ from dsyolo.data.loader import EvalLoader, TrainLoader
 from dsyolo.data.parallel_map import Communicator
 from dsyolo.data.sampler import StepSampler
 from dsyolo.data.split_checks import refuse_lost_objects
+from dsyolo.detection.anchor_fit import fit_anchors
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine import device
 from dsyolo.models.detection_network import DetectionNetwork
@@ -96,6 +97,8 @@ def build_data(
     )
     strides = network.strides
     anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
+    if world.is_main_process:
+        _log_anchor_fit(train_index, anchors_px.numpy(), config.imgsz, config.recipe.anchor_t)
     train_loader = TrainLoader(
         train_set if place.is_first_stage or place.is_last_stage else None,
         sampler,
@@ -118,3 +121,11 @@ def build_data(
         rectangular=config.rect_val,
     )
     return DataParts(sampler, train_loader, val_loader, train_set, val_set)
+
+
+def _log_anchor_fit(index: DatasetIndex, anchors_px: np.ndarray, image_size_px: int, anchor_t: float) -> None:
+    """Log the labels that no anchor can match. All ranks have the same index and anchors, so one speaks for all."""
+    image_wh = np.repeat(index.sizes_hw[:, ::-1], np.diff(index.offsets), axis=0)
+    boxes_wh = index.boxes[:, 2:] - index.boxes[:, :2]
+    fit = fit_anchors(anchors_px, boxes_wh, image_wh, image_size_px, anchor_t)
+    log.log(logging.WARNING if fit.needs_warning else logging.INFO, "%s", fit.summary())
