@@ -92,8 +92,9 @@ def _near(images: Iterable[str]) -> list[str]:
     """Return the folders to search: those of the images, and what lies beside them and below that."""
     tops: dict[str, None] = {}
     for folder in list(dict.fromkeys(os.path.dirname(image) for image in images))[:MAX_IMAGE_FOLDERS]:
-        top = folder
-        for _ in range(3):  # from set/train/images up to set
+        before, images, _ = f"{folder}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
+        top = before if images and before else folder  # where `labels` would be
+        for _ in range(3):  # from set/train up to set
             if not _SPLIT_FOLDER.fullmatch(os.path.basename(top)) or os.path.dirname(top) in (top, os.sep):
                 break
             top = os.path.dirname(top)
