@@ -12,12 +12,6 @@ JpegHeader = tuple[int, int, int] | None  # height, width, start of the pixel da
 _RESTART_INTERVAL = (
     b"\xff\xdd\x00\x04"  # its segment; a cut may be at a restart marker, and one of eight comes next
 )
-# Codes of any blocks, with the restart markers 0xd0 to 0xd7 for the JPEGs that have them.
-_ANY_BLOCKS = b"".join(
-    bytes(n * 37 % 251 for n in range(64)) + bytes((0xFF, 0xD0 + k % 8)) for k in range(16)
-)
-# Both values of the first missing bit are among them, so a decoder that lacks a bit decodes at least one otherwise.
-_FILLERS = (_ANY_BLOCKS, b"\x00" * 64, b"\x55" * 64, b"\xaa" * 64, b"\xfe" * 64)
 
 
 def jpeg_header(data: bytes) -> JpegHeader:
@@ -55,7 +49,7 @@ def has_all_pixels(data: bytes, start: int) -> bool:
     try:
         pixels = _pixels(body + JPEG_END)
         restarts = [bytes((0xFF, 0xD0 + n)) for n in range(8)] if _RESTART_INTERVAL in data[:start] else []
-        fillers = [restart + filler for restart in (b"", *restarts) for filler in _FILLERS]
+        fillers = [restart + filler for restart in (b"", *restarts) for filler in _fillers()]
         return all(np.array_equal(pixels, _pixels(body + filler + JPEG_END)) for filler in fillers)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
@@ -108,6 +102,16 @@ def _next_segment(data: bytes, at: int) -> int:
     return -1
 
 
+def _fillers() -> list[bytes]:
+    """Return pixel data. Both values of the first missing bit are among them, so a decoder that lacks it sees a change."""
+    return [_any_blocks(), *(bytes([value]) * 64 for value in (0x00, 0x55, 0xAA, 0xFE))]
+
+
+def _any_blocks() -> bytes:
+    """Return codes of any blocks, with the restart markers 0xd0 to 0xd7 for the JPEGs that have them."""
+    return b"".join(bytes(n * 37 % 251 for n in range(64)) + bytes((0xFF, 0xD0 + k % 8)) for k in range(16))
+
+
 def ends_early(data: bytes, start: int, grey: np.ndarray) -> bool:
     """Return whether a JPEG lacks blocks despite its end marker, as after a repair. Progressive ones are not detected.
 
@@ -118,7 +122,7 @@ def ends_early(data: bytes, start: int, grey: np.ndarray) -> bool:
         return False
     end = data.find(JPEG_END, start)
     try:
-        return not np.array_equal(_small(data), _small(data[:end] + _ANY_BLOCKS + data[end:]))
+        return not np.array_equal(_small(data), _small(data[:end] + _any_blocks() + data[end:]))
     except (OSError, Image.DecompressionBombError):  # none that OpenCV reads is known
         return False
 

@@ -26,7 +26,8 @@ def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> list[s
     indexes = {split: _labels_alone(paths, data.num_classes) for split, paths in images.items()}
     for split, index in indexes.items():
         if not len(index):
-            raise UserError(f"{split}: none of its images can be used", by_reason(index.problems))
+            line = f"{split}: no label row of its {len(set(images[split])):,} images can be used."
+            raise UserError(f"{data.path} cannot be trained on", [line, *by_reason(index.problems)])
     return refuse_lost_objects(data, indexes)
 
 

@@ -25,6 +25,7 @@ from odd_data_sets import (
     write_coco,
     yolo,
 )
+from runs import CONFIG, alone
 
 from dsyolo.data.fingerprint import of_data
 from dsyolo.doctor.answers import DataAnswer
@@ -243,8 +244,17 @@ def listed(root: Path, line: str, encoding: str = "utf-8", end: str = "\n") -> P
     return yolo(root, "train.txt")
 
 
+def cvat(root: Path) -> Path:
+    for image in images(root, "obj_train_data"):
+        text(image.with_suffix(".txt"), ROW)
+    text(root / "train.txt", "".join(f"data/obj_train_data/ata{n}.jpg\n" for n in range(4)))
+    val_split(root)
+    return yolo(root, "train.txt")
+
+
 YOLO_RIGHT: dict[str, Callable[[Path], Path]] = {
     "a list of Windows": lambda r: listed(r, ".\\images\\train\\ain{}.jpg", end="\r\n"),
+    "a list of CVAT": cvat,
     "a list with a byte-order mark": lambda r: listed(r, "./images/train/ain{}.jpg", "utf-8-sig"),
     "data.yaml of Windows": lambda r: (
         yolo(r, "images\\train", ".\\images\\val") if train_images(r, "labels/train") else r
@@ -468,7 +478,21 @@ def test_voc(tmp_path, name):
         assert sorted(outcome.boxes) == ["a.jpg", "b.jpg", "v.jpg"]
 
 
-# ---- doctor says the same
+# ---- the entry, and doctor, which says the same
+
+
+def test_a_training_ends_with_status_2_and_these_words(tmp_path):
+    place = tmp_path
+    data = YOLO_ERRORS["Labels"][0](place / "set")
+    text(place / "ds.json", json.dumps(CONFIG))
+    done = alone(place, "lost", data=data)
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert f"{data} has no object to train on" in output
+    for words in (NO_OBJECT, *YOLO_ERRORS["Labels"][1]):
+        assert words in output
+    assert "Traceback" not in output
+    assert not (place / "runs/lost/weights").exists()
 
 
 @pytest.mark.parametrize("name", ["Labels", "empty label files", "COCO beside"])

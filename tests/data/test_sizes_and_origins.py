@@ -27,7 +27,7 @@ from dsyolo.data.formats.frames import (
     SCALED,
     SWAPPED,
     TURNED,
-    Measured,
+    MeasuredImage,
     are_of_stored,
     fit_objects,
     read_orientation,
@@ -236,7 +236,7 @@ def test_every_orientation_moves_a_mark_to_where_it_is_seen(tmp_path, orientatio
     polygon = np.array([[64, 8], [88, 8], [88, 24], [64, 24]]) if kind == "polygon" else None
     mark = Object("cat", (64.0, 8.0, 88.0, 24.0), polygon)
     far = Object("cat", (0.0, 0.0, 99.0, 5.0))  # shows that boxes are of the stored picture
-    measured = Measured(
+    measured = MeasuredImage(
         Image(path, "a.jpg", [mark, far], (60, 100)), size_hw, read_orientation(path, size_hw)
     )
     assert measured.orientation == orientation
@@ -253,8 +253,8 @@ def test_every_orientation_moves_a_mark_to_where_it_is_seen(tmp_path, orientatio
 
 
 def test_votes_of_a_data_set():
-    def portrait(box) -> Measured:
-        return Measured(Image(Path("x"), "x", [Object("cat", box)], (60, 100)), (100, 60), 6)
+    def portrait(box) -> MeasuredImage:
+        return MeasuredImage(Image(Path("x"), "x", [Object("cat", box)], (60, 100)), (100, 60), 6)
 
     seen, stored, both = portrait(SEEN), portrait((10, 10, 90, 40)), portrait((1, 1, 9, 9))
     assert are_of_stored([seen, stored, stored, both])
@@ -264,7 +264,7 @@ def test_votes_of_a_data_set():
 
 def test_rounded_sides_of_a_thumbnail_fit():
     image = Image(Path("x"), "x", [Object("cat", (10, 10, 20, 20))], (48, 64))
-    fitted = fit_objects(Measured(image, (3001, 4000), 1), of_stored=False)
+    fitted = fit_objects(MeasuredImage(image, (3001, 4000), 1), of_stored=False)
     assert fitted.reason == SCALED
     np.testing.assert_allclose(fitted.objects[0].box_xyxy, [625, 10 * 3001 / 48, 1250, 20 * 3001 / 48])
 

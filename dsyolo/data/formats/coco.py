@@ -11,7 +11,7 @@ import numpy as np
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import read_bytes
-from dsyolo.data.formats.coco_ids import Key, by_name, id_key, required_key
+from dsyolo.data.formats.coco_ids import CocoId, by_name, id_key, required_key
 from dsyolo.data.formats.coco_layout import CocoFile, coco_files, split_images
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.image_finder import ImageFinder
@@ -32,9 +32,9 @@ class _Split:
     """An annotation file as it was read."""
 
     images: list[Image]
-    categories: dict[Key, str]
-    supers: dict[Key, str]
-    used: set[Key] = field(default_factory=set)  # categories that have annotations
+    categories: dict[CocoId, str]
+    supers: dict[CocoId, str]
+    used: set[CocoId] = field(default_factory=set)  # categories that have annotations
 
 
 class Coco(DataFormat):
@@ -77,7 +77,7 @@ class Coco(DataFormat):
         return SourceDataset(splits, names, problems, notes)
 
 
-def _empty_supers(split: _Split, used: set[Key]) -> list[Key]:
+def _empty_supers(split: _Split, used: set[CocoId]) -> list[CocoId]:
     """Return categories without annotations that are only the super-category of others, as Roboflow exports one."""
     above = {name for key, name in split.supers.items() if name != split.categories[key]}
     empty = [key for key, name in split.categories.items() if key not in used and name in above]
@@ -90,16 +90,15 @@ class _Reader:
     def __init__(self, coco_file: CocoFile, headline: str, problems: list[Problem], notes: list[str]) -> None:
         self._file, self._folders = coco_file
         self._headline, self._problems, self._notes = headline, problems, notes
-        self._unmatched = 0
+        self._unmatched = self._uncategorised = 0
 
     def read(self) -> _Split:
         given, categories, supers, records = self._sections()
         split = _Split([], categories, supers)
-        objects: dict[Key, list[Object]] = {key: [] for key in records}
-        annotated: set[Key] = set()  # images with any annotation
-        spoiled: set[Key] = set()
+        objects: dict[CocoId, list[Object]] = {key: [] for key in records}
+        annotated: set[CocoId] = set()  # images with any annotation
+        spoiled: set[CocoId] = set()
         ids_by_name = by_name(records)
-        self._unmatched = 0
         annotations = given["annotations"]
         for number, one in enumerate(annotations, 1):
             one = one if isinstance(one, dict) else {}
@@ -119,6 +118,7 @@ class _Reader:
             elif category not in categories:
                 detail = f"category_id {one.get('category_id')!r} is no category's id"
                 self._problems.append(Problem(place, 0, BAD_OBJECT, detail))
+                self._uncategorised += 1
                 spoiled.add(image)
             elif (found := self._object(one, categories[category], place)) is None:
                 self._problems.append(Problem(place, 0, BAD_OBJECT, f"bbox {one.get('bbox')}"))
@@ -132,20 +132,20 @@ class _Reader:
 
     def _sections(
         self,
-    ) -> tuple[dict[str, Any], dict[Key, str], dict[Key, str], dict[Key, list[dict[str, Any]]]]:
+    ) -> tuple[dict[str, Any], dict[CocoId, str], dict[CocoId, str], dict[CocoId, list[dict[str, Any]]]]:
         """Return the content, categories and their super-categories by id, and images by id."""
         try:
             given = json.loads(read_bytes(self._file, MOST_COCO_BYTES).decode("utf-8-sig"))
             for key in ("categories", "images", "annotations"):
                 if not isinstance(given[key], list):
                     raise TypeError(f"{key} must be a list")
-            categories: dict[Key, str] = {}
+            categories: dict[CocoId, str] = {}
             for one in given["categories"]:
                 number, name = required_key(one["id"]), str(one["name"])
                 if categories.setdefault(number, name) != name:
                     raise ValueError(f"category id {number} is given for {categories[number]} and for {name}")
             supers = {id_key(one["id"]): str(one.get("supercategory", "")) for one in given["categories"]}
-            records: dict[Key, list[dict[str, Any]]] = {}
+            records: dict[CocoId, list[dict[str, Any]]] = {}
             for one in given["images"]:
                 records.setdefault(required_key(one["id"]), []).append(one)
         except (
@@ -171,6 +171,11 @@ class _Reader:
             if self._unmatched == num_annotations:
                 rule = "their image_id must be the id of one of `images`"
                 raise UserError(self._headline, [f"{line} that it lists: {rule}."])
+        if self._uncategorised:
+            share = f"{self._uncategorised:,} of {num_annotations:,} annotations ({self._uncategorised / num_annotations:.1%})"
+            self._notes.append(
+                f"{self._file}: {share} are of no category that it lists: their objects are left out."
+            )
         if num_annotations and not num_objects:
             reasons = Counter(
                 (problem.reason, problem.detail)
@@ -196,10 +201,10 @@ class _Reader:
 
     def _images(
         self,
-        records: Mapping[Key, list[dict[str, Any]]],
-        objects: Mapping[Key, list[Object]],
-        spoiled: set[Key],
-        unsure: set[Key],
+        records: Mapping[CocoId, list[dict[str, Any]]],
+        objects: Mapping[CocoId, list[Object]],
+        spoiled: set[CocoId],
+        unsure: set[CocoId],
     ) -> list[Image]:
         """Return the images whose files are found; entries with the same name are one image."""
         finder = ImageFinder(self._folders)

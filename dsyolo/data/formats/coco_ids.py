@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-Key = int | str | None
+CocoId = int | str | None
 
 
-def id_key(value: Any) -> Key:
+def id_key(value: Any) -> CocoId:
     """Return an id so that 7, 7.0 and "7" are the same; None for what is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
@@ -17,16 +17,17 @@ def id_key(value: Any) -> Key:
     return int(value) if value == value and abs(value) != float("inf") and value == int(value) else str(value)
 
 
-def required_key(value: Any) -> Key:
+def required_key(value: Any) -> CocoId:
+    """Return `id_key`. Raise TypeError for what is none."""
     key = id_key(value)
     if key is None:
         raise TypeError(f"id must be a number or text, not {value!r}")
     return key
 
 
-def by_name(records: Mapping[Key, list[dict[str, Any]]]) -> dict[str, Key]:
+def by_name(records: Mapping[CocoId, list[dict[str, Any]]]) -> dict[str, CocoId]:
     """Return ids by file name and by its stem, for annotations that name their image by these. Ambiguous ones lack."""
-    found: dict[str, Key] = {}
+    found: dict[str, CocoId] = {}
     for key, entries in records.items():
         for entry in entries:
             name = str(entry.get("file_name", "")).replace("\\", "/")

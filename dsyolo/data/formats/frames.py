@@ -34,7 +34,7 @@ _TURNS: dict[int, Callable[[np.ndarray, float, float], np.ndarray]] = {
 }
 
 
-class Measured(NamedTuple):
+class MeasuredImage(NamedTuple):
     """An image of the source whose file can be used."""
 
     image: Image
@@ -70,7 +70,7 @@ def read_orientation(file: Path, seen_hw: _Size) -> int:
     return orientation if stored_hw == seen_hw else 1  # a decoder that ignores it
 
 
-def are_of_stored(images: Iterable[Measured]) -> bool:
+def are_of_stored(images: Iterable[MeasuredImage]) -> bool:
     """Return whether the boxes of a data set are of the pictures as stored, before EXIF turns them.
 
     Images that EXIF turns vote: those whose boxes are inside only one of the two frames.
@@ -82,7 +82,7 @@ def are_of_stored(images: Iterable[Measured]) -> bool:
     return votes < 0
 
 
-def fit_objects(one: Measured, of_stored: bool) -> Fitted:
+def fit_objects(one: MeasuredImage, of_stored: bool) -> Fitted:
     """Return an image's objects in its pixels.
 
     Args:
@@ -110,7 +110,7 @@ def fit_objects(one: Measured, of_stored: bool) -> Fitted:
     return Fitted(objects, *((SCALED, detail) if given != seen else ()))
 
 
-def _given_is_swapped(one: Measured) -> bool:
+def _given_is_swapped(one: MeasuredImage) -> bool:
     given, seen = one.image.size_hw, one.seen_hw
     if given is None or given == seen or seen[0] == seen[1]:
         return False
@@ -124,7 +124,7 @@ def _same_shape(given: _Size, size: _Size) -> bool:
     return all(abs(a - b * scale) <= _ROUNDING_PX for a, b in zip(small, large, strict=True))
 
 
-def _vote(one: Measured) -> int:
+def _vote(one: MeasuredImage) -> int:
     """Return 1 if the boxes are inside the image as seen alone, -1 if inside the swapped sides alone, else 0."""
     assert one.image.size_hw is not None
     height, width = one.image.size_hw  # swapped
@@ -142,7 +142,7 @@ def _scaled(one: Object, given: _Size, size: _Size) -> Object:
     return one if given == size else _mapped(one, lambda xy: xy * factor)
 
 
-def _turned(one: Object, measured: Measured) -> Object:
+def _turned(one: Object, measured: MeasuredImage) -> Object:
     """Return an object of the picture as stored where it is seen."""
     height, width = measured.seen_hw[::-1] if measured.turns_sides else measured.seen_hw
     return _mapped(one, lambda xy: _TURNS[measured.orientation](xy, width, height))

@@ -28,10 +28,10 @@ class ImageFinder:
         """Return the file, and its path relative to the folder that it was found in; None if there is none."""
         for relative in dict.fromkeys((name, _DRIVE.sub("/", as_posix(_LOCAL_FILES.sub("", name))))):
             if relative and (found := self._at(relative)):
-                return found, relative
+                return found, str(PurePosixPath(relative).with_name(found.name))
         last = PurePosixPath(as_posix(_LOCAL_FILES.sub("", name))).name
         found = self._at(last) if last else None
-        return (found, last) if found else None
+        return (found, found.name) if found else None
 
     def _at(self, relative: str) -> Path | None:
         for folder in self._folders:

@@ -271,6 +271,8 @@ def _listed_image(list_file: Path, line: str) -> Path:
     path = Path(line)
     is_found = path.is_absolute() or (not line.startswith("./") and path.exists())
     path = path if is_found else list_file.parent / path
+    if line.startswith("data/obj_") and not path.exists():  # CVAT's YOLO export names a folder that it lacks
+        path = list_file.parent / line.removeprefix("data/")
     if "\\" in line and not path.exists():
         posix = _listed_image(list_file, as_posix(line))
         path = posix if posix.exists() else path

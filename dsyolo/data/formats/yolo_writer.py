@@ -13,7 +13,7 @@ import yaml
 
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, Image, Object, SourceDataset
-from dsyolo.data.formats.frames import Measured, are_of_stored, fit_objects, read_orientation
+from dsyolo.data.formats.frames import MeasuredImage, are_of_stored, fit_objects, read_orientation
 from dsyolo.data.formats.source_checks import suspicions
 from dsyolo.data.formats.yolo import label_path
 from dsyolo.data.images import check_image
@@ -79,7 +79,7 @@ def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
     return result
 
 
-def _measured(images: Sequence[Image], problems: list[Problem]) -> list[Measured]:
+def _measured(images: Sequence[Image], problems: list[Problem]) -> list[MeasuredImage]:
     """Return the images of a split that can be used; report the others."""
     usable = []
     labels: set[PurePosixPath] = set()
@@ -99,12 +99,12 @@ def _measured(images: Sequence[Image], problems: list[Problem]) -> list[Measured
         if reason:
             problems.append(Problem(file, 0, reason, detail))
         orientation = 1 if image.size_hw is None else read_orientation(image.file, size_hw)
-        usable.append(Measured(image, size_hw, orientation))
+        usable.append(MeasuredImage(image, size_hw, orientation))
     return usable
 
 
 def _write_image(
-    measured: Measured,
+    measured: MeasuredImage,
     of_stored: bool,
     folder: Path,
     split: str,
