@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
 def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
     import torch
 
-    from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
+    from dsyolo.data.dataset import DetectionDataset
     from dsyolo.data.loader import EvalLoader
+    from dsyolo.data.split_checks import refuse_lost_objects
 
     data = read_data_yaml(args.data, required=("val",))
     if data.names != network.class_names:
@@ -65,7 +67,8 @@ def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
             f"{args.weights} cannot be validated on {args.data}", [f"names: {given}. They must be the same."]
         )
     split = build_index(data.val or (), data.num_classes)
-    refuse_unknown_classes(data, {"val": split})
+    for line in refuse_lost_objects(data, {"val": split}):
+        print(f"Warning: {line}", file=sys.stderr)
     return EvalLoader(
         DetectionDataset(split, network.image_size_px),
         image_size_px=network.image_size_px,
