@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Run the command line of `program`; return the exit status.
 
-    0; 2 for a mistake of the user's; 65 where the training diverges; 74 where its end could not be saved; 75 after
-    SIGTERM, with all saved, and where another run is in its folder; 130 after Ctrl-C, with all saved too. A rank that is lost ends all of
-    them with 70 (cluster/watchdog.py).
+    0; 2 for a mistake of the user's; 65 where the training diverges; 66 where its images vanish; 74 where its end
+    could not be saved; 75 after SIGTERM, with all saved, and where another run is in its folder; 130 after Ctrl-C, with
+    all saved too. A rank that is lost ends all of them with 70 (cluster/watchdog.py).
     """
     if wants_cpu(argv):
         choose_cpu()  # before anything asks for the accelerator

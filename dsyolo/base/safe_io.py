@@ -24,15 +24,23 @@ def read_bytes(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
     Raises:
         OSError: as `open`; or it is larger, or a device or pipe, which may never end.
     """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(None, "a folder, device or pipe, but it must be a file", str(path))
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         size = f"{most_bytes >> 20} MiB" if most_bytes >> 20 else f"{most_bytes} bytes"
         raise OSError(None, f"larger than {size}, the most that is read of such a file", str(path))
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a regular file; without blocking, as opening a pipe waits for a writer, and one may have replaced the file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # asked first, since opening a device may already act on it
+        raise OSError(None, "a folder, device or pipe, but it must be a file", str(path))
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "a folder, device or pipe, but it must be a file", str(path))
+    return descriptor
 
 
 def read_text(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -85,8 +86,9 @@ def _measuring(network: LoadedNetwork, recipe: Recipe) -> tuple[DetectionLoss, P
 def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
     import torch
 
-    from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
+    from dsyolo.data.dataset import DetectionDataset
     from dsyolo.data.loader import EvalLoader
+    from dsyolo.data.split_checks import refuse_lost_objects
 
     data = read_data_yaml(args.data, required=("val",))
     if data.names != network.class_names:
@@ -95,7 +97,8 @@ def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
             f"{args.weights} cannot be validated on {args.data}", [f"names: {given}. They must be the same."]
         )
     split = build_index(data.val or (), data.num_classes)
-    refuse_unknown_classes(data, {"val": split})
+    for line in refuse_lost_objects(data, {"val": split}):
+        print(f"Warning: {line}", file=sys.stderr)
     return EvalLoader(
         DetectionDataset(split, network.image_size_px),
         image_size_px=network.image_size_px,

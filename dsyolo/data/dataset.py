@@ -1,36 +1,17 @@
 """An indexed data set as training reads it: one image, scaled, with its labels in pixels."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from dsyolo.base.batch import Sample
-from dsyolo.base.errors import UserError
-from dsyolo.config.spec import DataSpec
 from dsyolo.data.images import read_rgb, scaled_hw
 from dsyolo.data.index import DatasetIndex
-from dsyolo.data.labels import NUM_SHOWN, first_places
+from dsyolo.data.read_counts import ReadCounts
 from dsyolo.detection.boxes import PAD_GREY
 
-
-def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> None:
-    """Refuse labels of a class without a name: left out, its objects would be learned as background.
-
-    Raises:
-        UserError: labels in `splits` have classes that `data` does not name.
-    """
-    problems = []
-    for split, index in splits.items():
-        unknown = index.unknown_classes()
-        for detail, rows in list(unknown.items())[:NUM_SHOWN]:
-            problems.append(f"{split}: {detail}: {len(rows):,} rows ({first_places(rows)}).")
-        if len(unknown) > NUM_SHOWN:
-            problems.append(f"{split}: and {len(unknown) - NUM_SHOWN} more such classes.")
-    if problems:
-        remedy = f"names: add these classes to {', '.join(data.names[:20])}, or remove the rows."
-        raise UserError(f"{data.path} lacks classes that its labels have", [*problems, remedy])
+MAX_WARNED = 3  # images that each process names
 
 
 class DetectionDataset:
@@ -51,6 +32,7 @@ class DetectionDataset:
         self._kept_bytes = 0
         self._kept: dict[int, np.ndarray] = {}
         self._warned: set[int] = set()
+        self.counts = ReadCounts()  # loads, in this process and its workers
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,14 +41,16 @@ class DetectionDataset:
         """Return an image with a long side of exactly `long_side_px` (None: the image size), and labels in its pixels.
 
         An image that can no longer be decoded, or whose size has changed since it was indexed, is replaced by a grey
-        one without boxes, with one warning: the epoch goes on.
+        one without boxes, and counted in `counts`: the epoch goes on. Each process warns of the first few.
         """
         long_side_px = long_side_px or self.image_size
         image = self._image(index, long_side_px)
+        self.counts.add(index, image is not None)
         if image is None:
-            if index not in self._warned:
+            if index not in self._warned and len(self._warned) < MAX_WARNED:
                 self._warned.add(index)
                 fault = "has changed since it was indexed, or cannot be read: a grey image replaces it"
+                fault += "; further ones are only counted" * (len(self._warned) == MAX_WARNED)
                 warnings.warn(f"{self.index.path(index)} {fault}", stacklevel=2)
             grey = np.full((*scaled_hw(self._size_hw(index), long_side_px), 3), PAD_GREY, np.uint8)
             return Sample(grey, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.data.formats.yolo import label_path, list_images, read_data_yaml
+from dsyolo.data.label_survey import survey_labels
 
 MAX_SIZES = 100_000  # images whose size is looked up, and their labels'
 MAX_READ = 2_000  # label files that are read
@@ -26,20 +27,22 @@ _CHUNK = 64  # images per task
 
 
 def of_data(path: str, buckets: dict[str, list[int]] | None = None) -> dict[str, Any]:
-    """Return a fingerprint of each split of a data.yaml, in plain JSON types.
+    """Return a fingerprint of each split of a data.yaml, and warnings about its labels, in plain JSON types.
 
     Args:
         buckets: the buckets of each split to list instead, for a second look where fingerprints differ.
 
     Raises:
-        UserError: the data.yaml or its folders cannot be used.
+        UserError: the data.yaml or its folders cannot be used, or its labels would end a training.
     """
     data = read_data_yaml(path)
     images = {split: [os.path.abspath(p) for p in list_images(getattr(data, split))] for split in SPLITS}
     if buckets is not None:
         return {"listed": {split: listed(images[split], wanted) for split, wanted in buckets.items()}}
     splits = {split: fingerprint(paths) for split, paths in images.items()}
-    return {"digest": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "splits": splits}
+    warnings = survey_labels(data, images)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return {"digest": digest, "splits": splits, "warnings": warnings}
 
 
 def fingerprint(images: Sequence[str]) -> dict[str, Any]:

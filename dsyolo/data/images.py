@@ -3,14 +3,13 @@
 Sizes are those after the EXIF orientation, which OpenCV applies when it reads.
 """
 
-import io
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from dsyolo.base.safe_io import read_bytes
+from dsyolo.data.jpeg_ends import JPEG_END, JpegHeader, ends_early, has_all_pixels, jpeg_header
 
 MIN_SIDE_PX = 10
 MOST_IMAGE_BYTES = 1 << 30  # OpenCV reads at most 2^30 pixels
@@ -19,10 +18,10 @@ NOT_FOUND = "image file cannot be read (left out)"
 NOT_AN_IMAGE = "not an image (left out)"
 TRUNCATED = "truncated image (left out)"
 TOO_SMALL = "image too small (left out)"
+NO_END_MARKER = "JPEG without its end marker, but with all its pixels (read)"
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_JPEG_END = b"\xff\xd9"
-_Header = tuple[int, int, int] | None  # a JPEG's height, width, start of the pixel data
+
 # OpenCV 5 refuses IMREAD_REDUCED_COLOR_n together with IMREAD_COLOR_RGB, which both carry a channel order: these are
 # the reducing bits alone. Measured on 640 x 480 JPEGs: RGB 1.4 ms; reduced to 1/2 0.9 ms, 1/4 0.7 ms; 1/8 grey 0.5 ms.
 _REDUCED_BITS = {1: 0, 2: 16, 4: 32, 8: 64}
@@ -32,10 +31,10 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
     """Read a whole image file and check that it can be trained on.
 
     Some versions of OpenCV decode a truncated JPEG silently, with its missing part grey. So this looks for the end
-    markers too.
+    markers too. A JPEG that lacks nothing but its end marker is usable.
 
     Returns:
-        size_hw in px, or None with a reason and a detail.
+        size_hw in px, or None with a reason and a detail; a usable image may have a reason too: NO_END_MARKER.
     """
     try:
         data = read_bytes(path, MOST_IMAGE_BYTES)
@@ -43,7 +42,10 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
         return None, NOT_FOUND, getattr(error, "strerror", None) or str(error)
     if not data:
         return None, NOT_AN_IMAGE, "the file is empty"
-    header = _jpeg_header(data) if data.startswith(_JPEG) else None
+    header = jpeg_header(data) if data.startswith(_JPEG) else None
+    note = ""
+    if header and data.find(JPEG_END, header[2]) < 0 and has_all_pixels(data, header[2]):
+        data, note = data + JPEG_END, NO_END_MARKER
     if cut := _truncation(data, header):
         return None, TRUNCATED, cut
     size_hw, grey = _size_hw(data, header)
@@ -51,18 +53,18 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
         known = data.startswith((_JPEG, _PNG))
         detail = "its data are damaged" if known else "OpenCV cannot decode it: convert it to JPEG or PNG"
         return None, NOT_AN_IMAGE, detail
-    if header and _ends_early(data, header[2], grey):
+    if header and not note and ends_early(data, header[2], grey):
         return None, TRUNCATED, "JPEG whose end marker comes before its pixel data ends"
     if min(size_hw) < MIN_SIDE_PX:
         return None, TOO_SMALL, f"{size_hw[1]} x {size_hw[0]} px, at least {MIN_SIDE_PX} needed"
-    return size_hw, "", ""
+    return size_hw, note, ""
 
 
-def _truncation(data: bytes, header: _Header) -> str:
+def _truncation(data: bytes, header: JpegHeader) -> str:
     """Return why the file is truncated, or an empty string."""
     # An EXIF thumbnail has its own end marker: only one after the start of the pixel data counts. There 0xff is
     # always escaped, so no marker is found by chance.
-    if data.startswith(_JPEG) and (header is None or data.find(_JPEG_END, header[2]) < 0):
+    if data.startswith(_JPEG) and (header is None or data.find(JPEG_END, header[2]) < 0):
         return "JPEG without its end marker"
     if data.startswith(_PNG) and data.rfind(b"IEND") < 0:
         return "PNG without its IEND chunk"
@@ -74,54 +76,7 @@ def _truncation(data: bytes, header: _Header) -> str:
     return f"{len(data)} of {promised} bytes" if len(data) < promised else ""
 
 
-def _jpeg_header(data: bytes) -> _Header:
-    """Return (height, width, start of the pixel data) of a JPEG as stored, before EXIF orientation; None if truncated."""
-    at, height, width = 2, 0, 0
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
-            at += 2
-            continue
-        # SOF0..SOF15, without the tables DHT, JPG and DAC that lie among them
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height = int.from_bytes(data[at + 5 : at + 7], "big")
-            width = int.from_bytes(data[at + 7 : at + 9], "big")
-        elif marker == 0xDA:
-            return height, width, at
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
-
-
-def _ends_early(data: bytes, start: int, grey: np.ndarray) -> bool:
-    """Return whether a JPEG lacks blocks despite its end marker, as after a repair. Progressive ones are not detected.
-
-    Missing blocks decode to 128. Filler in front of the marker is decoded in their place, but leaves a whole image as
-    it is. Only an image with 128 in a corner (the last one, before EXIF rotation) is decoded twice more.
-    """
-    if 128 not in grey[[0, 0, -1, -1], [0, -1, 0, -1]]:
-        return False
-    # Codes of any blocks, with the restart markers 0xd0 to 0xd7 for the JPEGs that have them.
-    filler = b"".join(bytes(n * 37 % 251 for n in range(64)) + bytes((0xFF, 0xD0 + k % 8)) for k in range(16))
-    end = data.find(_JPEG_END, start)
-    try:
-        return not np.array_equal(_small(data), _small(data[:end] + filler + data[end:]))
-    except (OSError, Image.DecompressionBombError):  # none that OpenCV reads is known
-        return False
-
-
-def _small(data: bytes) -> np.ndarray:
-    """Decode a JPEG at 1/8 by Pillow: OpenCV would print warnings about the filler."""
-    image = Image.open(io.BytesIO(data))
-    image.draft("L", (1, 1))
-    return np.asarray(image)
-
-
-def _size_hw(data: bytes, header: _Header) -> tuple[tuple[int, int] | None, np.ndarray | None]:
+def _size_hw(data: bytes, header: JpegHeader) -> tuple[tuple[int, int] | None, np.ndarray | None]:
     """Return the size of an image and its pixels, or None twice. A JPEG at 1/8: all is read, in a third of the time."""
     if header is not None and header[0] and header[1]:
         small = _decode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
@@ -148,11 +103,13 @@ def read_rgb(path: str | Path, size_hw: tuple[int, int], long_side_px: int) -> n
         None if the file cannot be decoded or no longer has that size.
     """
     try:
-        data = np.fromfile(path, np.uint8)
-    except OSError:
+        data = read_bytes(path, MOST_IMAGE_BYTES)
+    except (OSError, ValueError):
         return None
     reduction = 1
-    if data[:3].tobytes() == _JPEG:
+    if data.startswith(_JPEG):
+        if not data.endswith(JPEG_END):  # behind another end marker it is ignored
+            data += JPEG_END
         reduction = next((n for n in (8, 4, 2) if max(size_hw) >= n * long_side_px), 1)
     image = _decode(data, cv2.IMREAD_COLOR_RGB | _REDUCED_BITS[reduction])
     if image is None or image.shape[:2] != _reduced(size_hw, reduction):
@@ -175,7 +132,7 @@ def _reduced(size_hw: tuple[int, int], reduction: int) -> tuple[int, int]:
     return -(-size_hw[0] // reduction), -(-size_hw[1] // reduction)
 
 
-def _decode(data: bytes | np.ndarray, flags: int) -> np.ndarray | None:
+def _decode(data: bytes, flags: int) -> np.ndarray | None:
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:  # an empty buffer, or more pixels than OpenCV allows

@@ -16,10 +16,10 @@ from dsyolo.data.formats.yolo import label_path, list_images
 from dsyolo.data.images import check_image
 from dsyolo.data.index import DatasetIndex, ImageRecord, assemble_index, merge_indexes
 from dsyolo.data.index_cache import default_cache_dir, load_cache, save_cache
-from dsyolo.data.labels import Problem, no_labels, read_labels
+from dsyolo.data.labels import Problem, by_reason, no_labels, read_labels
 from dsyolo.data.parallel_map import Communicator, LocalCommunicator, parallel_map, run_on_all_ranks
 
-FORMAT_VERSION = 2  # raise it whenever the index or its checks change
+FORMAT_VERSION = 3  # raise it whenever the index or its checks change
 
 NO_ROW_LEFT = "no label row can be used (image left out)"
 LISTED_TWICE = "image listed more than once (repeat left out)"
@@ -74,7 +74,7 @@ def build_index(
     if not len(index):
         raise UserError(
             f"None of the {len(images)} images in {', '.join(map(str, folders))} can be used",
-            [str(problem) for problem in index.problems[:10]],
+            by_reason(index.problems),
         )
     keeps = cached is None and communicator.keeps_cache
     on_all_ranks(lambda: save_cache(cache_file, key, index) if keeps else None, "caching the index")
@@ -100,11 +100,12 @@ def read_image_record(image: str, num_classes: int) -> ImageRecord:
     if size_hw is None:
         return ImageRecord(image, None, no_labels(), (Problem(image, 0, reason, detail),))
     labels, problems = read_labels(label_path(image), num_classes)
+    notes = (Problem(image, 0, reason, detail),) if reason else ()
     if problems and not len(labels.classes):
         # It has objects, though none is usable: as a background it would teach that there are none.
         problems.append(Problem(image, 0, NO_ROW_LEFT))
         size_hw = None
-    return ImageRecord(image, size_hw, labels, tuple(problems))
+    return ImageRecord(image, size_hw, labels, (*notes, *problems))
 
 
 def _stamp(image: str) -> str:

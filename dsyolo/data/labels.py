@@ -30,6 +30,9 @@ OUTSIDE_LIMIT = 0.01
 # Below this overhang (0.6 px of 640) a clipped corner is rounding, and not reported.
 ROUNDING = 1e-3
 MOST_LABEL_BYTES = 64 << 20
+# In details, and searched for there by split_checks.py:
+NOT_PIXELS = ", not pixels"
+AS_CORNERS = "as corners x1 y1 x2 y2 they would fit"
 NUM_SHOWN = 3  # problems of one kind that are listed
 
 
@@ -113,6 +116,7 @@ def _parse(path: str, text: str, problems: list[Problem]) -> _Rows:
         num_columns = len(tokens)
         if num_columns != 5 and (num_columns < 7 or num_columns % 2 == 0):
             detail = f"{num_columns} columns; a box has 5 (class cx cy w h), a polygon 7, 9, 11 ... (class x y x y ...)"
+            detail += "; separate them by spaces, not commas" * ("," in line)
             problems.append(Problem(path, number, WRONG_COLUMNS, detail))
             continue
         try:
@@ -176,6 +180,8 @@ def _detail(reason: str, label: float, box: np.ndarray, num_classes: int) -> str
     given = "cx cy w h = " + " ".join(f"{value:g}" for value in box)
     if reason in (NOT_A_CLASS, UNKNOWN_CLASS):
         return f"class {label:g}, but data.yaml names {num_classes} (0 to {num_classes - 1})"
+    if reason == CLIPPED and (box[2:] > box[:2]).all() and (box <= 1 + ROUNDING).all():
+        return f"{given}; {AS_CORNERS}"
     if reason != OUTSIDE:
         return given
-    return f"{given}; these must be shares of the image, 0 to 1" + ", not pixels" * bool((box > 2).any())
+    return f"{given}; these must be shares of the image, 0 to 1" + NOT_PIXELS * bool((box > 2).any())

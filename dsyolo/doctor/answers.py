@@ -78,6 +78,7 @@ class DataAnswer(Answer):
 
     digest: str = ""
     problems: list[str] = []
+    warnings: list[str] = []
     splits: dict[str, Split] = {}
     listed: dict[str, dict[str, str]] = {}
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from dsyolo.doctor.answers import DataAnswer, Split
 from dsyolo.doctor.ask import ask, probe_query
 from dsyolo.doctor.context import DoctorContext, common
-from dsyolo.doctor.findings import FAIL, OK, Finding, split_problem
+from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding, split_problem
 
 MAX_BUCKETS = 8  # buckets that a host is asked to list
 MAX_NAMED = 3  # files in a finding
@@ -34,6 +34,10 @@ def data_set(context: DoctorContext) -> Iterator[Finding]:
             yield Finding("data", host, FAIL, fault, remedy)
     if not usable:
         return
+    for host, one in usable.items():
+        for warning in one.warnings:
+            fault, remedy = split_problem(warning, f"Check the labels of {path}.")
+            yield Finding("data", host, WARNING, fault, remedy)
     digest, usual_host = common({host: one.digest for host, one in usable.items()})
     differ = {difference.host for difference in _differences(context)}
     for host, one in usable.items():

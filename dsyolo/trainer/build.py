@@ -35,6 +35,7 @@ from dsyolo.trainer.hooks.checkpoint_hook import CheckpointHook
 from dsyolo.trainer.hooks.divergence_hook import DivergenceHook
 from dsyolo.trainer.hooks.ema_hook import EmaHook
 from dsyolo.trainer.hooks.heartbeat_hook import HeartbeatHook
+from dsyolo.trainer.hooks.lost_images_hook import LostImagesHook
 from dsyolo.trainer.hooks.memory_profile_hook import MemoryProfileHook
 from dsyolo.trainer.hooks.metrics_hook import MetricsHook
 from dsyolo.trainer.hooks.other_load_hook import OtherLoadHook
@@ -138,6 +139,7 @@ def build_hooks(
         *user_hooks,  # before the metrics, so that their figures are in the rows
         MetricsHook(tracker) if tracker else None,
         DivergenceHook(config.max_skipped_steps, artifacts),
+        LostImagesHook(),  # before a checkpoint can take the weights of grey images for the best
         CheckpointHook(parts.checkpointer, parts.ema, artifacts, config.save_every),
         OtherLoadHook(session.other_load, config.threads) if on_cpu else None,
         PreemptionHook(session.preemption),

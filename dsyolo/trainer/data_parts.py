@@ -8,12 +8,14 @@ import torch
 
 from dsyolo.cluster.world import World, num_readers, parallel_dims
 from dsyolo.config.resolve import RunSpec
-from dsyolo.data.dataset import DetectionDataset, refuse_unknown_classes
+from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.index_builder import build_index
 from dsyolo.data.loader import EvalLoader, TrainLoader
 from dsyolo.data.parallel_map import Communicator
 from dsyolo.data.sampler import StepSampler
+from dsyolo.data.split_checks import refuse_lost_objects
+from dsyolo.detection.anchor_fit import fit_anchors
 from dsyolo.detection.assigner import Assigner
 from dsyolo.engine import device
 from dsyolo.models.detection_network import DetectionNetwork
@@ -58,7 +60,8 @@ def index_splits(
         communicator: the ranks, each of which reads its share; None: this process reads all.
 
     Raises:
-        UserError: no usable image in one, or labels of classes that data.yaml does not name.
+        UserError: no usable image in one, no object in the training split, or labels of classes that data.yaml does
+            not name.
     """
     indexes = {
         split: build_index(
@@ -70,10 +73,11 @@ def index_splits(
         )
         for split in ("train", "val")
     }
-    refuse_unknown_classes(run.data, indexes)
     if world.is_main_process:
         for split, found in indexes.items():
             log.info("%s: %s", split, found.summary())
+    for line in refuse_lost_objects(run.data, indexes, with_warnings=world.is_main_process):
+        log.warning("%s", line)
     return indexes["train"], indexes["val"]
 
 
@@ -93,6 +97,8 @@ def build_data(
     )
     strides = network.strides
     anchors_px = network.anchors * torch.tensor(strides).view(-1, 1, 1)
+    if world.is_main_process:
+        _log_anchor_fit(train_index, anchors_px.numpy(), config.imgsz, config.recipe.anchor_t)
     train_loader = TrainLoader(
         train_set if place.is_first_stage or place.is_last_stage else None,
         sampler,
@@ -115,3 +121,11 @@ def build_data(
         rectangular=config.rect_val,
     )
     return DataParts(sampler, train_loader, val_loader, train_set, val_set)
+
+
+def _log_anchor_fit(index: DatasetIndex, anchors_px: np.ndarray, image_size_px: int, anchor_t: float) -> None:
+    """Log the labels that no anchor can match. All ranks have the same index and anchors, so one speaks for all."""
+    image_wh = np.repeat(index.sizes_hw[:, ::-1], np.diff(index.offsets), axis=0)
+    boxes_wh = index.boxes[:, 2:] - index.boxes[:, :2]
+    fit = fit_anchors(anchors_px, boxes_wh, image_wh, image_size_px, anchor_t)
+    log.log(logging.WARNING if fit.needs_warning else logging.INFO, "%s", fit.summary())

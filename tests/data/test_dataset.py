@@ -41,7 +41,7 @@ def bad_images() -> list[tuple[str, bytes, str]]:
     thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + len(jpeg)) + jpeg  # its end marker must not count
     return [
         ("half.jpg", jpeg[: len(jpeg) // 2], images.TRUNCATED),
-        ("all_but_the_end.jpg", jpeg[:-2], images.TRUNCATED),
+        ("one_byte_of_pixels_less.jpg", jpeg[:-3], images.TRUNCATED),
         ("half_and_an_end.jpg", jpeg[: len(jpeg) // 2] + b"\xff\xd9", images.TRUNCATED),
         ("header_only.jpg", jpeg[:30], images.TRUNCATED),
         ("thumbnail.jpg", jpeg[:2] + thumbnail + jpeg[2 : len(jpeg) // 2], images.TRUNCATED),

@@ -3,22 +3,44 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.messages import did_you_mean
+from dsyolo.base.safe_io import read_bytes
+from dsyolo.data.formats.coco_ids import CocoId, by_name, id_key, required_key
+from dsyolo.data.formats.coco_layout import CocoFile, coco_files, split_images
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
+from dsyolo.data.formats.image_finder import ImageFinder
 from dsyolo.data.labels import Problem
 
 CROWD = "crowd (left out)"
+BAD_SEGMENTATION = "segmentation cannot be used (its bbox is)"
+EMPTY_SUPER = "super-category without objects (dropped)"
+SAME_ID = "several images have its id (image left out)"
+NOT_MATCHED = "no annotation is of it, while others are of no image (image left out)"
+AMBIGUOUS = "several entries lead to this file (left out)"
+MOST_COCO_BYTES = 8 << 30
+WITHIN_BBOX = 0.5  # share of a polygon's bounds that must be in the bbox
+
+
+@dataclass
+class _Split:
+    """An annotation file as it was read."""
+
+    images: list[Image]
+    categories: dict[CocoId, str]
+    supers: dict[CocoId, str]
+    used: set[CocoId] = field(default_factory=set)  # categories that have annotations
 
 
 class Coco(DataFormat):
     """A COCO folder: annotations/instances_<split>.json, and the images in <split>/ or images/<split>/.
 
+    Exports of Roboflow (train/_annotations.coco.json), CVAT and Label Studio (one file for all images) are read too.
     Class ids become 0 .. K - 1 in the order of the category ids. Polygons are kept, several parts of one object
     joined by a bridge without width; objects given as a mask become boxes; crowds are left out.
     """
@@ -26,107 +48,250 @@ class Coco(DataFormat):
     def read(self, src: Path) -> SourceDataset:
         headline = f"{src} cannot be converted from COCO"
         problems: list[Problem] = []
-        splits: dict[str, list[Image]] = {}
-        categories: dict[str, dict[int, str]] = {}
-        for split, file in _coco_files(src, headline).items():
-            splits[split], categories[split] = _coco_read(src, file, headline, problems)
-        first = next(iter(categories.values()))
-        if differ := [split for split in categories if categories[split] != first]:
-            rule = f"the categories of {', '.join(differ)} differ from those of {next(iter(categories))}."
+        notes: list[str] = []
+        files = coco_files(src, headline)
+        read = {split: _Reader(file, headline, problems, notes).read() for split, file in files.items()}
+        first = next(iter(read.values()))
+        if differ := [split for split in read if read[split].categories != first.categories]:
+            rule = f"the categories of {', '.join(differ)} differ from those of {next(iter(read))}."
             raise UserError(headline, [rule])
-        names = [first[number] for number in sorted(first)]
+        if not first.categories:
+            listed = ", ".join(str(file.file) for file in files.values())
+            rule = "categories is empty. Export the data set with its classes"
+            raise UserError(headline, [f"{listed}: {rule}."])
+        for key in _empty_supers(first, set().union(*(one.used for one in read.values()))):
+            problems.append(
+                Problem(str(next(iter(files.values())).file), 0, EMPTY_SUPER, first.categories.pop(key))
+            )
+        names = [
+            first.categories[key] for key in sorted(first.categories, key=lambda k: (isinstance(k, str), k))
+        ]
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
             rule = f"categories: {', '.join(sorted(repeated))} given more than once. Rename or merge them."
             raise UserError(headline, [rule])
-        return SourceDataset(splits, names, problems)
+        splits = {split: one.images for split, one in read.items()}
+        if "" in splits:
+            splits = split_images(splits[""])
+            counts = f"{len(splits['val']):,} for val, {len(splits['train']):,} for train"
+            notes.append(f"{files[''].file} is for all images: split by a hash of their names, {counts}.")
+        return SourceDataset(splits, names, problems, notes)
 
 
-def _coco_files(src: Path, headline: str) -> dict[str, Path]:
-    folder = src / "annotations"
-    files = sorted(folder.glob("instances_*.json"))
-    problems: list[str] = []
-    chosen: dict[str, Path] = {}
-    for split in ("train", "val", "test"):
-        of_split = [file for file in files if file.stem.removeprefix("instances_").startswith(split)]
-        if len(of_split) > 1:
-            found = ", ".join(file.name for file in of_split)
-            problems.append(f"{split}: {found} found. Leave only one in {folder}.")
-        elif of_split:
-            chosen[split] = of_split[0]
-        elif split != "test":
-            hint = did_you_mean(f"instances_{split}.json", [file.name for file in folder.glob("*.json")])
-            problems.append(f"{split}: no {folder}/instances_{split}*.json. {hint}".rstrip())
-    if problems:
-        raise UserError(headline, problems)
-    return chosen
+def _empty_supers(split: _Split, used: set[CocoId]) -> list[CocoId]:
+    """Return categories without annotations that are only the super-category of others, as Roboflow exports one."""
+    above = {name for key, name in split.supers.items() if name != split.categories[key]}
+    empty = [key for key, name in split.categories.items() if key not in used and name in above]
+    return empty if len(empty) < len(split.categories) else []
 
 
-def _coco_read(
-    src: Path, file: Path, headline: str, problems: list[Problem]
-) -> tuple[list[Image], dict[int, str]]:
+class _Reader:
+    """Reads one annotation file."""
+
+    def __init__(self, coco_file: CocoFile, headline: str, problems: list[Problem], notes: list[str]) -> None:
+        self._file, self._folders = coco_file
+        self._headline, self._problems, self._notes = headline, problems, notes
+        self._unmatched = self._uncategorised = 0
+
+    def read(self) -> _Split:
+        given, categories, supers, records = self._sections()
+        split = _Split([], categories, supers)
+        objects: dict[CocoId, list[Object]] = {key: [] for key in records}
+        annotated: set[CocoId] = set()  # images with any annotation
+        spoiled: set[CocoId] = set()
+        ids_by_name = by_name(records)
+        annotations = given["annotations"]
+        for number, one in enumerate(annotations, 1):
+            one = one if isinstance(one, dict) else {}
+            place = f"{self._file} annotation {one.get('id', f'number {number}')}"
+            image, category = id_key(one.get("image_id")), id_key(one.get("category_id"))
+            image = image if image in records else ids_by_name.get(str(one.get("image_id")))
+            if image is not None:
+                annotated.add(image)
+            if category in categories:
+                split.used.add(category)
+            if _is_crowd(one):
+                self._problems.append(Problem(place, 0, CROWD))
+            elif image is None:
+                self._unmatched += 1
+                detail = f"image_id {one.get('image_id')!r} is no image's id"
+                self._problems.append(Problem(place, 0, BAD_OBJECT, detail))
+            elif category not in categories:
+                detail = f"category_id {one.get('category_id')!r} is no category's id"
+                self._problems.append(Problem(place, 0, BAD_OBJECT, detail))
+                self._uncategorised += 1
+                spoiled.add(image)
+            elif (found := self._object(one, categories[category], place)) is None:
+                self._problems.append(Problem(place, 0, BAD_OBJECT, f"bbox {one.get('bbox')}"))
+                spoiled.add(image)
+            else:
+                objects[image].append(found)
+        self._check_shares(len(annotations), sum(len(one) for one in objects.values()))
+        unsure = {key for key in records if key not in annotated} if self._unmatched else set()
+        split.images = self._images(records, objects, spoiled, unsure)
+        return split
+
+    def _sections(
+        self,
+    ) -> tuple[dict[str, Any], dict[CocoId, str], dict[CocoId, str], dict[CocoId, list[dict[str, Any]]]]:
+        """Return the content, categories and their super-categories by id, and images by id."""
+        try:
+            given = json.loads(read_bytes(self._file, MOST_COCO_BYTES).decode("utf-8-sig"))
+            for key in ("categories", "images", "annotations"):
+                if not isinstance(given[key], list):
+                    raise TypeError(f"{key} must be a list")
+            categories: dict[CocoId, str] = {}
+            for one in given["categories"]:
+                number, name = required_key(one["id"]), str(one["name"])
+                if categories.setdefault(number, name) != name:
+                    raise ValueError(f"category id {number} is given for {categories[number]} and for {name}")
+            supers = {id_key(one["id"]): str(one.get("supercategory", "")) for one in given["categories"]}
+            records: dict[CocoId, list[dict[str, Any]]] = {}
+            for one in given["images"]:
+                records.setdefault(required_key(one["id"]), []).append(one)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            rule = f"{self._file}: cannot be read as COCO annotations: {what}."
+            raise UserError(self._headline, [rule]) from error
+        return given, categories, supers, records
+
+    def _check_shares(self, num_annotations: int, num_objects: int) -> None:
+        """Note which share of the annotations matches no image. Raise UserError where none can be used."""
+        if self._unmatched:
+            share = self._unmatched / num_annotations
+            line = f"{self._file}: {self._unmatched:,} of {num_annotations:,} annotations ({share:.1%}) are of no image"
+            self._notes.append(f"{line} that it lists: their objects are left out.")
+            if self._unmatched == num_annotations:
+                rule = "their image_id must be the id of one of `images`"
+                raise UserError(self._headline, [f"{line} that it lists: {rule}."])
+        if self._uncategorised:
+            share = f"{self._uncategorised:,} of {num_annotations:,} annotations ({self._uncategorised / num_annotations:.1%})"
+            self._notes.append(
+                f"{self._file}: {share} are of no category that it lists: their objects are left out."
+            )
+        if num_annotations and not num_objects:
+            reasons = Counter(
+                (problem.reason, problem.detail)
+                for problem in self._problems
+                if str(self._file) in problem.file
+            )
+            shown = "; ".join(
+                f"{count:,} x {reason} {detail}".strip() for (reason, detail), count in reasons.most_common(3)
+            )
+            self._notes.append(
+                f"{self._file}: none of its {num_annotations:,} annotations can be used: {shown}."
+            )
+
+    def _object(self, one: dict[str, Any], name: str, place: str) -> Object | None:
+        box, polygon = _box(one.get("bbox")), _polygon(one.get("segmentation"))
+        if polygon is not None and (box is None or _is_within(polygon, box)):
+            return Object(name, (*polygon.min(0).tolist(), *polygon.max(0).tolist()), polygon, place)
+        if box is None:
+            return None
+        if polygon is not None or _is_bad(one.get("segmentation")):
+            self._problems.append(Problem(place, 0, BAD_SEGMENTATION))
+        return Object(name, box, None, place)
+
+    def _images(
+        self,
+        records: Mapping[CocoId, list[dict[str, Any]]],
+        objects: Mapping[CocoId, list[Object]],
+        spoiled: set[CocoId],
+        unsure: set[CocoId],
+    ) -> list[Image]:
+        """Return the images whose files are found; entries with the same name are one image."""
+        finder = ImageFinder(self._folders)
+        images: dict[Path, Image] = {}
+        given_names: dict[Path, str] = {}
+        ambiguous: dict[Path, None] = {}
+        for key, entries in records.items():
+            names = dict.fromkeys(str(entry.get("file_name", "")) for entry in entries)
+            for name in names:
+                found = finder.find(name)
+                if found is None:
+                    where = str(self._folders[0] / name)
+                    self._problems.append(Problem(where, 0, NO_IMAGE, f"listed in {self._file}"))
+                elif ".." in PurePosixPath(found[1]).parts:
+                    self._problems.append(
+                        Problem(str(found[0]), 0, NO_IMAGE, f"{name} leads out of the folder")
+                    )
+                elif len(names) > 1:
+                    self._problems.append(Problem(str(found[0]), 0, SAME_ID, f"id {key} in {self._file}"))
+                elif key in unsure:
+                    self._problems.append(Problem(str(found[0]), 0, NOT_MATCHED, f"in {self._file}"))
+                else:
+                    file, relative = found
+                    image = Image(file, relative, objects[key], _size_hw(entries[0]), key in spoiled)
+                    before = images.get(file)
+                    if before is None:
+                        images[file], given_names[file] = image, name
+                    elif given_names[file] == name and before.size_hw == image.size_hw:
+                        merged = [*before.objects, *image.objects]
+                        is_spoiled = before.is_spoiled or image.is_spoiled
+                        images[file] = before._replace(objects=merged, is_spoiled=is_spoiled)
+                    else:
+                        ambiguous[file] = None
+        for file in ambiguous:
+            self._problems.append(Problem(str(file), 0, AMBIGUOUS, f"in {self._file}"))
+            del images[file]
+        return list(images.values())
+
+
+def _is_crowd(one: Mapping[str, Any]) -> bool:
+    return str(one.get("iscrowd") or 0).strip().lower() not in ("0", "0.0", "", "false")
+
+
+def _size_hw(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = id_key(record.get("height")), id_key(record.get("width"))
+    return (
+        (height, width)
+        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+        else None
+    )
+
+
+def _box(bbox: Any) -> tuple[float, float, float, float] | None:
     try:
-        given = json.loads(file.read_bytes())
-        for key in ("categories", "images", "annotations"):
-            if not isinstance(given[key], list):
-                raise TypeError(f"{key} must be a list")
-        categories = {int(one["id"]): str(one["name"]) for one in given["categories"]}
-        records = {one["id"]: one for one in given["images"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(headline, [f"{file}: cannot be read as COCO annotations: {what}."]) from error
-    objects: dict[Any, list[Object]] = {number: [] for number in records}
-    spoiled: set[Any] = set()
-    for number, one in enumerate(given["annotations"], 1):
-        one = one if isinstance(one, dict) else {}
-        place = f"{file} annotation {one.get('id', f'number {number}')}"
-        image: Any = one.get("image_id")
-        category: Any = one.get("category_id")
-        if one.get("iscrowd"):
-            problems.append(Problem(place, 0, CROWD))
-        elif not _is_among(image, objects):
-            problems.append(Problem(place, 0, BAD_OBJECT, f"image_id {image}"))
-        elif not _is_among(category, categories):
-            problems.append(Problem(place, 0, BAD_OBJECT, f"category_id {category}"))
-            spoiled.add(image)
-        elif (found := _coco_object(one, categories[category], place)) is None:
-            problems.append(Problem(place, 0, BAD_OBJECT, f"bbox {one.get('bbox')}"))
-            spoiled.add(image)
-        else:
-            objects[image].append(found)
-    name = file.stem.removeprefix("instances_")
-    folders = [src / name, src / "images" / name, src / "images", src]
-    images: list[Image] = []
-    for number, record in records.items():
-        relative = str(record.get("file_name", ""))
-        at = next((folder / relative for folder in folders if (folder / relative).is_file()), None)
-        if at is None:
-            problems.append(Problem(str(folders[0] / relative), 0, NO_IMAGE, f"listed in {file}"))
-            continue
-        height, width = record.get("height"), record.get("width")
-        is_sized = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-        size_hw = (height, width) if is_sized else None
-        images.append(Image(at, relative, objects[number], size_hw, number in spoiled))
-    return images, categories
+        x, y, width, height = map(float, bbox)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    box = (x, y, x + width, y + height)
+    return box if np.isfinite(box).all() else None
 
 
-def _is_among(number: Any, known: Mapping[Any, Any]) -> bool:
-    return not isinstance(number, (list, dict)) and number in known
-
-
-def _coco_object(one: dict[str, Any], name: str, place: str) -> Object | None:
-    segmentation = one.get("segmentation")
+def _polygon(segmentation: Any) -> np.ndarray | None:
+    """Return the polygon of all parts with three points or more; None for a mask (RLE), nothing, or a bad part."""
     if not isinstance(segmentation, list):
-        segmentation = []  # a mask (RLE), or nothing
+        return None
+    if segmentation and all(isinstance(value, (int, float)) for value in segmentation):
+        segmentation = [segmentation]  # without the list around its one part
     try:
         parts = [np.array(part, np.float64).reshape(-1, 2) for part in segmentation]
-        parts = [part for part in parts if len(part) >= 3 and np.isfinite(part).all()]
-        if parts:
-            polygon = join_polygons(parts)
-            return Object(name, (*polygon.min(0), *polygon.max(0)), polygon, place)
-        x, y, width, height = map(float, one["bbox"])
-    except (KeyError, TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return Object(name, (x, y, x + width, y + height), None, place)
+    parts = [part for part in parts if len(part) >= 3]
+    return join_polygons(parts) if parts and all(np.isfinite(part).all() for part in parts) else None
+
+
+def _is_bad(segmentation: Any) -> bool:
+    """Return whether a segmentation should have been a polygon, though it is none."""
+    return not isinstance(segmentation, dict) and bool(segmentation)
+
+
+def _is_within(polygon: np.ndarray, box: tuple[float, float, float, float]) -> bool:
+    """Return whether a polygon is where its bbox is; true for a bbox without a size."""
+    low, high = polygon.min(0), polygon.max(0)
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return True
+    inside = (np.minimum(high, box[2:]) - np.maximum(low, box[:2])).clip(0).prod()
+    return bool((high - low).prod() > 0 and inside >= WITHIN_BBOX * (high - low).prod())
 
 
 def join_polygons(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -27,7 +27,7 @@ class Image(NamedTuple):
     file: Path
     name: str  # path under images/<split>
     objects: list[Object]
-    size_hw: tuple[int, int] | None = None  # if the boxes are of another size than the file
+    size_hw: tuple[int, int] | None = None  # that the boxes are of, if the source names it: see frames.py
     is_spoiled: bool = False  # whether it has other objects, which cannot be read
 
 
@@ -38,6 +38,7 @@ class SourceDataset:
     splits: dict[str, list[Image]]  # "train", "val", and "test" if there is one
     names: list[str]  # class names: the i-th gets number i
     problems: list[Problem] = field(default_factory=list)  # what was left out, and why
+    notes: list[str] = field(default_factory=list)  # what holds for the whole, for the summary
 
 
 class DataFormat:

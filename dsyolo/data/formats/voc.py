@@ -8,12 +8,15 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import read_bytes, read_text
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
+from dsyolo.data.formats.image_finder import as_posix
 from dsyolo.data.formats.yolo import IMAGE_SUFFIXES
 from dsyolo.data.labels import Problem
 
 BAD_ANNOTATION = "annotation cannot be read (image left out)"
 DIFFICULT = "object marked difficult (left out)"
+MOST_VOC_BYTES = 64 << 20
 IN_TWO_SPLITS = "image in train and in val (kept in both)"
 
 
@@ -39,7 +42,8 @@ class Voc(DataFormat):
         names = sorted({one.name for images in splits.values() for image in images for one in image.objects})
         if not names:
             raise UserError(headline, ["no object in any annotation", *map(str, problems[:5])])
-        return SourceDataset(splits, names, problems)
+        splits, line = _from_first_pixel(splits)
+        return SourceDataset(splits, names, problems, [line])
 
 
 def _voc_roots(src: Path, headline: str) -> list[Path]:
@@ -73,30 +77,47 @@ def _voc_lists(roots: Sequence[Path], headline: str) -> dict[str, dict[Path, Pat
 
 
 def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Problem]) -> list[Image]:
+    """Return the images of a split, whose boxes are in pixels as they are given."""
     images: list[Image] = []
     for root, list_file in lists.items():
         prefix = f"{root.name}_" if has_prefixes else ""
-        stems = _voc_names(root, list_file, problems)
-        parsed = [(stem, _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)) for stem in stems]
-        # VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
-        starts = [min(one.box_xyxy[:2]) for _, found in parsed if found for one in found[1]]
-        shift = 1.0 if min(starts, default=1.0) >= 1.0 else 0.0
-        for stem, found in parsed:
+        for stem in _voc_names(root, list_file, problems):
+            found = _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)
             file = _voc_image(root / "JPEGImages", stem)
             if file is None:
                 missing = str(root / "JPEGImages" / f"{stem}.jpg")
                 problems.append(Problem(missing, 0, NO_IMAGE, f"listed in {list_file}"))
             elif found is not None:
                 size_hw, objects, is_spoiled = found
-                objects = [_shifted(one, shift) for one in objects]
                 images.append(Image(file, prefix + file.name, objects, size_hw, is_spoiled))
     return images
+
+
+def _from_first_pixel(splits: dict[str, list[Image]]) -> tuple[dict[str, list[Image]], str]:
+    """Return the images with boxes in pixels from 0, and a line about the first pixel, decided once for all of them.
+
+    VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
+    """
+    corners = [
+        (min(o.box_xyxy[:2]), o) for images in splits.values() for image in images for o in image.objects
+    ]
+    low, first = min(corners, key=lambda corner: corner[0], default=(1.0, None))
+    if low < 1 and first is not None:
+        line = (
+            f"boxes are taken as they are, with 0 as the first pixel: {first.place} has a corner at {low:g}"
+        )
+        return splits, f"{line}."
+    shifted = {
+        split: [image._replace(objects=[_shifted(one, 1.0) for one in image.objects]) for image in images]
+        for split, images in splits.items()
+    }
+    return shifted, "boxes are taken to count pixels from 1, as VOC does: no corner is at 0."
 
 
 def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
     """Return the names in a list, each once. One that leads out of the folder is reported."""
     try:
-        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(list_file, MOST_VOC_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8. Save it as such"
         raise UserError(f"{list_file} cannot be read", [f"{reason}."]) from None
@@ -105,7 +126,7 @@ def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str
         # Names may have spaces; lists of one class have ` 1`, ` 0` or ` -1` behind each name.
         name, _, flag = line.rpartition(" ")
         is_whole = flag not in ("1", "0", "-1") or (root / "Annotations" / f"{line}.xml").is_file()
-        name = line if is_whole else name.rstrip()
+        name = _voc_stem(root, line if is_whole else name.rstrip())
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             detail = f"listed in {list_file}: a name without its folder and ending is needed"
@@ -113,6 +134,15 @@ def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str
         else:
             names[name] = None
     return list(names)
+
+
+def _voc_stem(root: Path, name: str) -> str:
+    """Return a listed name without the folder and ending that some lists have, where its annotation is found so."""
+    plain = PurePosixPath(as_posix(name))
+    if plain.suffix.lower() in IMAGE_SUFFIXES and not (root / "Annotations" / f"{name}.xml").is_file():
+        stem = plain.stem if plain.parts[:-1] in ((), ("JPEGImages",)) else str(plain.with_suffix(""))
+        return stem if (root / "Annotations" / f"{stem}.xml").is_file() else name
+    return name
 
 
 def _shifted(one: Object, shift: float) -> Object:
@@ -129,7 +159,7 @@ def _voc_image(folder: Path, stem: str) -> Path | None:
 def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
     """Return the content of one XML file; a missing or bad file is reported."""
     try:
-        root = ElementTree.parse(file).getroot()
+        root = ElementTree.fromstring(read_bytes(file, MOST_VOC_BYTES))
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding
         problems.append(Problem(str(file), 0, BAD_ANNOTATION, str(getattr(error, "strerror", None) or error)))
         return None
@@ -156,4 +186,15 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
         else:
             problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {' '.join(sides)}"))
             is_spoiled = True
+    if not objects and not is_spoiled and (strays := _stray_boxes(root)):
+        problems.append(
+            Problem(str(file), 0, BAD_OBJECT, f"{strays} of <bndbox>, but none in annotation/object")
+        )
+        is_spoiled = True
     return (size_hw if min(size_hw) > 0 else None), objects, is_spoiled
+
+
+def _stray_boxes(root: ElementTree.Element) -> int:
+    """Return the number of boxes of another form than VOC's, as with a namespace or one level deeper."""
+    boxes = sum(node.tag.lower().endswith("bndbox") for node in root.iter() if isinstance(node.tag, str))
+    return boxes - sum(node.find("bndbox") is not None for node in root.iterfind("object"))

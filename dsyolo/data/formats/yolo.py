@@ -14,6 +14,7 @@ from typing import Any
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
 from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.image_finder import as_posix
 
 # Folders are searched for these. OpenCV may not read all of them: building the index reports those, instead of
 # skipping them silently.
@@ -125,10 +126,15 @@ def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:
         rule = "it must be the folder that train and val are relative to. Correct it or leave it out."
         problems.append(f"path: {shortened(repr(root))} given, but {rule}")
         return path.parent
-    candidates = [path.parent / Path(root).expanduser(), Path(root).expanduser()]
+    candidates = [
+        at
+        for text in _spellings(root)
+        for at in (path.parent / Path(text).expanduser(), Path(text).expanduser())
+    ]
     found = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if found is None:
-        problems.append(f"path: {root} given, but there is no such folder: tried {_listed(candidates)}.")
+        tried = f"tried {_listed(candidates)}.{_escapes(root)}"
+        problems.append(f"path: {shortened(root)} given, but there is no such folder: {tried}")
     return found or candidates[0]
 
 
@@ -154,14 +160,31 @@ def _source(root: Path, entry: str) -> tuple[Path, str]:
     if len(entry) > MOST_PATH:
         return root, f"{shortened(entry)} is longer than any path."
     # Exported data sets often have `../train/images` for the folder beside the file.
-    candidates = [root / entry, *([root / entry[3:]] if entry.startswith("../") else []), Path(entry)]
+    candidates = [
+        at
+        for text in _spellings(entry)
+        for at in (root / text, *([root / text[3:]] if text.startswith("../") else []), Path(text))
+    ]
     here = next((c for c in candidates if c.exists()), None)
     if here is None:
-        return root, f"{entry} does not exist: tried {_listed(candidates)}.{_near(root / entry)}"
-    if here.is_dir() or (here.is_file() and here.suffix == ".txt"):
+        hint = _escapes(entry) or _near(candidates[0])
+        return root, f"{shortened(entry)} does not exist: tried {_listed(candidates)}.{hint}"
+    if here.is_dir() or (here.is_file() and here.suffix.lower() == ".txt"):
         return here, ""
     kind = "file" if here.is_file() else "device or pipe"
     return here, f"{entry} is a {kind}, but only folders and .txt lists of images can be given."
+
+
+def _spellings(path: str) -> list[str]:
+    """Return a path as it is given, and with a Windows path's separators as `/`."""
+    return list(dict.fromkeys((path, as_posix(path))))
+
+
+def _escapes(path: str) -> str:
+    """Return a remedy where YAML has read a backslash and a letter between double quotes as a control character."""
+    if path.isprintable():
+        return ""
+    return " Between double quotes YAML reads \\ and a letter as a special character. Write / instead of \\."
 
 
 def _near(path: Path) -> str:
@@ -202,7 +225,11 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
         elif source.is_file():
             try:
                 images += _listed_images(source)
-            except (OSError, UnicodeDecodeError) as error:
+            except UnicodeDecodeError:
+                problems.append(
+                    f"{source}: cannot be read as a list of images: not text in UTF-8. Save it as such."
+                )
+            except OSError as error:
                 problems.append(f"{source}: cannot be read as a list of images: {shortened(str(error))}")
         else:
             problems.append(f"{source}: no such folder, image or list file.{_near(source)}")
@@ -236,10 +263,20 @@ def _walk(folder: Path) -> list[Path]:
 def _listed_images(list_file: Path) -> list[Path]:
     images: list[Path] = []
     for line in filter(None, map(str.strip, read_text(list_file, MOST_LIST_BYTES).splitlines())):
-        path = Path(line)
-        is_found = path.is_absolute() or (not line.startswith("./") and path.exists())
-        images.append(path if is_found else list_file.parent / path)
+        images.append(_listed_image(list_file, line))
     return images
+
+
+def _listed_image(list_file: Path, line: str) -> Path:
+    path = Path(line)
+    is_found = path.is_absolute() or (not line.startswith("./") and path.exists())
+    path = path if is_found else list_file.parent / path
+    if line.startswith("data/obj_") and not path.exists():  # CVAT's YOLO export names a folder that it lacks
+        path = list_file.parent / line.removeprefix("data/")
+    if "\\" in line and not path.exists():
+        posix = _listed_image(list_file, as_posix(line))
+        path = posix if posix.exists() else path
+    return path
 
 
 def label_path(image: str | Path) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,8 @@ import yaml
 
 from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, Image, Object, SourceDataset
+from dsyolo.data.formats.frames import MeasuredImage, are_of_stored, fit_objects, read_orientation
+from dsyolo.data.formats.source_checks import suspicions
 from dsyolo.data.formats.yolo import label_path
 from dsyolo.data.images import check_image
 from dsyolo.data.labels import Problem, by_reason
@@ -33,12 +36,13 @@ class Conversion:
     num_images: dict[str, int] = field(default_factory=dict)
     num_objects: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what holds for the whole, and warnings
 
     def summary(self) -> str:
         counts = "; ".join(
             f"{s} {self.num_images[s]:,} images, {self.num_objects[s]:,} objects" for s in self.num_images
         )
-        lines = [f"{self.data_yaml}: {len(self.names)} classes; {counts}"]
+        lines = [f"{self.data_yaml}: {len(self.names)} classes; {counts}", *self.notes]
         if self.problems:
             lines += [f"{len(self.problems):,} problems:", *by_reason(self.problems)]
         return "\n".join(lines)
@@ -48,58 +52,90 @@ def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
     """Build the data set beside `dst`, then rename it: `dst` appears complete, or not at all.
 
     Raises:
-        UserError: train, val or another split has no usable image, or `dst` cannot be written.
+        UserError: train, val or another split has no usable image, train has no object, or `dst` cannot be written.
     """
     problems = list(source.problems)
-    result = Conversion(dst / "data.yaml", tuple(source.names), problems=problems)
+    result = Conversion(dst / "data.yaml", tuple(source.names), problems=problems, notes=list(source.notes))
     numbers = {name: number for number, name in enumerate(source.names)}
     with new_folder(dst) as building:
-        for split in dict.fromkeys(("train", "val", *source.splits)):
-            counts: list[int] = []
-            for image in source.splits.get(split, []):
-                written = _write_image(image, building, split, numbers, problems)
-                if isinstance(written, Problem):
-                    problems.append(written)
-                else:
-                    counts.append(written)
-            result.num_images[split], result.num_objects[split] = len(counts), sum(counts)
-        if empty := [split for split, count in result.num_images.items() if not count]:
-            lines = [f"{split}: no image can be used." for split in empty]
-            raise UserError(f"{dst} was not written", [*lines, *by_reason(problems)])
+        order = dict.fromkeys(("train", "val", *source.splits))
+        measured = {split: _measured(source.splits.get(split, []), problems) for split in order}
+        of_stored = are_of_stored(one for images in measured.values() for one in images)
+        classes: dict[str, Counter[int]] = {}
+        for split, images in measured.items():
+            counts = [_write_image(one, of_stored, building, split, numbers, problems) for one in images]
+            written = [count for count in counts if count is not None]
+            classes[split] = sum(written, Counter())
+            result.num_images[split], result.num_objects[split] = len(written), classes[split].total()
+        faults = [
+            f"{split}: no image can be used." for split, count in result.num_images.items() if not count
+        ]
+        if not faults and not classes["train"]:
+            faults.append(f"train: none of its {result.num_images['train']:,} images has an object.")
+        if faults:
+            raise UserError(f"{dst} was not written", [*faults, *source.notes, *by_reason(problems)])
+        result.notes += suspicions(source, classes)
         write_data_yaml(building, source.names, list(result.num_images))
     return result
 
 
+def _measured(images: Sequence[Image], problems: list[Problem]) -> list[MeasuredImage]:
+    """Return the images of a split that can be used; report the others."""
+    usable = []
+    labels: set[PurePosixPath] = set()
+    for image in images:
+        file, name = str(image.file), PurePosixPath(image.name)
+        if name.is_absolute() or ".." in name.parts:
+            problems.append(Problem(file, 0, NO_IMAGE, f"its name, {name}, leads out of the folder"))
+            continue
+        if name.with_suffix("") in labels:
+            problems.append(Problem(file, 0, SAME_LABEL))
+            continue
+        size_hw, reason, detail = check_image(image.file)
+        if size_hw is None:
+            problems.append(Problem(file, 0, BAD_IMAGE, f"{reason.split(' (')[0]}: {detail}"))
+            continue
+        labels.add(name.with_suffix(""))
+        if reason:
+            problems.append(Problem(file, 0, reason, detail))
+        orientation = 1 if image.size_hw is None else read_orientation(image.file, size_hw)
+        usable.append(MeasuredImage(image, size_hw, orientation))
+    return usable
+
+
 def _write_image(
-    image: Image, folder: Path, split: str, numbers: dict[str, int], problems: list[Problem]
-) -> int | Problem:
-    """Write an image and its labels; return the number of objects, or why the image is left out."""
-    file = str(image.file)
-    name = PurePosixPath(image.name)
-    if name.is_absolute() or ".." in name.parts:
-        return Problem(file, 0, NO_IMAGE, f"its name, {name}, leads out of the folder")
-    # Where it is read from, if `name` has a folder `images` too.
-    label = label_path(folder / "images" / split / name)
-    if label.exists():
-        return Problem(file, 0, SAME_LABEL)
-    size_hw, reason, detail = check_image(image.file)
-    if size_hw is None:
-        return Problem(file, 0, BAD_IMAGE, f"{reason.split(' (')[0]}: {detail}")
-    rows = _rows(image.objects, numbers, image.size_hw or size_hw, problems)
+    measured: MeasuredImage,
+    of_stored: bool,
+    folder: Path,
+    split: str,
+    numbers: dict[str, int],
+    problems: list[Problem],
+) -> Counter[int] | None:
+    """Write an image and its labels; return its objects by class, or None if the image is left out, and report it."""
+    image, file = measured.image, str(measured.image.file)
+    fitted = fit_objects(measured, of_stored)
+    if fitted.reason:
+        problems.append(Problem(file, 0, fitted.reason, fitted.detail))
+    if fitted.objects is None:
+        return None
+    rows = _rows(fitted.objects, numbers, measured.seen_hw, problems)
     if not rows and (image.objects or image.is_spoiled):
         # As a background it would teach that it has no objects (as in `read_image_record`).
-        return Problem(file, 0, NO_OBJECT_LEFT)
+        problems.append(Problem(file, 0, NO_OBJECT_LEFT))
+        return None
+    target = folder / "images" / split / PurePosixPath(image.name)
+    label = label_path(target)  # where it is read from, if the name has a folder `images` too
     label.parent.mkdir(parents=True, exist_ok=True)
     label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    _link(image.file, folder / "images" / split / name)
-    return len(rows)
+    _link(image.file, target)
+    return Counter(rows.values())
 
 
 def _rows(
     objects: Sequence[Object], numbers: dict[str, int], size_hw: tuple[int, int], problems: list[Problem]
-) -> list[str]:
-    """Return label rows, clipped to the image."""
-    rows: dict[str, None] = {}
+) -> dict[str, int]:
+    """Return label rows, clipped to the image, and their classes."""
+    rows: dict[str, int] = {}
     wh = np.array([size_hw[1], size_hw[0]], np.float64)
     for one in objects:
         corners = np.array(one.box_xyxy, np.float64).reshape(2, 2) / wh
@@ -122,8 +158,8 @@ def _rows(
         if reason in (None, OVER_EDGE):
             box = np.stack([inside.mean(0), size])
             values = box if polygon is None else (polygon / wh).clip(0, 1)
-            rows[label_row(numbers[one.name], values)] = None
-    return list(rows)
+            rows[label_row(numbers[one.name], values)] = numbers[one.name]
+    return rows
 
 
 def label_row(number: int, values: np.ndarray) -> str:

@@ -1,0 +1,79 @@
+"""Where the annotation files and images of a COCO data set are: COCO's own layout, and those of common exports."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dsyolo.base.errors import UserError
+from dsyolo.config.messages import did_you_mean
+from dsyolo.data.formats.data_format import Image
+
+SPLITS = ("train", "val", "test")
+_ROBOFLOW = "_annotations.coco.json"
+_ROBOFLOW_FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
+# Label Studio, CVAT and others export one file for all images.
+_FOR_ALL = (
+    "result.json",
+    "annotations/instances_default.json",
+    "annotations.json",
+    _ROBOFLOW,
+    "instances.json",
+)
+VAL_SHARE = 0.1
+
+
+class CocoFile(NamedTuple):
+    """An annotation file, and the folders that its images may be in."""
+
+    file: Path
+    folders: list[Path]
+
+
+def coco_files(src: Path, headline: str) -> dict[str, CocoFile]:
+    """Return the annotation file of each split; of the split "" where one file is for all images.
+
+    Raises:
+        UserError: no file for train or val, or several for one split.
+    """
+    folder = src / "annotations"
+    files = sorted(folder.glob("instances_*.json"))
+    problems: list[str] = []
+    chosen: dict[str, CocoFile] = {}
+    for split in SPLITS:
+        of_split = [file for file in files if file.stem.removeprefix("instances_").startswith(split)]
+        exported = [src / name / _ROBOFLOW for name in _ROBOFLOW_FOLDERS[split]]
+        of_split = of_split or [file for file in exported if file.is_file()]
+        if len(of_split) > 1:
+            found = ", ".join(str(file.relative_to(src)) for file in of_split)
+            problems.append(f"{split}: {found} found. Leave only one in {src}.")
+        elif of_split:
+            chosen[split] = _coco_file(src, of_split[0])
+        elif split != "test":
+            hint = did_you_mean(f"instances_{split}.json", [file.name for file in folder.glob("*.json")])
+            exports = f"{_ROBOFLOW_FOLDERS[split][0]}/{_ROBOFLOW}"
+            problems.append(f"{split}: no {folder}/instances_{split}*.json and no {exports}. {hint}".rstrip())
+    for_all = [src / name for name in _FOR_ALL if (src / name).is_file()]
+    if not chosen and len(for_all) == 1:
+        return {"": _coco_file(src, for_all[0])}
+    if problems:
+        raise UserError(headline, problems)
+    return chosen
+
+
+def _coco_file(src: Path, file: Path) -> CocoFile:
+    if file.name == _ROBOFLOW:
+        return CocoFile(file, [file.parent, file.parent / "images"])
+    name = file.stem.removeprefix("instances_")
+    return CocoFile(file, [src / name, src / "images" / name, src / "images", src])
+
+
+def split_images(images: Sequence[Image]) -> dict[str, list[Image]]:
+    """Split images by a hash of their names: one in ten, and at least one, is for validation."""
+    order = sorted(images, key=lambda image: hashlib.sha256(image.name.encode(errors="replace")).digest())
+    num_val = min(max(1, round(len(images) * VAL_SHARE)), len(images) - 1)
+    chosen = {id(image) for image in order[: max(num_val, 0)]}
+    return {
+        "train": [image for image in images if id(image) not in chosen],
+        "val": [image for image in images if id(image) in chosen],
+    }

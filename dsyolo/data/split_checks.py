@@ -1,0 +1,214 @@
+"""Checks of whole splits: objects that got lost on the way, and data that are not what they seem.
+
+Every rank has the same index, so all come to the same errors.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dsyolo.base.errors import UserError
+from dsyolo.config.spec import DataSpec
+from dsyolo.data.formats.yolo import label_path
+from dsyolo.data.index import DatasetIndex
+from dsyolo.data.labels import AS_CORNERS, CLIPPED, NOT_PIXELS, NUM_SHOWN, first_places
+from dsyolo.data.unread_labels import MAX_IMAGE_FOLDERS, UnreadLabels, find_unread_labels
+
+FEW_LABELLED = 0.2  # a folder where fewer images have labels is suspicious if label-like files lie beside it
+MOST_ROWS = 0.5
+CORNER_SHARE, OVERHANG_SHARE = 0.9, 0.2  # see `_corners`
+MAX_LOOKED_UP = 20_000  # label files of backgrounds
+MAX_CLASSES_NAMED = 5
+MAX_FOUND = 5  # lines about unread files
+
+
+class SplitReport(NamedTuple):
+    """Lines about what is wrong: with `errors` nothing can be trained."""
+
+    errors: list[str]
+    warnings: list[str]
+
+
+def refuse_lost_objects(
+    data: DataSpec, splits: Mapping[str, DatasetIndex], *, with_warnings: bool = True
+) -> list[str]:
+    """Return warnings about splits; none without `with_warnings`, which spares the disk on all ranks but one.
+
+    Raises:
+        UserError: the training split has no object, or labels have classes that `data` does not name.
+    """
+    refuse_unknown_classes(data, splits)
+    if not with_warnings and ("train" not in splits or splits["train"].num_boxes):
+        return []
+    report = check_splits(data, splits)
+    if report.errors:
+        raise UserError(f"{data.path} has no object to train on", report.errors)
+    return report.warnings
+
+
+def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> None:
+    """Refuse labels of a class without a name: left out, its objects would be learned as background.
+
+    Raises:
+        UserError: labels in `splits` have classes that `data` does not name.
+    """
+    problems = []
+    for split, index in splits.items():
+        unknown = index.unknown_classes()
+        for detail, rows in list(unknown.items())[:NUM_SHOWN]:
+            problems.append(f"{split}: {detail}: {len(rows):,} rows ({first_places(rows)}).")
+        if len(unknown) > NUM_SHOWN:
+            problems.append(f"{split}: and {len(unknown) - NUM_SHOWN} more such classes.")
+    if problems:
+        remedy = f"names: add these classes to {', '.join(data.names[:20])}, or remove the rows."
+        raise UserError(f"{data.path} lacks classes that its labels have", [*problems, remedy])
+
+
+def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitReport:
+    """Check the splits of a data set, and those against each other."""
+    errors: list[str] = []
+    warnings: list[str] = []
+    are_read = _label_files(splits)
+    for split, index in splits.items():
+        if not index.num_boxes:
+            (errors if split == "train" else warnings).extend(_no_object(split, index, are_read))
+        else:
+            warnings += _partly_unlabelled(split, index, are_read)
+        warnings += _likely_mistakes(split, index)
+    if not errors:
+        warnings += _classes_without_objects(data, splits)
+    if "train" in splits and "val" in splits:
+        warnings += _overlap(splits["train"], splits["val"])
+    return SplitReport(errors, warnings)
+
+
+def _label_files(splits: Mapping[str, DatasetIndex]) -> frozenset[str]:
+    """Return the label files of all images; none where every image has labels, as then nothing is searched."""
+    if not any(index.num_backgrounds for index in splits.values()):
+        return frozenset()
+    return frozenset(str(label_path(index.path(i))) for index in splits.values() for i in range(len(index)))
+
+
+def _no_object(split: str, index: DatasetIndex, are_read: frozenset[str]) -> Iterator[str]:
+    images = [index.path(i) for i in range(len(index))]
+    missing = sum(not os.path.exists(label_path(image)) for image in images[:MAX_LOOKED_UP])
+    looked_up = min(len(images), MAX_LOOKED_UP)
+    of = f"of the first {looked_up:,} label files " if looked_up < len(images) else ""
+    yield (
+        f"{split}: none of its {len(images):,} images has an object; {of}{missing:,} are missing and "
+        f"{looked_up - missing:,} have no rows. The labels of {images[0]} were looked for in {label_path(images[0])}."
+    )
+    found = find_unread_labels(images[:MAX_LOOKED_UP], are_read)
+    yield from _lines(split, found)
+    if not found:
+        rule = "the folder `images` of a path becomes `labels`, and the ending .txt: docs/data.md"
+        yield f"{split}: no label-like file was found near the images. Put the labels there: {rule}."
+
+
+def _lines(split: str, found: Sequence[UnreadLabels]) -> Iterator[str]:
+    for one in found[:MAX_FOUND]:
+        yield f"{split}: {one}"
+    if len(found) > MAX_FOUND:
+        yield f"{split}: and {len(found) - MAX_FOUND} more places with label-like files."
+
+
+def _partly_unlabelled(split: str, index: DatasetIndex, are_read: frozenset[str]) -> Iterator[str]:
+    """Yield warnings for backgrounds near which label-like files lie unread."""
+    backgrounds = [index.path(i) for i in np.flatnonzero(np.diff(index.offsets) == 0).tolist()]
+    if not backgrounds:
+        return
+    unlabelled = [path for path in backgrounds[:MAX_LOOKED_UP] if not os.path.exists(label_path(path))]
+    per_image = [one for one in find_unread_labels(unlabelled, are_read) if not one.is_for_all]
+    if per_image:
+        yield (
+            f"{split}: {len(unlabelled):,} images without a label file are taken as backgrounds, "
+            "but label-like files are named as they are."
+        )
+        yield from _lines(split, per_image)
+    num_images = Counter(os.path.dirname(index.path(i)) for i in range(len(index)))
+    num_backgrounds = Counter(map(os.path.dirname, backgrounds))
+    few = [f for f, count in num_backgrounds.items() if num_images[f] - count < FEW_LABELLED * num_images[f]]
+    for folder in few[:MAX_IMAGE_FOLDERS]:
+        labelled = num_images[folder] - num_backgrounds[folder]
+        within = [path for path in backgrounds if os.path.dirname(path) == folder][:MAX_LOOKED_UP]
+        found = [one for one in find_unread_labels(within, are_read) if one.is_for_all]
+        if found:
+            yield f"{split}: only {labelled:,} of {num_images[folder]:,} images in {folder} have objects."
+            yield from _lines(split, found)
+
+
+def _likely_mistakes(split: str, index: DatasetIndex) -> Iterator[str]:
+    """Yield warnings about rows that are most likely in another format than `class cx cy w h` in shares."""
+    pixels = [problem for problem in index.problems if NOT_PIXELS in problem.detail]
+    num_rows = index.num_boxes + sum(
+        problem.line > 0 and problem.reason != CLIPPED for problem in index.problems
+    )
+    if len(pixels) > MOST_ROWS * num_rows:
+        yield (
+            f"{split}: {len(pixels):,} of {num_rows:,} label rows look like pixels ({first_places(pixels)}). "
+            "They are left out: divide x by the image's width and y by its height."
+        )
+    if _corners(index):
+        clipped = [problem for problem in index.problems if AS_CORNERS in problem.detail]
+        yield (
+            f"{split}: most label rows look like corners, x1 y1 x2 y2 ({first_places(clipped)}), "
+            "but are read as cx cy w h. Convert them if they are."
+        )
+
+
+def _corners(index: DatasetIndex) -> bool:
+    """Return whether most rows look like corners.
+
+    Corners have w > cx and h > cy throughout, and many of them, taken for a centre and a size, are over the image's
+    edge. Boxes that fill their images have the first, but not the second.
+    """
+    if not index.num_boxes:
+        return False
+    over = sum(problem.reason == CLIPPED for problem in index.problems)
+    like_corners = sum(AS_CORNERS in problem.detail for problem in index.problems)
+    inside = index.boxes[((index.boxes > 0) & (index.boxes < 1)).all(1)]
+    low, high = inside[:, :2], inside[:, 2:]
+    like_corners += int((high - low > (low + high) / 2).all(1).sum())
+    return like_corners > CORNER_SHARE * (over + len(inside)) and over > OVERHANG_SHARE * index.num_boxes
+
+
+def _classes_without_objects(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> Iterator[str]:
+    in_train: np.ndarray | None = None
+    for split, index in splits.items():
+        if not index.num_boxes:
+            continue
+        has_objects = np.bincount(index.classes, minlength=data.num_classes) > 0
+        lacking = ~has_objects if in_train is None else ~has_objects & in_train
+        names = [data.names[number] for number in np.flatnonzero(lacking).tolist()]
+        if names:
+            shown = ", ".join(names[:MAX_CLASSES_NAMED])
+            more = f" and {len(names) - MAX_CLASSES_NAMED} more" * (len(names) > MAX_CLASSES_NAMED)
+            why = "They will never be detected" if split == "train" else "Their metrics are not counted"
+            yield f"{split}: no object of the classes {shown}{more}. {why}: check names and labels."
+        if split == "train":
+            in_train = has_objects
+
+
+def _overlap(train: DatasetIndex, val: DatasetIndex) -> Iterator[str]:
+    first, other = _real_paths(train), _real_paths(val)
+    common = first & other
+    remedy = "Metrics of images that were trained on are too good: keep some images for val alone."
+    if common and first == other:
+        yield f"val has the same {len(common):,} images as train. {remedy}"
+    elif common:
+        yield f"{len(common):,} of {len(other):,} val images are in train too, as {min(common)}. {remedy}"
+
+
+def _real_paths(index: DatasetIndex) -> set[str]:
+    """Return the paths of images with the links of folders resolved, each folder once."""
+    real: dict[str, str] = {}
+    paths = set()
+    for i in range(len(index)):
+        folder, name = os.path.split(index.path(i))
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        paths.add(os.path.join(real[folder], name))
+    return paths
