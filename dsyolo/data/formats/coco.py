@@ -172,9 +172,10 @@ class _Reader:
                 rule = "their image_id must be the id of one of `images`"
                 raise UserError(self._headline, [f"{line} that it lists: {rule}."])
         if self._uncategorised:
-            share = f"{self._uncategorised:,} of {num_annotations:,} annotations ({self._uncategorised / num_annotations:.1%})"
+            counts = f"{self._uncategorised:,} of {num_annotations:,} annotations"
+            counts += f" ({self._uncategorised / num_annotations:.1%})"
             self._notes.append(
-                f"{self._file}: {share} are of no category that it lists: their objects are left out."
+                f"{self._file}: {counts} are of no category that it lists: their objects are left out."
             )
         if num_annotations and not num_objects:
             reasons = Counter(
