@@ -85,7 +85,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     preemption.raise_if_requested(wait=True)
     state = new_state(spec, data.sampler)
     if checkpoint:
-        _check_settings(read_manifest(checkpoint, verify=False).progress, state, str(checkpoint))
+        check_settings(read_manifest(checkpoint, verify=False).progress, state, str(checkpoint))
         state = parts.checkpointer.load(checkpoint, verified=True)
     tracker, artifacts = collectives.all_ranks_or_raise(
         lambda: _main_process_parts(spec, world, data, state, parts, user_writers)
@@ -158,7 +158,7 @@ def _scheduler_settings(scheduler: SchedulerSpec | None) -> dict[str, Any]:
     return {"scheduler.type": scheduler.type, **params}
 
 
-def _check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None:
+def check_settings(saved: TrainState, now: TrainState, checkpoint: str) -> None:
     """Refuse a checkpoint of a run with other settings."""
     before, given = ({**s.settings, **{key: getattr(s, key) for key in SAME}} for s in (saved, now))
     if UNSCALED in given and UNSCALED not in before and DECAY in before:
