@@ -60,7 +60,8 @@ class WarmupSchedule:
             what = f"The run ends during the warm-up, after {self.total_steps} of {self.warmup_steps} steps"
             return f"{what}. Train more epochs, or lower scheduler.params.warmup_num_steps."
         lost = self.total_steps - self.decay_steps - 1
-        if lost > 0 and self.kind == DECAY:
+        ends_at_0 = self.kind == DECAY or (self.kind == COSINE and self.floor == 0)
+        if lost > 0 and ends_at_0:
             what = f"scheduler.params.total_num_steps: {self.decay_steps} given, but the run has {self.total_steps} steps"
             return f'{what}, and the last {lost} have a learning rate of 0. Set it to "auto".'
         return ""

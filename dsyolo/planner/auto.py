@@ -150,9 +150,11 @@ def _fill_values(
     notes = _fill_precision(hardware, content, paths)
     train, micro, steps = (content.get(key) for key in BATCH_KEYS)
     # With the accumulation alone given, the batch of a step shrinks with the micro-batch.
-    shrinks = train is None and steps is not None and saved_batch is None
+    shrinks = (
+        train is saved_batch is None and steps is not None and any((key,) in paths for key in BATCH_KEYS)
+    )
     is_open = micro is None and (steps is None or shrinks)
-    if batch := open_batch(content, hardware.ranks):
+    if batch := open_batch(content, hardware.ranks, paths):
         content[BATCH_KEYS[0]] = saved_batch or batch
     ds = check(
         replace(source, content=content),
@@ -172,6 +174,8 @@ def _fill_values(
             raise cannot_be_used(source.name, hardware.ranks, problems)
         ds = replace(ds, batch=fitting)
         content |= {BATCH_KEYS[0]: ds.global_batch, BATCH_KEYS[1]: ds.micro_batch}
+        if steps is not None:
+            content[BATCH_KEYS[2]] = ds.accumulation
     used = ds.deepspeed_json(profile.num_parameters, cpu=hardware.accelerator == "cpu")
     used |= {"optimizer": ds.optimizer_json()}
     lines = [f"{'.'.join(path)}: auto, so {_fill(content, path, used)}" for path in paths] + notes

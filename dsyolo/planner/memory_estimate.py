@@ -146,14 +146,15 @@ def large_buckets(load: RankLoad, ds: DeepSpeedConfig, zero: dict[str, Any]) -> 
     key, given = "reduce_bucket_size", ds.source.get("zero_optimization", {})
     if ds.zero_stage and key in given and int(given[key]) > load.num_elements:
         small = {**zero, key: load.num_elements}
-        size, least = (_buckets_alone(load, ds, block) for block in (zero, small))
-        if size > least:
+        empty = _buckets_alone(load, ds, zero) - _buckets_alone(load, ds, small)
+        size = empty * int(given[key]) / (int(given[key]) - load.num_elements)
+        if empty > 0:
             twice = (
                 ", twice as overlap_comm is true" if ds.zero_stage < 3 and zero.get("overlap_comm") else ""
             )
             found.append(
                 f"zero_optimization.{key}: {int(given[key]):,} elements given, but a rank trains {load.num_elements:,}: "
-                f"the bucket takes {size / 2**30:.2f} GiB{twice}, of which {(size - least) / 2**30:.2f} stay empty. "
+                f"the bucket takes {size / 2**30:.2f} GiB{twice}, of which {empty / 2**30:.2f} stay empty. "
                 f'Set it to {load.num_elements + load.num_elements % 2}, or "auto".'
             )
     return found

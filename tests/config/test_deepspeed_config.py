@@ -225,6 +225,10 @@ def test_a_run_that_goes_on_keeps_its_global_batch_on_other_ranks() -> None:
         ({"max_grad_norm": 1}, "it is Hugging Face's. Write gradient_clipping."),
         ({"gradient_checkpointing": True}, 'Write activation_checkpointing: {"recompute": "blocks"}.'),
         ({"zero": {"stage": 2}}, "zero: unknown key. Did you mean zero_optimization?"),
+        ({"deepspeed": {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}},
+         "deepspeed: unknown block, but fp16 and zero_optimization in it belong to the top level."),
+        ({"fp16": True}, 'fp16: true given, but it must be a block of keys, in braces. Write {"enabled": true}.'),
+        ({"optimizer": {"type": "FusedAdam"}}, 'The nearest is "AdamW".'),
         ({"lr": 0.1}, "lr: unknown key here. Its place is optimizer.params.lr."),
         ({"pin_memory": True}, "offload_optimizer.pin_memory or zero_optimization.offload_param.pin_memory."),
         ({"fp16": {"fp16": True}}, "fp16.fp16: unknown key. Write fp16.enabled."),
@@ -512,6 +516,60 @@ def test_recompute_of_the_json_or_of_the_command_line(given: str, recompute: str
         assert line.endswith("given, and so is --recompute. Leave one out.")
 
 
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        ({"type": "OneCycle", "params": {"cycle_min_lr": 1, "x": 2}}, 'scheduler.type: "OneCycle" given'),
+        ({"type": "OneCycle"}, "Leave scheduler out; the nearest here is --schedule cosine with --warmup_epochs."),
+        ({"type": "CosineAnnealingLR"}, "the nearest here is --schedule cosine with --lrf."),
+        ({"type": "constant"}, "the nearest here is --lrf 1."),
+        ({"type": "LRRangeTest"}, "optimizer.params.lr"),
+        ({"type": "StepLR"}, "--schedule"),
+        ({"type": "warmup_lr"}, "Did you mean WarmupLR?"),
+        ({"type": "WarmupCosine"}, "Did you mean WarmupCosineLR?"),
+        ({"type": 3}, "scheduler.type: 3 given, but it must be"),
+        ({"params": {"warmup_num_steps": 3}}, "scheduler.type: missing."),
+        ({"type": "WarmupLR", "params": {"warmup_num_steps": 0}}, "must be a whole number of at least 1"),
+        ({"type": "WarmupLR", "params": {"warmup_num_steps": 2.5}}, "must be a whole number of at least 1"),
+        ({"type": "WarmupLR", "params": {"warmup_type": "cosine"}}, 'must be "log" or "linear"'),
+        ({"type": "WarmupLR", "params": {"warmup_min_lr": [0, 0]}}, "must be a number of at least 0"),
+        ({"type": "WarmupLR", "params": {"warmup_step": 5}}, "scheduler.params.warmup_step: unknown key."),
+        ({"type": "WarmupLR", "params": {"total_num_steps": 5}}, "it belongs to WarmupDecayLR and WarmupCosineLR"),
+        ({"type": "WarmupLR", "params": {"last_batch_iteration": 7}}, "a resumed run continues at its own step"),
+        ({"type": "WarmupDecayLR"}, 'scheduler.params.total_num_steps: missing, and WarmupDecayLR needs it.'),
+        ({"type": "WarmupCosineLR", "params": {"total_num_steps": 5, "cos_min_ratio": 2}}, "a number from 0 to 1"),
+        ({"typ": "WarmupLR", "type": "WarmupLR"}, "scheduler.typ: unknown key. Did you mean type?"),
+        ([], "scheduler: [] given, but it must be a block of keys"),
+    ],
+)  # fmt: skip
+def test_schedulers_that_cannot_run(block: Any, problem: str) -> None:
+    (line,) = problems_of(with_batch(scheduler=block))
+    assert problem in line
+
+
+def test_schedulers_that_run() -> None:
+    params = {"warmup_num_steps": 1e2, "last_batch_iteration": -1}
+    got = resolve(with_batch(scheduler={"type": "WarmupLR", "params": params}))
+    assert got.scheduler is not None
+    assert got.scheduler.params == {
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": None,
+        "warmup_num_steps": 100,
+        "warmup_type": "log",
+    }
+    assert "scheduler" not in got.deepspeed_json(10**6, cpu=True)  # the engine sets the rate
+    for nothing in (None, {}):
+        assert resolve(with_batch(scheduler=nothing)).scheduler is None
+
+
+def test_gradients_under_autocast_are_sent_in_the_weights_type() -> None:
+    block = {"torch_autocast": AUTOCAST, "communication_data_type": "bf16"}
+    assert resolve(with_batch(**block)).sent_type == "bf16"  # ZeRO 0 heeds it
+    (line,) = problems_of(with_batch(**block, zero_optimization={"stage": 2}))
+    assert line.startswith('communication_data_type: "bf16" given, but under torch_autocast ZeRO 2 sends')
+    resolve(with_batch(**block | {"communication_data_type": "fp32"}, zero_optimization={"stage": 2}))
+
+
 def test_adam_is_what_deepspeed_makes_of_it() -> None:
     adam = resolve(with_batch(optimizer={"type": "Adam", "params": {"lr": 0.1}}))
     assert (adam.optimizer.type, adam.optimizer.params["weight_decay"]) == ("AdamW", 0.0)
@@ -588,8 +646,8 @@ def test_explain() -> None:
         "precision: convolutions in bf16 (autocast); weights, gradients, BatchNorm, loss, optimizer and EMA in fp32",
         "ZeRO 2: optimizer states and gradients sharded; offload: optimizer on cpu",
         "optimizer: SGD, lr 0.01, momentum 0.937, nesterov True, weight_decay 0.0005",
-        "weight decay: 0.0005 (weight_decay x 64 / 64 images), on the weights of convolutions; none on those of "
-        "norms, nor on biases",
+        "weight decay: 0.0005 (weight_decay x 64 / 64 images), on the weights of convolutions and other matrices; "
+        "none on norms and biases",
         "gradient norm: clipped at 10",
     ]
     bf16 = resolve(

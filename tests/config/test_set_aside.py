@@ -148,6 +148,14 @@ def test_a_json_from_the_field_trains(tmp_path, content, printed):
         ({"elasticity": {"enabled": False, "max_train_batch_size": 9}}, "elasticity", "off"),
         ({"compression_training": {"layer_reduction": {"enabled": False}}}, "compression_training", "off"),
         ({"compile": {"deepcompile": False}}, "compile", "off"),
+        ({"tensor_parallel": {"autotp_size": 1}}, "tensor_parallel", "off"),
+        ({"autotuning": {"enabled": True, "fast": False}}, "autotuning", "launcher"),
+        ({"fp16": False}, "fp16", "off"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": False}},
+            "zero_optimization.offload_optimizer",
+            "off",
+        ),
         ({"sparse_gradients": False}, "sparse_gradients", "off"),
         ({"steps_per_print": float("inf")}, "steps_per_print", "endless"),
         ({"aio": {"block_size": 1}}, "aio", "asynchronous"),
@@ -207,6 +215,7 @@ def test_what_is_harmless_is_set_aside_with_its_reason(blocks, path, reason):
     [
         ({"zero_optimization": True}, {"zero_optimization": {"stage": 1}}),
         ({"zero_optimization": False}, {"zero_optimization": {"stage": 0}}),
+        ({"gradient_clipping": float("inf")}, {"gradient_clipping": 0.0}),
         (
             {"zero_optimization": True, "allgather_size": 4},
             {"zero_optimization": {"stage": 1, "allgather_bucket_size": 4}},
@@ -250,7 +259,7 @@ def test_every_key_has_a_verdict_and_a_reason():
             if isinstance(key, JsonSection):
                 walk(key.keys)
             elif isinstance(key, Alias):
-                assert isinstance(keys[key.name], (JsonKey, JsonSection))
+                assert isinstance(keys[key.name], (JsonKey, JsonSection, SetAside))
             elif isinstance(key, SetAside):
                 assert key.reason
                 assert not key.reason.endswith(".")
@@ -319,7 +328,7 @@ def test_what_is_neither_has_the_message_of_json(tmp_path, text, problem):
         {"zero_optimization": {"stage": 2}, "pipeline": {"stages": 2}},
         {"torch_autocast": {"enabled": True}, "zero_optimization": {"stage": 1}},
         {"tensor_parallel": {"autotp_size": 2}},
-        {"autotuning": {"enabled": True}},
+        {"bf16": True, "zero_optimization": {"stage": 1}},
         {"elasticity": {"enabled": True}},
         {"optimizer": {"type": "Adam", "params": {"bias_correction": False}}},
         {"zero_optimization": {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
@@ -357,7 +366,9 @@ def mended(content: dict[str, Any], problem: str) -> dict[str, Any]:
         r"(?:Write|set) (activation_checkpointing)(?:,|:| to)* ({.*})", text, re.IGNORECASE
     ):
         result[match[1]] = json.loads(match[2])
-    elif match := re.search(r"(?:Write|Set it to|set it to) (\"\w+\"|\d+|true|false)", text):
+    elif (match := re.search(r'Write ({"enabled": true})', text)) or (
+        match := re.search(r"(?:Write|Set it to|set it to) (\"\w+\"|\d+|true|false)", text)
+    ):
         block[name] = json.loads(match[1])
     else:
         assert re.search(r"Leave (it|one) out", text), problem

@@ -16,7 +16,7 @@ from runs import arguments, environment, make_place
 from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.engine.memory_profile import MemoryEstimate, MemoryProfiler, MemoryTerms, malloc_bytes
 from dsyolo.engine.optimizer import parameter_groups
-from dsyolo.planner.memory_estimate import RankLoad, predict, shortage, table, verdict
+from dsyolo.planner.memory_estimate import RankLoad, large_buckets, predict, shortage, table, verdict
 
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -41,6 +41,17 @@ CASES = {
     "ZeRO 2, gradients in a list": ({**zero(2), "contiguous_gradients": False}, {}, "SGD"),
     "ZeRO 3, few stay whole": ({**zero(3), "stage3_model_persistence_threshold": 5000}, {}, "SGD"),
     "ZeRO 3, offload": (zero(3, "offload_optimizer", "offload_param"), {}, "SGD"),
+    "ZeRO 0, sent in bf16": (zero(0), {"communication_data_type": "bf16"}, "SGD"),
+    "ZeRO 2, two buckets, sent in bf16": (
+        {**zero(2), "overlap_comm": True, "reduce_bucket_size": 4_000_000},
+        {"communication_data_type": "bf16"},
+        "SGD",
+    ),
+    "ZeRO 3, overlapped, sent in bf16": (
+        {**zero(3), "overlap_comm": True, "reduce_bucket_size": 4_000_000},
+        {"communication_data_type": "bf16"},
+        "SGD",
+    ),
 }
 
 
@@ -166,6 +177,33 @@ def test_the_verdict_names_what_is_saved():
     stage = RankLoad(load.groups[:1], 3 * 2**29, 3 * 2**29, 2**28, 0, 1, True)
     piped = verdict(stage, ds, {}, load)
     assert " GiB on the rank that needs most, 1.03 without all this: the pipeline adds 0.5" in piped
+
+
+@pytest.mark.parametrize(
+    ("stage", "overlap", "gib"), [(2, True, "3.73 GiB, twice as overlap_comm is true"), (2, False, "1.86 GiB"),
+                                  (3, True, "1.86 GiB"), (0, True, None)]
+)  # fmt: skip
+def test_a_bucket_larger_than_the_model_is_named_with_its_bytes_and_the_remedy(stage, overlap, gib):
+    load = load_of(0, 2)
+    block = {**zero(stage), "reduce_bucket_size": 5e8, "overlap_comm": overlap}
+    ds = resolved(block, {}, "SGD", 2)
+    found = large_buckets(load, ds, ds.deepspeed_json(load.num_elements, cpu=True)["zero_optimization"])
+    assert len(found) == (gib is not None)
+    for line in found:
+        assert line.startswith(
+            "zero_optimization.reduce_bucket_size: 500,000,000 elements given, but a rank trains"
+        )
+        assert f"the bucket takes {gib}, of which" in line
+        assert line.endswith(f'Set it to {load.num_elements + load.num_elements % 2}, or "auto".')
+    for fitting in (
+        {},
+        {"reduce_bucket_size": load.num_elements},
+        {"reduce_bucket_size": 5e8, "contiguous_gradients": False},
+    ):
+        ds = resolved({**zero(stage), **fitting}, {}, "SGD", 2)
+        assert not large_buckets(
+            load, ds, ds.deepspeed_json(load.num_elements, cpu=True)["zero_optimization"]
+        )
 
 
 def test_a_shortage_is_reported_of_the_place_where_it_is():

@@ -538,6 +538,53 @@ def test_values_that_are_auto_are_filled_in_and_reported(tmp_path):
     assert read_source(tmp_path / "ds.json") == JsonSource(str(tmp_path / "ds.json"), nothing)
 
 
+def test_an_auto_micro_batch_is_planned_with_the_buckets_of_the_json(tmp_path):
+    """The accumulation alone given, so the micro-batch is not what is left of a batch; and 5e8 elements are 1.86 GiB."""
+    a10 = Hardware(DEVICES["A10"], 1, 2, 6 * GIB, None, 3e9)
+    sizes, peaks = {}, {}
+    for name, zero in (
+        ("small", {}),
+        ("large", {"reduce_bucket_size": 5e8}),
+        ("two", {"reduce_bucket_size": 5e8, "overlap_comm": True}),
+        ("ZeRO 3", {"stage": 3, "reduce_bucket_size": 5e8, "overlap_comm": True}),
+    ):
+        content = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": 2, **zero},
+        }
+        got = filled(tmp_path, content, a10)
+        ds = check(got.ds.source, world_size=2, accelerator="cuda")
+        assert (ds.accumulation, ds.global_batch) == (2, 4 * ds.micro_batch)
+        assert (ds.micro_batch, ds.batch) == (got.ds.micro_batch, got.ds.batch)
+        (line,) = [line for line in got.lines if line.startswith("peak ")]
+        buckets = float(re.search(r"buckets (\d+\.\d+)", line)[1])
+        assert buckets == pytest.approx({"small": 0, "two": 3.73}.get(name, 1.86), abs=0.06)
+        named = [line for line in got.lines if line.startswith("planned with ")]
+        assert named == [] if not zero else "reduce_bucket_size 500000000.0" in named[0]
+        sizes[name], peaks[name] = ds.micro_batch, float(line.split()[1])
+        assert peaks[name] <= 6
+    assert sizes["small"] > sizes["large"] == sizes["ZeRO 3"] > sizes["two"]
+    none = filled(tmp_path, content, a10._replace(memory_bytes=GIB))
+    assert any("no micro-batch fits into 0.40 GiB, not even 1 image" in line for line in none.lines)
+
+
+def test_a_plan_takes_the_cuts_and_the_type_that_is_sent_of_the_json():
+    hardware = Hardware(DEVICES["A10"], 1, 2, 24 * GIB, None, 3e9)
+    planner = Planner(ModelProfile("yolov5n", 80, 320), hardware)
+    assert [stage.nodes[0] for stage in planner.stages(2, (7,))][1] == planner.profile.network.order[7]
+    base = {"train_batch_size": 16, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000_000}}
+    plain, sent = (
+        check({**base, **more}, world_size=2, accelerator="cuda")
+        for more in ({}, {"communication_data_type": "bf16"})
+    )
+    settings = StrategySettings(2, None, None, "none", plain.precision, 8, 1, 1, 2, "SGD")
+    more = (
+        planner.predict(settings, sent).terms["buckets"] - planner.predict(settings, plain).terms["buckets"]
+    )
+    assert more == 2 * 1_000_000  # a copy of what is in a bucket
+
+
 def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
     place = make_place(tmp_path)
     words = launch(place, "auto", deepspeed_config="auto", epochs=1)

@@ -1,7 +1,7 @@
 """The arithmetic of batches: global batch = micro-batch x accumulation x data-parallel ranks. All of it is here."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dsyolo.config.messages import counted
@@ -23,13 +23,22 @@ def batch_json(batch: BatchPlan) -> dict[str, int]:
     return dict(zip(BATCH_KEYS, (batch.global_batch, batch.micro, batch.accumulation), strict=True))
 
 
-def open_batch(content: Mapping[str, Any], ranks: int) -> int | None:
+def open_batch(
+    content: Mapping[str, Any], ranks: int, left_open: Collection[tuple[str, ...]] = ()
+) -> int | None:
     """Return the images in a step for a JSON that leaves them open, None where it does not.
 
     They are the recipe's, rounded up to a multiple of what the JSON gives.
+
+    Args:
+        left_open: paths of values that are "auto". Where no batch size is, one that is given means what it means to
+            DeepSpeed, whatever else is "auto".
     """
     train, micro, steps = (content.get(key) for key in BATCH_KEYS)
     if train is not None or (micro is not None and steps is not None):
+        return None
+    is_auto = any((key,) in left_open for key in BATCH_KEYS)
+    if not is_auto and (micro is not None or steps is not None):
         return None
     dp_size = dp_size_of(content, ranks)
     unit = dp_size * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)

@@ -187,7 +187,7 @@ class DeepSpeedConfig:
             if spec.scales_weight_decay
             else ""
         )
-        which = "on the weights of convolutions; none on those of norms, nor on biases"
+        which = "on the weights of convolutions and other matrices; none on norms and biases"
         decay = f"weight decay: {runs:g}{scaled}, {which}" if runs else "weight decay: none"
         return [f"optimizer: {spec.type}, {params}", decay]
 
@@ -251,7 +251,7 @@ def check(
     if config.content is None:
         raise cannot_be_used(config.name, world_size, problems)
     source = copy.deepcopy(dict(config.content))
-    if config.left_open and (open_to := open_batch(source, world_size)):
+    if config.left_open and (open_to := open_batch(source, world_size, config.left_open)):
         source[BATCH_KEYS[0]] = open_to
     faults: list[str] = []
     valid = valid_part(source, faults)

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,19 +15,15 @@ from dsyolo.base.safe_io import read_text
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_name
 from dsyolo.config.deepspeed.scheduler_table import scheduler_keys
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
-from dsyolo.config.deepspeed.set_aside import Reason, Settled, off_reason, settle
+from dsyolo.config.deepspeed.set_aside import Reason, Settled, settle
+from dsyolo.config.deepspeed.unknown_keys import fault_of, why_set_aside
 from dsyolo.config.deepspeed.verdicts import Alias, JsonKey, JsonSection, Keys, Refused, SetAside
-from dsyolo.config.messages import did_you_mean
-from dsyolo.config.recipe import RECIPE_KEYS
-from dsyolo.config.run_config import AUTO, JSON_KNOBS, RUN_KEYS
+from dsyolo.config.run_config import AUTO
 
 # ---- the file
 
 MAX_DIGITS = 18  # so many always fit into 64 bits
 MAX_DEPTH = 20  # the keys that are known go four deep
-MOST_PLACES = 3  # places of one key that a message names
-# An unknown key that is so near to a known one, or begins it, is a mistake; others DeepSpeed ignores too.
-TYPO, SHORTEST = 0.75, 4
 
 
 class _Object(dict[str, Any]):
@@ -89,7 +85,7 @@ def settled(source: JsonSource) -> JsonSource:
     """Return the JSON without what has no effect here. A second time changes nothing."""
     if source.content is None:
         return source
-    found: Settled = settle(source.content, _keys_for(source.content), _unknown_reason)
+    found: Settled = settle(source.content, _keys_for(source.content), why_set_aside)
     problems, aside = (*source.problems, *found.problems), (*source.set_aside, *found.set_aside)
     return replace(source, content=found.content, problems=problems, set_aside=aside)
 
@@ -212,7 +208,7 @@ def _valid_block(
     for name, value in block.items():
         path, key = prefix + name, keys.get(name)
         if key is None:
-            problems.append(f"{path}: {_unknown(name, keys, prefix)}")
+            problems.append(f"{path}: {fault_of(name, value, keys, prefix)}")
         elif isinstance(key, (SetAside, Alias)):
             continue  # settled before
         elif isinstance(key, Refused):
@@ -228,72 +224,17 @@ def _valid_block(
     return valid
 
 
-def _unknown(name: str, keys: Mapping[str, Any], prefix: str) -> str:
-    """Return the fault of an unknown key: its exact place comes before a likely word."""
-    owners = [owner for owner, facts in OPTIMIZERS.items() if name in facts.keys]
-    if owners and prefix == "optimizer.params.":
-        return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
-    is_owned = name in RUN_KEYS | RECIPE_KEYS
-    owned = f"the run configuration owns it. Leave it out and give --{name}."
-    if is_owned and not prefix:
-        return owned
-    if prefix == f"{name}.":
-        return f"unknown key. Write {prefix}enabled."
-    places = list(dict.fromkeys(path for path, _ in _places(name)))
-    if not places and name in JSON_KNOBS:
-        places = [JSON_KNOBS[name]]
-    if 0 < len(places) <= MOST_PLACES:
-        where = " or ".join(place if "." in place else f"{place}, at the top level" for place in places)
-        return f"unknown key here. Its place is {where}."
-    if is_owned:
-        return owned
-    usable = [known for known, key in keys.items() if isinstance(key, (JsonKey, JsonSection))]
-    begun = [known for known in usable if len(name) >= SHORTEST and known.startswith(name.lower())]
-    hint = f"Did you mean {begun[0]}?" if len(begun) == 1 else did_you_mean(name, keys)
-    return f"unknown key. {hint or 'Leave it out.'}"
-
-
-def _unknown_reason(name: str, value: Any, keys: Keys, prefix: str, is_strict: bool) -> str | None:
-    """Return why an unknown key is set aside, None where it is refused: what could be a mistake is."""
-    places = list(_places(name))
-    homes = [key for _, key in places]
-    if homes and all(isinstance(key, (SetAside, Refused)) for key in homes):
-        first = homes[0]
-        return first.reason if isinstance(first, SetAside) else off_reason(first, value)
-    if value is None:
-        return "null, so its default holds"
-    is_other = places or name in RUN_KEYS | RECIPE_KEYS or name in JSON_KNOBS
-    is_short = len(name) >= SHORTEST and any(known.startswith(name.lower()) for known in keys)
-    if is_strict or is_other or is_short or did_you_mean(name, keys, cutoff=TYPO):
-        return None
-    return "neither DeepSpeed nor dsyolo knows it"
-
-
-def _places(name: str, keys: Keys = TOP_LEVEL, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the paths at which a key of this name has a place, and its verdict there."""
-    key = keys.get(name)
-    if isinstance(key, Alias):
-        yield prefix + key.name, keys[key.name]
-    elif key is not None:
-        yield prefix + name, key
-    for above, part in keys.items():
-        if isinstance(part, JsonSection):
-            yield from _places(name, part.keys, f"{prefix}{above}.")
-    if not prefix:
-        for facts in OPTIMIZERS.values():
-            if name in facts.keys:
-                yield f"optimizer.params.{name}", facts.keys[name]
-
-
 def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
     if not isinstance(key, JsonKey):
-        return ". Or leave it out"
+        return '. Write {"enabled": true}' if value is True and "enabled" in key.keys else ". Or leave it out"
     if isinstance(value, float) and math.isfinite(value) and key.keeps(int(value)):
         return f". Write {int(value)}"
     if isinstance(value, str):
         bare = value.rstrip(", ")  # HJSON takes a line's comma into a string without quotes
         if bare != value and key.keeps(bare):
             return f". Write {json.dumps(bare)}, in quotes"
+        if "adam" in value.lower() and key.keeps("AdamW"):
+            return '. The nearest is "AdamW"'
         with suppress(ValueError):
             if key.keeps(json.loads(bare.lower())):
                 return f". Write {bare.lower()} without quotes"

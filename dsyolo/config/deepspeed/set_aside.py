@@ -102,7 +102,7 @@ class _Walk:
             return off_reason(key, value)
         if value is None and not (isinstance(key, JsonKey) and key.keeps(None)):
             return "null, so its default holds"
-        return None
+        return OFF if value is False and isinstance(key, JsonSection) else None
 
 
 def off_reason(key: Refused, value: Any) -> str | None:
@@ -126,6 +126,8 @@ def _modern(content: Mapping[str, Any], aside: list[Reason]) -> dict[str, Any]:
     if _never_prints(result.get("steps_per_print")):
         del result["steps_per_print"]
         aside.append(Reason("steps_per_print", "endless: DeepSpeed prints nothing of its own"))
+    if result.get("gradient_clipping") == math.inf:
+        result["gradient_clipping"] = 0.0  # DeepSpeed clips nothing then
     zero = result.get("zero_optimization")
     if isinstance(zero, bool):
         zero = {"stage": int(zero)}

@@ -64,7 +64,9 @@ Keys: TypeAlias = Mapping[str, JsonKey | JsonSection | Refused | SetAside | Alia
 def _is_switched_off(block: Mapping[str, Any], on_by_presence: bool) -> bool:
     """Return whether no "enabled" in a block, or in its blocks, turns it on. DeepSpeed's default is off."""
     flags = list(_flags(block))
-    return not any(flags) if flags or not on_by_presence else not block
+    if flags or not on_by_presence:
+        return not any(flags)
+    return all(value in (0, 1, None, "auto") for value in block.values())  # "autotp_size": 1 is off too
 
 
 def _flags(block: Mapping[str, Any]) -> Iterator[bool]:
