@@ -19,15 +19,21 @@ WORLD = World(0, 1, 0, 1)
 
 
 def spec(
-    epochs: int = 10, *, patience: int = 5, patience_before: int = 5, lrf: float = 0.01, **other: Any
+    epochs: int = 10,
+    *,
+    patience: int = 5,
+    patience_before: int = 5,
+    lrf: float = 0.01,
+    optimizer: Any = SimpleNamespace(type="SGD", params={"lr": 0.01}, is_adam=False),
+    scheduler: Any = None,
+    **other: Any,
 ) -> Any:
-    optimizer = SimpleNamespace(type="SGD", params={"lr": 0.01})
     return SimpleNamespace(
         folder=Path("runs/a"),
         schedule_epochs=10,
         config=SimpleNamespace(epochs=epochs, patience=patience, seed=0, recipe=SimpleNamespace(lrf=lrf)),
         resume=SimpleNamespace(config=SimpleNamespace(patience=patience_before)),
-        ds=SimpleNamespace(optimizer=optimizer, gradient_clipping=10.0, global_batch=8),
+        ds=SimpleNamespace(optimizer=optimizer, scheduler=scheduler, gradient_clipping=10.0, global_batch=8),
         data=SimpleNamespace(names=("a",)),
         **other,
     )
@@ -104,3 +110,22 @@ def test_what_must_be_the_same_is_named():
         "epochs: 15 now",
         "num_images: 23 now",
     ]
+
+
+def test_a_run_of_adam_whose_weight_decay_was_scaled_goes_on_only_with_what_ran():
+    def adamw(weight_decay: float) -> Any:
+        params = {"weight_decay": weight_decay}
+        return spec(optimizer=SimpleNamespace(type="AdamW", params=params, is_adam=True))
+
+    saved = state(10).model_copy(update={"settings": resumption.settings_of(adamw(0.0005))})
+    resumption.check_settings(adamw(0.0005), saved, Path("c"))
+    del saved.settings[resumption.UNSCALED]  # as older versions wrote it: scaled by global batch / 64
+    with pytest.raises(UserError, match=r"weight_decay: 0.0005 now, but 6.25e-05 when it was saved"):
+        resumption.check_settings(adamw(0.0005), saved, Path("c"))
+    resumption.check_settings(adamw(0.0000625), saved, Path("c"))
+
+
+def test_another_schedule_is_another_run():
+    warmup = SimpleNamespace(type="WarmupLR", params={})
+    with pytest.raises(UserError, match=r"scheduler\.type: WarmupLR now, but None when it was saved"):
+        resumption.check_settings(spec(scheduler=warmup), state(10), Path("c"))
