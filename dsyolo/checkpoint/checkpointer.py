@@ -145,7 +145,8 @@ class Checkpointer:
         ]
         problems = problems or [
             f"{name}: the checkpoint has a variance below 0. Use another checkpoint."
-            for name, value in buffers.named(reader.tensor("buffers/network")).items()
+            for kind in ["buffers/network", *["buffers/ema"] * averaged]
+            for name, value in buffers.named(reader.tensor(kind)).items()
             if name.endswith("running_var") and bool((value < 0).any())
         ]
         if problems:
@@ -188,7 +189,7 @@ class Checkpointer:
             manifest.files[file] = part_of_rank["sha256"]
             manifest.tensors |= dict.fromkeys(part_of_rank["names"], file)
             note.unlink()
-        (part / "progress.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        (part / "progress.json").write_bytes(manifest.to_bytes())
         for path in (part / "progress.json", part):
             _sync_to_disk(path)
         os.replace(part, free_path(self.folder / f"step_{progress.step:08d}"))

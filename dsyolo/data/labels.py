@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsyolo.base.safe_io import read_bytes
+from dsyolo.base.text import escaped, marked_encoding
 
 UNREADABLE_LABEL = "label file cannot be read"
 WRONG_COLUMNS = "wrong number of columns (row left out)"
@@ -43,7 +44,8 @@ class Problem(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
+        file = escaped(self.file, lines=False)  # a name may hold anything but a slash
+        return f"{file}:{self.line}" if self.line else file
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}" + (f": {self.detail}" if self.detail else "")
@@ -91,10 +93,15 @@ def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Proble
     if not raw.strip():
         return no_labels(), []
     problems: list[Problem] = []
-    rows = _parse(str(path), raw.decode("utf-8-sig", errors="replace"), problems)
+    rows = _parse(str(path), _text(raw), problems)
     labels = _checked(str(path), rows, num_classes, problems)
     problems.sort(key=lambda problem: problem.line)
     return labels, problems
+
+
+def _text(raw: bytes) -> str:
+    """Decode UTF-8, and UTF-16 as some editors of Windows write it, by its byte-order mark. Never raise: rows are numbers."""
+    return raw.decode(marked_encoding(raw), errors="replace").removeprefix("\ufeff")
 
 
 _Rows = tuple[list[int], np.ndarray, np.ndarray, list[np.ndarray | None]]

@@ -1,6 +1,5 @@
 """The COCO format."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import parse_json, read_bytes, shortened
+from dsyolo.base.text import decode, escaped, name_fault, on_disk
 from dsyolo.config.messages import did_you_mean
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.labels import Problem
 
+MOST_JSON_BYTES = 8 << 30  # COCO's own train split has 450 MB
 CROWD = "crowd (left out)"
 
 
@@ -65,7 +67,7 @@ def _coco_read(
     src: Path, file: Path, headline: str, problems: list[Problem]
 ) -> tuple[list[Image], dict[int, str]]:
     try:
-        given = json.loads(file.read_bytes())
+        given = parse_json(decode(read_bytes(file, MOST_JSON_BYTES), file))
         for key in ("categories", "images", "annotations"):
             if not isinstance(given[key], list):
                 raise TypeError(f"{key} must be a list")

@@ -4,6 +4,7 @@ labels.py reads the label files.
 """
 
 import difflib
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
+from dsyolo.base.safe_io import TOO_LONG, BadYamlError, parse_yaml, read_bytes, read_text, shortened, why_unusable
+from dsyolo.base.text import marked_encoding, name_fault, on_disk
 from dsyolo.config.spec import DataSpec
 
 # Folders are searched for these. OpenCV may not read all of them: building the index reports those, instead of
@@ -24,6 +26,7 @@ IMAGE_SUFFIXES = frozenset(
 SPLITS = ("train", "val", "test")
 MOST_CLASSES = 100_000
 MOST_PATH = 4096  # characters: no system opens longer ones
+MOST_FAULTS = 5  # names of classes that are listed
 MOST_LIST_BYTES = 1 << 30  # ten million images
 
 
@@ -63,9 +66,8 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
         raise UserError(headline, [f"no such file (working directory {Path.cwd()}). {remedy}"]) from None
     except BadYamlError as error:
         raise UserError(headline, [str(error)]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(headline, [f"cannot be read: {reason}."]) from error
+    except OSError as error:
+        raise UserError(headline, [f"cannot be read: {error.strerror}."]) from error
     if not isinstance(given, dict):
         kind = "empty" if given is None else f"a {type(given).__name__}"
         raise UserError(headline, [f"{kind}, but it must map keys to values: train, val and names."])
@@ -111,8 +113,10 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     if booleans := dict.fromkeys(str(name) for name in names if isinstance(name, bool)):
         rule = "YAML reads yes, no, on, off, true and false as booleans. Quote the names."
         problems.append(f"names: {' and '.join(booleans)} given, but {rule}")
+    elif faults := [f"class {number}: {fault}" for number, name in enumerate(names) if (fault := name_fault(name))]:
+        problems += [f"names: {fault}." for fault in faults[:MOST_FAULTS]]
     elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
-        problems.append(f"names: {', '.join(repeated)} given more than once. Rename or merge them.")
+        problems.append(f"names: {shortened(', '.join(repeated))} given more than once. Rename or merge them.")
     if num_given is not None and num_given != len(names):
         rule = "Correct one of them, or leave nc out."
         problems.append(f"nc: {num_given} given, but names has {len(names)}. {rule}")
@@ -125,10 +129,11 @@ def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:
         rule = "it must be the folder that train and val are relative to. Correct it or leave it out."
         problems.append(f"path: {shortened(repr(root))} given, but {rule}")
         return path.parent
-    candidates = [path.parent / Path(root).expanduser(), Path(root).expanduser()]
-    found = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    home = Path(os.path.expanduser(root))
+    candidates = [Path(on_disk(str(one))) for one in (path.parent / home, home)]
+    found = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     if found is None:
-        problems.append(f"path: {root} given, but there is no such folder: tried {_listed(candidates)}.")
+        problems.append(f"path: {shortened(root)} given, but there is no such folder: {_tried(candidates)}.")
     return found or candidates[0]
 
 
@@ -155,9 +160,10 @@ def _source(root: Path, entry: str) -> tuple[Path, str]:
         return root, f"{shortened(entry)} is longer than any path."
     # Exported data sets often have `../train/images` for the folder beside the file.
     candidates = [root / entry, *([root / entry[3:]] if entry.startswith("../") else []), Path(entry)]
-    here = next((c for c in candidates if c.exists()), None)
+    candidates = [Path(on_disk(str(candidate))) for candidate in candidates]
+    here = next((c for c in candidates if os.path.exists(c)), None)
     if here is None:
-        return root, f"{entry} does not exist: tried {_listed(candidates)}.{_near(root / entry)}"
+        return root, f"{shortened(entry)} {_unusable(candidates)}.{_near(root / entry)}"
     if here.is_dir() or (here.is_file() and here.suffix == ".txt"):
         return here, ""
     kind = "file" if here.is_file() else "device or pipe"
@@ -166,7 +172,7 @@ def _source(root: Path, entry: str) -> tuple[Path, str]:
 
 def _near(path: Path) -> str:
     """Return a did-you-mean for the deepest part of `path` that does not exist."""
-    while not path.parent.exists() and path.parent != path:
+    while not os.path.exists(path.parent) and path.parent != path:
         path = path.parent
     try:
         close = difflib.get_close_matches(path.name, os.listdir(path.parent), 1, 0.5)
@@ -175,8 +181,18 @@ def _near(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _listed(paths: Iterable[Path]) -> str:
-    return ", ".join(dict.fromkeys(str(p) for p in paths))
+def _tried(paths: Iterable[Path]) -> str:
+    """Return where something was looked for, with what is special about a place: a broken link, a folder without access."""
+    usual = "does not exist"
+    reasons = {str(path): why_unusable(path) for path in paths}
+    listed = (shortened(path) + (f" ({why})" if why != usual else "") for path, why in reasons.items())
+    return f"tried {', '.join(listed)}"
+
+
+def _unusable(paths: Sequence[Path]) -> str:
+    """Return what is wrong with a thing that was found at none of these paths."""
+    reasons = {why_unusable(path) for path in paths}
+    return reasons.pop() if reasons == {TOO_LONG} else f"does not exist: {_tried(paths)}"
 
 
 # ---- images and where their labels are
@@ -195,15 +211,15 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
     problems: list[str] = []
     paths = [Path(source) for source in sources]
     for source in paths:
-        if source.is_dir():
-            images += _walk(source)
-        elif source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+        if os.path.isdir(source):
+            images += _walk(source, problems)
+        elif os.path.isfile(source) and source.suffix.lower() in IMAGE_SUFFIXES:
             images.append(source)
-        elif source.is_file():
+        elif os.path.isfile(source):
             try:
                 images += _listed_images(source)
-            except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{source}: cannot be read as a list of images: {shortened(str(error))}")
+            except OSError as error:
+                problems.append(f"{source}: cannot be read as a list of images: {error.strerror}")
         else:
             problems.append(f"{source}: no such folder, image or list file.{_near(source)}")
     if not problems and not images:
@@ -214,10 +230,14 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
     return images
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path, problems: list[str]) -> list[Path]:
+    def report(error: OSError) -> None:
+        remedy = "Change its permissions: `chmod -R a+rX`" if error.errno == errno.EACCES else "Repair or remove it"
+        problems.append(f"{error.filename}: this folder cannot be read: {error.strerror}. {remedy}.")
+
     images: list[Path] = []
     seen: set[str] = set()  # real paths, so that a link to a parent folder does not loop
-    for top, folders, files in os.walk(folder, followlinks=True):
+    for top, folders, files in os.walk(folder, onerror=report, followlinks=True):
         real = os.path.realpath(top)
         if real in seen:
             folders.clear()
@@ -235,9 +255,12 @@ def _walk(folder: Path) -> list[Path]:
 
 def _listed_images(list_file: Path) -> list[Path]:
     images: list[Path] = []
-    for line in filter(None, map(str.strip, read_text(list_file, MOST_LIST_BYTES).splitlines())):
-        path = Path(line)
-        is_found = path.is_absolute() or (not line.startswith("./") and path.exists())
+    raw = read_bytes(list_file, MOST_LIST_BYTES)
+    # A name that is no UTF-8 is the bytes of a file's name: it is found, or it costs its line.
+    text = raw.decode(marked_encoding(raw), "surrogateescape").removeprefix("\ufeff")
+    for line in filter(None, map(str.strip, text.splitlines())):
+        path = Path(on_disk(line))
+        is_found = path.is_absolute() or (not line.startswith("./") and os.path.exists(path))
         images.append(path if is_found else list_file.parent / path)
     return images
 
