@@ -71,7 +71,9 @@ def why_unusable(path: str | Path) -> str:
 
 def parse_json(text: str) -> Any:
     """Return plain values. Raise ValueError where it is not JSON, nested too deep, or has a number that none can use."""
-    is_long = re.search(rf"\d{{{MOST_DIGITS + 1}}}", text)  # else Python's own reader of numbers is as safe, and faster
+    is_long = re.search(
+        rf"\d{{{MOST_DIGITS + 1}}}", text
+    )  # else Python's own reader of numbers is as safe, and faster
     try:
         return json.loads(text, parse_int=_short_int if is_long else None)
     except RecursionError:
@@ -115,8 +117,10 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError(f"a number of {len(node.value)} digits")
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            what = node.value if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
-            reason = f"{shortened(str(what)) or 'an empty value'} cannot be read as {node.tag.rpartition(':')[2]}"
+            what = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+            reason = (
+                f"{shortened(str(what)) or 'an empty value'} cannot be read as {node.tag.rpartition(':')[2]}"
+            )
             detail = f" ({error})" if isinstance(error, ValueError) and str(error) else ""
             raise yaml.constructor.ConstructorError(None, None, reason + detail, node.start_mark) from None
 

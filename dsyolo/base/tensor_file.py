@@ -18,6 +18,8 @@ def open_tensors(path: Path) -> Any:
     except UnicodeDecodeError:
         handle = os.open(path, os.O_RDONLY)
     try:
-        return safe_open(f"/dev/fd/{handle}", framework="pt")  # maps the file, and needs the descriptor no longer
+        return safe_open(
+            f"/dev/fd/{handle}", framework="pt"
+        )  # maps the file, and needs the descriptor no longer
     finally:
         os.close(handle)

@@ -4,6 +4,7 @@ import codecs
 import os
 import sys
 import unicodedata
+from collections.abc import Callable
 
 # The longest first: UTF-32's begins with UTF-16's.
 _MARKS = (
@@ -35,7 +36,29 @@ def decode(data: bytes, path: str | os.PathLike[str] = "") -> str:
         return data[mark:].decode(encoding)
     except UnicodeDecodeError:
         name = os.fspath(path)
-        raise EncodingError(None, _foreign(data, escaped(os.path.basename(name), lines=False)), name) from None
+        raise EncodingError(
+            None, _foreign(data, escaped(os.path.basename(name), lines=False)), name
+        ) from None
+
+
+def decode_names(
+    data: bytes, is_there: Callable[[str], bool], path: str | os.PathLike[str] = ""
+) -> list[str]:
+    """Return the lines of a list of files' names, stripped, without empty ones. Bytes that are no text may be a file's name.
+
+    Raises:
+        EncodingError: half of the lines or more are no text, and no file has such a name: the list has another encoding.
+    """
+    text = data.decode(marked_encoding(data), "surrogateescape").removeprefix("\ufeff")
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    foreign = [line for line in lines if not _is_encodable(line)]
+    if foreign and 2 * len(foreign) >= len(lines) and not any(map(is_there, foreign)):
+        decode(data, path)
+    return lines
+
+
+def _is_encodable(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def marked_encoding(data: bytes) -> str:

@@ -137,7 +137,8 @@ class RunConfig(BaseModel):
     recipe: Recipe = knob(DEFAULT_RECIPE, "", "recipe", learned=True)
 
     @field_validator(
-        *("deepspeed_config", "data", "model", "weights", "hyp", "project", "name", "hook", "writer"), mode="wrap"
+        *("deepspeed_config", "data", "model", "weights", "hyp", "project", "name", "hook", "writer"),
+        mode="wrap",
     )
     @classmethod
     def _takes_any_path(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:

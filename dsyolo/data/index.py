@@ -136,9 +136,12 @@ def check_arrays(index: DatasetIndex) -> None:
         if array[0] != 0 or array[-1] != end or (np.diff(array) < 0).any():
             raise ValueError(f"{name} does not rise from 0 to {end}")
     shares = [index.boxes, index.points]
-    if not all(((0 <= values) & (values <= 1)).all() for values in shares):
+    if not all(((values >= 0) & (values <= 1)).all() for values in shares):
         raise ValueError("boxes or points are no shares of an image")
-    if type(index.num_classes) is not int or not ((0 <= index.classes) & (index.classes < index.num_classes)).all():
+    if (
+        type(index.num_classes) is not int
+        or not ((index.classes >= 0) & (index.classes < index.num_classes)).all()
+    ):
         raise ValueError("a class is not one of the data set's")
     if (index.sizes_hw <= 0).any():
         raise ValueError("an image has no size")

@@ -68,7 +68,9 @@ def load_cache(cache_file: Path, key: str) -> DatasetIndex | None:
             index = DatasetIndex(header["num_classes"], **arrays, problems=_problems(header["problems"]))
             check_arrays(index)
             return index
-    except Exception as error:  # whatever NumPy, zipfile and JSON raise for bytes that nobody wrote on purpose
+    except (
+        Exception
+    ) as error:  # whatever NumPy, zipfile and JSON raise for bytes that nobody wrote on purpose
         what = shortened(f"{type(error).__name__}: {error}")
         warnings.warn(f"{cache_file} is not used, and all files are read again: {what}", stacklevel=3)
         return None

@@ -99,6 +99,13 @@ def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Proble
     return labels, problems
 
 
+def refused_rows(rows: Sequence[str], num_classes: int) -> list[Problem]:
+    """Return why `read_labels` would leave out rows, as problems with the rows' numbers from 1."""
+    problems: list[Problem] = []
+    _checked("", _parse("", "\n".join(rows), problems), num_classes, problems)
+    return [problem for problem in problems if problem.reason != CLIPPED]
+
+
 def _text(raw: bytes) -> str:
     """Decode UTF-8, and UTF-16 as some editors of Windows write it, by its byte-order mark. Never raise: rows are numbers."""
     return raw.decode(marked_encoding(raw), errors="replace").removeprefix("\ufeff")

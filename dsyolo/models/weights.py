@@ -25,7 +25,13 @@ from dsyolo.models.yolov5 import P5, P6, VARIANTS, level_strides
 METADATA_KEY = "dsyolo"
 VARIANCE = ".running_var"
 # Relative errors that the types leave, some times as much: of 24, 11 and 8 bits. Counts are no anchors.
-ANCHOR_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.int64: 0}
+ANCHOR_ROUNDING = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+    torch.int64: 0,
+}
 MOST_BYTES = 4 << 30
 DTYPES = ("F32", "F16", "BF16", "F64", "I64")  # the last: counts of batches, in YOLOv5's own files
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -123,8 +129,10 @@ def read_weights(path: Path) -> GivenWeights:
             tensors = from_yolov5(tensors)
         info = None if text is None else WeightsInfo.model_validate_json(text)
     except ValidationError as error:
-        fault = error.errors()[0]
-        what = shortened(": ".join([".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")]))
+        first = error.errors()[0]
+        what = shortened(
+            ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")])
+        )
         raise _unusable(
             path, f"its metadata is damaged ({what.removeprefix(': ')}). Copy the file again, or use another."
         ) from None

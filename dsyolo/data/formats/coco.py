@@ -1,5 +1,6 @@
 """The COCO format."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,13 @@ import numpy as np
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import parse_json, read_bytes, shortened
-from dsyolo.base.text import decode, escaped, name_fault, on_disk
+from dsyolo.base.text import decode, on_disk
 from dsyolo.config.messages import did_you_mean
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.labels import Problem
 
 MOST_JSON_BYTES = 8 << 30  # COCO's own train split has 450 MB
+MOST_PAIRS = 1 << 22  # of points, between two parts of an object
 CROWD = "crowd (left out)"
 
 
@@ -73,25 +75,29 @@ def _coco_read(
                 raise TypeError(f"{key} must be a list")
         categories = {int(one["id"]): str(one["name"]) for one in given["categories"]}
         records = {one["id"]: one for one in given["images"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(headline, [f"{file}: cannot be read as COCO annotations: {what}."]) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        what = (
+            f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
+        )
+        raise UserError(
+            headline, [f"{file}: cannot be read as COCO annotations: {shortened(what)}."]
+        ) from error
     objects: dict[Any, list[Object]] = {number: [] for number in records}
     spoiled: set[Any] = set()
     for number, one in enumerate(given["annotations"], 1):
         one = one if isinstance(one, dict) else {}
-        place = f"{file} annotation {one.get('id', f'number {number}')}"
+        place = f"{file} annotation {shortened(str(one.get('id', f'number {number}')))}"
         image: Any = one.get("image_id")
         category: Any = one.get("category_id")
         if one.get("iscrowd"):
             problems.append(Problem(place, 0, CROWD))
         elif not _is_among(image, objects):
-            problems.append(Problem(place, 0, BAD_OBJECT, f"image_id {image}"))
+            problems.append(Problem(place, 0, BAD_OBJECT, f"image_id {shortened(str(image))}"))
         elif not _is_among(category, categories):
-            problems.append(Problem(place, 0, BAD_OBJECT, f"category_id {category}"))
+            problems.append(Problem(place, 0, BAD_OBJECT, f"category_id {shortened(str(category))}"))
             spoiled.add(image)
         elif (found := _coco_object(one, categories[category], place)) is None:
-            problems.append(Problem(place, 0, BAD_OBJECT, f"bbox {one.get('bbox')}"))
+            problems.append(Problem(place, 0, BAD_OBJECT, f"bbox {shortened(str(one.get('bbox')))}"))
             spoiled.add(image)
         else:
             objects[image].append(found)
@@ -100,7 +106,8 @@ def _coco_read(
     images: list[Image] = []
     for number, record in records.items():
         relative = str(record.get("file_name", ""))
-        at = next((folder / relative for folder in folders if (folder / relative).is_file()), None)
+        places = (on_disk(str(folder / relative)) for folder in folders)
+        at = next((Path(place) for place in places if os.path.isfile(place)), None)
         if at is None:
             problems.append(Problem(str(folders[0] / relative), 0, NO_IMAGE, f"listed in {file}"))
             continue
@@ -135,6 +142,9 @@ def join_polygons(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Join polygons into one (P, 2), by bridges without width where they are nearest."""
     joined = parts[0]
     for part in parts[1:]:
+        if len(joined) * len(part) > MOST_PAIRS:  # the nearest two would be searched for in gigabytes
+            joined = np.concatenate([joined[:1], part, part[:1], joined])
+            continue
         gaps = ((joined[:, None] - part[None]) ** 2).sum(-1)
         i, j = np.unravel_index(gaps.argmin(), gaps.shape)
         joined = np.concatenate([joined[: i + 1], part[j:], part[: j + 1], joined[i:]])

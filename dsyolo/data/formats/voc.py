@@ -1,6 +1,7 @@
 """The Pascal VOC format."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -8,8 +9,10 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import read_bytes, shortened
+from dsyolo.base.text import decode_names, on_disk
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
-from dsyolo.data.formats.yolo import IMAGE_SUFFIXES
+from dsyolo.data.formats.yolo import IMAGE_SUFFIXES, MOST_LIST_BYTES
 from dsyolo.data.labels import Problem
 
 BAD_ANNOTATION = "annotation cannot be read (image left out)"
@@ -76,7 +79,7 @@ def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Proble
     images: list[Image] = []
     for root, list_file in lists.items():
         prefix = f"{root.name}_" if has_prefixes else ""
-        stems = _voc_names(root, list_file, problems)
+        stems = [_on_disk(root, stem) for stem in _voc_names(root, list_file, problems)]
         parsed = [(stem, _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)) for stem in stems]
         # VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
         starts = [min(one.box_xyxy[:2]) for _, found in parsed if found for one in found[1]]
@@ -95,16 +98,19 @@ def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Proble
 
 def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
     """Return the names in a list, each once. One that leads out of the folder is reported."""
+
+    def is_there(line: str) -> bool:
+        return os.path.exists(root / "Annotations" / f"{line}.xml")
+
     try:
-        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8. Save it as such"
-        raise UserError(f"{list_file} cannot be read", [f"{reason}."]) from None
+        lines = decode_names(read_bytes(list_file, MOST_LIST_BYTES), is_there, list_file)
+    except OSError as error:
+        raise UserError(f"{list_file} cannot be read", [f"{error.strerror}."]) from None
     names: dict[str, None] = {}
-    for line in filter(None, map(str.strip, lines)):
+    for line in lines:
         # Names may have spaces; lists of one class have ` 1`, ` 0` or ` -1` behind each name.
         name, _, flag = line.rpartition(" ")
-        is_whole = flag not in ("1", "0", "-1") or (root / "Annotations" / f"{line}.xml").is_file()
+        is_whole = flag not in ("1", "0", "-1") or os.path.isfile(root / "Annotations" / f"{line}.xml")
         name = line if is_whole else name.rstrip()
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -115,6 +121,12 @@ def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str
     return list(names)
 
 
+def _on_disk(root: Path, stem: str) -> str:
+    """Return a name as the file system spells it."""
+    folder = str(root / "Annotations") + os.sep
+    return on_disk(f"{folder}{stem}.xml").removeprefix(folder).removesuffix(".xml")
+
+
 def _shifted(one: Object, shift: float) -> Object:
     x1, y1, x2, y2 = one.box_xyxy
     # The shift makes a box of one pixel one wide; what was empty or turned around before stays so.
@@ -123,7 +135,7 @@ def _shifted(one: Object, shift: float) -> Object:
 
 def _voc_image(folder: Path, stem: str) -> Path | None:
     files = [folder / f"{stem}.jpg", *sorted(folder.glob(f"{glob.escape(stem)}.*"))]
-    return next((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()), None)
+    return next((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(f)), None)
 
 
 def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
@@ -131,10 +143,13 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
     try:
         root = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding
-        problems.append(Problem(str(file), 0, BAD_ANNOTATION, str(getattr(error, "strerror", None) or error)))
+        problems.append(
+            Problem(str(file), 0, BAD_ANNOTATION, shortened(str(getattr(error, "strerror", None) or error)))
+        )
         return None
     try:
-        size_hw = (int(root.findtext("size/height", "")), int(root.findtext("size/width", "")))
+        height, width = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
+        size_hw = (int(height), int(width)) if max(len(height), len(width)) < 10 else (0, 0)
     except ValueError:
         size_hw = (0, 0)
     objects: list[Object] = []
@@ -154,6 +169,8 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
         if is_good:
             objects.append(Object(name, (x1, y1, x2, y2), None, place))
         else:
-            problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {' '.join(sides)}"))
+            problems.append(
+                Problem(place, 0, BAD_OBJECT, shortened(f"name {name!r}, bndbox {' '.join(sides)}"))
+            )
             is_spoiled = True
     return (size_hw if min(size_hw) > 0 else None), objects, is_spoiled

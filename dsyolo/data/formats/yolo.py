@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import TOO_LONG, BadYamlError, parse_yaml, read_bytes, read_text, shortened, why_unusable
-from dsyolo.base.text import marked_encoding, name_fault, on_disk
+from dsyolo.base.safe_io import (
+    TOO_LONG,
+    BadYamlError,
+    parse_yaml,
+    read_bytes,
+    read_text,
+    shortened,
+    why_unusable,
+)
+from dsyolo.base.text import decode_names, name_fault, on_disk
 from dsyolo.config.spec import DataSpec
 
 # Folders are searched for these. OpenCV may not read all of them: building the index reports those, instead of
@@ -113,10 +121,12 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     if booleans := dict.fromkeys(str(name) for name in names if isinstance(name, bool)):
         rule = "YAML reads yes, no, on, off, true and false as booleans. Quote the names."
         problems.append(f"names: {' and '.join(booleans)} given, but {rule}")
-    elif faults := [f"class {number}: {fault}" for number, name in enumerate(names) if (fault := name_fault(name))]:
-        problems += [f"names: {fault}." for fault in faults[:MOST_FAULTS]]
+    elif bad := [f"class {i}: {why}" for i, name in enumerate(names) if (why := name_fault(name))]:
+        problems += [f"names: {why}." for why in bad[:MOST_FAULTS]]
     elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
-        problems.append(f"names: {shortened(', '.join(repeated))} given more than once. Rename or merge them.")
+        problems.append(
+            f"names: {shortened(', '.join(repeated))} given more than once. Rename or merge them."
+        )
     if num_given is not None and num_given != len(names):
         rule = "Correct one of them, or leave nc out."
         problems.append(f"nc: {num_given} given, but names has {len(names)}. {rule}")
@@ -232,7 +242,11 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
 
 def _walk(folder: Path, problems: list[str]) -> list[Path]:
     def report(error: OSError) -> None:
-        remedy = "Change its permissions: `chmod -R a+rX`" if error.errno == errno.EACCES else "Repair or remove it"
+        remedy = (
+            "Change its permissions: `chmod -R a+rX`"
+            if error.errno == errno.EACCES
+            else "Repair or remove it"
+        )
         problems.append(f"{error.filename}: this folder cannot be read: {error.strerror}. {remedy}.")
 
     images: list[Path] = []
@@ -255,10 +269,11 @@ def _walk(folder: Path, problems: list[str]) -> list[Path]:
 
 def _listed_images(list_file: Path) -> list[Path]:
     images: list[Path] = []
-    raw = read_bytes(list_file, MOST_LIST_BYTES)
-    # A name that is no UTF-8 is the bytes of a file's name: it is found, or it costs its line.
-    text = raw.decode(marked_encoding(raw), "surrogateescape").removeprefix("\ufeff")
-    for line in filter(None, map(str.strip, text.splitlines())):
+
+    def is_there(line: str) -> bool:
+        return os.path.exists(line) or os.path.exists(list_file.parent / line)
+
+    for line in decode_names(read_bytes(list_file, MOST_LIST_BYTES), is_there, list_file):
         path = Path(on_disk(line))
         is_found = path.is_absolute() or (not line.startswith("./") and os.path.exists(path))
         images.append(path if is_found else list_file.parent / path)

@@ -1,9 +1,10 @@
 """Writes a YOLO data set: the folder appears complete, or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -11,10 +12,12 @@ import numpy as np
 import yaml
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import shortened
+from dsyolo.base.text import name_fault
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, Image, Object, SourceDataset
 from dsyolo.data.formats.yolo import label_path
 from dsyolo.data.images import check_image
-from dsyolo.data.labels import Problem, by_reason
+from dsyolo.data.labels import NO_SIZE, Problem, by_reason, refused_rows
 
 BAD_IMAGE = "image cannot be used (left out)"
 BAD_POLYGON = "object whose polygon is not of three points or more (left out)"
@@ -50,6 +53,9 @@ def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
     Raises:
         UserError: train, val or another split has no usable image, or `dst` cannot be written.
     """
+    faults = [f"class {i}: {fault}." for i, name in enumerate(source.names) if (fault := name_fault(name))]
+    if faults:
+        raise UserError(f"{dst} was not written: its classes cannot have these names", faults)
     problems = list(source.problems)
     result = Conversion(dst / "data.yaml", tuple(source.names), problems=problems)
     numbers = {name: number for number, name in enumerate(source.names)}
@@ -80,7 +86,7 @@ def _write_image(
         return Problem(file, 0, NO_IMAGE, f"its name, {name}, leads out of the folder")
     # Where it is read from, if `name` has a folder `images` too.
     label = label_path(folder / "images" / split / name)
-    if label.exists():
+    if os.path.exists(label):
         return Problem(file, 0, SAME_LABEL)
     size_hw, reason, detail = check_image(image.file)
     if size_hw is None:
@@ -89,9 +95,18 @@ def _write_image(
     if not rows and (image.objects or image.is_spoiled):
         # As a background it would teach that it has no objects (as in `read_image_record`).
         return Problem(file, 0, NO_OBJECT_LEFT)
-    label.parent.mkdir(parents=True, exist_ok=True)
-    label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    _link(image.file, folder / "images" / split / name)
+    try:
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        _link(image.file, folder / "images" / split / name)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise UserError(
+                f"{label} cannot be written", [f"{error.strerror}. Choose another folder."]
+            ) from error
+        return Problem(
+            file, 0, NO_IMAGE, f"its name in the result is longer than any file's: {shortened(str(name))}"
+        )
     return len(rows)
 
 
@@ -99,7 +114,7 @@ def _rows(
     objects: Sequence[Object], numbers: dict[str, int], size_hw: tuple[int, int], problems: list[Problem]
 ) -> list[str]:
     """Return label rows, clipped to the image."""
-    rows: dict[str, None] = {}
+    rows: dict[str, Object] = {}
     wh = np.array([size_hw[1], size_hw[0]], np.float64)
     for one in objects:
         corners = np.array(one.box_xyxy, np.float64).reshape(2, 2) / wh
@@ -122,8 +137,22 @@ def _rows(
         if reason in (None, OVER_EDGE):
             box = np.stack([inside.mean(0), size])
             values = box if polygon is None else (polygon / wh).clip(0, 1)
-            rows[label_row(numbers[one.name], values)] = None
-    return list(rows)
+            rows.setdefault(label_row(numbers[one.name], values), one)
+    return _readable(rows, size_hw, len(numbers), problems)
+
+
+def _readable(
+    rows: Mapping[str, Object], size_hw: tuple[int, int], num_classes: int, problems: list[Problem]
+) -> list[str]:
+    """Return the rows that a training will read. Others are slivers at the image's edge, which six digits make empty."""
+    faults = {fault.line - 1: fault for fault in refused_rows(list(rows), num_classes)}
+    for at, fault in faults.items():
+        one = list(rows.values())[at]
+        given = " ".join(f"{value:g}" for value in one.box_xyxy)
+        detail = f"{given} in an image of {size_hw[1]} x {size_hw[0]}"
+        reason = DEGENERATE if fault.reason == NO_SIZE else fault.reason
+        problems.append(Problem(one.place, 0, reason, detail))
+    return [row for at, row in enumerate(rows) if at not in faults]
 
 
 def label_row(number: int, values: np.ndarray) -> str:
