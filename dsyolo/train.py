@@ -6,8 +6,12 @@ deepspeed dsyolo/train.py --deepspeed_config ds_configs/zero2.json --data data.y
 import os
 import sys
 
-if __name__ == "__main__" and sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
-    del sys.path[0]  # put there for a script: our folders would hide packages of the same names
+if __name__ == "__main__":
+    if sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
+        del sys.path[0]  # put there for a script: our folders would hide packages of the same names
+    from dsyolo.base.limits import exit_without_memory
+
+    exit_without_memory()  # which the import of torch would do without a word
 
 import logging
 import time

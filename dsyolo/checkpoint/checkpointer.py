@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dsyolo.base.atomic_file import refuse_planted_link
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import shortened
 from dsyolo.checkpoint.latest import verify
@@ -75,8 +76,11 @@ class Checkpointer:
 
     def _begin(self, part: Path) -> None:
         for old in self.folder.glob(".step_*.part"):  # killed runs left them
+            if old.is_symlink():
+                old.unlink()
             shutil.rmtree(old, ignore_errors=True)
         part.mkdir(parents=True)
+        refuse_planted_link(self.folder)
 
     def _write(self, part: Path, own: dict[str, torch.Tensor]) -> None:
         file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
