@@ -9,9 +9,8 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from dsyolo.base.errors import UserError
+from dsyolo.base.errors import UserError, path_error
 from dsyolo.base.limits import check_address_space
-from dsyolo.base.safe_io import shortened
 from dsyolo.base.stdio import degrade, outlive_readers
 from dsyolo.base.text import escaped
 
@@ -61,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno in UNWRITABLE:
             _drop_output()
             return _end(74, f"Standard output cannot be written: {error.strerror}.")
-        if error.errno == errno.ENAMETOOLONG:
-            return _end(2, f"{shortened(str(error.filename))}: {error.strerror}. Give a shorter path.")
+        if found := path_error(error):
+            return _end(2, str(found))
         raise
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

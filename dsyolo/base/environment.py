@@ -48,7 +48,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     if size > 1 and not given.get("MASTER_ADDR"):
         problems.append("MASTER_ADDR: missing. Set it to the name or address of the machine of rank 0.")
     port = _number(given, "MASTER_PORT", 29500, problems) if size > 1 or "MASTER_PORT" in given else None
-    if port is not None and not 1 <= port <= MOST_PORT:
+    if port is not None and not (port <= MOST_PORT and (port or size == 1)):  # 0: any free one, for one rank
         problems.append(
             f"MASTER_PORT: {port} given, but it must be 1 to {MOST_PORT}. Give the launcher a free one by --master_port."
         )

@@ -69,6 +69,17 @@ def why_unusable(path: str | Path) -> str:
     return "cannot be used"
 
 
+def names_in(folder: str | Path) -> list[str]:
+    """Return what a folder holds, sorted; nothing where there is none. Raise OSError where it may not be read.
+
+    `Path.glob` finds nothing in a folder that it may not read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def parse_json(text: str) -> Any:
     """Return plain values. Raise ValueError where it is not JSON, nested too deep, or has a number that none can use."""
     is_long = re.search(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import read_bytes, shortened
+from dsyolo.base.safe_io import names_in, read_bytes, shortened
 from dsyolo.base.tensor_file import open_tensors
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.models.weights import is_finite
@@ -52,7 +52,7 @@ class Manifest(BaseModel):
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    matches = [(_STEP_FOLDER.match(path.name), path) for path in folder.glob("step_*")]
+    matches = [(_STEP_FOLDER.match(name), folder / name) for name in names_in(folder)]
     return [path for *_, path in sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)]
 
 

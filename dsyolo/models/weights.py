@@ -57,15 +57,6 @@ class WeightsInfo(BaseModel):
                 raise ValueError(f"class {number}: {fault}")
         return names
 
-    @field_validator("anchors_px")
-    @classmethod
-    def _is_regular(cls, anchors_px: AnchorsPx) -> AnchorsPx:
-        if not anchors_px or not anchors_px[0] or len({len(level) for level in anchors_px}) > 1:
-            raise ValueError("every level must have as many anchors")
-        if not all(0 < side < MOST_ANCHOR_PX for level in anchors_px for pair in level for side in pair):
-            raise ValueError("an anchor's side is above 0")
-        return anchors_px
-
 
 def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename `model.<index>.<rest>` to `<node>.<rest>`, or raise ValueError. The highest index decides on the family."""
@@ -149,6 +140,11 @@ def _anchor_fault(tensors: Mapping[str, torch.Tensor], info: WeightsInfo) -> str
     The tensor is in cells of its level. So the two differ by one factor a level, its stride, which is a whole number.
     """
     levels = info.anchors_px
+    sides = [side for level in levels for pair in level for side in pair]
+    if not sides or len({len(level) for level in levels}) > 1:
+        return "its metadata is damaged (anchors_px: every level must have as many anchors)"
+    if not all(0 < side < MOST_ANCHOR_PX for side in sides):
+        return "its metadata is damaged (anchors_px: the sides of an anchor must be above 0)"
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] != "anchors":
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import parse_json, read_bytes, shortened
+from dsyolo.base.safe_io import names_in, parse_json, read_bytes, shortened
 from dsyolo.base.text import decode, on_disk
 from dsyolo.config.messages import did_you_mean
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
@@ -47,7 +47,8 @@ class Coco(DataFormat):
 
 def _coco_files(src: Path, headline: str) -> dict[str, Path]:
     folder = src / "annotations"
-    files = sorted(folder.glob("instances_*.json"))
+    files = [folder / name for name in names_in(folder) if name.startswith("instances_")]
+    files = [file for file in files if file.suffix == ".json"]
     problems: list[str] = []
     chosen: dict[str, Path] = {}
     for split in ("train", "val", "test"):

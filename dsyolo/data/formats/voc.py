@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import read_bytes, shortened
+from dsyolo.base.safe_io import names_in, read_bytes, shortened
 from dsyolo.base.text import decode_names, on_disk
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.yolo import IMAGE_SUFFIXES, MOST_LIST_BYTES
@@ -46,6 +46,7 @@ class Voc(DataFormat):
 
 
 def _voc_roots(src: Path, headline: str) -> list[Path]:
+    names_in(src)  # raises where it may not be read, in which nothing would be found
     candidates = [src, *sorted(src.glob("*/")), *sorted(src.glob("*/*/"))]
     roots = [c for c in candidates if (c / "Annotations").is_dir() and (c / "JPEGImages").is_dir()]
     if not roots:
@@ -57,7 +58,7 @@ def _voc_roots(src: Path, headline: str) -> list[Path]:
 
 def _voc_lists(roots: Sequence[Path], headline: str) -> dict[str, dict[Path, Path]]:
     """Return the list file of every root for train and for val."""
-    has = {root: {p.stem: p for p in (root / "ImageSets" / "Main").glob("*.txt")} for root in roots}
+    has = {root: {p.stem: p for p in _lists_in(root)} for root in roots}
 
     def all_named(name: str) -> dict[Path, Path]:
         return {root: lists[name] for root, lists in has.items() if name in lists}
@@ -73,6 +74,11 @@ def _voc_lists(roots: Sequence[Path], headline: str) -> dict[str, dict[Path, Pat
         rule = "Needed: trainval.txt (or train.txt) and test.txt, or train.txt and val.txt; one image name a line."
         raise UserError(headline, [f"lists in ImageSets/Main: {', '.join(given)}. {rule}"])
     return found
+
+
+def _lists_in(root: Path) -> list[Path]:
+    folder = root / "ImageSets" / "Main"
+    return [folder / name for name in names_in(folder) if name.endswith(".txt")]
 
 
 def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Problem]) -> list[Image]:
