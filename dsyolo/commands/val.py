@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.text import escaped
 from dsyolo.commands.weights_options import LoadedNetwork, add_number, add_weights_options, load
 from dsyolo.config.option_checks import cannot_hold_file
 from dsyolo.config.run_config import RunConfig
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     loader = _loader(args, network)
     names = network.class_names
     metrics, _ = validate(network.predict, loader, network.postprocess, names, lambda item: [item])
-    print(metrics.table())
+    print(escaped(metrics.table()))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(metrics.to_json(), indent=2) + "\n", encoding="utf-8")
