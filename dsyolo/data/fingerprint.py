@@ -14,8 +14,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from dsyolo.base.safe_io import read_bytes
 from dsyolo.data.formats.yolo import label_path, list_images, read_data_yaml
 from dsyolo.data.label_survey import survey_labels
+from dsyolo.data.labels import MOST_LABEL_BYTES
 
 MAX_SIZES = 100_000  # images whose size is looked up, and their labels'
 MAX_READ = 2_000  # label files that are read
@@ -95,7 +97,7 @@ def _seen(image: str, is_read: bool) -> str:
     entry = f"{image}\0image {_size(image)}, label {_size(label)}"
     if is_read:
         try:
-            entry += f", content {hashlib.sha256(label.read_bytes()).hexdigest()[:12]}"
+            entry += f", content {hashlib.sha256(read_bytes(label, MOST_LABEL_BYTES)).hexdigest()[:12]}"
         except OSError:
             entry += ", no content"
     return entry

@@ -96,7 +96,7 @@ def _no_object(split: str, index: DatasetIndex, are_read: frozenset[str]) -> Ite
     images = [index.path(i) for i in range(len(index))]
     missing = sum(not os.path.exists(label_path(image)) for image in images[:MAX_LOOKED_UP])
     looked_up = min(len(images), MAX_LOOKED_UP)
-    of = f"of the first {looked_up:,} label files " if looked_up < len(images) else ""
+    of = f"of the first {looked_up:,} label files " if looked_up < len(images) else "of its label files "
     yield (
         f"{split}: none of its {len(images):,} images has an object; {of}{missing:,} are missing and "
         f"{looked_up - missing:,} have no rows. The labels of {images[0]} were looked for in {label_path(images[0])}."

@@ -436,6 +436,20 @@ def test_coco_boxes_that_look_like_corners_or_shares(tmp_path):
     assert "boxes look like shares of the image" in outcome.lines + outcome.error
 
 
+def test_annotations_of_no_category_are_counted_and_their_images_left_out(tmp_path):
+    content = coco(tmp_path / "src")
+    coco(tmp_path / "src", "val", 2)
+    content["annotations"][0]["category_id"] = 7
+    write_coco(tmp_path / "src", content)
+    outcome = converted("coco", tmp_path / "src")
+    assert "1 of 4 annotations (25.0%) are of no category" in outcome.lines
+    assert "train1.jpg" not in outcome.boxes
+    assert (
+        f"none of its objects can be used (image left out): {tmp_path / 'src/train/train1.jpg'}"
+        in outcome.lines
+    )
+
+
 def namespaced(xml: str) -> str:
     return xml.replace("<object>", "<item><object>").replace("</object>", "</object></item>")
 
@@ -545,3 +559,13 @@ def test_outcomes_are_never_silent():
     """A guard of the lists above: there are at least 25 shapes."""
     assert len(YOLO_ERRORS) + len(YOLO_WARNINGS) + len(COCO_CASES) >= 25
     assert Outcome().boxes == {}
+
+
+def test_a_label_that_is_a_pipe_hangs_neither_doctor_nor_training(tmp_path):
+    data = train_images(tmp_path, "labels/train")
+    (tmp_path / "labels/train/ain0.txt").unlink()
+    os.mkfifo(tmp_path / "labels/train/ain0.txt")
+    assert of_data(str(data))["splits"]["train"]["num_images"] == 4
+    outcome = started(data)
+    assert "label file cannot be read" in outcome.lines
+    assert "ain0.jpg" not in outcome.boxes

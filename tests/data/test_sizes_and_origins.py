@@ -55,6 +55,7 @@ def test_a_portrait_with_the_sides_of_its_stored_picture_keeps_its_boxes(tmp_pat
     assert outcome.boxes["train1.jpg"] == [list(SEEN)]
     assert f"1 x {SWAPPED}: " in outcome.lines
     assert "100 x 60 in the annotation, 60 x 100 in the file" in outcome.lines
+    assert "corners" not in outcome.lines
 
 
 def test_a_portrait_with_the_sides_that_are_seen_says_nothing(tmp_path):

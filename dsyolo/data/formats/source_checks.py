@@ -52,7 +52,8 @@ def _likely_mistakes(source: SourceDataset) -> Iterator[str]:
             "Multiply them by width and height if they are."
         )
         return
-    over = (xyxy[:, 2:] > wh + 1).any(1)
+    # Over the edge whichever way the image is turned: swapped sides are mended (frames.py).
+    over = (xyxy[:, 2:] > wh + 1).any(1) & (xyxy[:, 2:] > wh[:, ::-1] + 1).any(1)
     if (size > low).all(1).sum() > CORNER_SHARE * num_boxes and over.sum() > OVERHANG_SHARE * num_boxes:
         yield (
             f"most boxes look like corners, x1 y1 x2 y2, but are read as x y width height: {int(over.sum()):,} of "
