@@ -7,9 +7,9 @@ Installed: deepspeed --module dsyolo.train, or alone dsyolo train.
 import os
 import sys
 
-if __name__ == "__main__" and sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
-    del sys.path[0]  # put there for a script: our folders would hide packages of the same names
 if __name__ == "__main__":
+    if sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
+        del sys.path[0]  # put there for a script: our folders would hide packages of the same names
     from dsyolo.base.start import prepare_training
 
     prepare_training()  # before torch is imported
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 import torch
 
 from dsyolo.base.environment import choose_cpu, read_environment
-from dsyolo.base.errors import UserError
+from dsyolo.base.errors import UserError, path_error
 from dsyolo.base.out_of_memory import is_out_of_memory
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.checkpoint.manifest import saved_progress
@@ -91,17 +91,20 @@ def read(argv: Sequence[str] | None, world: World, program: str = "train.py") ->
         UserError: something that the user gave cannot be used.
     """
     accelerator = read_environment().accelerator or ("cuda" if torch.cuda.is_available() else "cpu")
-    return resolve(
-        argv,
-        program,
-        world_size=world.size,
-        accelerator=accelerator,
-        plan=lambda config, source, *rest: plan_config(
-            config, source, hardware_here(world, accelerator), *rest
-        ),
-        saved_state=saved_progress,
-        check_folder=check_folder,
-    )
+    try:
+        return resolve(
+            argv,
+            program,
+            world_size=world.size,
+            accelerator=accelerator,
+            plan=lambda config, source, *rest: plan_config(
+                config, source, hardware_here(world, accelerator), *rest
+            ),
+            saved_state=saved_progress,
+            check_folder=check_folder,
+        )
+    except OSError as error:
+        raise path_error(error) or error from None
 
 
 def train(spec: RunSpec, world: World, session: Session) -> int:

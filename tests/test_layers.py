@@ -39,7 +39,20 @@ ORDER = (
 )
 ROOT_FILES = {"__init__", "train", "cli"}
 # Functions that may be called while a module is imported, beside those of the module itself.
-PURE = {"tuple", "frozenset", "set", "dict", "sorted", "range", "len", "object", "float", "int", "zip"}
+PURE = {
+    "tuple",
+    "frozenset",
+    "set",
+    "dict",
+    "sorted",
+    "range",
+    "len",
+    "object",
+    "float",
+    "int",
+    "zip",
+    "isinstance",
+}
 PURE |= {"TypeVar", "re", "field", "Field", "ConfigDict", "logging", "Path"}
 PURE |= {
     "knob",

@@ -21,6 +21,8 @@ _WANDB_MODES = {  # W&B's modes, and its older names for two of them
     "run": "online",
     "dryrun": "offline",
 }
+MOST_PORT = 65535
+MOST_DIGITS = 9  # of a number in the environment
 
 
 class Environment(NamedTuple):
@@ -51,9 +53,14 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         problems.append(
             f"{'SLURM_PROCID' if started_by_srun else 'RANK'}: {rank} given, but with {size} ranks it must be 0 to {size - 1}. Start all through one launcher."
         )
+    problems += _misplaced(place, started_by_srun) if not problems else []
     if size > 1 and not given.get("MASTER_ADDR"):
         problems.append("MASTER_ADDR: missing. Set it to the name or address of the machine of rank 0.")
     port = _number(given, "MASTER_PORT", 29500, problems) if size > 1 or "MASTER_PORT" in given else None
+    if port is not None and not (port <= MOST_PORT and (port or size == 1)):  # 0: any free one, for one rank
+        problems.append(
+            f"MASTER_PORT: {port} given, but it must be 1 to {MOST_PORT}. Give the launcher a free one by --master_port."
+        )
     if problems:
         raise UserError("The environment does not give this rank its position", problems)
     cache = given.get("XDG_CACHE_HOME")
@@ -126,7 +133,7 @@ def terminal_type() -> str:
 
 def count_restart() -> None:
     """Count a restart of all ranks: torchrun's store keeps the keys of each start apart by this number."""
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    count = _number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0, [])
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count + 1)
 
 
@@ -143,9 +150,11 @@ def _from_launcher(given: Mapping[str, str], problems: list[str]) -> tuple[int, 
 def _from_srun(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
     size = _number(given, "SLURM_STEP_NUM_TASKS", 1, problems)
     per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "")
-    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", per_node):
+    number = r"[0-9]{1,6}"  # more are no machines, and would be a list that fills the memory
+    if not re.fullmatch(rf"{number}(\(x{number}\))?(,{number}(\(x{number}\))?)*", per_node):
+        shown = repr(per_node[:40]) + " ..." * (len(per_node) > 40)
         problems.append(
-            f"SLURM_STEP_TASKS_PER_NODE: {per_node!r} given, but it must look like 8(x2),4. Start ranks with srun."
+            f"SLURM_STEP_TASKS_PER_NODE: {shown} given, but it must look like 8(x2),4. Start ranks with srun."
         )
         per_node = "1"
     counts = [
@@ -158,9 +167,23 @@ def _from_srun(given: Mapping[str, str], problems: list[str]) -> tuple[int, int,
     return rank, size, local_rank, counts[min(node, len(counts) - 1)]
 
 
+def _misplaced(place: tuple[int, int, int, int], started_by_srun: bool) -> list[str]:
+    """Return what is wrong with a rank's place on its machine: two ranks would take one GPU, or one that is not there."""
+    _, size, local_rank, local_size = place
+    name = "SLURM_LOCALID" if started_by_srun else "LOCAL_RANK"
+    if not 1 <= local_size <= size:
+        rule = f"but with {size} ranks in all it must be 1 to {size}"
+        return [f"LOCAL_SIZE: {local_size} given, {rule}. Start all through one launcher."]
+    if local_rank >= local_size:
+        rule = f"but with {local_size} ranks on this machine it must be 0 to {local_size - 1}"
+        return [f"{name}: {local_rank} given, {rule}. Start all through one launcher."]
+    return []
+
+
 def _number(given: Mapping[str, str], name: str, default: int, problems: list[str]) -> int:
     text = given.get(name, str(default))
-    if text.isdecimal():
+    if text.isdecimal() and len(text) <= MOST_DIGITS:
         return int(text)
-    problems.append(f"{name}: {text!r} given, but it must be a whole number.")
+    shown = repr(text[:40]) + " ..." * (len(text) > 40)
+    problems.append(f"{name}: {shown} given, but it must be a whole number.")
     return default

@@ -1,6 +1,17 @@
 """The error for a user's mistakes. It names what was given, the rule, and the fix."""
 
+import errno
 from collections.abc import Sequence
+
+from dsyolo.base.text import escaped
+
+# Faults of a path that a user gave, which Python raises from the first call that looks at it.
+_PATH_REMEDIES = {
+    errno.ENAMETOOLONG: "Give a shorter path.",
+    errno.EACCES: "Change its permissions, or those of the folders above it.",
+    errno.EPERM: "Change its permissions, or those of the folders above it.",
+    errno.ELOOP: "Remove the links that lead in a circle.",
+}
 
 
 class UserError(ValueError):
@@ -19,3 +30,13 @@ class UserError(ValueError):
         self.headline, self.status = headline, status
         self.problems = tuple(problems)
         super().__init__("\n  ".join([headline + (":" if problems else ""), *problems]))
+
+
+def path_error(error: OSError) -> UserError | None:
+    """Return the error of a path that cannot be looked at: too long a name, no permission, a circle of links; else None."""
+    remedy = _PATH_REMEDIES.get(error.errno or 0)
+    if remedy is None or error.filename is None:
+        return None
+    name = escaped(str(error.filename), lines=False)
+    shown = name if len(name) <= 200 else f"{name[:200]} ..."
+    return UserError("A path cannot be used", [f"{shown}: {error.strerror}. {remedy}"])

@@ -4,16 +4,24 @@ YAML aliases are refused, since a few hundred bytes of them expand beyond any me
 recognised by their first bytes, whatever their name.
 """
 
+import errno
+import json
 import os
 import pickletools
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dsyolo.base.text import decode, escaped
+
 MOST_TEXT_BYTES = 4 << 20  # limit for a settings file; 20,000 class names take a tenth
+TOO_LONG = "is longer than any name of a file"
 CUT = 200  # characters of a value in a message
+
+MOST_DIGITS = 18  # of a whole number: fits 64 bits, and is no work to print
 
 _ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
 
@@ -44,8 +52,53 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def read_text(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
-    """Read a UTF-8 file with or without a BOM. Raise what `read_bytes` raises, and UnicodeDecodeError."""
-    return read_bytes(path, most_bytes).decode("utf-8-sig")
+    """Read a text file: UTF-8, or UTF-16 with its BOM. Raise what `read_bytes` raises, and EncodingError, an OSError."""
+    return decode(read_bytes(path, most_bytes), path)
+
+
+def why_unusable(path: str | Path) -> str:
+    """Return why nothing can be read at a path: it does not exist, is a broken link, or may not be looked at."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            return f"is a link to {os.readlink(path)}, which does not exist"
+        return "does not exist"
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return TOO_LONG
+        return f"cannot be used: {error.strerror}"
+    except ValueError:
+        return "is no name of a file"
+    return "cannot be used"
+
+
+def names_in(folder: str | Path) -> list[str]:
+    """Return what a folder holds, sorted; nothing where there is none. Raise OSError where it may not be read.
+
+    `Path.glob` finds nothing in a folder that it may not read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def parse_json(text: str) -> Any:
+    """Return plain values. Raise ValueError where it is not JSON, nested too deep, or has a number that none can use."""
+    is_long = re.search(
+        rf"\d{{{MOST_DIGITS + 1}}}", text
+    )  # else Python's own reader of numbers is as safe, and faster
+    try:
+        return json.loads(text, parse_int=_short_int if is_long else None)
+    except RecursionError:
+        raise ValueError("nested far deeper than any such file is") from None
+
+
+def _short_int(text: str) -> int:
+    if len(text) > MOST_DIGITS + 1:
+        raise ValueError(f"a number of {len(text)} digits, {text[:10]}..., and {MOST_DIGITS} is the maximum")
+    return int(text)
 
 
 class BadYamlError(ValueError):
@@ -70,6 +123,21 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, reason, key.start_mark)
             seen.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Construct a value. A tag that does not fit it makes PyYAML raise anything: KeyError, IndexError, TypeError."""
+        is_long = isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > 64
+        try:
+            if is_long:
+                raise ValueError(f"a number of {len(node.value)} digits")
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            what = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+            reason = (
+                f"{shortened(str(what)) or 'an empty value'} cannot be read as {node.tag.rpartition(':')[2]}"
+            )
+            detail = f" ({error})" if isinstance(error, ValueError) and str(error) else ""
+            raise yaml.constructor.ConstructorError(None, None, reason + detail, node.start_mark) from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -117,6 +185,6 @@ def _is_old_pickle(data: bytes) -> bool:
 
 
 def shortened(text: str) -> str:
-    """Return at most `CUT` characters of a text from a file, on one line."""
-    text = " ".join(text[: 4 * CUT].split())
+    """Return at most `CUT` characters of a text from a file, on one line and without characters that control a terminal."""
+    text = escaped(" ".join(text[: 4 * CUT].split()), lines=False)
     return text if len(text) <= CUT else f"{text[:CUT]} ..."

@@ -7,12 +7,14 @@ from typing import Any
 
 from dsyolo.base.environment import all_variables, wait_passively
 from dsyolo.base.launcher import Launcher
+from dsyolo.base.limits import exit_without_memory
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 def prepare_training() -> None:
-    """Let the threads of torch wait passively, and end in one line on Ctrl-C until the run handles it itself."""
+    """Refuse too little memory for torch, let its threads wait passively, and end in one line on Ctrl-C until the run does."""
+    exit_without_memory()  # the import of torch would end without a word
     wait_passively()
     if (
         signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,4 +1,4 @@
-"""stdout/stderr wrappers that survive a closed pipe."""
+"""stdout/stderr wrappers that survive a closed pipe, a full disk, and letters that the locale does not have."""
 
 import io
 import sys
@@ -26,5 +26,12 @@ def outlive_readers() -> None:
             continue
         stream.flush()
         raw = io.BufferedWriter(_Lossy(handle, "wb", closefd=False))
-        text = io.TextIOWrapper(raw, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+        text = io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
         setattr(sys, name, text)
+
+
+def degrade() -> None:
+    """Have stdout and stderr write letters that the locale does not have as escapes, where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dsyolo.base.atomic_file import refuse_planted_link
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import shortened
 from dsyolo.checkpoint.latest import verify
@@ -75,8 +76,11 @@ class Checkpointer:
 
     def _begin(self, part: Path) -> None:
         for old in self.folder.glob(".step_*.part"):  # killed runs left them
+            if old.is_symlink():
+                old.unlink()
             shutil.rmtree(old, ignore_errors=True)
         part.mkdir(parents=True)
+        refuse_planted_link(self.folder)
 
     def _write(self, part: Path, own: dict[str, torch.Tensor]) -> None:
         file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"
@@ -145,7 +149,8 @@ class Checkpointer:
         ]
         problems = problems or [
             f"{name}: the checkpoint has a variance below 0. Use another checkpoint."
-            for name, value in buffers.named(reader.tensor("buffers/network")).items()
+            for kind in ["buffers/network", *["buffers/ema"] * averaged]
+            for name, value in buffers.named(reader.tensor(kind)).items()
             if name.endswith("running_var") and bool((value < 0).any())
         ]
         if problems:
@@ -188,7 +193,7 @@ class Checkpointer:
             manifest.files[file] = part_of_rank["sha256"]
             manifest.tensors |= dict.fromkeys(part_of_rank["names"], file)
             note.unlink()
-        (part / "progress.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        (part / "progress.json").write_bytes(manifest.to_bytes())
         for path in (part / "progress.json", part):
             _sync_to_disk(path)
         os.replace(part, free_path(self.folder / f"step_{progress.step:08d}"))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import read_bytes, shortened
+from dsyolo.base.safe_io import names_in, read_bytes, shortened
+from dsyolo.base.tensor_file import open_tensors
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.models.weights import is_finite
 
@@ -20,6 +21,7 @@ REMEDY = "Remove this folder to use the checkpoint before it."
 MOST_COUNT = 2**53  # images or steps; a float still represents each such number
 _STEP_FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?$")
 MOST_MANIFEST_BYTES = 16 << 20  # half a MiB is the largest network's, saved by a thousand ranks
+_HEAD = re.compile(rb'\{\n "sha256": "([0-9a-f]{64})",')
 _FILE = re.compile(r"[\w-]+\.safetensors", re.ASCII)
 
 
@@ -36,6 +38,12 @@ class Manifest(BaseModel):
     is_best: bool = False  # the best of the epochs validated so far
     files: dict[str, str]  # file name -> sha256
     tensors: dict[str, str]  # tensor name -> file name
+    sha256: str | None = None  # of the rest of the file; older runs wrote none
+
+    def to_bytes(self) -> bytes:
+        """Return the content of progress.json, which begins with the checksum of all that follows it."""
+        body = self.model_dump_json(indent=1, exclude={"sha256"}).encode()
+        return b'{\n "sha256": "%s",' % hashlib.sha256(body).hexdigest().encode() + body[1:]
 
     @property
     def optimizer_states(self) -> set[str]:
@@ -44,7 +52,7 @@ class Manifest(BaseModel):
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    matches = [(_STEP_FOLDER.match(path.name), path) for path in folder.glob("step_*")]
+    matches = [(_STEP_FOLDER.match(name), folder / name) for name in names_in(folder)]
     return [path for *_, path in sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)]
 
 
@@ -66,7 +74,10 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     """Read progress.json, and with `verify` compare every file's checksum. Raise UserError if anything is damaged."""
     headline = headline_of(path)
     try:
-        manifest = Manifest.model_validate_json(read_bytes(path / "progress.json", MOST_MANIFEST_BYTES))
+        data = read_bytes(path / "progress.json", MOST_MANIFEST_BYTES)
+        manifest = Manifest.model_validate_json(data)
+        if manifest.sha256 is not None:
+            _compare_checksum(data)
     except (OSError, ValueError) as error:  # pydantic's message is too long to print
         what = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise UserError(headline, [f"progress.json cannot be read ({what}). {REMEDY}"]) from None
@@ -74,7 +85,7 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
         raise UserError(
             headline,
             [
-                f"it has format {manifest.format}, but this dsyolo reads {FORMAT}. Use the dsyolo version that wrote it."
+                f"it has format {manifest.format:.6g}, but this dsyolo reads {FORMAT}. Use the dsyolo version that wrote it."
             ],
         )
     if not _is_possible(manifest):
@@ -90,8 +101,22 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
     return manifest
 
 
+def _compare_checksum(data: bytes) -> None:
+    """Compare the checksum at the start of progress.json with the bytes after it. Raise ValueError if they differ."""
+    head = _HEAD.match(data)
+    if not head or hashlib.sha256(b"{" + data[head.end() :]).hexdigest().encode() != head[1]:
+        raise ValueError("its checksum is not the one that was saved")
+
+
 def _is_possible(manifest: Manifest) -> bool:
     """Return whether a run can have reached these numbers."""
+    try:
+        return _is_within_bounds(manifest)
+    except OverflowError:  # a whole number beyond any float
+        return False
+
+
+def _is_within_bounds(manifest: Manifest) -> bool:
     now, scale, tracking = manifest.progress, manifest.loss_scale, manifest.progress.tracking
     totals = (now.total_steps, now.epochs, now.num_images, now.global_batch)
     if not all(0 < total < MOST_COUNT for total in totals):
@@ -153,7 +178,7 @@ class Reader:
         self.path = path
         self._where = manifest.tensors
         try:
-            self._files = {name: safe_open(path / name, framework="pt") for name in manifest.files}
+            self._files = {name: open_tensors(path / name) for name in manifest.files}
             names = {name: set(file.keys()) for name, file in self._files.items()}
         except (SafetensorError, OSError) as error:
             raise UserError(headline_of(path), [f"a file is damaged ({error})."]) from None

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dsyolo.base.atomic_file import open_without_link
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import read_bytes, shortened
 from dsyolo.cluster import preemption
 
 FILE = ".lock"
@@ -45,10 +47,7 @@ class RunLock:
         try:
             self._has_made_folder = not folder.exists()
             while not self._is_taken():
-                holder = (
-                    self._path.read_text(errors="replace", encoding="utf-8")[:200].strip()
-                    or "another process"
-                )
+                holder = shortened(read_bytes(self._path).decode(errors="replace")) or "another process"
                 if time.monotonic() > end or is_over():
                     rule = f"a run is in it: {holder}. Wait for its end, or stop it; or choose another folder with --name."
                     raise UserError(f"{folder} cannot be used", [rule], BUSY)
@@ -74,7 +73,7 @@ class RunLock:
     def _is_taken(self) -> bool:
         # Closing any descriptor of the file releases the lock, so a process that has it opens no other.
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open_without_link(self._path, os.O_RDWR)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

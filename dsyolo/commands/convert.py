@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dsyolo.base.text import escaped
 from dsyolo.data.formats.format_registry import FORMATS, convert
 
 
@@ -16,5 +17,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print what was converted and what was left out; return 0."""
-    print(convert(args.format, args.src, args.dst).summary())
+    print(escaped(convert(args.format, args.src, args.dst).summary()))
     return 0

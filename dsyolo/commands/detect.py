@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.text import escaped
 from dsyolo.commands.weights_options import LoadedNetwork, add_weights_options, load
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.data.formats.yolo import list_images
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         size_hw, reason, detail = check_image(path)
         image_rgb = None if size_hw is None else read_rgb(path, size_hw, max(size_hw))
         if image_rgb is None:
-            print(f"{path}: {reason}: {detail}", file=sys.stderr)
+            print(escaped(f"{path}: {reason}: {detail}"), file=sys.stderr)
             continue
         detections = _detect(network, image_rgb)
         save(picture, draw(image_rgb, detections, names))
@@ -60,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
         counts = Counter(detections.classes.tolist())
         total += counts
         if not is_long:
-            print(f"{path}: {_listed(counts, names)} -> {picture}")
+            print(escaped(f"{path}: {_listed(counts, names)} -> {picture}"))
     if not num_written:
         raise UserError(
             "No picture was written", [f"none of the {len(pictures):,} images can be read: see above."]
         )
     if is_long:
-        print(f"{num_written:,} images: {_listed(total, names)} -> {args.out}")
+        print(escaped(f"{num_written:,} images: {_listed(total, names)} -> {args.out}"))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from dsyolo.base.stdio import outlive_readers
+from dsyolo.base.text import escaped
 from dsyolo.commands.scale_options import SCALINGS, ScaleRequest, add_options, check
 from dsyolo.config.cli_args import parse
 from dsyolo.config.deepspeed.set_aside import explain
@@ -133,7 +134,7 @@ def _run_all(
             outlive_readers()  # the report must be written even if the terminal has gone
             print("interrupted", flush=True)
             break
-        print(outcome.why_not or f"{outcome.wall_s:.0f} s", flush=True)
+        print(escaped(outcome.why_not or f"{outcome.wall_s:.0f} s"), flush=True)
     return outcomes
 
 
@@ -210,5 +211,5 @@ def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
             print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
         for row in group.rows:
             if row.bottleneck:
-                print(f"  {row.wanted.ranks}: {row.bottleneck}")
+                print(escaped(f"  {row.wanted.ranks}: {row.bottleneck}"))
     print("\n" + "\n".join(str(out / f"scale.{kind}") for kind in ("md", "json", "html")))

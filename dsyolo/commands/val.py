@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.text import escaped
 from dsyolo.commands.weights_options import LoadedNetwork, add_number, add_weights_options, load
 from dsyolo.config.option_checks import cannot_hold_file
 from dsyolo.config.recipe import DEFAULT_RECIPE, Recipe
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, source = _recipe_of(args.weights)
     loss, predict = _measuring(network, recipe)
     metrics, _ = validate(predict, loader, network.postprocess, names, lambda item: [item], loss)
-    print(metrics.table(), *metrics.notes(), f"gains of the loss: {source}", sep="\n")
+    print(escaped("\n".join([metrics.table(), *metrics.notes(), f"gains of the loss: {source}"])))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(metrics.to_json(), indent=2) + "\n", encoding="utf-8")

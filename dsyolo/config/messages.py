@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -65,6 +66,9 @@ def cannot_hold_files(folder: Path) -> str | None:
     there = folder
     try:
         while not there.exists() and there != there.parent:
+            if there.is_symlink():
+                rule = f"{there} is a link to {os.readlink(there)}, which does not exist"
+                return f"{rule}. Remove the link, or make what it leads to."
             there = there.parent
         with tempfile.TemporaryDirectory(prefix=".dsyolo-", dir=there):  # permissions alone do not show it
             return None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsyolo.base.safe_io import names_in
 from dsyolo.config.run_config import RunConfig
 
 
@@ -37,7 +38,9 @@ def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) ->
         UserError: config.yaml is missing or cannot be used.
     """
     path = config_path(folder)
-    has_checkpoint = path.is_file() and any(folder.glob("checkpoints/step_*"))
+    has_checkpoint = path.is_file() and any(
+        name.startswith("step_") for name in names_in(folder / "checkpoints")
+    )
     if not (resume == "always" or (resume == "auto" and has_checkpoint)):
         return None
     status = path.stat() if path.is_file() else None

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
@@ -151,6 +151,15 @@ class RunConfig(BaseModel):
 
     recipe: Recipe = knob(DEFAULT_RECIPE, "", "recipe", learned=True)
 
+    @field_validator(
+        *("deepspeed_config", "data", "model", "weights", "hyp", "project", "name", "hook", "writer"),
+        mode="wrap",
+    )
+    @classmethod
+    def _takes_any_path(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        """Take a path whose bytes are no text in this locale, too: pydantic refuses the surrogates in it."""
+        return value if isinstance(value, str) and value and not value.isascii() else handler(value)
+
     @field_validator("model")
     @classmethod
     def _can_be_built(cls, model: str) -> str:
@@ -277,8 +286,8 @@ def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
         values = parse_yaml(read_text(path))
     except BadYamlError as error:
         problems.append(str(error))
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}.")
+    except OSError as error:
+        problems.append(f"cannot be read: {error.strerror}.")
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -113,5 +113,39 @@ def merge_indexes(parts: Sequence[DatasetIndex], problems: Sequence[Problem] = (
     return DatasetIndex(parts[0].num_classes, **joined, problems=all_problems)
 
 
+def check_arrays(index: DatasetIndex) -> None:
+    """Check the types, shapes and bounds of an index that was read from a file. Raise ValueError where one is not its own."""
+    num_images, num_boxes = len(index.sizes_hw), len(index.boxes)
+    expected: dict[str, tuple[type, tuple[int, ...]]] = {
+        "path_bytes": (np.uint8, (len(index.path_bytes),)),
+        "path_offsets": (np.int64, (num_images + 1,)),
+        "sizes_hw": (np.int32, (num_images, 2)),
+        "offsets": (np.int64, (num_images + 1,)),
+        "boxes": (np.float32, (num_boxes, 4)),
+        "classes": (np.int64, (num_boxes,)),
+        "points": (np.float32, (len(index.points), 2)),
+        "point_offsets": (np.int64, (num_boxes + 1,)),
+    }
+    for name, (kind, shape) in expected.items():
+        array = getattr(index, name)
+        if array.dtype != kind or array.shape != shape:
+            raise ValueError(f"{name} is {array.dtype} {array.shape} and not {np.dtype(kind)} {shape}")
+    ends = {"path_offsets": len(index.path_bytes), "offsets": num_boxes, "point_offsets": len(index.points)}
+    for name, end in ends.items():
+        array = getattr(index, name)
+        if array[0] != 0 or array[-1] != end or (np.diff(array) < 0).any():
+            raise ValueError(f"{name} does not rise from 0 to {end}")
+    shares = [index.boxes, index.points]
+    if not all(((values >= 0) & (values <= 1)).all() for values in shares):
+        raise ValueError("boxes or points are no shares of an image")
+    if (
+        type(index.num_classes) is not int
+        or not ((index.classes >= 0) & (index.classes < index.num_classes)).all()
+    ):
+        raise ValueError("a class is not one of the data set's")
+    if (index.sizes_hw <= 0).any():
+        raise ValueError("an image has no size")
+
+
 def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(counts, np.int64))])

@@ -7,13 +7,13 @@ import json
 import os
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from dsyolo.base.environment import read_environment
-from dsyolo.data.index import ARRAYS, DatasetIndex
+from dsyolo.base.safe_io import shortened
+from dsyolo.data.index import ARRAYS, DatasetIndex, check_arrays
 from dsyolo.data.labels import Problem
 
 
@@ -64,9 +64,24 @@ def load_cache(cache_file: Path, key: str) -> DatasetIndex | None:
             header = json.loads(stored["header"].tobytes())
             if header["key"] != key:
                 return None
-            problems = tuple(Problem(*problem) for problem in header["problems"])
             arrays = {name: stored[name] for name in ARRAYS}
-            return DatasetIndex(header["num_classes"], **arrays, problems=problems)
-    except (ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
-        warnings.warn(f"{cache_file} is not used, and all files are read again: {error}", stacklevel=3)
+            index = DatasetIndex(header["num_classes"], **arrays, problems=_problems(header["problems"]))
+            check_arrays(index)
+            return index
+    except (
+        Exception
+    ) as error:  # whatever NumPy, zipfile and JSON raise for bytes that nobody wrote on purpose
+        what = shortened(f"{type(error).__name__}: {error}")
+        warnings.warn(f"{cache_file} is not used, and all files are read again: {what}", stacklevel=3)
         return None
+
+
+def _problems(rows: object) -> tuple[Problem, ...]:
+    """Return the problems of a header. Raise ValueError where they are of other types."""
+    kinds = (str, int, str, str)
+    if not isinstance(rows, list) or not all(
+        isinstance(row, list) and len(row) == 4 and all(type(a) is b for a, b in zip(row, kinds, strict=True))
+        for row in rows
+    ):
+        raise ValueError("its problems have another form")
+    return tuple(Problem(*row) for row in rows)

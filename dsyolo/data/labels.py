@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsyolo.base.safe_io import read_bytes
+from dsyolo.base.text import decode_any, escaped
 
 UNREADABLE_LABEL = "label file cannot be read"
 WRONG_COLUMNS = "wrong number of columns (row left out)"
@@ -46,7 +47,8 @@ class Problem(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
+        file = escaped(self.file, lines=False)  # a name may hold anything but a slash
+        return f"{file}:{self.line}" if self.line else file
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}" + (f": {self.detail}" if self.detail else "")
@@ -94,10 +96,17 @@ def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Proble
     if not raw.strip():
         return no_labels(), []
     problems: list[Problem] = []
-    rows = _parse(str(path), raw.decode("utf-8-sig", errors="replace"), problems)
+    rows = _parse(str(path), decode_any(raw), problems)
     labels = _checked(str(path), rows, num_classes, problems)
     problems.sort(key=lambda problem: problem.line)
     return labels, problems
+
+
+def refused_rows(rows: Sequence[str], num_classes: int) -> list[Problem]:
+    """Return why `read_labels` would leave out rows, as problems with the rows' numbers from 1."""
+    problems: list[Problem] = []
+    _checked("", _parse("", "\n".join(rows), problems), num_classes, problems)
+    return [problem for problem in problems if problem.reason != CLIPPED]
 
 
 _Rows = tuple[list[int], np.ndarray, np.ndarray, list[np.ndarray | None]]

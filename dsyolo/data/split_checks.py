@@ -15,13 +15,14 @@ from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import label_path
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.labels import AS_CORNERS, CLIPPED, NOT_PIXELS, NUM_SHOWN, first_places
-from dsyolo.data.unread_labels import MAX_IMAGE_FOLDERS, UnreadLabels, find_unread_labels
+from dsyolo.data.unread_labels import MAX_IMAGE_FOLDERS, UnreadLabels, find_unread_labels, unsearched_folders
 
 FEW_LABELLED = 0.2  # a folder where fewer images have labels is suspicious if label-like files lie beside it
 MOST_ROWS = 0.5
 CORNER_SHARE, OVERHANG_SHARE = 0.9, 0.2  # see `_corners`
 MAX_LOOKED_UP = 20_000  # label files of backgrounds
 MAX_CLASSES_NAMED = 5
+LIKE_NAMED = "label-like files are named as they are"
 MAX_FOUND = 5  # lines about unread files
 
 
@@ -96,14 +97,19 @@ def _no_object(split: str, index: DatasetIndex, are_read: frozenset[str]) -> Ite
     images = [index.path(i) for i in range(len(index))]
     missing = sum(not os.path.exists(label_path(image)) for image in images[:MAX_LOOKED_UP])
     looked_up = min(len(images), MAX_LOOKED_UP)
-    of = f"of the first {looked_up:,} label files " if looked_up < len(images) else "of its label files "
+    of = f" (of the first {looked_up:,})" if looked_up < len(images) else ""
+    files = "label file is" if missing == 1 else "label files are"
     yield (
-        f"{split}: none of its {len(images):,} images has an object; {of}{missing:,} are missing and "
-        f"{looked_up - missing:,} have no rows. The labels of {images[0]} were looked for in {label_path(images[0])}."
+        f"{split}: none of its {len(images):,} images has an object: {missing:,} {files} missing, "
+        f"{looked_up - missing:,} {'is' if looked_up - missing == 1 else 'are'} empty{of}. The labels of {images[0]} were looked for in {label_path(images[0])}."
     )
     found = find_unread_labels(images[:MAX_LOOKED_UP], are_read)
     yield from _lines(split, found)
-    if not found:
+    for folder in unsearched_folders(images[:MAX_LOOKED_UP])[:MAX_FOUND]:
+        yield f"{split}: {folder} may not be searched for labels. Change its permissions: `chmod -R a+rX`."
+    if not found and not missing:
+        yield f"{split}: all its label files are there, but empty. Export them again, with their objects."
+    elif not found:
         rule = "the folder `images` of a path becomes `labels`, and the ending .txt: docs/data.md"
         yield f"{split}: no label-like file was found near the images. Put the labels there: {rule}."
 
@@ -123,10 +129,8 @@ def _partly_unlabelled(split: str, index: DatasetIndex, are_read: frozenset[str]
     unlabelled = [path for path in backgrounds[:MAX_LOOKED_UP] if not os.path.exists(label_path(path))]
     per_image = [one for one in find_unread_labels(unlabelled, are_read) if not one.is_for_all]
     if per_image:
-        yield (
-            f"{split}: {len(unlabelled):,} images without a label file are taken as backgrounds, "
-            "but label-like files are named as they are."
-        )
+        files = "label files match no image" if all(one.is_stray for one in per_image) else LIKE_NAMED
+        yield f"{split}: {len(unlabelled):,} images without a label file are taken as backgrounds, but {files}."
         yield from _lines(split, per_image)
     num_images = Counter(os.path.dirname(index.path(i)) for i in range(len(index)))
     num_backgrounds = Counter(map(os.path.dirname, backgrounds))

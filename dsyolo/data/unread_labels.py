@@ -1,33 +1,22 @@
 """Finds label-like files near images that nobody reads, as in `Labels/`, with other endings, or one file for all images."""
 
+import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dsyolo.base.safe_io import shortened
 from dsyolo.data.formats.yolo import IMAGE_SUFFIXES, label_path
+from dsyolo.data.label_signs import BINARY, FOR_ALL, PER_IMAGE, is_archive, is_for_all, is_of_image, remedy
 
 MAX_IMAGE_FOLDERS, MAX_FOLDERS, MAX_ENTRIES = 20, 400, 50_000  # so that a search takes seconds on a slow disk
 MAX_DEPTH = 2
-HEAD_BYTES = 64 << 10
+MAX_COMPARED = 2_000  # names of images
 NUM_SNIFFED = 5  # files of a kind and folder whose content is looked at
 
-_PER_IMAGE = frozenset({".txt", ".xml", ".json", ".csv", ".label", ".labels", ".yolo"})
-_FOR_ALL = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".xml"})
-_BINARY = frozenset({".tfrecord", ".record", ".parquet"})
 _SPLIT_FOLDER = re.compile(r"train(ing)?|val(id(ation)?)?|test(ing)?|images?", re.IGNORECASE)
-_JSON_KEYS = re.compile(rb'"(annotations|bbox|file_name|shapes|regions|rectanglelabels|boxes|objects)"')
-_BOX_COLUMN = re.compile(r"x_?min|x_?max|x_?[12]|bbox.*|x_?cent(er|re)|cx|left|bx", re.IGNORECASE)
-_XML = re.compile(rb"<(bndbox|box|polygon|object)\b")
-_NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
-
-_CONVERT = {
-    ".xml": "`dsyolo convert voc SRC DST` reads Pascal VOC (docs/data.md)",
-    ".json": "`dsyolo convert coco SRC DST` reads COCO (docs/data.md)",
-}
-_OWN_FORMAT = "A format of your own reads it: docs/data_format.md"
+_LIKE_YOLO = (".txt", ".label", ".labels", ".yolo")
 
 
 @dataclass
@@ -39,17 +28,18 @@ class UnreadLabels:
     remedy: str
     names: list[str] = field(default_factory=list)
     is_for_all: bool = False  # one file with the labels of many images
+    is_stray: bool = False  # in the right place, and named as no image is
 
     def __str__(self) -> str:
+        name, count = shortened(self.names[0]), len(self.names)
         if self.is_for_all:
-            what = f"{os.path.join(self.folder, self.names[0])} looks like labels, but is not read"
-        else:
-            files = "file looks" if len(self.names) == 1 else "files look"
-            what = (
-                f"{self.folder}: {len(self.names):,} {self.suffix} {files} like labels of these images, but "
-            )
-            what += f"{'is' if len(self.names) == 1 else 'are'} not read ({shortened(self.names[0])})"
-        return f"{what}. {self.remedy}."
+            return f"{os.path.join(self.folder, name)} looks like labels, but is not read. {self.remedy}."
+        if self.is_stray:
+            files = "label file there matches" if count == 1 else "label files there match"
+            return f"{self.folder}: {count:,} {files} no image by name. {self.remedy}."
+        looks, is_read = ("file looks", "is not read") if count == 1 else ("files look", "are not read")
+        what = f"{count:,} {self.suffix} {looks} like labels of these images, but {is_read} ({name})"
+        return f"{self.folder}: {what}. {self.remedy}."
 
 
 def find_unread_labels(images: Sequence[str], are_read: Collection[str]) -> list[UnreadLabels]:
@@ -57,30 +47,92 @@ def find_unread_labels(images: Sequence[str], are_read: Collection[str]) -> list
     by_stem: dict[str, str] = {}
     for image in images:
         by_stem.setdefault(_stem(image).casefold(), image)
+    right_places = _stems_by_label_folder(images)
     found: dict[tuple[str, str], UnreadLabels] = {}
-    for folder in _near(images):
+    strays: dict[str, UnreadLabels] = {}
+    for folder in folders_near(images):
         for entry in _files(folder):
             if entry in are_read:
                 continue
             name = os.path.basename(entry)
             stem, suffix = os.path.splitext(name)
+            kind = suffix.lower()
             owner = by_stem.get(stem.casefold()) or by_stem.get(_stem(stem).casefold())
-            if owner is not None and suffix.lower() in _PER_IMAGE:
+            if owner is not None and kind in PER_IMAGE:
                 _add(found, folder, name, owner)
-            elif suffix.lower() in _FOR_ALL | _BINARY and _is_for_all(entry, suffix.lower()):
-                remedy = _CONVERT[".json"] if suffix.lower() == ".json" else _OWN_FORMAT
-                found[folder, name] = UnreadLabels(folder, suffix, remedy, [name], is_for_all=True)
-    return sorted((one for one in found.values() if _looks_like_labels(one)), key=lambda one: -len(one.names))
+            elif stem.casefold() in right_places.get(folder, ()):
+                continue  # the labels of an image of another split
+            elif kind == ".txt" and folder in right_places and _is_stray(entry, strays.get(folder)):
+                strays.setdefault(folder, UnreadLabels(folder, suffix, "", is_stray=True)).names.append(name)
+            elif kind in FOR_ALL | BINARY and is_for_all(entry, kind):
+                found[folder, name] = _single(folder, name, remedy(entry, per_image=False))
+            elif is_archive(name):
+                unpack = f"Unpack it, so that {label_path(images[0])} is there"
+                found[folder, name] = _single(folder, name, unpack)
+    for stray in strays.values():
+        stray.remedy = _pair(stray, images)
+    likely = [one for one in found.values() if one.is_for_all or _looks_like_labels(one)]
+    return sorted([*likely, *strays.values()], key=lambda one: -len(one.names))
+
+
+def _stems_by_label_folder(images: Iterable[str]) -> dict[str, set[str]]:
+    """Return the folders where the labels of `images` would be, and the stems of all images that lie where these do."""
+    stems: dict[str, set[str]] = {}
+    folders = dict.fromkeys(os.path.dirname(image) for image in images)
+    for folder in list(folders)[:MAX_IMAGE_FOLDERS]:
+        there = (
+            _stem(name) for name in _names(folder) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        )
+        label_folder = os.path.dirname(label_path(os.path.join(folder, "0")))
+        stems.setdefault(label_folder, set()).update(stem.casefold() for stem in there)
+    return stems
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def unsearched_folders(images: Sequence[str]) -> list[str]:
+    """Return folders near `images` that may not be read, so that labels in them are not found."""
+    return [folder for folder in folders_near(images) if os.path.isdir(folder) and not _may_search(folder)]
+
+
+def _may_search(folder: str) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK)
+
+
+def _single(folder: str, name: str, remedy: str) -> UnreadLabels:
+    return UnreadLabels(folder, os.path.splitext(name)[1], remedy, [name], is_for_all=True)
+
+
+def _is_stray(path: str, before: UnreadLabels | None) -> bool:
+    """Return whether a .txt file of no image is a label file. After a few, all beside them are taken as such."""
+    if before is not None and len(before.names) >= NUM_SNIFFED:
+        return True
+    return is_of_image(path, ".txt") and not is_for_all(path, ".txt")
+
+
+def _pair(stray: UnreadLabels, images: Sequence[str]) -> str:
+    """Return a remedy that names a label file and the image that is most likely its own."""
+    of_folder = [image for image in images if os.path.dirname(label_path(image)) == stray.folder]
+    by_stem = {_stem(image): image for image in of_folder[:MAX_COMPARED]}
+    close = difflib.get_close_matches(os.path.splitext(stray.names[0])[0], by_stem, 1, 0.0)
+    image = by_stem[close[0]]
+    names = f"{shortened(stray.names[0])} would have to be {shortened(label_path(image).name)}"
+    return f"{names} for the image {shortened(os.path.basename(image))}: rename the labels or the images"
 
 
 def _add(found: dict[tuple[str, str], UnreadLabels], folder: str, name: str, image: str) -> None:
     suffix = os.path.splitext(name)[1]
-    if suffix.lower() in (".txt", ".label", ".labels", ".yolo"):
+    if (folder, suffix) not in found:
         own = os.path.join(folder, name)
-        remedy = f"{own} would have to be {label_path(image)}: rename or move them, or data.yaml's images"
-    else:
-        remedy = _CONVERT.get(suffix.lower(), _OWN_FORMAT)
-    found.setdefault((folder, suffix), UnreadLabels(folder, suffix, remedy)).names.append(name)
+        move = f"{own} would have to be {label_path(image)}: rename or move them, or data.yaml's images"
+        advice = move if suffix.lower() in _LIKE_YOLO else remedy(own, per_image=True)
+        found[folder, suffix] = UnreadLabels(folder, suffix, advice)
+    found[folder, suffix].names.append(name)
 
 
 def _stem(path: str) -> str:
@@ -88,7 +140,7 @@ def _stem(path: str) -> str:
     return stem if suffix.lower() in IMAGE_SUFFIXES else os.path.basename(path)
 
 
-def _near(images: Iterable[str]) -> list[str]:
+def folders_near(images: Iterable[str]) -> list[str]:
     """Return the folders to search: those of the images, and what lies beside them and below that."""
     tops: dict[str, None] = {}
     for folder in list(dict.fromkeys(os.path.dirname(image) for image in images))[:MAX_IMAGE_FOLDERS]:
@@ -137,43 +189,5 @@ def _files(folder: str) -> list[str]:
 
 
 def _looks_like_labels(one: UnreadLabels) -> bool:
-    return one.is_for_all or any(
-        _is_of_image(os.path.join(one.folder, name), one.suffix.lower()) for name in one.names[:NUM_SNIFFED]
-    )
-
-
-def _is_of_image(path: str, suffix: str) -> bool:
-    head = _head(path)
-    if suffix == ".xml":
-        return bool(_XML.search(head))
-    if suffix == ".json":
-        return bool(_JSON_KEYS.search(head))
-    # A caption has words; a label four numbers or more, and perhaps the name of a class.
-    rows = [re.split(r"[\s,;]+", line.strip()) for line in head.decode("utf-8", "replace").splitlines()[:3]]
-    return any(sum(bool(_NUMBER.fullmatch(word)) for word in row) >= 4 for row in rows)
-
-
-def _is_for_all(path: str, suffix: str) -> bool:
-    """Return whether a file looks like the labels of many images."""
-    if suffix in _BINARY:
-        return True
-    head = _head(path)
-    if suffix in (".json", ".jsonl", ".ndjson"):
-        return bool(_JSON_KEYS.search(head))
-    if suffix == ".xml":
-        return bool(_XML.search(head))
-    first, *rest = head.decode("utf-8-sig", "replace").splitlines()[:2] or [""]
-    columns = [column.strip(" \"'") for column in re.split(r"[,;\t]", first)]
-    if suffix != ".txt" and any(_BOX_COLUMN.fullmatch(column) for column in columns):
-        return True
-    row = re.split(r"[\s,;]+", (rest or [first])[0])
-    names_image = any(Path(word.strip("\"'")).suffix.lower() in IMAGE_SUFFIXES for word in row)
-    return names_image and sum(bool(_NUMBER.fullmatch(word)) for word in row) >= 4
-
-
-def _head(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(HEAD_BYTES)
-    except OSError:
-        return b""
+    paths = (os.path.join(one.folder, name) for name in one.names[:NUM_SNIFFED])
+    return any(is_of_image(path, one.suffix.lower()) for path in paths)

@@ -4,6 +4,7 @@ Source: DeepSpeed 0.19.8, launcher/runner.py and launcher/multinode_runner.py. A
 the launcher with a traceback or is misread; here it is a finding. `tests/doctor/test_doctor.py` compares both.
 """
 
+import codecs
 import os
 import re
 import shlex
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsyolo.base.environment import all_variables
-from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
+from dsyolo.base.safe_io import read_bytes
+from dsyolo.base.text import decode
+from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding, split_problem
 
 LOCAL = "this machine"  # the name of a host that needs no ssh
 NO_FOLDER, NO_PYTHON = 97, 96  # exit statuses that neither ssh nor Python uses
 # Variables with these prefixes are forwarded; NCCL only where there are NVIDIA GPUs.
 FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MOST_DIGITS = 6  # of a number of slots
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\S*)")
 # ssh takes a leading dash for an option, and pdsh takes brackets and commas for several hosts.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
@@ -35,15 +40,21 @@ def read_hostfile(path: Path) -> tuple[list[Host], list[Finding]]:
     """Return the usable hosts, and findings about the file."""
     failed = partial(Finding, "hostfile", "", FAIL)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        raw = read_bytes(path)
+        lines = decode(raw, path).splitlines()
     except FileNotFoundError:
         remedy = "Check --hostfile: without it the launcher trains on this machine alone."
         return [], [failed(f"{path} does not exist", remedy)]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text file"
-        return [], [failed(f"{path} cannot be read: {reason}", "Check --hostfile and its permissions.")]
+    except OSError as error:
+        fault, remedy = split_problem(error.strerror or "", "Check --hostfile and its permissions.")
+        return [], [failed(f"{path} cannot be read: {fault}", remedy)]
     hosts: dict[str, int] = {}
     findings: list[Finding] = []
+    if raw.startswith(MARKS):
+        fault = f"{path} begins with a byte-order mark, which the launcher reads as a part of the first host's name"
+        findings.append(
+            failed(fault, "Save it as UTF-8 without one: an editor calls it 'UTF-8', not 'UTF-8 with BOM'.")
+        )
     for number, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#") and (problem := _read_line(line, hosts)):
             fault, remedy = problem
@@ -65,11 +76,17 @@ def _read_line(line: str, hosts: dict[str, int]) -> tuple[str, str] | None:
     name, slots, rest = match.groups()
     if rest:
         return f"slots={slots}{rest}, which the launcher reads as {slots}", "Write a whole number."
+    if port := re.fullmatch(r"([A-Za-z0-9_.@-]+):(\d+)", name):
+        fault = f"{name!r} has a port, which the launcher takes for a part of the name"
+        own = "or give this host its own Port in ~/.ssh/config"
+        return fault, f"Write {port[1]} here, and start with `deepspeed --ssh_port {port[2]}`, {own}."
     if not _HOST.fullmatch(name):
         remedy = "Give each host its own line, with its name or address."
         return f"{name!r} is not the name of one host", remedy
     if name in hosts:
         return f"{name} is listed twice", "Remove one, and give the other all slots."
+    if len(slots) > MOST_DIGITS:
+        return f"{name} has {slots[:MOST_DIGITS]}... slots", "Write how many ranks it is to run."
     if int(slots) == 0:
         return f"{name} has slots=0 and would run no rank", "Remove the line, or give it slots."
     hosts[name] = int(slots)
@@ -117,10 +134,14 @@ def read_forwarded() -> ForwardedEnvironment:
 def _read_env_file(file: Path, variables: dict[str, str]) -> list[tuple[str, str]]:
     """Add a file's variables; return (fault, remedy) of each line that the launcher cannot read."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        raw = read_bytes(file)
+        lines = decode(raw, file).splitlines()
+    except OSError:
         return [("which cannot be read", "Make it a text file that you can read.")]
     faults = []
+    if raw.startswith(MARKS):
+        fault = "which begins with a byte-order mark, so that the first variable has another name"
+        faults.append((fault, "Save it as UTF-8 without one."))
     for number, line in enumerate(lines, 1):
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
@@ -131,6 +152,10 @@ def _read_env_file(file: Path, variables: dict[str, str]) -> list[tuple[str, str
             faults.append((f"line {number}: {key!r} {rule}", "Write NAME=value."))
         else:
             variables[key] = value
+            if '"' in value or value[:1] == "'":
+                rule = "has quotes in its value, and the launcher puts its own around them"
+                plain = value.replace('"', "").removeprefix("'").removesuffix("'")
+                faults.append((f"line {number}: {key} {rule}", f"Write {key}={plain}"))
     return faults
 
 

@@ -8,22 +8,35 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dsyolo.base.atomic_file import replacing
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import pickled, shortened
+from dsyolo.base.tensor_file import open_tensors
+from dsyolo.base.text import name_fault
 from dsyolo.base.user_code import is_reference
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model, is_known, saved_name
-from dsyolo.models.yolov5 import P5, P6, VARIANTS
+from dsyolo.models.yolov5 import P5, P6, VARIANTS, level_strides
 
 METADATA_KEY = "dsyolo"
+VARIANCE = ".running_var"
+# Relative errors that the types leave, some times as much: of 24, 11 and 8 bits. Counts are no anchors.
+ANCHOR_ROUNDING = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+    torch.int64: 0,
+}
 MOST_BYTES = 4 << 30
 DTYPES = ("F32", "F16", "BF16", "F64", "I64")  # the last: counts of batches, in YOLOv5's own files
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+MOST_ANCHOR_PX = 1 << 20
+AnchorsPx: TypeAlias = tuple[tuple[tuple[float, float], ...], ...]  # by level
 
 
 class WeightsInfo(BaseModel):
@@ -34,7 +47,15 @@ class WeightsInfo(BaseModel):
     variant: str
     names: tuple[str, ...]
     image_size_px: int = Field(ge=32, le=1 << 14)
-    anchors_px: tuple[tuple[tuple[float, float], ...], ...]
+    anchors_px: AnchorsPx
+
+    @field_validator("names")
+    @classmethod
+    def _can_be_shown(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for number, name in enumerate(names):
+            if fault := name_fault(name):
+                raise ValueError(f"class {number}: {fault}")
+        return names
 
 
 def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,7 +92,7 @@ def read_weights(path: Path) -> GivenWeights:
     """
     _refuse_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             names = list(file.keys())
             types = {name: file.get_slice(name).get_dtype() for name in names}
             if other := [name for name, type_ in types.items() if type_ not in DTYPES]:
@@ -85,6 +106,10 @@ def read_weights(path: Path) -> GivenWeights:
         raise _unusable(
             path, f"it is not a complete safetensors file ({error}). Copy the file again, or use another."
         ) from None
+    negative = [name for name, one in tensors.items() if name.endswith(VARIANCE) and bool((one < 0).any())]
+    if negative:
+        what = f"{negative[0]} has a value below 0, and a variance has none"
+        raise _unusable(path, f"{what}. Copy the file again, or use another.")
     damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if damaged:
         what = f"{len(damaged)} of its {len(tensors)} tensors hold NaN or infinity ({damaged[0]} ...)"
@@ -93,14 +118,45 @@ def read_weights(path: Path) -> GivenWeights:
     try:
         if all(name.startswith("model.") for name in tensors):
             tensors = from_yolov5(tensors)
-        return tensors, None if text is None else WeightsInfo.model_validate_json(text)
+        info = None if text is None else WeightsInfo.model_validate_json(text)
     except ValidationError as error:
-        what = shortened(str(error))
+        first = error.errors()[0]
+        what = shortened(
+            ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")])
+        )
         raise _unusable(
-            path, f"its metadata is damaged ({what}). Copy the file again, or use another."
+            path, f"its metadata is damaged ({what.removeprefix(': ')}). Copy the file again, or use another."
         ) from None
     except ValueError as error:
         raise _unusable(path, f"{error}.") from None
+    if info and (fault := _anchor_fault(tensors, info)):
+        raise _unusable(path, f"{fault}. Copy the file again, or use another.")
+    return tensors, info
+
+
+def _anchor_fault(tensors: Mapping[str, torch.Tensor], info: WeightsInfo) -> str | None:
+    """Return how the metadata's anchors differ from the tensor of the same file; None where they agree.
+
+    The tensor is in cells of its level. So the two differ by one factor a level, its stride, which is a whole number.
+    """
+    levels = info.anchors_px
+    sides = [side for level in levels for pair in level for side in pair]
+    if not sides or len({len(level) for level in levels}) > 1:
+        return "its metadata is damaged (anchors_px: every level must have as many anchors)"
+    if not all(0 < side < MOST_ANCHOR_PX for side in sides):
+        return "its metadata is damaged (anchors_px: the sides of an anchor must be above 0)"
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] != "anchors":
+            continue
+        if tensor.shape != (len(levels), len(levels[0]), 2):
+            return f"its metadata has {len(levels)} levels of {len(levels[0])} anchors, and {name} is {tuple(tensor.shape)}"
+        strides = torch.tensor(levels, dtype=torch.float64) / tensor.double()
+        expected = strides.mean((1, 2), keepdim=True).round()
+        if is_known(info.variant):
+            expected = torch.tensor(level_strides(info.variant), dtype=torch.float64).view(-1, 1, 1)
+        if not ((strides - expected).abs() <= expected * ANCHOR_ROUNDING[tensor.dtype]).all():
+            return f"its metadata has other anchors than {name}"
+    return None
 
 
 def _unusable(path: Path, problem: str) -> UserError:

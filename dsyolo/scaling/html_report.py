@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Callable
-from html import escape
+from html import escape as escape_markup
 from string import Template
 from typing import Any
 
 import numpy as np
 
+from dsyolo.base.text import escaped
 from dsyolo.engine.step_timer import PHASES
 from dsyolo.scaling.report import Group, Report, ReportRow
 from dsyolo.scaling.results import CaseResult
@@ -42,6 +43,11 @@ $groups
 </body>
 </html>
 """
+
+
+def escape(text: str) -> str:
+    """Return text that is neither markup nor a control of what shows it; lone surrogates could not be written."""
+    return escape_markup(escaped(text))
 
 
 def page(report: Report) -> str:

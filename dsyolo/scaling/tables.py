@@ -1,8 +1,10 @@
 """The report of `dsyolo scale` as sections of tables and text, and as Markdown."""
 
 from collections.abc import Iterator, Sequence
+from html import escape
 from typing import NamedTuple
 
+from dsyolo.base.text import escaped
 from dsyolo.config.messages import counted
 from dsyolo.engine.step_timer import PHASES
 from dsyolo.scaling.cases import WEAK
@@ -57,12 +59,12 @@ def sections(group: Group) -> Iterator[Section]:
 
 def to_markdown(report: Report) -> str:
     """Return the report for a README or an issue."""
-    settings = "\n".join(f"- {key}: {value}" for key, value in report.settings.items())
-    blocks = ["# Scaling", settings, *report.notes]
+    settings = "\n".join(f"- {key}: {plain(str(value))}" for key, value in report.settings.items())
+    blocks = ["# Scaling", settings, *map(plain, report.notes)]
     for group in report.groups:
         blocks.append(f"## {title(group)}")
         for section in sections(group):
-            items = "\n".join(f"- {item}" for item in section.items)
+            items = "\n".join(f"- {plain(item)}" for item in section.items)
             heading = f"### {section.heading}" if section.heading else ""
             blocks += [heading, section.text, items, _markdown_table(section.table)]
     return "\n\n".join(filter(None, blocks)) + "\n"
@@ -72,7 +74,13 @@ def _markdown_table(table: Table | None) -> str:
     if not table:
         return ""
     head, *rows = table
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    lines = [list(map(plain, head)), ["---"] * len(head), *(list(map(plain, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Return text that Markdown shows as it is: no markup, and no end of a table's cell."""
+    return escaped(escape(text, quote=False)).replace("|", "\\|")
 
 
 def title(group: Group) -> str:

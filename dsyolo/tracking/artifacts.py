@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from dsyolo.base.atomic_file import write_file
+from dsyolo.base.atomic_file import refuse_planted_link, write_file
 from dsyolo.base.batch import Detections, GroundTruth
 from dsyolo.detection.metrics import Metrics
 from dsyolo.models.weights import WeightsInfo, save_weights
@@ -70,6 +70,7 @@ class RunArtifacts:
 
     def _begin(self) -> None:
         (self.folder / "weights").mkdir(parents=True, exist_ok=True)
+        refuse_planted_link(self.folder / "weights")
         for name, text in self._settings.items():
             write_file(self.folder / name, text.encode())
 

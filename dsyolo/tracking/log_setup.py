@@ -1,11 +1,14 @@
 """Python's `logging` for one rank: a console on the main process, a file in the run's folder on every rank."""
 
+import io
 import logging
 import logging.handlers
 import sys
 import warnings
 from pathlib import Path
 
+from dsyolo.base.atomic_file import open_appending, refuse_planted_link
+from dsyolo.base.text import escaped
 from dsyolo.tracking.progress_bar import write_above_bar
 
 LOGS = "logs"  # folder of the ranks' log files, in the run's folder
@@ -42,11 +45,15 @@ class RunLog:
         path = folder / LOGS / f"rank_{self._rank:04d}.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+            refuse_planted_link(path.parent)
+            raw = io.BufferedWriter(open_appending(path))
+            file = logging.StreamHandler(
+                io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+            )
         except OSError as error:
             log.warning("%s cannot be written: %s. The run goes on without it.", path, error.strerror)
             return
-        file.setFormatter(logging.Formatter(LINE))
+        file.setFormatter(_Escaping(LINE))
         file.addFilter(self._add_rank)
         self._file.setTarget(file)
         self._file.flush()
@@ -70,21 +77,28 @@ class RunLog:
         return is_shown or record.levelno >= logging.WARNING
 
 
+class _Escaping(logging.Formatter):
+    """Escapes what would control a terminal, also that of somebody who reads the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
 class _Console(logging.Handler):
     """Standard output, above a progress bar if there is one; errors go to standard error."""
 
     def __init__(self, *, is_main: bool) -> None:
         super().__init__(logging.INFO if is_main else logging.WARNING)
         self._is_plain = sys.stdout is not None and sys.stdout.isatty()
-        self.setFormatter(logging.Formatter(LINE))
+        self.setFormatter(_Escaping(LINE))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             if record.levelno >= logging.ERROR:
-                text, stream = f"\n{record.getMessage()}\n", sys.stderr
+                text, stream = f"\n{escaped(record.getMessage())}\n", sys.stderr
             elif self._is_plain:
                 mark = "WARNING: " if record.levelno == logging.WARNING else ""
-                text, stream = f"{mark}{record.getMessage()}", sys.stdout
+                text, stream = f"{mark}{escaped(record.getMessage())}", sys.stdout
             else:
                 text, stream = self.format(record), sys.stdout
             write_above_bar(text, stream)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsyolo.base.atomic_file import write_file
 from dsyolo.engine.comm_timer import CommTimer, comms_logged
 from dsyolo.engine.memory_profile import MemoryMeasurement
 from dsyolo.engine.step_timer import COMMUNICATION, DATA, PHASES, StepTimes
@@ -61,7 +62,7 @@ class StepDetails:
     def write(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Write the details of all ranks, on the main process."""
         if self._path and any(rank["steps"] for rank in ranks):
-            self._path.write_text(json.dumps({"ranks": ranks}) + "\n", encoding="utf-8")
+            write_file(self._path, (json.dumps({"ranks": ranks}) + "\n").encode())
 
     def _look(self, collectives: CommTimer) -> None:
         self._seen[self._step] = {

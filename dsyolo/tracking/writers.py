@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dsyolo.base.atomic_file import write_file
+from dsyolo.base.atomic_file import open_appending, write_file
 
 PLACE = ("kind", "step", "epoch")
 VALIDATION_LOSSES = ("val_box", "val_obj", "val_cls")
@@ -98,7 +98,7 @@ class JsonlWriter(Writer):
         rows = self.read()
         kept = [r for r in rows if (r["epoch"] < epoch if r["kind"] == "epoch" else r["step"] <= step)]
         write_file(path, "".join(map(_line, kept)).encode())
-        self._file = path.open("ab", buffering=0)
+        self._file = open_appending(path)
         self._waiting = b""  # rows that a full disk did not take yet
         self._warned = False
 
@@ -108,7 +108,7 @@ class JsonlWriter(Writer):
         try:
             if not os.fstat(self._file.fileno()).st_nlink:  # it was removed
                 self._file.close()
-                self._file = self.path.open("ab", buffering=0)
+                self._file = open_appending(self.path)
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:

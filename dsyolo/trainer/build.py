@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from dsyolo.base.atomic_file import write_file
 from dsyolo.base.batch import EvalBatch
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import load_class, raised
@@ -41,6 +42,7 @@ from dsyolo.trainer.hooks.metrics_hook import MetricsHook
 from dsyolo.trainer.hooks.other_load_hook import OtherLoadHook
 from dsyolo.trainer.hooks.preemption_hook import PreemptionHook
 from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook
+from dsyolo.trainer.process_limits import check_process_limits
 from dsyolo.trainer.resumption import (
     check_settings,
     raise_if_finished,
@@ -67,6 +69,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
         Preempted: a rank was asked to stop.
     """
     watchdog, preemption = session.watchdog, session.preemption
+    collectives.all_ranks_or_raise(lambda: check_process_limits(spec, world))
     user_hooks = _user_hooks(spec.config.hook)
     user_writers = _user_classes(spec.config.writer, "writer", Writer)
     watchdog.at("waiting for the run's folder")
@@ -220,7 +223,7 @@ def _main_process_parts(
         )
         if spec.planned:
             text = json.dumps(dict(spec.ds.source), indent=2) + "\n"
-            (spec.folder / "deepspeed_auto.json").write_text(text, encoding="utf-8")
+            write_file(spec.folder / "deepspeed_auto.json", text.encode())
         artifacts = RunArtifacts(
             spec.folder,
             config={**spec.config.dump(), "optimizer": parts.optimizer_record},

@@ -34,8 +34,8 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         (SRUN, (9, 12, 1, 4, "node1", 29500)),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "6(x2)"}, (9, 12, 1, 6, "node1", 29500)),
         (
-            {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2),3,1", "SLURM_NODEID": "3"},
-            (9, 12, 1, 1, "node1", 29500),
+            {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2),3,1", "SLURM_NODEID": "2"},
+            (9, 12, 1, 3, "node1", 29500),
         ),
         ({**SRUN, **DEEPSPEED}, (9, 16, 1, 8, "a", 29500)),  # a launcher that a Slurm job runs knows better
         # a batch script's own variables are not those of a task
@@ -63,6 +63,22 @@ def test_other_variables():
         ),
         ({"RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE: missing beside RANK. Start ranks with a launcher"),
         ({**SRUN, "MASTER_ADDR": ""}, "MASTER_ADDR: missing. Set it to the name or address of the machine"),
+        (
+            {**DEEPSPEED, "LOCAL_RANK": "8"},
+            "LOCAL_RANK: 8 given, but with 8 ranks on this machine it must be 0 to 7. Start all",
+        ),
+        (
+            {**DEEPSPEED, "LOCAL_SIZE": "17"},
+            "LOCAL_SIZE: 17 given, but with 16 ranks in all it must be 1 to 16.",
+        ),
+        ({**SRUN, "SLURM_LOCALID": "4"}, "SLURM_LOCALID: 4 given, but with 4 ranks on this machine"),
+        ({**DEEPSPEED, "MASTER_PORT": "65536"}, "MASTER_PORT: 65536 given, but it must be 1 to 65535. Give"),
+        ({**DEEPSPEED, "MASTER_PORT": "0"}, "MASTER_PORT: 0 given, but it must be 1 to 65535. Give"),
+        (
+            {**DEEPSPEED, "WORLD_SIZE": "9" * 5000},
+            f"WORLD_SIZE: '{'9' * 40}' ... given, but it must be a whole",
+        ),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": f"1(x{'9' * 12})"}, "SLURM_STEP_TASKS_PER_NODE: '1(x9"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "all"}, "SLURM_STEP_TASKS_PER_NODE: 'all' given"),
     ],
 )

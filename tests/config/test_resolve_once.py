@@ -34,8 +34,8 @@ sys.addaudithook(hook)
 import torch
 from dsyolo.models import yolov5
 counted(yolov5, "build_yolov5", lambda: built.append(torch.get_default_device().type))
-from dsyolo.models import weights
-counted(weights, "safe_open")
+from dsyolo.base import tensor_file
+counted(tensor_file, "safe_open")
 from dsyolo.config.deepspeed import config
 counted(config, "valid_part")
 from dsyolo.planner.predict import Planner

@@ -27,6 +27,7 @@ from odd_data_sets import (
 )
 from runs import CONFIG, alone
 
+from dsyolo.data import unread_labels
 from dsyolo.data.fingerprint import of_data
 from dsyolo.doctor.answers import DataAnswer
 from dsyolo.doctor.dataset_checks import data_set
@@ -70,14 +71,17 @@ YOLO_ERRORS: dict[str, Case] = {
     ),
     "train_labels": (
         lambda r: train_images(r, "train_labels"),
-        ("train_labels: 4 .txt files", "4 are missing"),
+        ("train_labels: 4 .txt files", "4 label files are missing, 0 are empty"),
     ),
     "labels beside train": (beside_train, ("/labels: 4 .txt files", "/train/ain0.txt")),
     "labels flat": (lambda r: train_images(r, "labels"), ("/labels: 4 .txt files", "/labels/train/ain0.txt")),
     "labels beside the images": (lambda r: train_images(r, "images/train"), ("images/train: 4 .txt files",)),
     "empty label files": (
         lambda r: train_images(r, "labels/train", content=""),
-        ("0 are missing and 4 have no rows", "no label-like file was found"),
+        (
+            "0 label files are missing, 4 are empty",
+            "all its label files are there, but empty. Export them again",
+        ),
     ),
     "labels in upper case": (lambda r: train_images(r, "labels/train", "{stem}.TXT"), ("4 .TXT files",)),
     "ending kept": (
@@ -90,7 +94,34 @@ YOLO_ERRORS: dict[str, Case] = {
     ),
     "labelme": (
         lambda r: train_images(r, "images/train", "{stem}.json", '{"shapes": [{"label": "cat"}]}'),
-        ("4 .json files",),
+        ("4 .json files", "in the format of LabelMe: export it as YOLO or as COCO. A format of your own"),
+    ),
+    "other stems": (
+        lambda r: train_images(r, "labels/train", "{stem}0.txt"),
+        (
+            "labels/train: 4 label files there match no image by name. ain00.txt would have to be ain0.txt "
+            "for the image ain0.jpg: rename",
+            "4 label files are missing, 0 are empty",
+        ),
+    ),
+    "archive beside": (
+        lambda r: one_file(r, "labels.zip", "PK"),
+        (
+            "labels.zip looks like labels, but is not read. Unpack it, so that",
+            "labels/train/ain0.txt is there",
+        ),
+    ),
+    "archive among the images": (
+        lambda r: one_file(r, "images/train/train_annotations.tar.gz", "\x1f"),
+        ("train_annotations.tar.gz looks like labels", "Unpack it"),
+    ),
+    "COCO per image": (
+        lambda r: train_images(r, "images/train", "{stem}.json", COCO_JSON),
+        ("4 .json files", "one file per image, and COCO has one for all"),
+    ),
+    "Label Studio beside": (
+        lambda r: one_file(r, "project.json", '[{"annotations": [{"value": {"rectanglelabels": ["cat"]}}]}]'),
+        ("project.json looks like", "in the format of Label Studio: export it as YOLO or as COCO"),
     ),
     "COCO beside": (
         lambda r: one_file(r, "annotations/all.json", COCO_JSON),
@@ -127,6 +158,53 @@ def test_rows_that_cannot_be_used_are_an_error_with_their_reason(tmp_path, row, 
     outcome = started(train_images(tmp_path, "labels/train", content=f"{row}\n"))
     assert "None of the 4 images" in outcome.error
     assert words in outcome.error
+
+
+@pytest.mark.parametrize("name", ["labelme", "COCO per image", "Label Studio beside"])
+def test_what_coco_cannot_read_is_not_sent_there(tmp_path, name):
+    assert "convert coco" not in started(YOLO_ERRORS[name][0](tmp_path)).error
+
+
+@pytest.mark.parametrize("name", ["empty label files", "other stems", "archive beside"])
+def test_labels_that_are_there_are_not_missed(tmp_path, name):
+    error = started(YOLO_ERRORS[name][0](tmp_path)).error
+    assert "Put the labels there" not in error
+
+
+def test_one_label_file_is_counted_as_one(tmp_path):
+    data = train_images(tmp_path, "labels/train", content="")
+    (tmp_path / "labels/train/ain0.txt").unlink()
+    assert "1 label file is missing, 3 are empty" in started(data).error
+
+
+def test_unread_labels_in_utf_16_are_found(tmp_path):
+    data = train_images(tmp_path, "Labels")
+    for path in (tmp_path / "Labels").iterdir():
+        path.write_text(ROW, encoding="utf-16")
+    assert "Labels: 4 .txt files look like labels" in started(data).error
+
+
+def test_a_folder_that_may_not_be_searched_is_named(tmp_path, monkeypatch):
+    data = train_images(tmp_path, "secret", "{stem}.bin")
+    closed = str(tmp_path / "secret")
+    monkeypatch.setattr(unread_labels, "_may_search", lambda folder: folder != closed)
+    assert f"train: {closed} may not be searched for labels. Change its permissions" in started(data).error
+
+
+def test_labels_of_another_split_are_no_strays(tmp_path):
+    """All images in one folder: the labels of test images are read by nobody, and are named rightly."""
+    found = images(tmp_path, "images/all", 6)
+    for image in found[1:]:
+        text(tmp_path / "labels/all" / f"{image.stem}.txt", ROW)
+    for split, part in {"train": found[:3], "val": found[3:5]}.items():
+        text(tmp_path / f"{split}.txt", "".join(f"./images/all/{image.name}\n" for image in part))
+    outcome = started(yolo(tmp_path, "train.txt", "val.txt"))
+    assert not outcome.error
+    assert "match no image" not in outcome.lines
+    text(tmp_path / "labels/all" / "all00.txt", ROW)
+    assert (
+        "all00.txt would have to be all0.txt for the image all0.jpg" in started(tmp_path / "data.yaml").lines
+    )
 
 
 # ---- partly lost: warnings
@@ -289,7 +367,7 @@ def test_boxes_and_segments_in_one_file(tmp_path):
 def test_a_list_that_is_not_utf_8_is_named(tmp_path):
     data = listed(tmp_path, "./images/train/\xe4in{}.jpg", "latin-1")
     assert (
-        f"{tmp_path / 'train.txt'}: cannot be read as a list of images: not text in UTF-8"
+        f"{tmp_path / 'train.txt'}: cannot be read as a list of images: not in UTF-8, but likely in Latin-1"
         in started(data).error
     )
 

@@ -55,8 +55,6 @@ def read_json(path: str | Path) -> JsonSource:
             raise RecursionError
     except OSError as error:
         problem = f"cannot be read: {error.strerror}. Check --deepspeed_config."
-    except UnicodeDecodeError:
-        problem = "not a text file in UTF-8. Check --deepspeed_config."
     except json.JSONDecodeError as error:
         remedy = _syntax_remedy(text, error.pos)
         problem = f"line {error.lineno}, column {error.colno}: {error.msg}. {remedy}"

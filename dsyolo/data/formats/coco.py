@@ -1,30 +1,29 @@
 """The COCO format."""
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import read_bytes
+from dsyolo.base.safe_io import parse_json, read_bytes, shortened
+from dsyolo.base.text import decode
 from dsyolo.data.formats.coco_ids import CocoId, by_name, id_key, required_key
 from dsyolo.data.formats.coco_layout import CocoFile, coco_files, split_images
+from dsyolo.data.formats.coco_shapes import is_bad, is_within, read_box, read_polygon
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.image_finder import ImageFinder
 from dsyolo.data.labels import Problem
 
+MOST_COCO_BYTES = 8 << 30  # COCO's own train split has 450 MB
+MOST_NAME = 1000  # characters of a file's name that are shown
 CROWD = "crowd (left out)"
 BAD_SEGMENTATION = "segmentation cannot be used (its bbox is)"
 EMPTY_SUPER = "super-category without objects (dropped)"
 SAME_ID = "several images have its id (image left out)"
 NOT_MATCHED = "no annotation is of it, while others are of no image (image left out)"
 AMBIGUOUS = "several entries lead to this file (left out)"
-MOST_COCO_BYTES = 8 << 30
-WITHIN_BBOX = 0.5  # share of a polygon's bounds that must be in the bbox
 
 
 @dataclass
@@ -102,7 +101,7 @@ class _Reader:
         annotations = given["annotations"]
         for number, one in enumerate(annotations, 1):
             one = one if isinstance(one, dict) else {}
-            place = f"{self._file} annotation {one.get('id', f'number {number}')}"
+            place = f"{self._file} annotation {shortened(str(one.get('id', f'number {number}')))}"
             image, category = id_key(one.get("image_id")), id_key(one.get("category_id"))
             image = image if image in records else ids_by_name.get(str(one.get("image_id")))
             if image is not None:
@@ -113,15 +112,17 @@ class _Reader:
                 self._problems.append(Problem(place, 0, CROWD))
             elif image is None:
                 self._unmatched += 1
-                detail = f"image_id {one.get('image_id')!r} is no image's id"
+                detail = f"image_id {shortened(repr(one.get('image_id')))} is no image's id"
                 self._problems.append(Problem(place, 0, BAD_OBJECT, detail))
             elif category not in categories:
-                detail = f"category_id {one.get('category_id')!r} is no category's id"
+                detail = f"category_id {shortened(repr(one.get('category_id')))} is no category's id"
                 self._problems.append(Problem(place, 0, BAD_OBJECT, detail))
                 self._uncategorised += 1
                 spoiled.add(image)
             elif (found := self._object(one, categories[category], place)) is None:
-                self._problems.append(Problem(place, 0, BAD_OBJECT, f"bbox {one.get('bbox')}"))
+                self._problems.append(
+                    Problem(place, 0, BAD_OBJECT, f"bbox {shortened(str(one.get('bbox')))}")
+                )
                 spoiled.add(image)
             else:
                 objects[image].append(found)
@@ -135,7 +136,7 @@ class _Reader:
     ) -> tuple[dict[str, Any], dict[CocoId, str], dict[CocoId, str], dict[CocoId, list[dict[str, Any]]]]:
         """Return the content, categories and their super-categories by id, and images by id."""
         try:
-            given = json.loads(read_bytes(self._file, MOST_COCO_BYTES).decode("utf-8-sig"))
+            given = parse_json(decode(read_bytes(self._file, MOST_COCO_BYTES), self._file))
             for key in ("categories", "images", "annotations"):
                 if not isinstance(given[key], list):
                     raise TypeError(f"{key} must be a list")
@@ -148,17 +149,9 @@ class _Reader:
             records: dict[CocoId, list[dict[str, Any]]] = {}
             for one in given["images"]:
                 records.setdefault(required_key(one["id"]), []).append(one)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            rule = f"{self._file}: cannot be read as COCO annotations: {what}."
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None)
+            rule = f"{self._file}: cannot be read as COCO annotations: {shortened(what or str(error))}."
             raise UserError(self._headline, [rule]) from error
         return given, categories, supers, records
 
@@ -191,12 +184,12 @@ class _Reader:
             )
 
     def _object(self, one: dict[str, Any], name: str, place: str) -> Object | None:
-        box, polygon = _box(one.get("bbox")), _polygon(one.get("segmentation"))
-        if polygon is not None and (box is None or _is_within(polygon, box)):
+        box, polygon = read_box(one.get("bbox")), read_polygon(one.get("segmentation"))
+        if polygon is not None and (box is None or is_within(polygon, box)):
             return Object(name, (*polygon.min(0).tolist(), *polygon.max(0).tolist()), polygon, place)
         if box is None:
             return None
-        if polygon is not None or _is_bad(one.get("segmentation")):
+        if polygon is not None or is_bad(one.get("segmentation")):
             self._problems.append(Problem(place, 0, BAD_SEGMENTATION))
         return Object(name, box, None, place)
 
@@ -217,11 +210,11 @@ class _Reader:
             for name in names:
                 found = finder.find(name)
                 if found is None:
-                    where = str(self._folders[0] / name)
+                    where = str(self._folders[0] / (name if len(name) <= MOST_NAME else shortened(name)))
                     self._problems.append(Problem(where, 0, NO_IMAGE, f"listed in {self._file}"))
                 elif ".." in PurePosixPath(found[1]).parts:
                     self._problems.append(
-                        Problem(str(found[0]), 0, NO_IMAGE, f"{name} leads out of the folder")
+                        Problem(str(found[0]), 0, NO_IMAGE, f"{shortened(name)} leads out of the folder")
                     )
                 elif len(names) > 1:
                     self._problems.append(Problem(str(found[0]), 0, SAME_ID, f"id {key} in {self._file}"))
@@ -256,50 +249,3 @@ def _size_hw(record: Mapping[str, Any]) -> tuple[int, int] | None:
         if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
         else None
     )
-
-
-def _box(bbox: Any) -> tuple[float, float, float, float] | None:
-    try:
-        x, y, width, height = map(float, bbox)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    box = (x, y, x + width, y + height)
-    return box if np.isfinite(box).all() else None
-
-
-def _polygon(segmentation: Any) -> np.ndarray | None:
-    """Return the polygon of all parts with three points or more; None for a mask (RLE), nothing, or a bad part."""
-    if not isinstance(segmentation, list):
-        return None
-    if segmentation and all(isinstance(value, (int, float)) for value in segmentation):
-        segmentation = [segmentation]  # without the list around its one part
-    try:
-        parts = [np.array(part, np.float64).reshape(-1, 2) for part in segmentation]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    parts = [part for part in parts if len(part) >= 3]
-    return join_polygons(parts) if parts and all(np.isfinite(part).all() for part in parts) else None
-
-
-def _is_bad(segmentation: Any) -> bool:
-    """Return whether a segmentation should have been a polygon, though it is none."""
-    return not isinstance(segmentation, dict) and bool(segmentation)
-
-
-def _is_within(polygon: np.ndarray, box: tuple[float, float, float, float]) -> bool:
-    """Return whether a polygon is where its bbox is; true for a bbox without a size."""
-    low, high = polygon.min(0), polygon.max(0)
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return True
-    inside = (np.minimum(high, box[2:]) - np.maximum(low, box[:2])).clip(0).prod()
-    return bool((high - low).prod() > 0 and inside >= WITHIN_BBOX * (high - low).prod())
-
-
-def join_polygons(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Join polygons into one (P, 2), by bridges without width where they are nearest."""
-    joined = parts[0]
-    for part in parts[1:]:
-        gaps = ((joined[:, None] - part[None]) ** 2).sum(-1)
-        i, j = np.unravel_index(gaps.argmin(), gaps.shape)
-        joined = np.concatenate([joined[: i + 1], part[j:], part[: j + 1], joined[i:]])
-    return joined

@@ -1,11 +1,13 @@
 """Where the annotation files and images of a COCO data set are: COCO's own layout, and those of common exports."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import names_in
 from dsyolo.config.messages import did_you_mean
 from dsyolo.data.formats.data_format import Image
 
@@ -35,30 +37,37 @@ def coco_files(src: Path, headline: str) -> dict[str, CocoFile]:
 
     Raises:
         UserError: no file for train or val, or several for one split.
+        OSError: a folder that may not be read, in which nothing would be found.
     """
     folder = src / "annotations"
-    files = sorted(folder.glob("instances_*.json"))
+    names = [name for name in names_in(folder) if name.endswith(".json")]
+    files = [folder / name for name in names if name.startswith("instances_")]
     problems: list[str] = []
     chosen: dict[str, CocoFile] = {}
     for split in SPLITS:
         of_split = [file for file in files if file.stem.removeprefix("instances_").startswith(split)]
         exported = [src / name / _ROBOFLOW for name in _ROBOFLOW_FOLDERS[split]]
-        of_split = of_split or [file for file in exported if file.is_file()]
+        of_split = of_split or [file for file in exported if _is_there(file)]
         if len(of_split) > 1:
             found = ", ".join(str(file.relative_to(src)) for file in of_split)
             problems.append(f"{split}: {found} found. Leave only one in {src}.")
         elif of_split:
             chosen[split] = _coco_file(src, of_split[0])
         elif split != "test":
-            hint = did_you_mean(f"instances_{split}.json", [file.name for file in folder.glob("*.json")])
+            hint = did_you_mean(f"instances_{split}.json", names)
             exports = f"{_ROBOFLOW_FOLDERS[split][0]}/{_ROBOFLOW}"
             problems.append(f"{split}: no {folder}/instances_{split}*.json and no {exports}. {hint}".rstrip())
-    for_all = [src / name for name in _FOR_ALL if (src / name).is_file()]
+    for_all = [src / name for name in _FOR_ALL if _is_there(src / name)]
     if not chosen and len(for_all) == 1:
         return {"": _coco_file(src, for_all[0])}
     if problems:
         raise UserError(headline, problems)
     return chosen
+
+
+def _is_there(file: Path) -> bool:
+    """Return whether a folder has a file. Raise OSError where it may not be read."""
+    return file.name in names_in(file.parent) and os.path.isfile(file)
 
 
 def _coco_file(src: Path, file: Path) -> CocoFile:
@@ -70,7 +79,8 @@ def _coco_file(src: Path, file: Path) -> CocoFile:
 
 def split_images(images: Sequence[Image]) -> dict[str, list[Image]]:
     """Split images by a hash of their names: one in ten, and at least one, is for validation."""
-    order = sorted(images, key=lambda image: hashlib.sha256(image.name.encode(errors="replace")).digest())
+    # As bytes of the file system: Python spells some names by the locale.
+    order = sorted(images, key=lambda image: hashlib.sha256(os.fsencode(image.name)).digest())
     num_val = min(max(1, round(len(images) * VAL_SHARE)), len(images) - 1)
     chosen = {id(image) for image in order[: max(num_val, 0)]}
     return {

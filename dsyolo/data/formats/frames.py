@@ -62,7 +62,7 @@ def read_orientation(file: Path, seen_hw: _Size) -> int:
         with PillowImage.open(file) as image:
             width, height = image.size
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError):
+    except Exception:  # whatever Pillow raises for EXIF data that nobody wrote on purpose
         return 1
     if not isinstance(orientation, int) or orientation not in _TURNS:
         return 1

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from dsyolo.base.safe_io import shortened
 from dsyolo.data.formats.data_format import SourceDataset
 
 MOST = 0.5  # share of the boxes
@@ -26,7 +27,7 @@ def suspicions(source: SourceDataset, classes: Mapping[str, Counter[int]]) -> It
         lacking = [source.names[number] for number in sorted(expected) if not counts[number]]
         if lacking and split in ("train", "val"):
             more = f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
-            yield f"{split}: no object of the classes {', '.join(lacking[:MAX_NAMED])}{more}."
+            yield f"{split}: no object of the classes {', '.join(map(shortened, lacking[:MAX_NAMED]))}{more}."
     yield from _likely_mistakes(source)
 
 

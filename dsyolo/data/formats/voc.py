@@ -1,6 +1,7 @@
 """The Pascal VOC format."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -8,10 +9,11 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import read_bytes, read_text
+from dsyolo.base.safe_io import names_in, read_bytes, shortened
+from dsyolo.base.text import decode_names, on_disk
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.image_finder import as_posix
-from dsyolo.data.formats.yolo import IMAGE_SUFFIXES
+from dsyolo.data.formats.yolo import IMAGE_SUFFIXES, MOST_LIST_BYTES
 from dsyolo.data.labels import Problem
 
 BAD_ANNOTATION = "annotation cannot be read (image left out)"
@@ -47,6 +49,7 @@ class Voc(DataFormat):
 
 
 def _voc_roots(src: Path, headline: str) -> list[Path]:
+    names_in(src)  # raises where it may not be read, in which nothing would be found
     candidates = [src, *sorted(src.glob("*/")), *sorted(src.glob("*/*/"))]
     roots = [c for c in candidates if (c / "Annotations").is_dir() and (c / "JPEGImages").is_dir()]
     if not roots:
@@ -58,7 +61,7 @@ def _voc_roots(src: Path, headline: str) -> list[Path]:
 
 def _voc_lists(roots: Sequence[Path], headline: str) -> dict[str, dict[Path, Path]]:
     """Return the list file of every root for train and for val."""
-    has = {root: {p.stem: p for p in (root / "ImageSets" / "Main").glob("*.txt")} for root in roots}
+    has = {root: {p.stem: p for p in _lists_in(root)} for root in roots}
 
     def all_named(name: str) -> dict[Path, Path]:
         return {root: lists[name] for root, lists in has.items() if name in lists}
@@ -76,10 +79,17 @@ def _voc_lists(roots: Sequence[Path], headline: str) -> dict[str, dict[Path, Pat
     return found
 
 
+def _lists_in(root: Path) -> list[Path]:
+    folder = root / "ImageSets" / "Main"
+    return [folder / name for name in names_in(folder) if name.endswith(".txt")]
+
+
 def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Problem]) -> list[Image]:
     """Return the images of a split, whose boxes are in pixels as they are given."""
     images: list[Image] = []
     for root, list_file in lists.items():
+        for name in ("Annotations", "JPEGImages"):
+            names_in(root / name)  # as in `_voc_roots`
         prefix = f"{root.name}_" if has_prefixes else ""
         for stem in _voc_names(root, list_file, problems):
             found = _voc_annotation(root / "Annotations" / f"{stem}.xml", problems)
@@ -116,16 +126,19 @@ def _from_first_pixel(splits: dict[str, list[Image]]) -> tuple[dict[str, list[Im
 
 def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
     """Return the names in a list, each once. One that leads out of the folder is reported."""
+
+    def is_there(line: str) -> bool:
+        return os.path.isfile(_annotation_file(root, line))
+
     try:
-        lines = read_text(list_file, MOST_VOC_BYTES).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8. Save it as such"
-        raise UserError(f"{list_file} cannot be read", [f"{reason}."]) from None
+        lines = decode_names(read_bytes(list_file, MOST_LIST_BYTES), is_there, list_file)
+    except OSError as error:
+        raise UserError(f"{list_file} cannot be read", [f"{error.strerror}."]) from None
     names: dict[str, None] = {}
-    for line in filter(None, map(str.strip, lines)):
+    for line in lines:
         # Names may have spaces; lists of one class have ` 1`, ` 0` or ` -1` behind each name.
         name, _, flag = line.rpartition(" ")
-        is_whole = flag not in ("1", "0", "-1") or (root / "Annotations" / f"{line}.xml").is_file()
+        is_whole = flag not in ("1", "0", "-1") or is_there(line)
         name = _voc_stem(root, line if is_whole else name.rstrip())
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -139,10 +152,16 @@ def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str
 def _voc_stem(root: Path, name: str) -> str:
     """Return a listed name without the folder and ending that some lists have, where its annotation is found so."""
     plain = PurePosixPath(as_posix(name))
-    if plain.suffix.lower() in IMAGE_SUFFIXES and not (root / "Annotations" / f"{name}.xml").is_file():
+    if plain.suffix.lower() in IMAGE_SUFFIXES and not os.path.isfile(_annotation_file(root, name)):
         stem = plain.stem if plain.parts[:-1] in ((), ("JPEGImages",)) else str(plain.with_suffix(""))
-        return stem if (root / "Annotations" / f"{stem}.xml").is_file() else name
-    return name
+        name = stem if os.path.isfile(_annotation_file(root, stem)) else name
+    folder = f"{root / 'Annotations'}{os.sep}"
+    return _annotation_file(root, name).removeprefix(folder).removesuffix(".xml")
+
+
+def _annotation_file(root: Path, stem: str) -> str:
+    """Return the annotation file of a name, as the file system spells it."""
+    return on_disk(f"{root / 'Annotations'}{os.sep}{stem}.xml")
 
 
 def _shifted(one: Object, shift: float) -> Object:
@@ -152,8 +171,11 @@ def _shifted(one: Object, shift: float) -> Object:
 
 
 def _voc_image(folder: Path, stem: str) -> Path | None:
-    files = [folder / f"{stem}.jpg", *sorted(folder.glob(f"{glob.escape(stem)}.*"))]
-    return next((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()), None)
+    usual = folder / f"{stem}.jpg"
+    if os.path.isfile(usual):
+        return usual
+    files = sorted(folder.glob(f"{glob.escape(stem)}.*"))
+    return next((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(f)), None)
 
 
 def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
@@ -161,10 +183,13 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
     try:
         root = ElementTree.fromstring(read_bytes(file, MOST_VOC_BYTES))
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding
-        problems.append(Problem(str(file), 0, BAD_ANNOTATION, str(getattr(error, "strerror", None) or error)))
+        problems.append(
+            Problem(str(file), 0, BAD_ANNOTATION, shortened(str(getattr(error, "strerror", None) or error)))
+        )
         return None
     try:
-        size_hw = (int(root.findtext("size/height", "")), int(root.findtext("size/width", "")))
+        height, width = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
+        size_hw = (int(height), int(width)) if max(len(height), len(width)) < 10 else (0, 0)
     except ValueError:
         size_hw = (0, 0)
     objects: list[Object] = []
@@ -184,7 +209,9 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
         if is_good:
             objects.append(Object(name, (x1, y1, x2, y2), None, place))
         else:
-            problems.append(Problem(place, 0, BAD_OBJECT, f"name {name!r}, bndbox {' '.join(sides)}"))
+            problems.append(
+                Problem(place, 0, BAD_OBJECT, shortened(f"name {name!r}, bndbox {' '.join(sides)}"))
+            )
             is_spoiled = True
     if not objects and not is_spoiled and (strays := _stray_boxes(root)):
         problems.append(

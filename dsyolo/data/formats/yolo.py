@@ -4,6 +4,7 @@ labels.py reads the label files.
 """
 
 import difflib
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
+from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_bytes, read_text, shortened
+from dsyolo.base.text import decode_names, name_fault, on_disk
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.image_finder import as_posix
+from dsyolo.data.formats.path_hints import escapes, near, spellings, tried, unusable
 
 # Folders are searched for these. OpenCV may not read all of them: building the index reports those, instead of
 # skipping them silently.
@@ -25,6 +28,7 @@ IMAGE_SUFFIXES = frozenset(
 SPLITS = ("train", "val", "test")
 MOST_CLASSES = 100_000
 MOST_PATH = 4096  # characters: no system opens longer ones
+MOST_FAULTS = 5  # names of classes that are listed
 MOST_LIST_BYTES = 1 << 30  # ten million images
 
 
@@ -64,9 +68,8 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
         raise UserError(headline, [f"no such file (working directory {Path.cwd()}). {remedy}"]) from None
     except BadYamlError as error:
         raise UserError(headline, [str(error)]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(headline, [f"cannot be read: {reason}."]) from error
+    except OSError as error:
+        raise UserError(headline, [f"cannot be read: {error.strerror}."]) from error
     if not isinstance(given, dict):
         kind = "empty" if given is None else f"a {type(given).__name__}"
         raise UserError(headline, [f"{kind}, but it must map keys to values: train, val and names."])
@@ -112,8 +115,12 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
     if booleans := dict.fromkeys(str(name) for name in names if isinstance(name, bool)):
         rule = "YAML reads yes, no, on, off, true and false as booleans. Quote the names."
         problems.append(f"names: {' and '.join(booleans)} given, but {rule}")
+    elif bad := [f"class {i}: {why}" for i, name in enumerate(names) if (why := name_fault(name))]:
+        problems += [f"names: {why}." for why in bad[:MOST_FAULTS]]
     elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
-        problems.append(f"names: {', '.join(repeated)} given more than once. Rename or merge them.")
+        problems.append(
+            f"names: {shortened(', '.join(repeated))} given more than once. Rename or merge them."
+        )
     if num_given is not None and num_given != len(names):
         rule = "Correct one of them, or leave nc out."
         problems.append(f"nc: {num_given} given, but names has {len(names)}. {rule}")
@@ -126,15 +133,12 @@ def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:
         rule = "it must be the folder that train and val are relative to. Correct it or leave it out."
         problems.append(f"path: {shortened(repr(root))} given, but {rule}")
         return path.parent
-    candidates = [
-        at
-        for text in _spellings(root)
-        for at in (path.parent / Path(text).expanduser(), Path(text).expanduser())
-    ]
-    found = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    homes = [Path(os.path.expanduser(text)) for text in spellings(root)]
+    candidates = [Path(on_disk(str(at))) for home in homes for at in (path.parent / home, home)]
+    found = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     if found is None:
-        tried = f"tried {_listed(candidates)}.{_escapes(root)}"
-        problems.append(f"path: {shortened(root)} given, but there is no such folder: {tried}")
+        hint = f"{tried(candidates)}.{escapes(root)}"
+        problems.append(f"path: {shortened(root)} given, but there is no such folder: {hint}")
     return found or candidates[0]
 
 
@@ -161,45 +165,18 @@ def _source(root: Path, entry: str) -> tuple[Path, str]:
         return root, f"{shortened(entry)} is longer than any path."
     # Exported data sets often have `../train/images` for the folder beside the file.
     candidates = [
-        at
-        for text in _spellings(entry)
+        Path(on_disk(str(at)))
+        for text in spellings(entry)
         for at in (root / text, *([root / text[3:]] if text.startswith("../") else []), Path(text))
     ]
-    here = next((c for c in candidates if c.exists()), None)
+    here = next((c for c in candidates if os.path.exists(c)), None)
     if here is None:
-        hint = _escapes(entry) or _near(candidates[0])
-        return root, f"{shortened(entry)} does not exist: tried {_listed(candidates)}.{hint}"
+        hint = escapes(entry) or near(candidates[0])
+        return root, f"{shortened(entry)} {unusable(candidates)}.{hint}"
     if here.is_dir() or (here.is_file() and here.suffix.lower() == ".txt"):
         return here, ""
     kind = "file" if here.is_file() else "device or pipe"
-    return here, f"{entry} is a {kind}, but only folders and .txt lists of images can be given."
-
-
-def _spellings(path: str) -> list[str]:
-    """Return a path as it is given, and with a Windows path's separators as `/`."""
-    return list(dict.fromkeys((path, as_posix(path))))
-
-
-def _escapes(path: str) -> str:
-    """Return a remedy where YAML has read a backslash and a letter between double quotes as a control character."""
-    if path.isprintable():
-        return ""
-    return " Between double quotes YAML reads \\ and a letter as a special character. Write / instead of \\."
-
-
-def _near(path: Path) -> str:
-    """Return a did-you-mean for the deepest part of `path` that does not exist."""
-    while not path.parent.exists() and path.parent != path:
-        path = path.parent
-    try:
-        close = difflib.get_close_matches(path.name, os.listdir(path.parent), 1, 0.5)
-    except OSError:
-        close = []
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _listed(paths: Iterable[Path]) -> str:
-    return ", ".join(dict.fromkeys(str(p) for p in paths))
+    return here, f"{shortened(entry)} is a {kind}, but only folders and .txt lists of images can be given."
 
 
 # ---- images and where their labels are
@@ -218,21 +195,17 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
     problems: list[str] = []
     paths = [Path(source) for source in sources]
     for source in paths:
-        if source.is_dir():
-            images += _walk(source)
-        elif source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+        if os.path.isdir(source):
+            images += _walk(source, problems)
+        elif os.path.isfile(source) and source.suffix.lower() in IMAGE_SUFFIXES:
             images.append(source)
-        elif source.is_file():
+        elif os.path.isfile(source):
             try:
                 images += _listed_images(source)
-            except UnicodeDecodeError:
-                problems.append(
-                    f"{source}: cannot be read as a list of images: not text in UTF-8. Save it as such."
-                )
             except OSError as error:
-                problems.append(f"{source}: cannot be read as a list of images: {shortened(str(error))}")
+                problems.append(f"{source}: cannot be read as a list of images: {error.strerror}")
         else:
-            problems.append(f"{source}: no such folder, image or list file.{_near(source)}")
+            problems.append(f"{source}: no such folder, image or list file.{near(source)}")
     if not problems and not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         problems = [f"{path}: no image in it (looked for {suffixes})." for path in paths]
@@ -241,10 +214,18 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
     return images
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path, problems: list[str]) -> list[Path]:
+    def report(error: OSError) -> None:
+        remedy = (
+            "Change its permissions: `chmod -R a+rX`"
+            if error.errno == errno.EACCES
+            else "Repair or remove it"
+        )
+        problems.append(f"{error.filename}: this folder cannot be read: {error.strerror}. {remedy}.")
+
     images: list[Path] = []
     seen: set[str] = set()  # real paths, so that a link to a parent folder does not loop
-    for top, folders, files in os.walk(folder, followlinks=True):
+    for top, folders, files in os.walk(folder, onerror=report, followlinks=True):
         real = os.path.realpath(top)
         if real in seen:
             folders.clear()
@@ -261,21 +242,23 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _listed_images(list_file: Path) -> list[Path]:
-    images: list[Path] = []
-    for line in filter(None, map(str.strip, read_text(list_file, MOST_LIST_BYTES).splitlines())):
-        images.append(_listed_image(list_file, line))
-    return images
+    def is_there(line: str) -> bool:
+        return os.path.exists(_listed_image(list_file, line))
+
+    lines = decode_names(read_bytes(list_file, MOST_LIST_BYTES), is_there, list_file)
+    return [_listed_image(list_file, line) for line in lines]
 
 
 def _listed_image(list_file: Path, line: str) -> Path:
-    path = Path(line)
-    is_found = path.is_absolute() or (not line.startswith("./") and path.exists())
-    path = path if is_found else list_file.parent / path
-    if line.startswith("data/obj_") and not path.exists():  # CVAT's YOLO export names a folder that it lacks
-        path = list_file.parent / line.removeprefix("data/")
-    if "\\" in line and not path.exists():
+    path = Path(on_disk(line))
+    is_found = path.is_absolute() or (not line.startswith("./") and os.path.exists(path))
+    path = path if is_found else Path(on_disk(str(list_file.parent / line)))
+    if line.startswith("data/obj_") and not os.path.exists(path):
+        # CVAT's YOLO export names a folder that it lacks.
+        path = Path(on_disk(str(list_file.parent / line.removeprefix("data/"))))
+    if "\\" in line and not os.path.exists(path):
         posix = _listed_image(list_file, as_posix(line))
-        path = posix if posix.exists() else path
+        path = posix if os.path.exists(posix) else path
     return path
 
 

@@ -1,10 +1,11 @@
 """Writes a YOLO data set: the folder appears complete, or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -12,12 +13,14 @@ import numpy as np
 import yaml
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.safe_io import shortened
+from dsyolo.base.text import name_fault
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, Image, Object, SourceDataset
 from dsyolo.data.formats.frames import MeasuredImage, are_of_stored, fit_objects, read_orientation
 from dsyolo.data.formats.source_checks import suspicions
 from dsyolo.data.formats.yolo import label_path
 from dsyolo.data.images import check_image
-from dsyolo.data.labels import Problem, by_reason
+from dsyolo.data.labels import NO_SIZE, Problem, by_reason, refused_rows
 
 BAD_IMAGE = "image cannot be used (left out)"
 BAD_POLYGON = "object whose polygon is not of three points or more (left out)"
@@ -54,6 +57,9 @@ def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
     Raises:
         UserError: train, val or another split has no usable image, train has no object, or `dst` cannot be written.
     """
+    faults = [f"class {i}: {fault}." for i, name in enumerate(source.names) if (fault := name_fault(name))]
+    if faults:
+        raise UserError(f"{dst} was not written: its classes cannot have these names", faults)
     problems = list(source.problems)
     result = Conversion(dst / "data.yaml", tuple(source.names), problems=problems, notes=list(source.notes))
     numbers = {name: number for number, name in enumerate(source.names)}
@@ -123,19 +129,34 @@ def _write_image(
         # As a background it would teach that it has no objects (as in `read_image_record`).
         problems.append(Problem(file, 0, NO_OBJECT_LEFT))
         return None
-    target = folder / "images" / split / PurePosixPath(image.name)
-    label = label_path(target)  # where it is read from, if the name has a folder `images` too
-    label.parent.mkdir(parents=True, exist_ok=True)
-    label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    _link(image.file, target)
+    if fault := _write_files(image, rows, folder / "images" / split / PurePosixPath(image.name)):
+        problems.append(Problem(file, 0, NO_IMAGE, fault))
+        return None
     return Counter(rows.values())
+
+
+def _write_files(image: Image, rows: Iterable[str], target: Path) -> str:
+    """Write an image and its rows. Return why it has to be left out, or an empty string."""
+    label = label_path(target)  # where it is read from, if the name has a folder `images` too
+    try:
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        _link(image.file, target)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            with contextlib.suppress(OSError):
+                label.unlink(missing_ok=True)
+            return f"its name in the result is longer than any file's: {shortened(image.name)}"
+        rule = f"{error.strerror}. Choose another folder"
+        raise UserError(f"{label} cannot be written", [f"{rule}."]) from error
+    return ""
 
 
 def _rows(
     objects: Sequence[Object], numbers: dict[str, int], size_hw: tuple[int, int], problems: list[Problem]
 ) -> dict[str, int]:
     """Return label rows, clipped to the image, and their classes."""
-    rows: dict[str, int] = {}
+    rows: dict[str, Object] = {}
     wh = np.array([size_hw[1], size_hw[0]], np.float64)
     for one in objects:
         corners = np.array(one.box_xyxy, np.float64).reshape(2, 2) / wh
@@ -158,8 +179,23 @@ def _rows(
         if reason in (None, OVER_EDGE):
             box = np.stack([inside.mean(0), size])
             values = box if polygon is None else (polygon / wh).clip(0, 1)
-            rows[label_row(numbers[one.name], values)] = numbers[one.name]
-    return rows
+            rows.setdefault(label_row(numbers[one.name], values), one)
+    readable = _readable(rows, size_hw, len(numbers), problems)
+    return {row: numbers[rows[row].name] for row in readable}
+
+
+def _readable(
+    rows: Mapping[str, Object], size_hw: tuple[int, int], num_classes: int, problems: list[Problem]
+) -> list[str]:
+    """Return the rows that a training will read. Others are slivers at the image's edge, which six digits make empty."""
+    faults = {fault.line - 1: fault for fault in refused_rows(list(rows), num_classes)}
+    for at, fault in faults.items():
+        one = list(rows.values())[at]
+        given = " ".join(f"{value:g}" for value in one.box_xyxy)
+        detail = f"{given} in an image of {size_hw[1]} x {size_hw[0]}"
+        reason = DEGENERATE if fault.reason == NO_SIZE else fault.reason
+        problems.append(Problem(one.place, 0, reason, detail))
+    return [row for at, row in enumerate(rows) if at not in faults]
 
 
 def label_row(number: int, values: np.ndarray) -> str:

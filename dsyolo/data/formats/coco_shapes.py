@@ -1,0 +1,60 @@
+"""Boxes and polygons of a COCO annotation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+MOST_PAIRS = 1 << 22  # of points, between two parts of an object
+WITHIN_BBOX = 0.5  # share of a polygon's bounds that must be in the bbox
+
+
+def read_box(bbox: Any) -> tuple[float, float, float, float] | None:
+    """Return the corners x1 y1 x2 y2 of x, y, width and height; None where these are not four numbers."""
+    try:
+        x, y, width, height = map(float, bbox)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    box = (x, y, x + width, y + height)
+    return box if np.isfinite(box).all() else None
+
+
+def read_polygon(segmentation: Any) -> np.ndarray | None:
+    """Return the polygon of all parts with three points or more; None for a mask (RLE), nothing, or a bad part."""
+    if not isinstance(segmentation, list):
+        return None
+    if segmentation and all(isinstance(value, (int, float)) for value in segmentation):
+        segmentation = [segmentation]  # without the list around its one part
+    try:
+        parts = [np.array(part, np.float64).reshape(-1, 2) for part in segmentation]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    parts = [part for part in parts if len(part) >= 3]
+    return join_polygons(parts) if parts and all(np.isfinite(part).all() for part in parts) else None
+
+
+def is_bad(segmentation: Any) -> bool:
+    """Return whether a segmentation should have been a polygon, though it is none."""
+    return not isinstance(segmentation, dict) and bool(segmentation)
+
+
+def is_within(polygon: np.ndarray, box: tuple[float, float, float, float]) -> bool:
+    """Return whether a polygon is where its bbox is; true for a bbox without a size."""
+    low, high = polygon.min(0), polygon.max(0)
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return True
+    inside = (np.minimum(high, box[2:]) - np.maximum(low, box[:2])).clip(0).prod()
+    return bool((high - low).prod() > 0 and inside >= WITHIN_BBOX * (high - low).prod())
+
+
+def join_polygons(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Join polygons into one (P, 2), by bridges without width where they are nearest."""
+    joined = parts[0]
+    for part in parts[1:]:
+        if len(joined) * len(part) > MOST_PAIRS:  # the nearest two would be searched for in gigabytes
+            joined = np.concatenate([joined[:1], part, part[:1], joined])
+            continue
+        gaps = ((joined[:, None] - part[None]) ** 2).sum(-1)
+        i, j = np.unravel_index(gaps.argmin(), gaps.shape)
+        joined = np.concatenate([joined[: i + 1], part[j:], part[: j + 1], joined[i:]])
+    return joined
