@@ -10,8 +10,10 @@ import sys
 if __name__ == "__main__":
     if sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
         del sys.path[0]  # put there for a script: our folders would hide packages of the same names
+    from dsyolo.base.environment import restart_in_utf8
     from dsyolo.base.start import prepare_training
 
+    restart_in_utf8()
     prepare_training()  # before torch is imported
 
 import logging
