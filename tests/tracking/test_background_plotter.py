@@ -133,7 +133,7 @@ def test_the_end_is_reported_with_the_best_epoch_after_a_resume_too(
     assert resumed.state_dict() == resumed.state_dict() != {}
 
 
-def test_metrics_say_where_p_and_r_hold_and_the_losses():
+def test_metrics_name_the_confidence_of_p_and_r_and_the_losses():
     boxes = np.array([[10, 10, 50, 50]], np.float32)
     ground_truth = GroundTruth(0, (64, 64), boxes, np.array([0]), 1.0, (0.0, 0.0))
     nothing = Detections(boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int64))
