@@ -19,9 +19,6 @@ REDRAW_S = 0.1  # redrawing costs some tenths of a millisecond
 RECENT = 0.05  # weight of the last step in the mean time of a step
 UNKNOWN_WIDTH = 80  # where the terminal does not give its own
 CLEAR = "\r\x1b[K"  # to the start of the line, and erase it
-_lock = (
-    threading.RLock()
-)  # log lines come from other threads too; tqdm's own lock is not released after an error
 _shown: "list[ProgressBar]" = []  # the bar that is on the terminal, if there is one
 
 
