@@ -5,7 +5,6 @@ Nothing of it is written where standard error is not a terminal, or one that can
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,9 +19,6 @@ REDRAW_S = 0.1  # redrawing costs some tenths of a millisecond
 RECENT = 0.05  # weight of the last step in the mean time of a step
 UNKNOWN_WIDTH = 80  # where the terminal does not give its own
 CLEAR = "\r\x1b[K"  # to the start of the line, and erase it
-_lock = (
-    threading.RLock()
-)  # log lines come from other threads too; tqdm's own lock is not released after an error
 _shown: "list[ProgressBar]" = []  # the bar that is on the terminal, if there is one
 
 
@@ -99,7 +95,7 @@ class ProgressBar:
     def close(self) -> None:
         """Remove the line. Further calls do nothing."""
         if self in _shown:
-            with _lock:
+            with tqdm.get_lock():
                 self.write(CLEAR)
                 _shown.clear()
 
@@ -121,13 +117,13 @@ class ProgressBar:
         now = self._clock()
         if self in _shown and (at_once or now - self._drawn >= REDRAW_S):
             self._drawn = now
-            with _lock:
+            with tqdm.get_lock():
                 self.write(self.line())
 
 
 def write_above_bar(text: str, stream: TextIO) -> None:
     """Write a line to standard output or error; a bar on the terminal stays below it."""
-    with _lock:
+    with tqdm.get_lock():
         for bar in _shown:
             bar.write(CLEAR)
         try:

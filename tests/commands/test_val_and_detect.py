@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import yaml
 
 from dsyolo.cli import main
 from dsyolo.commands import detect
+from dsyolo.config.recipe import Recipe
+from dsyolo.config.run_config import RunConfig
 from dsyolo.data import loader
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.detection import postprocess
@@ -162,6 +165,36 @@ def test_val_takes_the_settings_of_a_training(place, monkeypatch):
     assert run(place, "val", *words) == 0
     assert run(place, "val", *words, "--no-rect_val", "--max_detections", 7, "--iou_threshold", 0.5) == 0
     assert seen == [(0.001, 0.6, 300), True, (0.001, 0.5, 7), False]
+
+
+def test_val_says_at_which_confidence_p_and_r_hold_and_the_losses(place, tmp_path, capsys):
+    words = ("--data", place / "sample/data.yaml", "--workers", 0)
+    assert run(place, "val", *words, "--json", tmp_path / "plain.json") == 0
+    shown = capsys.readouterr().out.splitlines()
+    plain = json.loads((tmp_path / "plain.json").read_text(encoding="utf-8"))
+    assert shown[-3].startswith("P and R: ")
+    values = [plain[name] for name in ("val_box", "val_obj", "val_cls")]
+    assert shown[-2] == "loss of the split: box {:.4f}, obj {:.4f}, cls {:.4f}".format(*values)
+    assert shown[-1].startswith("gains of the loss: those of preset low")
+    assert min(values) > 0
+    # In a run's folder they are those of its own recipe.
+    (tmp_path / "run/weights").mkdir(parents=True)
+    shutil.copy(place / "w.safetensors", tmp_path / "run/weights/best.safetensors")
+    config = RunConfig(data="d.yaml", recipe=Recipe(box=0.1, cls=0.25)).dump()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    weights = [
+        "--weights",
+        str(tmp_path / "run/weights/best.safetensors"),
+        "--json",
+        str(tmp_path / "own.json"),
+    ]
+    assert main(["val", *map(str, words), *weights]) == 0
+    own = json.loads((tmp_path / "own.json").read_text(encoding="utf-8"))
+    factors = [
+        own[name] / value for name, value in zip(("val_box", "val_obj", "val_cls"), values, strict=True)
+    ]
+    assert factors == pytest.approx([2, 1, 0.5])
+    assert f"gains of the loss: {tmp_path}/run/config.yaml" in capsys.readouterr().out
 
 
 def test_val_refuses_classes_that_data_yaml_does_not_name_as_training_does(place, tmp_path, capsys):

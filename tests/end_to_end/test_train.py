@@ -56,7 +56,12 @@ def test_a_run_leaves_what_the_readme_says(place, two_ranks):
     assert yaml.safe_load((folder / "config.yaml").read_text())["recipe"]["mosaic"] == 1.0
     assert json.loads((folder / "deepspeed.json").read_text())["gradient_accumulation_steps"] == 2
     assert [row["step"] for row in rows(place, "whole", "step")] == list(range(1, 10))
-    assert all("map50_95" in row for row in rows(place, "whole", "epoch"))
+    epochs = rows(place, "whole", "epoch")
+    assert all("map50_95" in row and row["val_box"] > 0 for row in epochs)
+    best = max(epochs, key=lambda row: row["fitness"])["epoch"] + 1
+    assert f"; the best was epoch {best}: mAP50 " in two_ranks.stdout
+    assert f"validation of the best weights (weights/best.safetensors, of epoch {best}):" in two_ranks.stdout
+    assert "[#" not in two_ranks.stdout + two_ranks.stderr  # the bar is for terminals
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     progress = json.loads((folder / "checkpoints/step_00000009/progress.json").read_text())["progress"]
     best = f"step_{3 * (progress['best_epoch'] + 1):08d}"
@@ -90,7 +95,9 @@ def test_a_run_reports_what_memory_it_was_expected_to_need_and_needed(place, two
         # beside what autograd keeps there are maps, loss, and gradients on their way: most of it, with so few pixels
         assert 0 < found["activations"] - expected["activations"] < expected["parameters"]
         assert found["activations"] < one["peak"] < 1.1 * sum(found.values())
-    assert two_ranks.stdout.count("rank 0 of 2, measured") == 1
+    assert two_ranks.stdout.count("memory, MiB ") == 1  # one table, of both
+    for kind in ("predicted", "measured"):
+        assert two_ranks.stdout.count(f"rank 0 of 2, {kind}") == 1
 
 
 def test_validating_the_weights_gives_the_figures_of_the_run(place, two_ranks):
@@ -103,7 +110,10 @@ def test_validating_the_weights_gives_the_figures_of_the_run(place, two_ranks):
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     assert {"map50_95", "map50", "precision", "recall", "per_class"} <= figures.keys()
-    assert figures["map50_95"] == pytest.approx(rows(place, "whole", "epoch")[-1]["map50_95"], abs=1e-6)
+    last = rows(place, "whole", "epoch")[-1]
+    for name in ("map50_95", "val_box", "val_obj", "val_cls"):  # measured by two ranks, with other batches
+        assert figures[name] == pytest.approx(last[name], abs=1e-6), name
+        assert name == "map50_95" or figures[name] > 0
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -91,3 +93,51 @@ def test_predictions_are_drawn_as_they_were_when_they_were_given(tmp_path: Path)
     plotter.close()
     assert told == [tmp_path / "predictions.jpg"]
     assert cv2.imread(str(told[0])).std() > 5
+
+
+def record_of(folder: Path) -> RunArtifacts:
+    return RunArtifacts(
+        folder,
+        config={},
+        deepspeed_json={},
+        info=WeightsInfo(variant="yolov5n", names=("thing",), image_size_px=64, anchors_px=()),
+        load_rgb=lambda index: np.full((64, 64, 3), 200, np.uint8),
+        draw=lambda name, work: None,
+        picture=lambda path: None,
+    )
+
+
+def test_the_end_is_reported_with_the_best_epoch_after_a_resume_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "dsyolo")
+    boxes = np.array([[10, 10, 50, 50]], np.float32)
+    ground_truth = GroundTruth(0, (64, 64), boxes, np.array([0]), 1.0, (0.0, 0.0))
+    nothing = Detections(boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int64))
+    right = Detections(boxes, np.array([0.9], np.float32), np.array([0]))
+    best, worse = (evaluate([ground_truth], [one], ["thing"]) for one in (right, nothing))
+    record = record_of(tmp_path)
+    record.validated(best, [], True, 4)
+    resumed = record_of(tmp_path)
+    resumed.load_state_dict(json.loads(json.dumps({**record.state_dict(), "other": 1})))
+    resumed.validated(worse, [], False, 5)  # of the last weights, and not those that are reported
+    (tmp_path / "weights/best.safetensors").touch()
+    resumed.report(6, 3723.0)
+    (text,) = caplog.messages
+    assert text.startswith("6 epochs in 1:02:03; the best was epoch 5: mAP50 1.0000, mAP50-95 1.0000\n")
+    assert "validation of the best weights (weights/best.safetensors, of epoch 5):\nClass " in text
+    assert "P and R: at confidence 0.900, where the mean F1 of the classes is best" in text
+    assert f"best weights  {tmp_path}/weights/best.safetensors" in text
+    assert "last.safetensors" not in text  # there is none
+    resumed.load_state_dict({"best_report": "of a stranger"})
+    assert resumed.state_dict() == resumed.state_dict() != {}
+
+
+def test_metrics_name_the_confidence_of_p_and_r_and_the_losses():
+    boxes = np.array([[10, 10, 50, 50]], np.float32)
+    ground_truth = GroundTruth(0, (64, 64), boxes, np.array([0]), 1.0, (0.0, 0.0))
+    nothing = Detections(boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int64))
+    metrics = evaluate([ground_truth], [nothing], ["thing"])
+    assert metrics.notes() == ["P and R: nothing was found that is right, at any confidence"]
+    measured = replace(metrics, val_box=0.1, val_obj=0.02, val_cls=0.3)
+    assert measured.notes()[1] == "loss of the split: box 0.1000, obj 0.0200, cls 0.3000"

@@ -138,3 +138,37 @@ def test_curves_with_gaps_and_single_points_are_drawn(tmp_path: Path):
     picture = cv2.imread(str(tmp_path / "curves.png"))
     assert picture.std(axis=(0, 1)).min() > 5
     assert os.listdir(tmp_path) == ["curves.png"]
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 7, 300])
+def test_ticks_are_whole_epochs_and_numbers_that_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_epochs: int
+):
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    plain = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or plain(self, *a, **k))
+    epochs = list(range(1, num_epochs + 1))
+    values = {"small": 2e-6, "lr": 0.01, "speed": 54321.0, "large": 7.5e6, "nothing": 0.0}
+    panels = {name: {name: (epochs, [value] * num_epochs)} for name, value in values.items()}
+    save_curves(tmp_path / "curves.png", panels, best_epoch=num_epochs)
+    (figure,) = figures
+    for axes, title in zip(figure.axes, panels, strict=True):
+        low, high = axes.get_xlim()
+        assert low < 1
+        assert high > num_epochs
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)
+        left = min(tick.get_window_extent().x0 for tick in axes.get_yticklabels() if tick.get_text())
+        assert left >= 0
+        line, best = axes.get_lines()
+        assert set(best.get_xdata()) == {num_epochs}
+        assert (line.get_marker() != "None") == (num_epochs <= 20), title
+        if num_epochs == 1:
+            assert line.get_markersize() >= 6
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    for i, one in enumerate(boxes):  # no panel's text lies on another panel
+        assert not [other for other in boxes[i + 1 :] if one.overlaps(other)]
+    assert f"the best, {num_epochs}" in figure._supxlabel.get_text()
