@@ -56,8 +56,8 @@ def test_all_mistakes_at_once() -> None:
         "--numer: unknown option. Did you mean --number?",
         "--swi: unknown option. Did you mean --switch?",
         "--text: expected one argument. See --help.",
-        "first: missing. Give the first.",
-        "--weights: missing. Give the a file.",
+        "first: missing (the first).",
+        "--weights: missing (a file).",
     ]
 
 

@@ -254,6 +254,8 @@ def test_all_mistakes_are_reported_together(base: list[str]) -> None:
         "lr0=1",
         "--name",
     ]
+    (line,) = problems_of([*base, "epoch=3"])
+    assert line == "--epoch: unknown option. Did you mean --epochs?"
     assert [line.partition(":")[0] for line in problems_of(argv)] == [
         *("--rect", "--quad", "--freeze", "--mosaik", "lr0=1", "--name", "--epochs")
     ]
