@@ -144,8 +144,7 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
     beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside)
     if key == "deepspeed_config" and not hint and str(path.parent) in (".", READY_FOLDER):
-        known = ready_names()
-        hint = did_you_mean(path.stem, known) or f"The ready ones are {', '.join(known)}, and auto plans."
+        hint = f"The ready ones are {', '.join(ready_names())}, and auto plans."
     return "does not exist", hint
 
 

@@ -74,14 +74,15 @@ class CommandLine:
             if word == "-h" or (word.startswith("--") and len(word) > 2):
                 self._option(word, is_own)
             elif not is_own and (match := KEY_VALUE.fullmatch(word)) and self._is_key(match[1]):
-                self._key_value(word, match[1], match[2])
+                self._key_value(match[1], match[2])
             else:
                 self._rest.append(word)
         self._assign_positionals()
+        self.problems = list(dict.fromkeys(self.problems))
         for action in self._options.values():
             if action.required and action.dest not in self.given and not self._was_refused(action):
                 name = action.option_strings[0]
-                line = f"{name}: missing. Give the {action.help or action.dest}."
+                line = f"{name}: missing ({action.help or action.dest})."
                 self.problems += [] if line in self.problems else [line]
 
     def namespace(self) -> argparse.Namespace:
@@ -183,19 +184,23 @@ class CommandLine:
     # ---- options of other programs
 
     def _is_key(self, key: str) -> bool:
+        if not self._positionals:  # then it can be nothing else
+            return True
         return key in self._options or self._known_elsewhere(key, is_key=True) is not None
 
     def _known_elsewhere(self, key: str, *, is_key: bool = False) -> Foreign | None:
         found = foreign_option(self._command, key, is_key=is_key)
         return found or (None if key in self._options else training_option(self._command, key))
 
-    def _key_value(self, word: str, key: str, value: str) -> None:
+    def _key_value(self, key: str, value: str) -> None:
         """Read `key=value`, as Ultralytics' command line has it."""
         action = self._options.get(key)
         if foreign := self._known_elsewhere(key, is_key=True):
             self._foreign(f"{key}=", foreign, value, action)
         elif action:
             self._own(f"--{key}", action, value)
+        else:
+            self.problems.append(self._unknown_option(key))
 
     def _foreign_value(self, foreign: Foreign, action: argparse.Action | None) -> str | None:
         """Take the words that are the option's value from the command line."""
@@ -250,7 +255,7 @@ class CommandLine:
                     name = str(action.metavar or action.dest)
                     self.given[action.dest] = self._converted(name, action, taken[0])
             if not taken and action.nargs != "*":
-                self.problems.append(f"{action.metavar or action.dest}: missing. Give {action.help}.")
+                self.problems.append(f"{action.metavar or action.dest}: missing ({action.help}).")
         self.problems += [
             f"{one}: not an option. Options start with --, and flags take no value: --ema, --no-ema."
             for one in rest

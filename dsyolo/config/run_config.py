@@ -75,7 +75,8 @@ class RunConfig(BaseModel):
     )
     global_batch: int | None = _run(
         None,
-        "images in an optimizer step, all GPUs together, before the JSON's. Without a number: those of --batch",
+        "images in an optimizer step, all GPUs together, before the JSON's",
+        alone="batch",
         unset="the JSON's",
         ge=1,
     )
@@ -312,6 +313,8 @@ unknown_option = partial(_unknown, known=RUN_KEYS | RECIPE_KEYS, prefix="--")
 
 def unknown_in_recipe(key: str) -> str:
     """Return the problem of a key that a recipe may not have."""
+    if key in ("iou_t", "anchors"):
+        return f"{key}: it is not used here, nor its default in YOLOv5. Leave it out."
     if key in RUN_KEYS:
         return f"{key}: not part of the recipe. Give it on the command line: --{key}."
     return _unknown(key, RECIPE_KEYS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 from importlib import import_module
 from pathlib import Path
@@ -14,9 +13,10 @@ from runs import ROOT
 
 from dsyolo import cli
 from dsyolo.base.errors import UserError
-from dsyolo.config.cli_args import read_command_line
+from dsyolo.config.cli_args import read_command_line, wants_cpu
 from dsyolo.config.command_parser import canonical
 from dsyolo.config.deepspeed.schema import TOP_LEVEL
+from dsyolo.config.foreign_commands import without_task
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import RUN_KEYS
 
@@ -100,12 +100,11 @@ def read(command: str, words: list[str]) -> list[str]:
     """Return the problems of a command line that has all that the command needs, and these words."""
     if command == "train":
         given = [] if any(word.startswith(("data=", "--data")) for word in words) else ["--data", "data.yaml"]
-        with contextlib.suppress(UserError):
+        try:
             read_command_line([*given, *words])
-            return []
-        with pytest.raises(UserError) as caught:
-            read_command_line([*given, *words])
-        return list(caught.value.problems)
+        except UserError as error:
+            return list(error.problems)
+        return []
     if command == "export":
         with pytest.raises(UserError) as caught:
             cli.parse(["export", *words])
@@ -121,6 +120,12 @@ def read(command: str, words: list[str]) -> list[str]:
     except UserError as error:
         return list(error.problems)
     return []
+
+
+def problems_of(argv: list[str]) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        read_command_line(argv)
+    return list(caught.value.problems)
 
 
 def test_the_list_is_whole() -> None:
@@ -157,3 +162,173 @@ def is_plain(problem: str) -> bool:
             r"expected one argument|: not an option|given, but it must be|does not exist|is a flag", problem
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--img", "320"], {"imgsz": 320}),
+        (["--img-size", "320"], {"imgsz": 320}),
+        (["imgsz=320", "epochs=50"], {"imgsz": 320, "epochs": 50}),
+        (["--cfg", "models/yolov5s.yaml", "--weights", ""], {"model": "yolov5s", "weights": None}),
+        (["model=yolov5m6.yaml"], {"model": "yolov5m6"}),
+        (["--cos-lr"], {"schedule": "cosine"}),
+        (["cos_lr=True"], {"schedule": "cosine"}),
+        (["cos_lr=False"], {"schedule": "linear"}),
+        (["--hyp", "data/hyps/hyp.scratch-high.yaml"], {"copy_paste": 0.1, "mixup": 0.1}),
+        (["--cache"], {"cache": "ram"}),
+        (["--cache", "--noval"], {"cache": "ram", "val_every": 1000000}),
+        (["cache=True", "cache=False"], {"cache": "none"}),
+        (["--nosave", "--sync-bn"], {"save_every": 1000000, "sync_batchnorm": True}),
+        (["--save-period", "5"], {"save_every": 5}),
+        (["--save-period", "-1"], {"save_every": 1}),
+        (["--exist-ok", "--device", "cpu"], {"exist_ok": True, "device": "cpu"}),
+        (["exist_ok=True", "multi_scale=True"], {"exist_ok": True, "multi_scale": True}),
+        (["--multi-scale=false", "ema=False"], {"multi_scale": False, "ema": False}),
+        (["--noautoanchor", "verbose=True", "task=detect", "mode=train", "--freeze", "0"], {"epochs": 300}),
+        (["val=False", "conf=0.3", "iou=0.5", "max_det=100"], {"val_every": 1000000, "score_threshold": 0.3}),
+        (["amp=False"], {"deepspeed_config": "fp32"}),
+        (["--label-smoothing", "0.1", "--patience", "0"], {"label_smoothing": 0.1, "patience": 0}),
+        (["pretrained=False"], {"weights": None}),
+    ],
+)
+def test_what_an_alias_sets(base: list[str], argv: list[str], expected: dict[str, Any]) -> None:
+    run, _ = read_command_line([*base, *argv])
+    values = {**run.model_dump(), **run.recipe.model_dump()}
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        (
+            ["--rect"],
+            "--rect: training images are square mosaics; validation is rectangular already: --rect_val.",
+        ),
+        (["--optimizer", "AdamW"], 'Set optimizer.type to "AdamW" there. Or give --deepspeed_config adamw.'),
+        (["lr0=0.02"], "lr0=0.02: the DeepSpeed JSON owns it. Set optimizer.params.lr to 0.02 there."),
+        (
+            ["--device", "0,1"],
+            "the launcher chooses GPUs: deepspeed --include localhost:0,1 dsyolo/train.py.",
+        ),
+        (["--device", "cuda:0"], "CUDA_VISIBLE_DEVICES=0 in front of the command"),
+        (["box=7.5"], "Ultralytics' gains are for another loss. YOLOv5's is --box 0.05"),
+        (["nbs=64"], "the images of a step are --global_batch 64"),
+        (
+            ["--weights", "yolov5s.pt"],
+            "does not exist. Nothing is downloaded: get yolov5s.pt from github.com/ultralytics/",
+        ),
+        (
+            ["model=yolov5s.pt"],
+            "--model yolov5s trains from scratch, and --weights FILE.safetensors starts from weights.",
+        ),
+        (["model=yolov8n.pt"], "only YOLOv5's networks are here: --model yolov5n"),
+        (
+            ["--hyp", "hyp.VOC.yaml"],
+            "hyp.VOC.yaml does not exist; the presets are --hyp low, --hyp med and --hyp high.",
+        ),
+        (["--cache", "disk"], "disk given, but it must be ram or none. On disk nothing is kept: --cache ram"),
+        (["--entity", "us"], "set WANDB_ENTITY=us in the environment, and --wandb online."),
+        (["--evolve", "300"], "recipes are not evolved: --hyp FILE.yaml"),
+        (["--freeze", "0", "1", "2"], "no layer is frozen"),
+        (["--source", "a.jpg"], "dsyolo detect --weights FILE a.jpg."),
+    ],
+)
+def test_what_is_answered(base: list[str], argv: list[str], answer: str) -> None:
+    (line,) = problems_of([*base, *argv])
+    assert answer in line
+
+
+def test_all_mistakes_are_reported_together(base: list[str]) -> None:
+    argv = [
+        *base,
+        "--rect",
+        "--epochs",
+        "0",
+        "--cache",
+        "--quad",
+        "--freeze",
+        "10",
+        "--mosaik",
+        "1",
+        "lr0=1",
+        "--name",
+    ]
+    (line,) = problems_of([*base, "epoch=3"])
+    assert line == "--epoch: unknown option. Did you mean --epochs?"
+    assert [line.partition(":")[0] for line in problems_of(argv)] == [
+        *("--rect", "--quad", "--freeze", "--mosaik", "lr0=1", "--name", "--epochs")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--device", "cpu"], True),
+        (["--device=cpu", "--data", "x"], True),
+        (["device=cpu"], True),
+        (["--device", "cpu", "--device", "auto"], False),
+        (["--name", "cpu"], False),
+        ([], False),
+    ],
+)
+def test_the_cpu_is_chosen_before_anything_asks_for_a_device(argv: list[str], expected: bool) -> None:
+    assert wants_cpu(argv) is expected
+
+
+def test_options_of_val_and_detect() -> None:
+    val = [
+        "val",
+        "--weights",
+        "w",
+        "--data",
+        "d",
+        "--conf-thres",
+        "0.2",
+        "--iou",
+        "0.5",
+        "--img",
+        "320",
+        "--batch-size",
+        "4",
+    ]
+    args = cli.parse([*val, "--device", "cpu", "rect=False", "--verbose"])
+    assert (args.score_threshold, args.iou_threshold, args.imgsz, args.batch_size) == (0.2, 0.5, 320, 4)
+    assert (args.device, args.rect_val) == ("cpu", False)
+    args = cli.parse(["detect", "model=w.safetensors", "--source", "a.jpg", "--max-det", "7", "--exist-ok"])
+    assert (args.weights, args.sources, args.max_detections) == (Path("w.safetensors"), [Path("a.jpg")], 7)
+    with pytest.raises(UserError) as caught:
+        cli.parse(["detect", "--weights", "yolov5s.pt", "--save-txt", "--project", "runs/x", "--epochs", "3"])
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        *("--weights", "--save-txt", "--project", "--epochs", "SOURCE")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        (["export", "--include", "onnx"], "export: there is no export"),
+        (["predict", "model=x.pt"], "predict: the command is dsyolo detect"),
+        (["detect", "export", "format=onnx"], "export: there is no export"),
+    ],
+)
+def test_commands_of_other_programs(argv: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_a_task_in_front_of_the_command_is_dropped() -> None:
+    assert without_task(["detect", "train", "data=x"], cli.COMMANDS) == ["train", "data=x"]
+    assert without_task(["detect", "predict", "a.jpg"], cli.COMMANDS) == ["detect", "a.jpg"]
+    assert without_task(["--local_rank=1", "train", "x"], cli.COMMANDS) == ["train", "x"]
+    assert without_task(["detect", "--weights", "x"], cli.COMMANDS) == ["detect", "--weights", "x"]
+
+
+def test_the_page_names_them_all() -> None:
+    page = (ROOT / "docs/from_yolov5.md").read_text(encoding="utf-8")
+    spans = {
+        canonical(part.partition("=")[0])
+        for span in re.findall(r"`([^`\n]+)`", page)
+        for part in span.split()
+    }
+    assert not {canonical(name) for _, _, name in ROWS} - spans

@@ -36,6 +36,10 @@ LANGUAGES = {"bash", "bash run", "text", "json", "yaml", "python"}
 OWN_COMMAND = re.compile(r"(dsyolo|deepspeed|python|make|launch/[\w.]+|sbatch|kubectl|pip) \S")
 OTHER_PROGRAMS = {"pre-commit"}  # nothing of theirs is checked
 FOREIGN_OPTIONS = {"--", "--shm-size"}  # the latter is docker's
+# YOLOv5's: dsyolo train takes them, or says what to give instead.
+FOREIGN_FLAGS = frozenset(
+    re.findall(r"--[\w-]+", (ROOT / "tests/config/foreign_flags.tsv").read_text(encoding="utf-8"))
+)
 OUR_PATHS = re.compile(r"(dsyolo|docs|tests|benchmarks|examples|launch|ds_configs|\.ci|\.github)/[\w./-]*")
 READY_JSON = re.compile(r"(zero\d|adamw|bf16|fp16|fp32|pipeline\d|recompute|demo)\w*\.json")
 MADE_BY_THE_USER = {"launch/hostfile", "launch/deepspeed_env", "ds_configs/my.json"}
@@ -105,7 +109,7 @@ def help_options(program: str) -> frozenset[str]:
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-        return frozenset(options_in(done.stdout))
+        return frozenset(options_in(done.stdout)) | (FOREIGN_FLAGS if program == "train" else frozenset())
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
         cli.main([program, "--help"])

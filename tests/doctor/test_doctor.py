@@ -195,11 +195,7 @@ def test_a_mistake_in_the_command_line_is_no_finding(tmp_path, capsys, option, m
     from dsyolo.cli import main
 
     (tmp_path / "file").write_text("")
-    try:
-        status = main(["doctor", *(part.format(file=tmp_path / "file") for part in option)])
-    except SystemExit as caught:  # argparse's own
-        status = caught.code
-    assert status == 2
+    assert main(["doctor", *(part.format(file=tmp_path / "file") for part in option)]) == 2
     assert message in capsys.readouterr().err
 
 
