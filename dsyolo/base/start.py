@@ -6,9 +6,7 @@ import sys
 from typing import Any
 
 from dsyolo.base.environment import all_variables, wait_passively
-from dsyolo.base.launcher import Launcher
-
-INTERRUPTED = 130  # exit status after Ctrl-C
+from dsyolo.base.launcher import INTERRUPTED, Launcher
 
 
 def prepare_training() -> None:
