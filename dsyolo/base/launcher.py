@@ -6,6 +6,7 @@ import re
 import signal
 from pathlib import Path
 
+INTERRUPTED = 130  # exit status after Ctrl-C, saved or not: a script that starts 75 again must not start this
 # The program that starts `deepspeed.launcher.launch` on one machine: a script, or a module after python -m.
 _RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
 

@@ -6,10 +6,8 @@ import sys
 from typing import Any
 
 from dsyolo.base.environment import all_variables, wait_passively
-from dsyolo.base.launcher import Launcher
+from dsyolo.base.launcher import INTERRUPTED, Launcher
 from dsyolo.base.limits import exit_without_memory
-
-INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 def prepare_training() -> None:

@@ -13,14 +13,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as torch_dist
 
-from dsyolo.base.launcher import Launcher
+from dsyolo.base.launcher import INTERRUPTED, Launcher
 from dsyolo.cluster.heartbeat import log_last_error
 from dsyolo.cluster.world import World
 
 STATUS = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of sysexits.h
-INTERRUPTED = (
-    130  # that of one that Ctrl-C ended, saved or not: a script that starts 75 again must not start this
-)
 POLL_S = 1.0
 AGAIN_S = 0.5  # a second Ctrl-C within is the first one, which a program between has passed on as well
 # A scheduler's; a terminal's or an ssh session's that ends; Ctrl-C.

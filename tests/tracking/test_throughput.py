@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import re
 import subprocess
@@ -29,12 +30,15 @@ from dsyolo.engine.step_timer import (
     DeviceClock,
     HostClock,
     StepTimer,
+    StepTimes,
 )
 from dsyolo.planner import cpu_peak
+from dsyolo.planner.cpu_peak import Peak
 from dsyolo.planner.local_hardware import peak_of_gpu
 from dsyolo.tracking.resource_usage import Gpu, ResourceUsage, load_nvml
 from dsyolo.tracking.throughput import LOGGED_STEP, SHARES, describe, measured_every, peak_figures, shares
-from dsyolo.trainer.hooks.time_profile_hook import device_name
+from dsyolo.trainer.hooks import time_profile_hook
+from dsyolo.trainer.hooks.time_profile_hook import TimeProfileHook, device_name
 
 
 class Ticks:
@@ -380,7 +384,7 @@ def test_peaks_of_devices():
             "not known, and no share of it is given: other load disturbed 8 of 8 bursts of it",
         ),
         ([(100e9, 0.5)] * 7 + [(310e9, 1.0)], 0.0, "other load disturbed 7 of 8 bursts of it"),
-        ([(10e9 * 1.5**i, 1.0) for i in range(8)], 0.0, "it ran at 10 to 171 GFLOP/s, median 43"),
+        ([(10e9 * 1.5**i, 1.0) for i in range(8)], 0.0, "it ran at 10 to 171 GFLOP/s, median 42"),
     ],
 )
 def test_a_busy_moment_does_not_set_the_peak_of_a_cpu(monkeypatch, bursts, flops_per_s, source):
@@ -408,6 +412,42 @@ def test_the_peak_of_a_cpu_is_measured_or_said_not_to_be_known():
     found = cpu_peak.peak_of_cpu(PRECISIONS["fp32"])
     assert found.flops_per_s > 1e8 or found.source.startswith("not known")
     assert "float32" in found.source
+
+
+def test_a_peak_is_measured_again_and_the_highest_one_stays(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    peaks = [
+        Peak(0.0, "not known"),
+        Peak(100e9, "100"),
+        Peak(310e9, "310"),
+        Peak(120e9, "120"),
+        Peak(900e9, "900"),
+    ]
+    monkeypatch.setattr(time_profile_hook, "_peak_of_rank", lambda *_: peaks.pop(0))
+    hook = TimeProfileHook(in_detail=False)
+    engine = SimpleNamespace(device=torch.device("cpu"), all_gather=lambda item: [item, item])
+    trainer = SimpleNamespace(engine=engine, figures={}, world=SimpleNamespace(is_main_process=True))
+    trainer.spec = SimpleNamespace(ds=SimpleNamespace(precision=None))
+    hook.trainer, hook._timer = trainer, SimpleNamespace(take=lambda: taken.pop(0))
+    taken = [[StepTimes(1, dict.fromkeys(PHASES, seconds / len(PHASES)))] for seconds in (5, 5, 61, 61, 61)]
+    monkeypatch.setattr(hook, "_flops_of_step", lambda step: 61e9)
+    hook._flops_per_image = 1e9
+    hook._measure_peak()
+    seen = []
+    for _ in range(5):
+        trainer.figures.clear()
+        hook.after_epoch()
+        seen.append(trainer.figures.get("mfu"))
+    assert seen[0] is None
+    assert seen[1:] == pytest.approx([12.2e9 / 200e9, 1e9 / 200e9, 1e9 / 620e9, 1e9 / 620e9])
+    assert len(peaks) == 1  # the fifth is not asked for
+    assert [record.getMessage() for record in caplog.records] == [
+        f"peak of a rank: {source}" for source in ("not known", "100", "310")
+    ]
+    assert hook.mfu(62.0) == pytest.approx(0.1)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # others' load has gone
+    assert hook.mfu(62.0) == pytest.approx(0.05)
 
 
 def test_only_a_gpu_that_trains_is_named(monkeypatch):

@@ -25,7 +25,8 @@ from dsyolo.tracking.throughput import StepDetails, measured_every, peak_figures
 from dsyolo.trainer.hooks.base import Hook, Part
 
 T = TypeVar("T")
-MOST_PEAK_TRIES = 4  # at the start, and after epochs while other load disturbs it
+# A CPU's peak is measured at the start, after epochs while it is not known, and some times more: the highest one stays.
+MOST_PEAK_TRIES, PEAK_EVERY_S, PEAK_GROWS = 4, 60.0, 1.05
 PASSES = 1 + BACKWARD  # forward passes that a step's operations count as, without what is computed again
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class TimeProfileHook(Hook):
         self._in_detail = in_detail
         self._details: StepDetails | None = None
         self._memory: dict[str, float] = {}
-        self._peak_tries = 0
+        self._peak_tries, self._trained_s = 0, 0.0  # the latter since the last try
 
     def open(self) -> None:
         trainer, engine = self.trainer, self.trainer.engine
@@ -64,12 +65,16 @@ class TimeProfileHook(Hook):
     def _measure_peak(self) -> None:
         """Measure or look up the peak of all ranks. All ranks call it together."""
         trainer, engine = self.trainer, self.trainer.engine
-        self._peak = _peak_of_rank(trainer.spec.ds.precision, engine.device, engine.all_gather)
-        self._peak_threads = torch.get_num_threads()
-        self._sum_of_peaks = sum(engine.all_gather(self._peak.flops_per_s))
+        found = _peak_of_rank(trainer.spec.ds.precision, engine.device, engine.all_gather)
+        sum_of_peaks = sum(engine.all_gather(found.flops_per_s))
         self._peak_tries += 1
+        self._trained_s = 0.0
+        if self._peak_tries > 1 and sum_of_peaks <= PEAK_GROWS * self._peak_flops_per_s:
+            return  # as before, or lower in a moment that is busier
+        self._peak, self._sum_of_peaks = found, sum_of_peaks
+        self._peak_threads = torch.get_num_threads()
         if trainer.world.is_main_process:
-            log.info("peak of a rank: %s", self._peak.source)
+            log.info("peak of a rank: %s", found.source)
 
     @property
     def _peak_flops_per_s(self) -> float:
@@ -107,7 +112,11 @@ class TimeProfileHook(Hook):
         ranks = self.trainer.engine.all_gather({name: sum(s.seconds[name] for s in own) for name in PHASES})
         flops = sum(self._flops_of_step(one.step) for one in own)
         self.trainer.figures |= shares(ranks, flops, self._peak_flops_per_s) | self._memory
-        if not self._sum_of_peaks and on_cpu and self._peak_tries < MOST_PEAK_TRIES:  # a busy moment before
+        self._trained_s += max(sum(seconds.values()) for seconds in ranks)  # the same on all ranks
+        is_due = not self._sum_of_peaks or self._trained_s > PEAK_EVERY_S
+        if (
+            on_cpu and is_due and self._peak_tries < MOST_PEAK_TRIES
+        ):  # the moment before may have been a busy one
             self._measure_peak()
 
     def finish(self) -> None:
