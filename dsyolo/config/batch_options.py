@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, dp_size_of, fitted, open_batch
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, dp_size_of, fitted, recipe_batch
 from dsyolo.config.deepspeed.json_reader import JsonSource
 from dsyolo.config.messages import counted
 from dsyolo.config.run_config import RunConfig
@@ -62,10 +62,8 @@ def contradiction(run: RunConfig, dp_size: int, saved_batch: int | None = None) 
 
 def images_in_step(run: RunConfig, ranks: int, saved_batch: int | None = None) -> int:
     """Return the images in a step of a run whose JSON says nothing of them: the option's, or else the recipe's."""
-    micro = {MICRO: run.batch} if run.batch and run.batch != PLANNED else {}
-    images = saved_batch or run.global_batch or open_batch(micro, ranks)
-    assert images
-    return images
+    micro = run.batch if run.batch and run.batch != PLANNED else 1
+    return saved_batch or run.global_batch or recipe_batch(ranks * micro)
 
 
 def per_rank(images: int, ranks: int) -> int:

@@ -16,6 +16,7 @@ from dsyolo.trainer import resumption
 from dsyolo.trainer.hooks.base import StopTraining
 
 WORLD = World(0, 1, 0, 1)
+SGD = SimpleNamespace(type="SGD", params={"lr": 0.01}, is_adam=False)
 
 
 def spec(
@@ -24,7 +25,7 @@ def spec(
     patience: int = 5,
     patience_before: int = 5,
     lrf: float = 0.01,
-    optimizer: Any = SimpleNamespace(type="SGD", params={"lr": 0.01}, is_adam=False),
+    optimizer: Any = SGD,
     scheduler: Any = None,
     **other: Any,
 ) -> Any:

@@ -42,6 +42,11 @@ def open_batch(
         return None
     dp_size = dp_size_of(content, ranks)
     unit = dp_size * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
+    return recipe_batch(unit)
+
+
+def recipe_batch(unit: int) -> int:
+    """Return the recipe's images in a step, rounded up to a multiple of `unit`."""
     return -(-NOMINAL_BATCH // unit) * unit
 
 
