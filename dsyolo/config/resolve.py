@@ -60,6 +60,15 @@ class RunSpec:
         """Return the epochs over which the lr comes down: fewer than the run's if it was finished and then extended."""
         return (self.resume and self.resume.schedule_epochs) or self.config.epochs
 
+    @property
+    def ends_at_zero(self) -> bool:
+        """Return whether the last lr is 0."""
+        return _ends_at_zero(self.config, self.ds)
+
+
+def _ends_at_zero(run: RunConfig, ds: DeepSpeedConfig | None) -> bool:
+    return ds.scheduler.ends_at_zero if ds and ds.scheduler else not run.recipe.lrf
+
 
 def resolve(
     argv: Sequence[str] | None,
@@ -69,7 +78,7 @@ def resolve(
     accelerator: str,
     plan: Planner,
     saved_state: Callable[[Path], Any],
-    check_folder: Callable[[RunConfig, ResumePoint | None], None],
+    check_folder: Callable[[RunConfig, ResumePoint | None, bool], None],
 ) -> RunSpec:
     """Read each file that the user gave once, and check everything before any rank builds a model.
 
@@ -80,7 +89,7 @@ def resolve(
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         plan: fills in what the DeepSpeed JSON leaves to the machine.
         saved_state: reads the newest checkpoint's state in a folder of checkpoints, None where there is none.
-        check_folder: refuses a folder that cannot be this run's.
+        check_folder: refuses a folder that cannot be this run's; the last argument: its last lr is 0.
 
     Raises:
         UserError: something in it cannot be used.
@@ -105,7 +114,8 @@ def resolve(
     planned = _attempt(errors, lambda: _configure(run, known, layers, resume, world_size, accelerator, plan))
     if planned and (problems := _two_schedules(run, planned.ds)):
         errors.append(UserError("This run cannot start", problems))
-    _attempt(errors, lambda: check_folder(run, resume))
+    ends_at_zero = _ends_at_zero(run, planned.ds if planned else None)
+    _attempt(errors, lambda: check_folder(run, resume, ends_at_zero))
     weights = _attempt(
         errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
     )

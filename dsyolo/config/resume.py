@@ -50,14 +50,14 @@ def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) ->
     return ResumePoint(folder, RunConfig.load(path), version)
 
 
-def extension_fault(point: ResumePoint, epochs: int, lrf: float) -> str | None:
+def extension_fault(point: ResumePoint, epochs: int, ends_at_zero: bool) -> str | None:
     """Return why a run cannot be extended to `epochs`; None where it can, or where they do not grow.
 
     A finished run goes on at the lr that its schedule ended with. An unfinished one is in the middle of a schedule over
     its own epochs, which would jump.
 
     Args:
-        lrf: the final lr as a fraction of the peak.
+        ends_at_zero: whether the schedule's last lr is 0.
     """
     if epochs <= (point.epochs or point.config.epochs):
         return None
@@ -65,8 +65,8 @@ def extension_fault(point: ResumePoint, epochs: int, lrf: float) -> str | None:
     if not point.is_finished:
         rule = "only a finished run can be extended, as the lr comes down over its epochs"
         return f"{rule}. Finish it first, without --epochs; or {anew}."
-    if not lrf:
-        return f"the schedule of the run has ended with lr 0 (--lrf 0), by which nothing is learned. To go on, {anew}."
+    if ends_at_zero:
+        return f"the schedule of the run has ended with lr 0, by which nothing is learned. To go on, {anew}."
     return None
 
 

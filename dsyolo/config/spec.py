@@ -129,6 +129,13 @@ class SchedulerSpec:
     type: str  # WarmupLR, WarmupDecayLR or WarmupCosineLR
     params: Mapping[str, Any]  # every parameter of the type; None: follows from optimizer, recipe or run
 
+    @property
+    def ends_at_zero(self) -> bool:
+        """Return whether the rate is 0 once its steps are over."""
+        if self.type == "WarmupLR":
+            return False
+        return not self.params["cos_min_ratio" if self.type == "WarmupCosineLR" else "warmup_min_lr"]
+
 
 @dataclass(frozen=True)
 class OffloadSpec:

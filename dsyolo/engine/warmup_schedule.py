@@ -48,7 +48,7 @@ class WarmupSchedule:
         shape = "logarithmic" if self.is_log else "linear"
         warmup = f"{shape} warm-up from {self.min_lr:g} to {self.lr:g} in {self.warmup_steps} steps"
         falls = {
-            DECAY: f", then linearly to 0 at step {self.decay_steps}",
+            DECAY: f", then linearly to {self.min_lr:g} at step {self.decay_steps}",
             COSINE: f", then by a cosine to {self.lr * self.floor:g} at step {self.decay_steps}",
         }
         text = f"steps: {self.total_steps}; lr by the JSON's {self.kind}: {warmup}{falls.get(self.kind, '')}"
@@ -60,7 +60,7 @@ class WarmupSchedule:
             what = f"The run ends during the warm-up, after {self.total_steps} of {self.warmup_steps} steps"
             return f"{what}. Train more epochs, or lower scheduler.params.warmup_num_steps."
         lost = self.total_steps - self.decay_steps - 1
-        ends_at_0 = self.kind == DECAY or (self.kind == COSINE and self.floor == 0)
+        ends_at_0 = not (self.min_lr if self.kind == DECAY else self.floor) and self.kind in (DECAY, COSINE)
         if lost > 0 and ends_at_0:
             what = f"scheduler.params.total_num_steps: {self.decay_steps} given, but the run has {self.total_steps} steps"
             return f'{what}, and the last {lost} have a learning rate of 0. Set it to "auto".'

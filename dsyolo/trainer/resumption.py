@@ -72,10 +72,9 @@ def _finished(spec: RunSpec, saved: TrainState) -> str:
         return f"{what}. Raise --patience (now {spec.config.patience}) to go on, or {anew}."
     if saved.epoch < epochs:
         return ""
-    if spec.config.recipe.lrf:
-        longer = f"To train more, give --epochs {2 * epochs}, which goes on at the last lr, or"
-    else:  # the last lr is 0
-        longer = "To train more,"
+    longer = "To train more,"
+    if not spec.ends_at_zero:
+        longer += f" give --epochs {2 * epochs}, which goes on at the last lr, or"
     return f"{folder} is finished: all of its {epochs} epochs are trained. {longer} {anew}."
 
 

@@ -107,20 +107,20 @@ def test_name_and_project_may_not_contradict_the_path(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("finished", "epochs", "lrf", "fault"),
+    ("finished", "epochs", "ends_at_zero", "fault"),
     [
-        (True, 7, 0.01, None),
-        (True, 9, 0.01, None),
-        (False, 7, 0.01, None),
-        (False, 9, 0.01, "only a finished run can be extended, as the lr comes down over its epochs"),
-        (True, 9, 0.0, "the schedule of the run has ended with lr 0 (--lrf 0)"),
+        (True, 7, False, None),
+        (True, 9, False, None),
+        (False, 7, False, None),
+        (False, 9, False, "only a finished run can be extended, as the lr comes down over its epochs"),
+        (True, 9, True, "the schedule of the run has ended with lr 0,"),
     ],
 )
 def test_a_finished_run_can_be_extended(
-    run: Path, finished: bool, epochs: int, lrf: float, fault: str | None
+    run: Path, finished: bool, epochs: int, ends_at_zero: bool, fault: str | None
 ) -> None:
     point = ResumePoint(run, RunConfig.load(run / "config.yaml"), (0, 0, 0), epochs=7, is_finished=finished)
-    found = extension_fault(point, epochs, lrf)
+    found = extension_fault(point, epochs, ends_at_zero)
     assert (found is None) == (fault is None)
     if found:
         assert found.startswith(str(fault))

@@ -11,7 +11,7 @@ from dsyolo.config.deepspeed.batch_sizes import batch_json, divisors, fitted, ha
 from dsyolo.config.deepspeed.config import check
 from dsyolo.config.deepspeed.json_reader import read_source
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_spec, recipe_params
-from dsyolo.config.spec import BYTES, PRECISIONS, BatchPlan, Precision
+from dsyolo.config.spec import BYTES, PRECISIONS, BatchPlan, Precision, SchedulerSpec
 
 
 def test_a_batch_carries_its_arithmetic() -> None:
@@ -78,3 +78,17 @@ def test_a_batch_that_is_left_open_is_the_recipes(tmp_path: Path) -> None:
     # What is "auto" elsewhere leaves a batch as it is.
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": "auto"}))
     assert check(read_source(path), world_size=2, accelerator="cpu").global_batch == 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "ends_at_zero"),
+    [
+        ("WarmupLR", {"warmup_min_lr": 0.0}, False),
+        ("WarmupDecayLR", {"warmup_min_lr": 0.0}, True),
+        ("WarmupDecayLR", {"warmup_min_lr": 1e-5}, False),
+        ("WarmupCosineLR", {"cos_min_ratio": 0.0, "warmup_min_ratio": 0.1}, True),
+        ("WarmupCosineLR", {"cos_min_ratio": 1e-4}, False),
+    ],
+)
+def test_a_schedule_ends_at_zero_or_not(kind: str, params: dict[str, float], ends_at_zero: bool) -> None:
+    assert SchedulerSpec(kind, params).ends_at_zero is ends_at_zero

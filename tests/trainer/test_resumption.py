@@ -24,7 +24,7 @@ def spec(
     *,
     patience: int = 5,
     patience_before: int = 5,
-    lrf: float = 0.01,
+    ends_at_zero: bool = False,
     optimizer: Any = SGD,
     scheduler: Any = None,
     **other: Any,
@@ -32,7 +32,8 @@ def spec(
     return SimpleNamespace(
         folder=Path("runs/a"),
         schedule_epochs=10,
-        config=SimpleNamespace(epochs=epochs, patience=patience, seed=0, recipe=SimpleNamespace(lrf=lrf)),
+        config=SimpleNamespace(epochs=epochs, patience=patience, seed=0, recipe=SimpleNamespace()),
+        ends_at_zero=ends_at_zero,
         resume=SimpleNamespace(config=SimpleNamespace(patience=patience_before)),
         ds=SimpleNamespace(optimizer=optimizer, scheduler=scheduler, gradient_clipping=10.0, global_batch=8),
         data=SimpleNamespace(names=("a",)),
@@ -55,7 +56,7 @@ def state(epoch: int, **other: Any) -> TrainState:
             "all of its 10 epochs are trained. To train more, give --epochs 20, which goes on at the ",
         ),
         (
-            {"lrf": 0.0},
+            {"ends_at_zero": True},
             state(10),
             "all of its 10 epochs are trained. To train more, start another run with --name",
         ),
