@@ -15,7 +15,7 @@ def test_a_byte_order_mark_is_named(tmp_path):
     assert "UTF-8 without one" in finding.remedy
 
 
-def test_a_port_is_said_to_belong_elsewhere(tmp_path):
+def test_a_port_belongs_elsewhere(tmp_path):
     (tmp_path / "hostfile").write_text("node1:2222 slots=8\n", encoding="utf-8")
     _, (finding,) = read_hostfile(tmp_path / "hostfile")
     assert "'node1:2222' has a port" in finding.found
