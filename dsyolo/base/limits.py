@@ -38,7 +38,7 @@ def check_address_space(beside_imports: int | None = None) -> None:
 
 
 def exit_without_memory() -> None:
-    """End the process with a message and status 2 where not even the libraries can be imported."""
+    """Exit with status 2 where not even torch can be imported."""
     try:
         check_address_space()
     except UserError as error:

@@ -44,7 +44,7 @@ def test_what_the_imports_leave_is_compared(monkeypatch):
         limits.check_address_space(1100 * MIB)
 
 
-def test_open_files_are_raised_as_far_as_allowed_and_else_reported():
+def test_open_files_are_raised_as_far_as_allowed_or_reported():
     code = (
         "import resource; from dsyolo.base.limits import raise_open_files\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (30, 60)); raise_open_files(50)\n"
