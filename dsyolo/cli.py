@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from dsyolo.base.environment import restart_in_utf8
 from dsyolo.base.errors import UserError, path_error
 from dsyolo.base.limits import check_address_space
 from dsyolo.base.stdio import degrade, outlive_readers
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     The command's own; 2 for a mistake of the user's, 70 where memory runs out, 74 where standard output cannot be
     written, or 128 + the signal.
     """
+    if argv is None:  # the command itself, and no call from Python
+        restart_in_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == [TRAIN]:
         outlive_readers()  # before train.py is imported, as in its own entry: loggers take hold of the streams

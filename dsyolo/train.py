@@ -9,8 +9,10 @@ import sys
 if __name__ == "__main__":
     if sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
         del sys.path[0]  # put there for a script: our folders would hide packages of the same names
+    from dsyolo.base.environment import restart_in_utf8
     from dsyolo.base.limits import exit_without_memory
 
+    restart_in_utf8()
     exit_without_memory()  # which the import of torch would do without a word
 
 import logging

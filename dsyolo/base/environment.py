@@ -6,6 +6,7 @@ ranks. Nothing else uses os.environ, except doctor/probe.py, which runs on other
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -84,6 +85,19 @@ def export_to_torch(place: Environment, *, instead: bool = False) -> None:
 def all_variables() -> dict[str, str]:
     """Return a copy of this process's variables, for child processes."""
     return dict(os.environ)
+
+
+def restart_in_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode, where the locale has another encoding. The pid stays.
+
+    Else libraries read their own files in the locale's: torch's compiler cannot be imported under zh_CN.GBK. Paths are
+    bytes then, the same in every locale; the terminal gets its own encoding, with escapes for letters that it lacks.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8":
+        return
+    terminal = sys.stdout.encoding if sys.stdout else "utf-8"
+    given = {"PYTHONUTF8": "1", "PYTHONIOENCODING": f"{terminal}:backslashreplace"}
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], {**os.environ, **given})
 
 
 def count_restart() -> None:
