@@ -41,7 +41,7 @@ def is_of_image(path: str, suffix: str) -> bool:
     if suffix == ".json":
         return bool(_JSON_KEYS.search(head))
     # A caption has words; a label four numbers or more, and perhaps the name of a class.
-    return any(_num_numbers(_words(line)) >= 4 for line in head.splitlines()[:3])
+    return any(_num_numbers(_columns(line)) >= 4 for line in head.splitlines()[:3])
 
 
 def is_for_all(path: str, suffix: str) -> bool:
@@ -57,9 +57,9 @@ def is_for_all(path: str, suffix: str) -> bool:
     columns = [column.strip(" \"'") for column in re.split(r"[,;\t]", first)]
     if suffix != ".txt" and any(_BOX_COLUMN.fullmatch(column) for column in columns):
         return True
-    words = _words((rest or [first])[0])
-    names_image = any(Path(word.strip("\"'")).suffix.lower() in IMAGE_SUFFIXES for word in words)
-    return names_image and _num_numbers(words) >= 4
+    columns = _columns((rest or [first])[0])
+    names_image = any(Path(word.strip("\"'")).suffix.lower() in IMAGE_SUFFIXES for word in columns)
+    return names_image and _num_numbers(columns) >= 4
 
 
 def is_archive(name: str) -> bool:
@@ -87,12 +87,12 @@ def remedy(path: str, *, per_image: bool) -> str:
     return OWN_FORMAT
 
 
-def _words(line: str) -> list[str]:
+def _columns(line: str) -> list[str]:
     return re.split(r"[\s,;]+", line.strip())
 
 
-def _num_numbers(words: list[str]) -> int:
-    return sum(bool(_NUMBER.fullmatch(word)) for word in words)
+def _num_numbers(columns: list[str]) -> int:
+    return sum(bool(_NUMBER.fullmatch(word)) for word in columns)
 
 
 def _head(path: str) -> str:
