@@ -9,11 +9,9 @@ import sys
 if __name__ == "__main__":
     if sys.path[:1] == [os.path.dirname(os.path.abspath(__file__))]:
         del sys.path[0]  # put there for a script: our folders would hide packages of the same names
-    from dsyolo.base.environment import restart_in_utf8
-    from dsyolo.base.limits import exit_without_memory
+    from dsyolo.base.limits import prepare_process
 
-    restart_in_utf8()
-    exit_without_memory()  # which the import of torch would do without a word
+    prepare_process()  # before torch is imported
 
 import logging
 import time

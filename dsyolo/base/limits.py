@@ -8,6 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
+from dsyolo.base.environment import restart_in_utf8
 from dsyolo.base.errors import UserError
 
 MIB = 1 << 20
@@ -37,8 +38,9 @@ def check_address_space(beside_imports: int | None = None) -> None:
         raise UserError(HEADLINE, [f"address space: limited to {limit / 2**30:.1f} GiB, {rule}."])
 
 
-def exit_without_memory() -> None:
-    """End the process with a message and status 2 where not even the libraries can be imported."""
+def prepare_process() -> None:
+    """Start again in UTF-8 mode where that is needed, and exit with status 2 where not even torch can be imported."""
+    restart_in_utf8()
     try:
         check_address_space()
     except UserError as error:

@@ -29,7 +29,7 @@ def limited(command: str, *argv: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "words", [["dsyolo/train.py", "--data", "x"], ["-m", "dsyolo.cli", "val", "--weights", "x"]]
 )
-def test_too_little_address_space_is_noticed_before_torch_is_imported(words):
+def test_too_little_address_space_is_reported_before_torch_is_imported(words):
     done = limited("-v 800000", *words)
     assert done.returncode == 2, done.stderr
     assert "address space: limited to 0.8 GiB, but at least 1.0 GiB are needed. Raise it" in done.stderr
@@ -44,7 +44,7 @@ def test_what_the_imports_leave_is_compared(monkeypatch):
         limits.check_address_space(1100 * MIB)
 
 
-def test_open_files_are_raised_as_far_as_allowed_and_else_named():
+def test_open_files_are_raised_as_far_as_allowed_or_reported():
     code = (
         "import resource; from dsyolo.base.limits import raise_open_files\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (30, 60)); raise_open_files(50)\n"
@@ -57,7 +57,7 @@ def test_open_files_are_raised_as_far_as_allowed_and_else_named():
     assert "open files: limited to 60, but up to 100 are needed. Raise it (`ulimit -n 1024`)" in done.stdout
 
 
-def test_a_small_shared_memory_is_named(monkeypatch):
+def test_a_small_shared_memory_is_reported(monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=16, f_frsize=4096))
     limits.check_shared_memory(65536)
     with pytest.raises(
@@ -68,7 +68,7 @@ def test_a_small_shared_memory_is_named(monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("words", [["plan", "--gpus", "1x8GiB"]])
-def test_a_full_disk_behind_standard_output_is_named(words):
+def test_a_full_disk_behind_standard_output_is_reported(words):
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(
             [sys.executable, "-m", "dsyolo.cli", *words],

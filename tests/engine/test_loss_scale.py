@@ -112,6 +112,7 @@ def fp16_autocast(folder: str) -> dict[str, object]:
     saved = manifest.pop("loss_scale")
     barrier()
     if engine.world.is_main_process:
+        manifest.pop("sha256", None)
         (path / "progress.json").write_text(json.dumps(manifest))  # as checkpoints were before
     barrier()
     old, _, _, of_old = training.build(0, Path(folder), **json_block)
