@@ -23,6 +23,7 @@ from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.formats.format_registry import convert
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
+from dsyolo.data.images import check_image
 from dsyolo.data.index import ImageRecord, assemble_index
 from dsyolo.data.index_cache import load_cache, save_cache
 from dsyolo.data.labels import Labels, Problem, read_labels
@@ -105,6 +106,12 @@ def image_of(sample: Path) -> Path:
     return next(iter(sorted((sample / "images").rglob("*.jpg"))))
 
 
+def size_of(image: Path) -> tuple[int, int]:
+    size_hw = check_image(image)[0]
+    assert size_hw is not None
+    return size_hw
+
+
 def data_yaml(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
     file = sample / "changed.yaml"
     file.write_text(
@@ -146,8 +153,9 @@ def hostfile(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
 
 def coco(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
     image = image_of(sample)
+    height, width = size_of(image)
     content = {
-        "images": [{"id": 1, "file_name": image.name, "width": 32, "height": 32}],
+        "images": [{"id": 1, "file_name": image.name, "width": width, "height": height}],
         "categories": [{"id": 1, "name": "cat"}],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 12], "iscrowd": 0},
@@ -175,12 +183,13 @@ def voc(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     (root / "JPEGImages/a.jpg").write_bytes(image.read_bytes())
+    height, width = size_of(image)
     for split in ("train", "val"):
         (root / f"ImageSets/Main/{split}.txt").write_text("a\n", "utf-8")
     box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>12</ymax></bndbox>"
     file = root / "Annotations/a.xml"
     file.write_text(
-        "<annotation><size><width>32</width><height>32</height><depth>3</depth></size>"
+        f"<annotation><size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
         f"<object><name>cat</name><difficult>0</difficult>{box}</object></annotation>",
         "utf-8",
     )

@@ -32,7 +32,7 @@ def read_bytes(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
     Raises:
         OSError: as `open`; or it is larger, or a device or pipe, which may never end.
     """
-    with os.fdopen(_open_at_once(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
+    with open(_open_at_once(path), "rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         size = f"{most_bytes >> 20} MiB" if most_bytes >> 20 else f"{most_bytes} bytes"
@@ -40,11 +40,11 @@ def read_bytes(path: str | Path, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
     return data
 
 
-def _open_at_once(path: str | Path, flags: int) -> int:
-    """Open a regular file; without blocking, as opening a pipe waits for a writer, and one may have replaced the file."""
+def _open_at_once(path: str | Path) -> int:
+    """Return a descriptor of a regular file, opened without blocking: a pipe would wait for a writer."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # asked first, since opening a device may already act on it
         raise OSError(None, "a folder, device or pipe, but it must be a file", str(path))
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(None, "a folder, device or pipe, but it must be a file", str(path))

@@ -57,9 +57,9 @@ def is_for_all(path: str, suffix: str) -> bool:
     columns = [column.strip(" \"'") for column in re.split(r"[,;\t]", first)]
     if suffix != ".txt" and any(_BOX_COLUMN.fullmatch(column) for column in columns):
         return True
-    fields = _columns((rest or [first])[0])
-    names_image = any(Path(field.strip("\"'")).suffix.lower() in IMAGE_SUFFIXES for field in fields)
-    return names_image and _num_numbers(fields) >= 4
+    columns = _columns((rest or [first])[0])
+    names_image = any(Path(word.strip("\"'")).suffix.lower() in IMAGE_SUFFIXES for word in columns)
+    return names_image and _num_numbers(columns) >= 4
 
 
 def is_archive(name: str) -> bool:
@@ -92,7 +92,7 @@ def _columns(line: str) -> list[str]:
 
 
 def _num_numbers(columns: list[str]) -> int:
-    return sum(bool(_NUMBER.fullmatch(column)) for column in columns)
+    return sum(bool(_NUMBER.fullmatch(word)) for word in columns)
 
 
 def _head(path: str) -> str:

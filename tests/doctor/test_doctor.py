@@ -310,7 +310,8 @@ def test_a_lock_that_changes_hands_is_put_back(tmp_path, monkeypatch):
         ("-oProxyCommand=reboot slots=2\n", "is not the name of one host", "its own line"),
         ("\n# nothing\n", "names no host", "Add lines"),
         (None, "does not exist", "Check --hostfile"),
-        (b"\xff\xfe", "cannot be read", "Check --hostfile"),
+        (b"\xff\xfe", "begins with a byte-order mark", "Save it as UTF-8"),
+        (b"n\xe4 slots=2\n", "cannot be read: not in UTF-8", "iconv -f"),
     ],
 )
 def test_what_is_wrong_with_a_hostfile_is_named(tmp_path, capsys, text, found, remedy):
