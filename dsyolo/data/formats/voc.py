@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ import numpy as np
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import names_in, read_bytes, shortened
-from dsyolo.base.text import decode_names, on_disk
+from dsyolo.base.text import decode, decode_names, on_disk
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.image_finder import as_posix
 from dsyolo.data.formats.yolo import IMAGE_SUFFIXES, MOST_LIST_BYTES
@@ -19,6 +20,7 @@ from dsyolo.data.labels import Problem
 BAD_ANNOTATION = "annotation cannot be read (image left out)"
 DIFFICULT = "object marked difficult (left out)"
 MOST_VOC_BYTES = 64 << 20
+_DECLARED = re.compile(rb"<\?xml[^>]*\sencoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"']")
 IN_TWO_SPLITS = "image in train and in val (kept in both)"
 
 
@@ -178,10 +180,22 @@ def _voc_image(folder: Path, stem: str) -> Path | None:
     return next((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(f)), None)
 
 
+def _parse(data: bytes, file: Path) -> ElementTree.Element:
+    """Parse XML in the encoding that it declares: Python knows more of them than its XML parser, GBK and Big5 too.
+
+    Raises OSError, ParseError, and of an encoding LookupError and ValueError.
+    """
+    declared = _DECLARED.match(data)
+    name = declared[1].decode("ascii").lower() if declared else ""
+    # What declares UTF-16 in single bytes is not in it.
+    is_own = bool(name) and not name.startswith(("utf-16", "utf-32", "ucs", "iso-10646", "utf-8", "utf8"))
+    return ElementTree.fromstring(data.decode(name) if is_own else decode(data, file))
+
+
 def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
     """Return the content of one XML file; a missing or bad file is reported."""
     try:
-        root = ElementTree.fromstring(read_bytes(file, MOST_VOC_BYTES))
+        root = _parse(read_bytes(file, MOST_VOC_BYTES), file)
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: its encoding
         problems.append(
             Problem(str(file), 0, BAD_ANNOTATION, shortened(str(getattr(error, "strerror", None) or error)))

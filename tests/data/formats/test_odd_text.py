@@ -150,3 +150,34 @@ def test_class_names_that_cannot_be_shown_are_refused(tmp_path):
         write_coco(root, content, split)
     with pytest.raises(UserError, match="characters that cannot be shown"):
         convert("coco", root, tmp_path / "dst")
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding"),
+    [
+        ("GBK", "gbk"),
+        ("gb18030", "gb18030"),
+        ("Big5", "big5"),
+        ("UTF-16", "utf-16"),
+        ("utf-16", "utf-8"),  # as .NET programs declare text that is then saved in UTF-8
+        ("UTF-8", "utf-8-sig"),
+        ("", "utf-8"),
+    ],
+)
+def test_a_voc_file_is_read_in_the_encoding_that_it_declares(tmp_path, declared, encoding):
+    root = voc(tmp_path / "src", {"a": voc_xml(BOX, name="\u8c93")}, {"v": voc_xml(BOX, name="\u8c93")})
+    head = f'<?xml version="1.0" encoding="{declared}"?>\n' * bool(declared)
+    file = root / "Annotations/a.xml"
+    file.write_bytes((head + file.read_text(encoding="utf-8")).encode(encoding))
+    outcome = converted("voc", root)
+    assert not outcome.error
+    assert outcome.boxes["a.jpg"] == outcome.boxes["v.jpg"]
+    assert "annotation cannot be read" not in outcome.lines
+
+
+def test_a_voc_file_in_another_encoding_than_it_declares_is_named(tmp_path):
+    root = voc(tmp_path / "src", {"a": voc_xml(BOX), "b": voc_xml(BOX)})
+    (root / "Annotations/b.xml").write_bytes(voc_xml(BOX, name="\u732b\u72d7").encode("gbk"))
+    lines = converted("voc", root).lines
+    assert "annotation cannot be read" in lines
+    assert "not in UTF-8, but likely in GBK" in lines
