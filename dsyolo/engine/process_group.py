@@ -62,7 +62,7 @@ def init_process_group(rendezvous_timeout_s: float = 300) -> World:
 def join_store(backend: str, store: torch_dist.Store, rank: int = 0, size: int = 1) -> World:
     """Start a process group over `store`, on the CPU of a process that no launcher started. It is one rank a machine."""
     variables: dict[str, object] = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "DS_ACCELERATOR": "cpu"}  # nobody connects
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "DS_ACCELERATOR": "cpu"}  # nobody connects
     export_to_torch(read_environment({name: str(value) for name, value in variables.items()}), instead=True)
     import deepspeed
 

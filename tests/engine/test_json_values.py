@@ -91,6 +91,7 @@ def started(content: dict[str, Any], folder: Path) -> SimpleNamespace:
     from dsyolo.config.spec import DataSpec
     from dsyolo.data.sampler import StepSampler
     from dsyolo.engine import deepspeed_internals as internals
+    from dsyolo.tracking.other_load import OtherLoad
     from dsyolo.trainer.engine_parts import build_engine, build_network
 
     world = world_from_environment()
@@ -100,7 +101,7 @@ def started(content: dict[str, Any], folder: Path) -> SimpleNamespace:
     spec = RunSpec(config, ds, data, folder, plan_activations(config, ds, 3))
     network, _ = build_network(spec)
     sampler = StepSampler(NUM_IMAGES, 0, ds.global_batch, ds.micro_batch, world.rank % ds.dp_size, ds.dp_size)
-    engine = build_engine(spec, world, network, sampler).engine
+    engine = build_engine(spec, world, network, sampler, OtherLoad(world)).engine
     optimizer = internals.torch_optimizer(engine.ds_engine)
     engine.schedule.apply(engine.ds_engine.optimizer, 1)
     return SimpleNamespace(

@@ -90,7 +90,8 @@ def test_the_loss_of_a_validation_is_that_of_the_average_in_one_pass(two_ranks, 
             expected = training.loss_of(net).level_sums(net.eval()(batch.images), batch.targets)
         decoded, sums = got["measured"]
         assert torch.equal(decoded, got["averaged"])
-        assert (sums > 0).all()
+        assert (sums[:, 1] > 0).all()  # objectness at every level; some levels may have no object
+        assert (sums.sum(0) > 0).all()
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-5)
 
 
