@@ -120,6 +120,18 @@ def _escape(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
+def columns(text: str) -> int:
+    """Return the columns that a text takes on a terminal: two a Chinese letter, none an accent of its own."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0
+        if unicodedata.category(letter) in ("Mn", "Me", "Cf")
+        else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        for letter in text
+    )
+
+
 def name_fault(name: object) -> str | None:
     """Return why a class cannot have this name; None if it can."""
     if isinstance(name, bytes):

@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -43,9 +43,14 @@ class PreemptionHandler:
 
     A second Ctrl-C ends this process at once. The signal reaches ranks at different moments, or only one of them. So after every step they exchange on the host
     whether they got it, and read the answer after the next step: nobody waits.
+
+    Args:
+        on_interrupt: called at Ctrl-C, before this rank ends the launcher and a shell has the terminal again. Must
+            be quick: the launcher kills ranks meanwhile.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, on_interrupt: Callable[[], None] = lambda: None) -> None:
+        self._on_interrupt = on_interrupt
         self._world, self._launcher = world, Launcher()
         self._request, self._interrupted_at = 0, 0.0  # an exit status; seconds
         self._group = torch_dist.new_group(backend="gloo") if world.size > 1 else None
@@ -76,6 +81,7 @@ class PreemptionHandler:
         if before and now - before < AGAIN_S:
             return
         self._interrupted_at = now
+        self._on_interrupt()
         self._launcher.end()
         self._request = INTERRUPTED
         if before:

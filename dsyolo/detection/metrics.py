@@ -14,6 +14,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from dsyolo.base.batch import Detections, GroundTruth
+from dsyolo.base.text import columns
 
 MAX_DETECTIONS = 300  # per image, as YOLO does. COCO takes 100, worth about 0.2 points of mAP on COCO.
 TIED_F1 = 1e-9  # differences below this are rounding, from sums over classes
@@ -61,14 +62,15 @@ class Metrics:
 
     def table(self) -> str:
         """Return the table that YOLO users know: a row for all classes, then one per class ('-': no labels)."""
-        width = max(len(name) for name in ("Class", *(row.name for row in self.per_class)))
+        width = max(columns(name) for name in ("Class", *(row.name for row in self.per_class)))
         titles = ("Images", "Labels", *_FIGURES.values())
         lines = [f"{'Class':>{width}}" + "".join(f"{title:>10}" for title in titles)]
         means = (getattr(self, field) for field in _FIGURES)
         for row in (ClassMetrics("all", self.num_images, self.num_labels, *means), *self.per_class):
             figures = (getattr(row, field) for field in _FIGURES)
             cells = "".join(f"{'-':>10}" if figure is None else f"{figure:>10.3f}" for figure in figures)
-            lines.append(f"{row.name:>{width}}{row.num_images:>10}{row.num_labels:>10}{cells}")
+            indent = " " * (width - columns(row.name))
+            lines.append(f"{indent}{row.name}{row.num_images:>10}{row.num_labels:>10}{cells}")
         return "\n".join(lines)
 
     def notes(self) -> list[str]:

@@ -274,11 +274,10 @@ def shortage(estimates: Sequence[MemoryEstimate], device_bytes: int | None, host
 
 def table(rows: Iterable[tuple[str, MemoryTerms]]) -> str:
     """Return a line for each (title, terms), in MiB."""
-    rows = list(rows)
-    width = max(len(title) for title, _ in rows)
-    head = "  ".join(f"{name:>11}" for name in (*MemoryTerms._fields, "total"))
-    lines = [f"{'memory, MiB':{width}}  {head}"]
-    for title, terms in rows:
-        sizes = "  ".join(f"{size / 2**20:11.1f}" for size in (*terms, terms.total))
-        lines.append(f"{title:{width}}  {sizes}")
+    cells: list[tuple[str, ...]] = [("memory, MiB", *MemoryTerms._fields, "total")]
+    cells += [(title, *(f"{size / 2**20:.1f}" for size in (*terms, terms.total))) for title, terms in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]  # fits 80 columns for one stage
+    lines = [
+        " ".join([title.ljust(widths[0]), *map(str.rjust, sizes, widths[1:])]) for title, *sizes in cells
+    ]
     return "\n".join(lines)

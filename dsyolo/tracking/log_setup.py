@@ -10,6 +10,7 @@ from pathlib import Path
 from dsyolo.base.atomic_file import open_appending, refuse_planted_link
 from dsyolo.base.text import escaped
 from dsyolo.tracking.progress_bar import write_above_bar
+from dsyolo.tracking.terminal_lines import terminal_width, wrapped
 
 LOGS = "logs"  # folder of the ranks' log files, in the run's folder
 LINE = "%(asctime)s %(levelname)s rank %(rank)d: %(source)s%(message)s"
@@ -22,9 +23,9 @@ log, others = logging.getLogger("dsyolo"), logging.getLogger("py.warnings")
 class RunLog:
     """The handlers of this rank, from construction to the end of the process.
 
-    On ranks other than 0 the console shows only warnings. It shows plain lines on a terminal, and lines with time,
-    level and rank elsewhere. DeepSpeed's lines, which engine/process_group.py hands over, go to the file alone until
-    `show_deepspeed` is called.
+    On ranks other than 0 the console shows only warnings. It shows plain lines on a terminal, broken to its width, and
+    lines with time, level and rank elsewhere. DeepSpeed's lines, which engine/process_group.py hands over, go to the
+    file alone until `show_deepspeed` is called.
     """
 
     def __init__(self, rank: int) -> None:
@@ -98,7 +99,8 @@ class _Console(logging.Handler):
                 text, stream = f"\n{escaped(record.getMessage())}\n", sys.stderr
             elif self._is_plain:
                 mark = "WARNING: " if record.levelno == logging.WARNING else ""
-                text, stream = f"{mark}{escaped(record.getMessage())}", sys.stdout
+                stream = sys.stdout
+                text = wrapped(f"{mark}{escaped(record.getMessage())}", terminal_width(stream))
             else:
                 text, stream = self.format(record), sys.stdout
             write_above_bar(text, stream)

@@ -13,10 +13,9 @@ import numpy as np
 
 from dsyolo.base.atomic_file import write_file
 from dsyolo.base.batch import Detections
+from dsyolo.tracking.picture_text import Text, drawable_names
 
-FONT = cv2.FONT_HERSHEY_SIMPLEX
 CURVES = ("#1f6fd6", "#e2641a", "#1c9a6b", "#8a3fc0")  # dark enough for thin lines on white
-CAP_HEIGHT = 21.0  # pixels of a capital letter of FONT at scale 1
 
 
 def colour(klass: int) -> tuple[int, int, int]:
@@ -39,13 +38,14 @@ def draw(image_rgb: np.ndarray, detections: Detections, class_names: Sequence[st
         detections: in pixels of `image_rgb`.
     """
     picture = np.array(image_rgb, order="C")
+    names = drawable_names(class_names)
     line_px = max(round(sum(picture.shape[:2]) * 0.0018), 1)
     worst_first = np.argsort(detections.scores, kind="stable").tolist()
     for i in worst_first:
         draw_box(picture, detections.boxes_xyxy[i], colour(int(detections.classes[i])), line_px)
     for i in worst_first:  # texts last: a box crossing a text makes it unreadable
         klass = int(detections.classes[i])
-        text = f"{class_names[klass]} {detections.scores[i]:.2f}"
+        text = f"{names[klass]} {detections.scores[i]:.2f}"
         # below 9 px capitals are not legible
         write_label(
             picture, text, detections.boxes_xyxy[i], colour(klass), max(sum(picture.shape[:2]) * 0.010, 9.0)
@@ -169,18 +169,15 @@ def write_label(
 ) -> None:
     """Write on a plate above the box's left corner, or inside the box where the image ends."""
     height, width = picture.shape[:2]
-    scale = capital_px / CAP_HEIGHT
-    stroke_px = max(round(scale * 1.8), 1)
-    (text_w, text_h), below = cv2.getTextSize(text, FONT, scale, stroke_px)
-    plate_w, plate_h = text_w + below, text_h + below + stroke_px
+    label = Text(text, capital_px)
+    plate_w, plate_h = label.width + label.below, label.height + label.below + label.stroke_px
     (x1, y1), _ = _corners(box_xyxy)
     left = max(min(x1, width - plate_w), 0)
     top = y1 - plate_h if y1 >= plate_h else max(min(y1, height - plate_h), 0)
     cv2.rectangle(picture, (left, top), (left + plate_w, top + plate_h), rgb, cv2.FILLED)
     bright = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] > 140  # luma, ITU-R BT.601
-    origin = (left + below // 2, top + text_h + below // 2)
-    ink = (0, 0, 0) if bright else (255, 255, 255)
-    cv2.putText(picture, text, origin, FONT, scale, ink, stroke_px, cv2.LINE_AA)
+    origin = (left + label.below // 2, top + label.height + label.below // 2)
+    label.draw(picture, origin, (0, 0, 0) if bright else (255, 255, 255))
 
 
 def fit(image_rgb: np.ndarray, side_px: int) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
 from dsyolo.base.batch import Detections, GroundTruth
 from dsyolo.detection.boxes import pairwise_iou
-from dsyolo.tracking.plots import FONT, draw_box, fit, grid, write_label
+from dsyolo.tracking.picture_text import Text, drawable_names
+from dsyolo.tracking.plots import draw_box, fit, grid, write_label
 
 # RGB; blue and red are kept apart by everybody, and what was missed is dashed too.
 RIGHT, FALSE, MISSED = (25, 90, 200), (205, 30, 30), (245, 160, 0)
@@ -48,10 +48,11 @@ def draw_pair(
         image_rgb, CELL_PX
     )  # drawn on at its final size, so that texts are readable whatever the image's
     scale = small.shape[1] / image_rgb.shape[1]
-    names = [class_names[k] for k in ground_truth.classes]
+    shown = drawable_names(class_names)
+    names = [shown[k] for k in ground_truth.classes]
     left = _drawn(small, ground_truth.boxes_xyxy * scale, names, was_found, MISSED)
     best_last = np.argsort(detections.scores, kind="stable")
-    texts = [f"{class_names[detections.classes[i]]} {detections.scores[i]:.2f}" for i in best_last]
+    texts = [f"{shown[detections.classes[i]]} {detections.scores[i]:.2f}" for i in best_last]
     right = _drawn(small, detections.boxes_xyxy[best_last] * scale, texts, is_right[best_last], FALSE)
     gap = np.full((small.shape[0], 2, 3), 255, np.uint8)
     return np.concatenate((left, gap, right), 1)
@@ -72,8 +73,9 @@ def draw_sheet(pairs: Sequence[np.ndarray], shown_score: float) -> np.ndarray:
         if rgb is not None:
             draw_box(legend, np.array([x, 12, x + 22, 28]), rgb, 2, dashed=rgb == MISSED)
             x += 30
-        cv2.putText(legend, text, (x, 26), FONT, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
-        x += cv2.getTextSize(text, FONT, 0.55, 1)[0][0] + 24
+        label = Text(text, TEXT_PX)
+        label.draw(legend, (x, 26), (0, 0, 0))
+        x += label.width + 24
     return np.concatenate((legend, sheet))
 
 

@@ -121,6 +121,14 @@ class ProgressBar:
                 self.write(self.line())
 
 
+def leave_terminal() -> None:
+    """Draw no bar any more, whoever made it, and end its line. Nothing is erased: a shell's prompt may be there already."""
+    bars = list(_shown)
+    _shown.clear()  # without the lock, which another thread may hold for long
+    for bar in bars:
+        bar.write("\n")
+
+
 def write_above_bar(text: str, stream: TextIO) -> None:
     """Write a line to standard output or error; a bar on the terminal stays below it."""
     with tqdm.get_lock():

@@ -13,6 +13,7 @@ from dsyolo.config.resolve import RunSpec
 from dsyolo.engine import process_group
 from dsyolo.tracking.log_setup import LOGS, RunLog
 from dsyolo.tracking.other_load import OtherLoad
+from dsyolo.tracking.progress_bar import leave_terminal
 
 
 class Session:
@@ -30,7 +31,7 @@ class Session:
         self.run_lock = RunLock(spec.folder, disposable=LOGS)
         with process_group.started(spec.config.rendezvous_timeout_s):
             self.watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)
-            self.preemption = PreemptionHandler(world)
+            self.preemption = PreemptionHandler(world, on_interrupt=leave_terminal)
 
     def __enter__(self) -> Session:
         return self

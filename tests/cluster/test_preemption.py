@@ -15,6 +15,7 @@ from ranks import free_port
 from runs import ROOT, TRAIN, arguments, environment, launch, losses, make_place, rows
 
 from dsyolo.cluster import preemption
+from dsyolo.cluster.world import World
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,16 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_one_counts_once():
     said = process.communicate(timeout=30)[1]
     assert process.returncode == preemption.INTERRUPTED
     assert "Interrupted again: this rank ends without saving." in said
+
+
+def test_the_terminal_is_left_before_a_launcher_ends_at_ctrl_c(monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+    monkeypatch.setattr(preemption, "_handled_signals", list)  # this process keeps its own
+    handler = preemption.PreemptionHandler(World(0, 1, 0, 1), on_interrupt=lambda: events.append("left"))
+    monkeypatch.setattr(handler._launcher, "end", lambda: events.append("ended"))
+    handler._interrupt()
+    assert events == ["left", "ended"]
+    assert handler.requested_status() == preemption.INTERRUPTED
 
 
 def test_sigterm_asks_with_another_status_than_ctrl_c():

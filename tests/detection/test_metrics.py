@@ -142,6 +142,15 @@ def test_images_and_labels_are_counted_and_an_image_may_come_once_only():
         evaluate([ground_truth(), ground_truth()], [found(), found()], NAMES)
 
 
+def test_the_table_is_in_line_on_a_terminal_where_a_chinese_letter_takes_two_columns():
+    names = ("红细胞", "cafe\u0301", "plate")
+    table = evaluate([ground_truth((SQUARE, 0))], [found((SQUARE, 0, 0.9))], names).table()
+    head, _, *rows = table.splitlines()
+    # Columns by hand: four more for the red cells than letters less one, none for the accent of its own.
+    assert head.index("Class") == 1
+    assert [len(head) - len(row) for row in rows] == [3, -1, 0]
+
+
 def test_table_and_json_have_the_same_values(capsys: pytest.CaptureFixture[str]):
     metrics = evaluate(
         [ground_truth((SQUARE, 0), (FAR, 1))], [found((SQUARE, 0, 0.9), (SQUARE, 1, 0.3))], NAMES

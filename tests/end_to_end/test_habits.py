@@ -83,7 +83,7 @@ def interrupted(place: Path, command: list[str], log: Path, text: str) -> tuple[
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(place)
-        os.execvpe(command[0], command, environment(place))
+        os.execvpe(command[0], command, {**environment(place), "TERM": "xterm"})
     output, end, was_pressed = b"", time.monotonic() + 120, False
     os.set_blocking(terminal, False)
     while time.monotonic() < end:
@@ -108,6 +108,9 @@ def test_ctrl_c_under_the_launcher_saves_without_a_traceback(place):
     assert status != 0
     assert "Traceback" not in output
     assert "Interrupted: the run saves, and ends. Ctrl-C again ends it at once." in output
+    before, after = output.split("^C", 1)
+    assert "ETA epoch " in before
+    assert "ETA epoch " not in after  # the shell's prompt is there now, and no bar may overwrite it
     step = int(re.search(r"Interrupted: saved after step (\d+)\. To go on: --resume ", output)[1])
     assert (place / f"runs/stopped/checkpoints/step_{step:08d}").is_dir()
     assert step >= 4

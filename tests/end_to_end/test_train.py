@@ -97,7 +97,13 @@ def test_a_run_reports_what_memory_it_was_expected_to_need_and_needed(place, two
         assert found["activations"] < one["peak"] < 1.1 * sum(found.values())
     assert two_ranks.stdout.count("memory, MiB ") == 1  # one table, of both
     for kind in ("predicted", "measured"):
-        assert two_ranks.stdout.count(f"rank 0 of 2, {kind}") == 1
+        assert two_ranks.stdout.count(f"\n{kind} ") == 1
+    table = re.search(r"\nmemory, MiB .*\npredicted .*\nmeasured .*\n", two_ranks.stdout)
+    assert table
+    assert (
+        len(set(map(len, table.group().split("\n")[1:-1]))) == 1
+    )  # in line, also below the time and the rank
+    assert max(map(len, table.group().split("\n"))) <= 80
 
 
 def test_validating_the_weights_gives_the_figures_of_the_run(place, two_ranks):

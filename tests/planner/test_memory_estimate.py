@@ -240,6 +240,13 @@ def test_the_table_has_a_column_for_each_term_and_their_sum():
     assert lines[0].split() == ["memory,", "MiB", *MemoryTerms._fields, "total"]
     assert lines[1].split() == ["one", "1.0", "2.0", "3.0", "4.0", "5.0", "6.0", "21.0"]
     assert lines[2].split()[2:] == ["0.0"] * 7
+    assert len(set(map(len, lines))) == 1
+
+
+def test_the_table_of_a_large_run_fits_80_columns():
+    large = MemoryTerms(331.4, 331.4, 331.4, 165.7, 120.1, 12345.6)
+    rows = [(title, MemoryTerms(*(int(2**20 * one) for one in large))) for title in ("predicted", "measured")]
+    assert max(map(len, table(rows).splitlines())) <= 80
 
 
 PLAIN = [name for name, (_, json, optimizer) in CASES.items() if not json and optimizer == "SGD"]

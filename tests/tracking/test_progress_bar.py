@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -295,3 +296,21 @@ def test_a_bar_that_is_closed_is_silent(terminal: Terminal, monkeypatch: pytest.
     bar.show("epoch 1/2", 2, 3, (), at_once=True)
     bar.close()
     assert terminal.take() == []
+
+
+def test_a_bar_that_left_the_terminal_draws_and_erases_nothing_more(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    bar = ProgressBar(stream)
+    bar.show("epoch 1/3", 1, 4, PARTS, at_once=True)
+    before = stream.getvalue()
+    assert "epoch 1/3 [" in before
+    progress_bar.leave_terminal()
+    log_line = io.StringIO()
+    progress_bar.write_above_bar("a line", log_line)
+    with bar.part("checkpoint", 0):
+        bar.show("epoch 1/3", 2, 4, PARTS, at_once=True)
+    bar.close()
+    assert stream.getvalue() == before + "\n"
+    assert log_line.getvalue() == "a line\n"

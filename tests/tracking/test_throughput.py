@@ -408,7 +408,7 @@ def test_a_burst_beside_others_is_seen_as_disturbed(monkeypatch):
     assert burst.flops_per_s == pytest.approx(2 * cpu_peak.SIDE**3 / 0.1)
 
 
-def test_the_peak_of_a_cpu_is_measured_or_not_known():
+def test_the_peak_of_a_cpu_is_measured_or_reported_as_unknown():
     found = cpu_peak.peak_of_cpu(PRECISIONS["fp32"])
     assert found.flops_per_s > 1e8 or found.source.startswith("not known")
     assert "float32" in found.source

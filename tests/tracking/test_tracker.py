@@ -55,20 +55,25 @@ def stats_of(step: int) -> StepStats:
     return StepStats(losses.as_subclass(CountedTensor), torch.tensor(2.5), BATCH)
 
 
+VALIDATION = {"val_box": 0.5, "val_obj": 0.25, "val_cls": 0.125}
+
+
 def some_metrics() -> Metrics:
     box = np.array([[0, 0, 10, 10]], np.float32)
     ground_truth = GroundTruth(0, (20, 20), box, np.array([0]), 1.0, (0.0, 0.0))
     return evaluate([ground_truth], [Detections(box, np.array([0.5], np.float32), np.array([0]))], ["cat"])
 
 
-def go_on(tracker: RunTracker, progress: TrainState, *, until_step: int) -> None:
-    """The loop, without a model. Every second epoch is validated."""
+def go_on(tracker: RunTracker, progress: TrainState, *, until_step: int, **losses: float) -> None:
+    """The loop, without a model. Every second epoch is validated, with such losses."""
     while progress.step < until_step:
         progress.step += 1
         progress.images_seen += BATCH
         tracker.step(progress, stats_of(progress.step), lr=0.01 / progress.step, data_wait_s=0.0)
         if progress.step % STEPS_PER_EPOCH == 0:
-            tracker.epoch(progress, some_metrics() if progress.epoch % 2 else None)
+            tracker.epoch(
+                progress, dataclasses.replace(some_metrics(), **losses) if progress.epoch % 2 else None
+            )
             progress.epoch += 1
             tracker.begin(progress)
 
@@ -379,7 +384,7 @@ def test_wandb_gets_figures_and_pictures_and_goes_on_in_the_same_run(
     }
     progress = TrainState()
     tracker = RunTracker(tmp_path, progress, writers=[wandb_writer(tmp_path, **options)])
-    go_on(tracker, progress, until_step=12)  # the last two are not logged
+    go_on(tracker, progress, until_step=12, **VALIDATION)  # the last two are not logged
     tracker.picture(tmp_path / "grid.jpg")
     tracker.close()
     assert wandb.finished
@@ -396,6 +401,8 @@ def test_wandb_gets_figures_and_pictures_and_goes_on_in_the_same_run(
     assert (epoch["step"], epoch["epoch/lr"]) == (5, 0.01 / 5)
     assert not any("val/" in name for name in epoch)
     assert validated["val/map50_95"] == pytest.approx(1)
+    assert (validated["val/box"], validated["val/obj"], validated["val/cls"]) == (0.5, 0.25, 0.125)
+    assert not [name for name in validated if name.removeprefix("epoch/") in VALIDATION]
     assert picture == {"predictions": "image grid.jpg", "step": 12}
 
     wandb.id = "another"
@@ -437,7 +444,7 @@ def log_offline(folder: Path, state: dict[str, Any], until_step: int) -> None:
         warnings.filterwarnings("error", message="W&B failed")
         writer = wandb_writer(folder, mode="offline", config={"seed": 0}, run_id=state.get("run_id"))
         tracker = RunTracker(folder, progress, writers=[writer], state=state)
-        go_on(tracker, progress, until_step=until_step)
+        go_on(tracker, progress, until_step=until_step, **VALIDATION)
         tracker.picture(folder / "grid.png")
         tracker.close()
     print(json.dumps(tracker.state()))
@@ -460,7 +467,7 @@ def test_the_real_wandb_works_offline(tmp_path: Path):
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert [path.stem for path in runs] == [f"run-{state['run_id']}"] * len(runs)
     written = b"".join(path.read_bytes() for path in runs)
-    for name in (b"epoch/box", b"val/map50"):
+    for name in (b"epoch/box", b"val/map50", b"val/box", b"val/obj", b"val/cls"):
         assert name in written, {path: path.stat().st_size for path in runs}
 
 

@@ -47,17 +47,17 @@ class MemoryProfileHook(Hook):
         loads: list[RankLoad] = trainer.engine.all_gather(self._load)
         self._predicted = [predict(load, ds, zero) for load in loads]
         shown = range(0, len(loads), ds.dp_size)  # a rank of each stage
-        self._titles = {rank: f"rank {rank} of {len(loads)}" for rank in shown}
+        # Without a pipeline all ranks hold as much.
+        self._titles = {rank: f"rank {rank} of {len(loads)}, " if len(shown) > 1 else "" for rank in shown}
         if trainer.world.is_main_process:
             largest = max(shown, key=lambda rank: self._predicted[rank].combined.total)
             log.info("%s", verdict(loads[largest], ds, zero, self._on_one_rank(loads)))
             # The table comes once: with what is measured in the second step, or now where nothing will be.
             will_measure = self._measure != "off" and trainer.state.total_steps - trainer.state.step > 1
             rows = [
-                (f"{title}, predicted", self._predicted[rank].combined)
-                for rank, title in self._titles.items()
+                (f"{title}predicted", self._predicted[rank].combined) for rank, title in self._titles.items()
             ]
-            log.log(logging.DEBUG if will_measure else logging.INFO, "%s", table(rows))
+            log.log(logging.DEBUG if will_measure else logging.INFO, "memory of a rank:\n%s", table(rows))
             for warning in (*large_buckets(loads[largest], ds, zero), self._shortage()):
                 if warning:
                     log.warning("%s", warning)
@@ -98,13 +98,15 @@ class MemoryProfileHook(Hook):
             return
         rows = []
         for rank, title in self._titles.items():
-            rows.append((f"{title}, predicted", self._predicted[rank].combined))
-            rows.append((f"{title}, measured", measured[rank].terms.combined))
+            rows.append((f"{title}predicted", self._predicted[rank].combined))
+            rows.append((f"{title}measured", measured[rank].terms.combined))
         peaks = [one.peak for one in measured if one.peak is not None]
         most = (
             f"most at once: {max(peaks) / 2**20:.1f} MiB" if peaks else "activations cannot be measured here"
         )
-        log.log(logging.DEBUG if self._has_shown else logging.INFO, "%s\n%s", table(rows), most)
+        log.log(
+            logging.DEBUG if self._has_shown else logging.INFO, "memory of a rank:\n%s\n%s", table(rows), most
+        )
         self._has_shown = True  # the later ones are in the log file and in memory.json
         self._artifacts.write_json(
             "memory.json",
