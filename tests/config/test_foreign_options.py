@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from runs import ROOT
 
-from dsyolo import cli
+from dsyolo import __version__, cli
 from dsyolo.base.errors import UserError
 from dsyolo.config.cli_args import read_command_line, wants_cpu
 from dsyolo.config.command_parser import canonical
@@ -328,11 +328,79 @@ def test_commands_of_other_programs(argv: list[str], answer: str, capsys: pytest
     assert answer in capsys.readouterr().err
 
 
-def test_a_task_in_front_of_the_command_is_dropped() -> None:
-    assert without_task(["detect", "train", "data=x"], cli.COMMANDS) == ["train", "data=x"]
-    assert without_task(["detect", "predict", "a.jpg"], cli.COMMANDS) == ["detect", "a.jpg"]
-    assert without_task(["--local_rank=1", "train", "x"], cli.COMMANDS) == ["train", "x"]
-    assert without_task(["detect", "--weights", "x"], cli.COMMANDS) == ["detect", "--weights", "x"]
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("detect train data=x", "train data=x"),
+        ("detect predict a.jpg", "detect a.jpg"),
+        ("--local_rank=1 train x", "train x"),
+        ("detect --weights x", "detect --weights x"),
+        ("task=detect mode=train data=a.yaml", "train task=detect data=a.yaml"),
+        ("mode=val model=w.safetensors data=a.yaml", "val model=w.safetensors data=a.yaml"),
+        ("data=a.yaml mode=train", "train data=a.yaml"),
+        ("mode=predict source=a.jpg", "detect source=a.jpg"),
+        ("detect mode=train data=a.yaml", "train data=a.yaml"),
+        ("train.py --data x", "train --data x"),
+        ("yolov5/val.py --data x", "val --data x"),
+        ("detect.py --source x", "detect --source x"),
+        ("train task=detect mode=train", "train task=detect mode=train"),
+        ("help train", "train --help"),
+        ("help", "--help"),
+        ("segment/train.py --data x", "segment/train.py --data x"),
+    ],
+)
+def test_the_command_comes_first(base: list[str], given: str, expected: str) -> None:
+    assert without_task(given.split(), cli.COMMANDS) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("detect train data=data.yaml epochs=3", "train data=data.yaml epochs=3"),
+        ("detect train --data data.yaml", "train --data data.yaml"),
+        ("detect val model=w.safetensors", "val model=w.safetensors"),
+        ("detect train epochs=3", "train epochs=3"),
+        ("detect train --weights w.safetensors", "detect train --weights w.safetensors"),
+        ("detect train test --weights w --conf 0.3", "detect train test --weights w --conf 0.3"),
+        ("detect train model.jpg --weights w", "detect train model.jpg --weights w"),
+    ],
+)
+def test_an_export_has_folders_called_train_and_val(base: list[str], given: str, expected: str) -> None:
+    for name in ("train", "val", "test"):
+        Path(name).mkdir()
+    assert without_task(given.split(), cli.COMMANDS) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer"),
+    [
+        ("trian --data x", "trian: no such command. Did you mean train? The commands are train, val,"),
+        ("nosuch", "nosuch: no such command. The commands are train, val, detect,"),
+        ("mode=trian data=x", "trian: no such command. Did you mean train?"),
+        (
+            "data=a.yaml epochs=3",
+            "data=a.yaml: given without a command. Name it first: dsyolo train data=a.yaml",
+        ),
+        ("hubconf.py", "hubconf.py: there is no hub"),
+        ("segment train data=x", "segment: only detectors are trained here: dsyolo train."),
+        ("task=segment mode=val data=x", "task=segment: segment given, but dsyolo val validates"),
+        ("detect track a.mp4", "track: there is no tracking"),
+    ],
+)
+def test_commands_that_are_none_are_answered(
+    base: list[str], argv: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv.split()) == 2
+    shown = capsys.readouterr().err
+    assert answer in shown
+    assert "usage" not in shown
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"dsyolo {__version__}\n"
 
 
 def test_the_page_names_them_all() -> None:
