@@ -241,7 +241,7 @@ VAL: Table = {
     "task": ignored(
         "detect",
         "val",
-        answer="{value} given, but dsyolo val validates the `val:` of --data: name that split there, or detection is not the task.",
+        answer="{value} given, but the task is detection, and the split is the `val:` of --data. Name another split there as `val:`.",
     ),
     "batch": Foreign(option="batch_size"),
     "rect": flag("--rect_val", "--no-rect_val"),

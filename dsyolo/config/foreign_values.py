@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from dsyolo.base.user_code import is_reference
 from dsyolo.config.foreign_options import SWITCH, Taken
 from dsyolo.config.json_remedy import JSON_OWNS
 from dsyolo.config.run_config import MODELS
@@ -66,7 +67,9 @@ def read_weights_to_use(text: str) -> str | None:
 
 
 def read_model_to_use(text: str) -> Taken | str | None:
-    """Take `model=` of val and detect, which is a weights file there."""
+    """Take `model=` of val and detect, which is a weights file there, unless it is FILE.py:FUNCTION, as in a training."""
+    if is_reference(text):
+        return None
     return read_weights_to_use(text) or Taken((f"--weights={text}",))
 
 

@@ -383,7 +383,7 @@ def test_an_export_has_folders_called_train_and_val(base: list[str], given: str,
         ),
         ("hubconf.py", "hubconf.py: there is no hub"),
         ("segment train data=x", "segment: only detectors are trained here: dsyolo train."),
-        ("task=segment mode=val data=x", "task=segment: segment given, but dsyolo val validates"),
+        ("task=segment mode=val data=x", "task=segment: segment given, but the task is detection"),
         ("detect track a.mp4", "track: there is no tracking"),
     ],
 )
@@ -608,6 +608,12 @@ def test_an_alias_for_a_flag_does_not_take_the_next_word(base: list[str]) -> Non
 
 def test_batch_size_takes_what_batch_does(base: list[str]) -> None:
     assert read_command_line([*base, "--batch-size", "auto"])[0].batch == -1
+
+
+@pytest.mark.parametrize("words", [["--model", "net.py:build"], ["model=net.py:build"]])
+def test_a_network_of_your_own_is_no_weights_file(base: list[str], words: list[str]) -> None:
+    args = cli.parse(["val", "--weights", "w.safetensors", "--data", "d", *words])
+    assert (args.weights, args.model) == (Path("w.safetensors"), "net.py:build")
 
 
 def test_weights_of_a_release_without_a_suffix(base: list[str]) -> None:
