@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from dsyolo import __version__
 from dsyolo.base.environment import restart_in_utf8
 from dsyolo.base.errors import UserError, path_error
 from dsyolo.base.limits import check_address_space
@@ -117,13 +118,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     answer_command(argv, COMMANDS)
     parser = argparse.ArgumentParser(prog="dsyolo", description="Train YOLOv5 detectors, and use them.")
+    parser.add_argument("--version", "-V", action="version", version=f"dsyolo {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (path, text) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text)
         if argv[:1] == [name]:
             module = import_module(path)
             module.add_options(subparser)
-            args = command_parser.parse(subparser, argv[1:], name)
+            notes: list[str] = []
+            args = command_parser.parse(subparser, argv[1:], name, notes)
+            if sys.stderr is not None:
+                sys.stderr.write("".join(f"Note: {escaped(line)}\n" for line in notes))
             args.run = module.run
             return args
     return parser.parse_args(argv)

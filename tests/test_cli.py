@@ -66,12 +66,19 @@ def test_how_a_command_ends_is_its_status(error, status, message, monkeypatch, c
     assert message in capsys.readouterr().err
 
 
-def test_a_command_that_does_not_exist_is_refused(capsys):
-    for words in (["nosuch"], []):
-        with pytest.raises(SystemExit) as end:
-            cli.main(words)
-        assert end.value.code == 2
+def test_without_a_command_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 2
     assert "usage: dsyolo" in capsys.readouterr().err
+
+
+def test_what_another_programs_option_became_is_noted(monkeypatch, capsys):
+    from dsyolo.commands import val
+
+    monkeypatch.setattr(val, "run", lambda args: 0)
+    assert cli.main(["val", "--weights", "w", "--data", "d", "plots=True", "simplify=True"]) == 0
+    assert capsys.readouterr().err.startswith("Note: plots=True, simplify=True: defaults of other programs")
 
 
 def test_a_reader_that_stops_reading_ends_it_quietly(tmp_path):

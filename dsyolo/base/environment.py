@@ -23,6 +23,7 @@ _WANDB_MODES = {  # W&B's modes, and its older names for two of them
     "dryrun": "offline",
 }
 MOST_PORT = 65535
+RESTARTED = "--restarted"  # on a command line: what follows was appended by a restart, and replaces what stands before
 MOST_DIGITS = 9  # of a number in the environment
 
 

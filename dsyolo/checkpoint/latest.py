@@ -44,7 +44,9 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
                 faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
                 raise UserError(error.headline, [*faults, rule]) from None
             run_on_rank0_and_broadcast(world, partial(_set_aside, path, error))
-    rule = "it has no checkpoint. Use --resume auto, which starts the run afresh, or another --name."
+    run = folder.parent
+    afresh = f"--project {run.parent} --name {run.name} --resume auto"
+    rule = f"it has no checkpoint. Start the run afresh by {afresh} and its --data, or choose another --name."
     raise UserError(headline_of(folder), [rule])
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import psutil
 import torch.distributed as torch_dist
 
-from dsyolo.base.environment import count_restart, read_environment
+from dsyolo.base.environment import RESTARTED, count_restart, read_environment
 from dsyolo.cluster.collectives import all_gather_objects
 from dsyolo.cluster.heartbeat import STATUS, Beat, Heartbeat, log_last_error, own_info
 from dsyolo.cluster.world import World
@@ -208,7 +208,7 @@ def start_again(arguments: Sequence[str]) -> NoReturn:
     count_restart()
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [*sys.orig_argv, *arguments])
+    os.execv(sys.executable, [*sys.orig_argv, RESTARTED, *arguments])
 
 
 def _status_of(beat: Beat | None) -> Mapping[str, Any]:

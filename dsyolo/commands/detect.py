@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.text import escaped
+from dsyolo.commands.sources import expanded
 from dsyolo.commands.weights_options import LoadedNetwork, add_weights_options, load
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.data.formats.yolo import list_images
@@ -28,7 +29,7 @@ MOST_PROBLEMS = 5
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options: the weights, the images, and the folder of the pictures."""
     add_weights_options(parser, score=0.25, iou=0.45)
-    text = "images, folders or list files"
+    text = "images, folders, patterns like 'photos/*.jpg', or .txt files that list images"
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help=text)
     out = Path("detections")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"default: {out}")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from dsyolo.tracking.plots import draw, save  # late, so that `--help` does not wait for torch
 
-    pictures = _pictures(list(dict.fromkeys(list_images(args.sources))), args.out)
+    pictures = _pictures(list(dict.fromkeys(list_images(expanded(args.sources)))), args.out)
     if problem := cannot_hold_files(args.out):
         raise UserError(f"--out {args.out} cannot be used", [problem])
     network = load(args, multi_label=False)

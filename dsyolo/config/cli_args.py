@@ -4,11 +4,12 @@ Values stay text until pydantic checks them. Dashes and underscores are the same
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -16,8 +17,9 @@ from dsyolo.base.environment import wandb_options
 from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import is_reference
 from dsyolo.config.batch_options import PLANNED, per_rank
-from dsyolo.config.command_parser import CommandLine, CommandParser
-from dsyolo.config.foreign_values import missing_release
+from dsyolo.config.command_parser import CommandLine
+from dsyolo.config.foreign_values import missing_release, release_name
+from dsyolo.config.json_remedy import without_json
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.ready_configs import READY_FOLDER, locate, ready_names
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
@@ -27,6 +29,13 @@ from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unkno
 
 FOLDER_KEYS = ("project", "name")
 BATCH_OF_ALL = "batch_size"  # YOLOv5's option: images of all GPUs in a forward pass
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("The command line cannot be used", [f"{message}. See --help."])
 
 
 def parse(argv: Sequence[str] | None = None) -> RunConfig:
@@ -56,6 +65,7 @@ def read_command_line(
     notes = [] if notes is None else notes
     given = read_options({**fields, **Recipe.model_fields}, argv, problems, program, notes)
     is_known = settle_resume(given, problems)  # else the run's own settings are not either
+    is_batch_of_all = BATCH_OF_ALL in given
     _read_batch(given, ranks, problems, notes)
     point = _resume_point(given, problems)
     resumes = point is not None or given.get("resume") == "always" or not is_known
@@ -89,6 +99,10 @@ def read_command_line(
     values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
     run = validate(RunConfig, values, "--", unknown_option, problems)
     if problems or run is None:
+        if values.get("deepspeed_config", AUTO) == AUTO:
+            problems = [without_json(line) for line in problems]
+        if is_batch_of_all:
+            problems = [re.sub("^--batch:", "--batch-size:", line) for line in problems]
         raise UserError("The command line cannot be used", problems)
     return run, point
 
@@ -139,12 +153,13 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
         return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
     if path.exists():
         return "is a device or pipe, but it must be a file", ""
-    if key == "weights" and path.suffix in (".pt", ".pth"):
+    if key == "weights" and (path.suffix in (".pt", ".pth") or release_name(str(path))):
         return "does not exist", missing_release(str(path))
     beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside)
     if key == "deepspeed_config" and not hint and str(path.parent) in (".", READY_FOLDER):
-        hint = f"The ready ones are {', '.join(ready_names())}, and auto plans."
+        near = did_you_mean(path.stem, ready_names())
+        hint = f"{near} The ready ones are {', '.join(ready_names())}, and auto plans.".lstrip()
     return "does not exist", hint
 
 
@@ -190,8 +205,9 @@ def read_options(
     problems += line.problems
     notes += line.notes
     given = {key: value for key, value in line.given.items() if key in fields or key == BATCH_OF_ALL}
-    if str(given.get("batch")).lower() == AUTO:
-        given["batch"] = str(PLANNED)
+    for key in ("batch", BATCH_OF_ALL):
+        if str(given.get(key)).lower() == AUTO:
+            given[key] = str(PLANNED)
     for key, value in given.items():
         optional = key in fields and type(None) in get_args(fields[key].annotation)
         if optional and value.lower() in ("none", "auto"):

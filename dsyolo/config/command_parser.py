@@ -6,36 +6,24 @@ Options that people bring from other programs, as `--img 640` or `imgsz=640`, ar
 """
 
 import argparse
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from dsyolo.base.environment import RESTARTED
 from dsyolo.base.errors import UserError
-from dsyolo.config.foreign_options import FLAG, MANY, MAYBE, Foreign, Taken
+from dsyolo.config.foreign_defaults import is_default
+from dsyolo.config.foreign_options import FLAG, FLAG_RULE, MANY, MAYBE, SIZES, SWITCH, Foreign, Taken
 from dsyolo.config.foreign_tables import foreign_option, training_option
+from dsyolo.config.given_values import GivenValues
 from dsyolo.config.messages import did_you_mean
 
-SWITCH = {
-    "true": True,
-    "1": True,
-    "yes": True,
-    "on": True,
-    "false": False,
-    "0": False,
-    "no": False,
-    "off": False,
-}
 NUMBERS = {int: "a whole number", float: "a number"}
 KEY_VALUE = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
+NOT_GIVEN = ("None", "null")  # as Python and YAML write an argument that is left out
 NUMBER = re.compile(r"-?\d+(\.\d*)?|-?\.\d+")
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError instead of leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError("The command line cannot be used", [f"{message}. See --help."])
 
 
 class CommandLine:
@@ -52,7 +40,8 @@ class CommandLine:
     ) -> None:
         self.problems: list[str] = []
         self.notes: list[str] = []  # what an alias changes, for the start of the run
-        self.given: dict[str, Any] = {}
+        self._values = GivenValues()
+        self.given = self._values.values
         self._parser, self._command, self._unknown = parser, command, unknown
         actions = parser._actions
         self._options = {canonical(name): one for one in actions for name in one.option_strings}
@@ -60,6 +49,8 @@ class CommandLine:
         self._queue: deque[str] = deque()
         self._num_own = 0  # at the front, put there for an alias
         self._rest: list[str] = []
+        self._word = ""  # the option that is read, as the user wrote it, with its value
+        self._left_out: list[str] = []  # other programs' defaults
 
     def read(self, argv: Sequence[str]) -> None:
         """Read all words into `given`, `problems` and `notes`. `--help` prints the help and ends the process with 0."""
@@ -68,9 +59,13 @@ class CommandLine:
             is_own = self._num_own > 0
             self._num_own = max(0, self._num_own - 1)
             word = self._queue.popleft()
+            self._word = self._word if is_own else word
             if word == "--" and not is_own:
                 self._rest += self._queue
                 break
+            if word == RESTARTED:
+                self._values.begin_restart()
+                continue
             if word == "-h" or (word.startswith("--") and len(word) > 2):
                 self._option(word, is_own)
             elif not is_own and (match := KEY_VALUE.fullmatch(word)) and self._is_key(match[1]):
@@ -78,6 +73,9 @@ class CommandLine:
             else:
                 self._rest.append(word)
         self._assign_positionals()
+        if self._left_out:
+            rule = "defaults of other programs, left out; dsyolo's own hold (docs/from_yolov5.md)"
+            self.notes.append(f"{', '.join(dict.fromkeys(self._left_out))}: {rule}")
         self.problems = list(dict.fromkeys(self.problems))
         for action in self._options.values():
             if action.required and action.dest not in self.given and not self._was_refused(action):
@@ -121,27 +119,28 @@ class CommandLine:
         if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
             switch = True if value is None else SWITCH.get(value.lower())
             if switch is None:
-                rule = "it is a flag: true or false"
-                self.problems.append(
-                    f"{name}: {value} given, but {rule}. Write {name} alone, or leave it out."
-                )
+                self.problems.append(FLAG_RULE.format(name=name, value=value))
                 return
             is_negated = canonical(name).startswith("no_") and isinstance(
                 action, argparse.BooleanOptionalAction
             )
             if isinstance(action, argparse.BooleanOptionalAction):
-                self.given[action.dest] = switch != is_negated
+                self._put(action.dest, switch != is_negated)
             elif switch:
-                self.given[action.dest] = action.const
+                self._put(action.dest, action.const)
             return
         if value is None:
-            value = self._next_value()
+            value = self._next_value(may_lack=action.nargs == "?")
         if value is None and action.nargs == "?":
-            self.given[action.dest] = action.const
+            self._put(action.dest, action.const)
         elif value is None:
             self.problems.append(f"{name}: expected one argument. See --help.")
         else:
-            self.given[action.dest] = self._converted(name, action, value)
+            self._put(action.dest, self._converted(name, action, value))
+
+    def _put(self, dest: str, value: Any) -> None:
+        problem = self._values.put(dest, value, self._word)
+        self.problems += [problem] if problem else []
 
     def _converted(self, name: str, action: argparse.Action, value: str) -> Any:
         """Return the value in the type of its option; a problem is added where that cannot be."""
@@ -162,11 +161,19 @@ class CommandLine:
             self.problems.append(f"{name}: {value} given, but it must be one of {', '.join(known)}. {hint}")
         return converted
 
-    def _next_value(self) -> str | None:
-        """Take the next word, unless it is an option."""
-        if self._queue and not (self._queue[0].startswith("--") and len(self._queue[0]) > 2):
-            return self._queue.popleft()
-        return None
+    def _next_value(self, *, may_lack: bool = False) -> str | None:
+        """Take the next word, unless it is an option; where there may be no value, unless it is `key=value`, too."""
+        if not self._queue or (self._queue[0].startswith("--") and len(self._queue[0]) > 2):
+            return None
+        match = KEY_VALUE.fullmatch(self._queue[0]) if may_lack else None
+        if match and self._is_key(match[1]):
+            return None
+        return self._take()
+
+    def _take(self) -> str:
+        word = self._queue.popleft()
+        self._word += f" {word}"
+        return word
 
     def _unknown_option(self, key: str) -> str:
         begun = sorted({name for name in self._options if name.startswith(key)})
@@ -195,7 +202,10 @@ class CommandLine:
     def _key_value(self, key: str, value: str) -> None:
         """Read `key=value`, as Ultralytics' command line has it."""
         action = self._options.get(key)
-        if foreign := self._known_elsewhere(key, is_key=True):
+        foreign = self._known_elsewhere(key, is_key=True)
+        if value in NOT_GIVEN and (action or foreign) and not (foreign and foreign.takes(value)):
+            return
+        if foreign:
             self._foreign(f"{key}=", foreign, value, action)
         elif action:
             self._own(f"--{key}", action, value)
@@ -206,12 +216,21 @@ class CommandLine:
         """Take the words that are the option's value from the command line."""
         if foreign.arity == FLAG or (action is not None and action.nargs == 0):
             return None
-        if foreign.arity == MANY:
-            taken = []
-            while self._queue and NUMBER.fullmatch(self._queue[0]):
-                taken.append(self._queue.popleft())
-            return " ".join(taken) or None
-        return self._next_value()
+        if foreign.arity not in (MANY, SIZES):
+            return self._next_value(may_lack=foreign.arity == MAYBE)
+        first = self._next_value() if foreign.arity == SIZES else None
+        taken = [] if first is None else [first]
+        is_open = bool(first) and str(first).startswith("[")
+        while self._queue and (
+            (is_open and not taken[-1].endswith("]") and "--" not in self._queue[0]) or self._is_number()
+        ):
+            taken.append(self._take())
+        return " ".join(taken) or None
+
+    def _is_number(self) -> bool:
+        """Return whether the next word is a number, and no file of that name among a command's arguments."""
+        word = self._queue[0]
+        return bool(NUMBER.fullmatch(word)) and not (self._positionals and os.path.exists(word))
 
     def _foreign(
         self, name: str, foreign: Foreign, value: str | None, action: argparse.Action | None
@@ -221,7 +240,18 @@ class CommandLine:
             return
         outcome = foreign.outcome(value)
         shown = f"{name}{value}" if name.endswith("=") else name
-        if outcome is None and action:
+        key = canonical(name.rstrip("="))
+        is_left_out = isinstance(outcome, str) and is_default(key, value)
+        problem = None
+        if foreign.is_unreadable(value) and not (outcome is None and action):
+            problem = FLAG_RULE.format(name=f"--{key}", value=value)
+        elif action is None and (is_left_out or isinstance(outcome, Taken)) and foreign.arity != SIZES:
+            problem = self._values.compare(f"{key} of other programs", foreign.key_of(value), self._word)
+        if problem:
+            self.problems.append(problem)
+        elif is_left_out:
+            self._left_out.append(self._word)
+        elif outcome is None and action:
             self._own(f"--{action.dest}" if name.endswith("=") else name, action, value)
         elif isinstance(outcome, Taken):
             missing = [word for word in outcome.arguments if word.startswith("--") and not self._has(word)]
@@ -267,10 +297,17 @@ def canonical(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str], command: str) -> argparse.Namespace:
-    """Return the arguments of a command, as argparse would. Raise UserError with all mistakes of the command line."""
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], command: str, notes: list[str] | None = None
+) -> argparse.Namespace:
+    """Return the arguments of a command, as argparse would. Raise UserError with all mistakes of the command line.
+
+    `notes` gets the lines on options of other programs that were taken.
+    """
     line = CommandLine(parser, command)
     line.read(argv)
+    if notes is not None:
+        notes += line.notes
     if line.problems:
         raise UserError("The command line cannot be used", line.problems)
     return line.namespace()

@@ -8,7 +8,19 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # What follows an option on the command line: nothing, one value, a value or nothing, any number of numbers.
-FLAG, ONE, MAYBE, MANY = "flag", "one", "maybe", "many"
+# ... or an image size, which may be a list.
+FLAG, ONE, MAYBE, MANY, SIZES = "flag", "one", "maybe", "many", "sizes"
+FLAG_RULE = "{name}: {value} given, but it is a flag: true or false. Write {name} alone, or leave it out."
+SWITCH = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 
 
 class Taken(NamedTuple):
@@ -40,7 +52,7 @@ class Foreign:
     def outcome(self, value: str | None) -> Taken | str | None:
         """Return what to read instead, or the problem as text, or None where the option of ours of that name reads it."""
         text = "true" if value is None and self.arity != ONE else value or ""
-        arguments = self.by_value.get(text.lower())
+        arguments = self.by_value.get(self.key_of(text))
         if arguments is not None:
             return Taken(arguments, self.note if arguments else "")
         if self.reads and (found := self.reads(text)):
@@ -48,6 +60,22 @@ class Foreign:
         if self.option:
             return Taken((f"--{self.option}={text}",), self.note)
         return self.answer.replace("{value}", text) or None
+
+    def takes(self, value: str) -> bool:
+        """Return whether a value has words of ours."""
+        return self.key_of(value) in self.by_value
+
+    def is_unreadable(self, value: str | None) -> bool:
+        """Return whether a flag was given a value that is neither true nor false."""
+        if self.arity != FLAG or value is None or self.takes(value):
+            return False
+        return value.lower() not in SWITCH
+
+    def key_of(self, value: str | None) -> str:
+        """Return a value as the tables have it: true for a flag alone, true and false for yes, 1, no, 0 and so on."""
+        text = "true" if value is None else value.lower()
+        switch = str(SWITCH[text]).lower() if text in SWITCH else text
+        return switch if text not in self.by_value and switch in self.by_value else text
 
 
 def flag(option: str, negated: str = "", *, note: str = "", answer: str = "") -> Foreign:

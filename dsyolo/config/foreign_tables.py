@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
-from dsyolo.config.foreign_options import FLAG, MANY, MAYBE, Foreign, Taken, flag, ignored
+from dsyolo.config.foreign_options import FLAG, MANY, MAYBE, SIZES, Foreign, Taken, flag, ignored
 from dsyolo.config.foreign_values import (
     NO_EXPORT,
+    NO_VIDEO,
     PAGE,
     read_batch_share,
     read_cfg,
@@ -16,8 +17,11 @@ from dsyolo.config.foreign_values import (
     read_optimizer,
     read_pretrained,
     read_save_period,
+    read_sizes,
     read_weights_to_use,
 )
+from dsyolo.config.json_remedy import JSON_OWNS
+from dsyolo.config.launcher_options import launcher_option
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import JSON_KNOBS, RUN_KEYS
 
@@ -36,7 +40,10 @@ def foreign_option(command: str, key: str, *, is_key: bool = False) -> Foreign |
         return None
     tables = (BY_KEY if is_key and command == "train" else {}, BY_COMMAND[command], EVERYWHERE)
     found = next((table[key] for table in tables if key in table), None)
-    return _json(JSON_KNOBS[key]) if found is None and command == "train" and key in JSON_KNOBS else found
+    if found is None and command == "train" and key in JSON_KNOBS:
+        return _json(JSON_KNOBS[key])
+    launcher = launcher_option(command, key)
+    return launcher if launcher and (found is None or key == "include") else found
 
 
 def training_option(command: str, key: str) -> Foreign | None:
@@ -56,16 +63,13 @@ def _each(names: str, foreign: Foreign) -> dict[str, Foreign]:
 
 def _json(key: str) -> Foreign:
     def reads(text: str) -> str:
-        return (
-            f"the DeepSpeed JSON owns it. Set {key}{f' to {text}' if text and text != 'true' else ''} there."
-        )
+        return f"{JSON_OWNS} Set {key}{f' to {text}' if text and text != 'true' else ''} there."
 
     return Foreign(reads=reads, arity=MAYBE)
 
 
 # ---- every command
 
-_no_video = f"no videos and streams are read: extract frames, and give their folder to dsyolo detect. {PAGE}"
 _no_drawing = (
     f"pictures are drawn with class and score in one style; dsyolo detect writes them to --out. {PAGE}"
 )
@@ -77,12 +81,13 @@ _other_task = f"it belongs to another task than detection. {PAGE}"
 _other_loss = f"it belongs to a loss that YOLOv5 does not have: its gains are --box, --cls and --obj. {PAGE}"
 
 EVERYWHERE: Table = {
-    **_each("img img_size", Foreign(option="imgsz")),
+    **_each("img img_size imgsz", Foreign(option="imgsz", reads=read_sizes, arity=SIZES)),
     **_each("conf conf_thres", Foreign(option="score_threshold")),
     **_each("iou iou_thres", Foreign(option="iou_threshold")),
     **_each("max_det", Foreign(option="max_detections")),
-    **_each("vid_stride stream_buffer", ignored("1", "false", answer=_no_video)),
-    **_each("tracker", Foreign(_no_video)),
+    "vid_stride": ignored("1", answer=NO_VIDEO),
+    "stream_buffer": ignored("false", answer=NO_VIDEO),
+    **_each("tracker", Foreign(NO_VIDEO)),
     **_each(
         "dynamic half int8 keras nms optimize simplify inplace", ignored("false", answer=NO_EXPORT, arity=FLAG)
     ),
@@ -99,18 +104,20 @@ EVERYWHERE: Table = {
     ),
     "augment": ignored("false", answer=f"there is no test-time augmentation; a larger --imgsz costs as much. {PAGE}", arity=FLAG),
     "classes": ignored("none", answer=f"all classes are found: leave others out of what is printed. {PAGE}", arity=MANY),
-    **_each("embed retina_masks", ignored("false", "none", answer=_other_task)),
+    "embed": ignored("none", answer=_other_task),
+    "retina_masks": ignored("false", answer=_other_task, arity=FLAG),
     "save_json": ignored(
         "false", answer="dsyolo val --json FILE writes the metrics; predictions in COCO's form are not written.", arity=FLAG
     ),
     "save_hybrid": ignored("false", answer=f"labels are not mixed into predictions: dsyolo val alone. {PAGE}", arity=FLAG),
     "split": ignored("val", answer="the val split is validated: name {value} as `val:` in the data.yaml of --data."),
-    "task": ignored("detect", "train", "val", answer="{value} given, but detection is the task; dsyolo val validates the `val:` of --data."),
+    "task": ignored("detect", answer=f"{{value}} given, but detection is the only task: dsyolo train. {PAGE}"),
     "single_cls": ignored(
         "false", answer=f"give --data a data.yaml with one name, and class 0 in all label files. {PAGE}", arity=FLAG
     ),
     "source": Foreign("images are given to dsyolo detect: dsyolo detect --weights FILE {value}."),
-    **_each("overlap_mask mask_ratio pose kobj rle angle cls_remap", Foreign(_other_task)),
+    "overlap_mask": ignored("false", answer=_other_task),  # without masks nothing overlaps
+    **_each("mask_ratio pose kobj rle angle cls_remap", Foreign(_other_task)),
     **_each("dfl", Foreign(_other_loss)),
     "verbose": ignored("true", "false", answer="", arity=FLAG),
     "plots": ignored("true", answer=f"results.png and predictions.jpg are few and drawn beside the training: leave it out. {PAGE}"),
@@ -156,7 +163,7 @@ TRAIN: Table = {
             "none": ("--cache=none",),
         },
     ),
-    "optimizer": Foreign(by_value={"auto": ()}, reads=read_optimizer),
+    "optimizer": Foreign(reads=read_optimizer),
     "rect": ignored(
         "false", answer=f"training images are square mosaics; validation is rectangular already: --rect_val. {PAGE}", arity=FLAG
     ),
@@ -184,10 +191,10 @@ TRAIN: Table = {
     "deterministic": ignored("true", "false", answer=""),
     "amp": Foreign(
         by_value={"false": ("--deepspeed_config=fp32",)},
-        reads=lambda text: 'the DeepSpeed JSON owns it. Set torch_autocast to {"enabled": true, "dtype": "bfloat16"} there; --deepspeed_config auto does.',
+        reads=lambda text: JSON_OWNS + ' Set torch_autocast to {"enabled": true, "dtype": "bfloat16"} there; --deepspeed_config auto does.',
         note="read as --deepspeed_config fp32",
     ),
-    "half": ignored("false", answer='the DeepSpeed JSON owns it. Set bf16 to {"enabled": true} there, or give --deepspeed_config bf16.', arity=FLAG),
+    "half": ignored("false", answer=JSON_OWNS + ' Set bf16 to {"enabled": true} there, or give --deepspeed_config bf16.', arity=FLAG),
     "fraction": ignored("1", "1.0", answer="all images are trained on: name fewer in a list file, as `train:` of --data (docs/data.md)."),
     "profile": ignored("false", answer="--time_profile and --memory_profile measure a run, and dsyolo plan predicts it."),
     "multi_scale": Foreign(by_value={"0.0": (), "0": ("--no-multi_scale",), "0.5": ("--multi_scale",)}, arity=FLAG),
@@ -215,7 +222,7 @@ BY_KEY: Table = {
         "0", "0.0", answer="{value} given, but here it is the weight of positives: --cls_pw {value}."
     ),
     "multi_scale": Foreign(by_value={"0.0": (), "0": (), "0.5": ("--multi_scale",)}),
-    "resume": Foreign(by_value={"true": ("--resume",), "false": ()}),
+    "resume": Foreign(by_value={"true": ("--resume=always",), "false": ("--resume=never",)}),
 }
 # ---- dsyolo val, dsyolo detect, and no export
 
@@ -227,9 +234,15 @@ _use: Table = {
         "dsyolo val and dsyolo detect are one process, and need no launcher. Leave it out."
     ),
     "half": ignored("false", answer=f"weights of --weights are used in fp32. {PAGE}", arity=FLAG),
+    "plots": ignored("false", answer=f"no curves are drawn; dsyolo detect draws what it finds. {PAGE}"),
 }
 VAL: Table = {
     **_use,
+    "task": ignored(
+        "detect",
+        "val",
+        answer="{value} given, but the task is detection, and the split is the `val:` of --data. Name another split there as `val:`.",
+    ),
     "batch": Foreign(option="batch_size"),
     "rect": flag("--rect_val", "--no-rect_val"),
     "mode": ignored("val", answer=_a_command),

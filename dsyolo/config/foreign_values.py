@@ -4,29 +4,31 @@ import re
 from pathlib import Path
 
 from dsyolo.base.user_code import is_reference
-from dsyolo.config.foreign_options import Taken
+from dsyolo.config.foreign_options import SWITCH, Taken
+from dsyolo.config.json_remedy import JSON_OWNS
 from dsyolo.config.run_config import MODELS
 
 PAGE = "See docs/from_yolov5.md."
 NO_EXPORT = f"there is no export: weights are safetensors (RUN/weights/best.safetensors). {PAGE}"
+NO_VIDEO = (
+    f"no videos, cameras and streams are read: extract frames, and give their folder to dsyolo detect. {PAGE}"
+)
 RELEASES = "github.com/ultralytics/yolov5/releases"
 _VARIANT = re.compile(r"(?:.*/)?(yolov5[nsmlx]6?)u?(\.yaml|\.pt|\.pth)?")
 _SCRATCH = re.compile(r"(?:.*/)?hyp\.scratch-(low|med|high)(?:\.yaml)?")
 
 
 def release_name(weights: str) -> str | None:
-    """Return the variant whose released weights a path names, as yolov5s for yolov5s.pt; None for other paths."""
+    """Return the variant whose released weights a path names, as yolov5s for yolov5s.pt and yolov5s; None for other paths."""
     match = _VARIANT.fullmatch(weights)
-    return match[1] if match and match[2] in (".pt", ".pth") else None
+    return match[1] if match and match[2] in (".pt", ".pth", None) else None
 
 
 def missing_release(weights: str) -> str:
     """Return the remedy for weights of another program that are not there."""
-    place = (
-        f"get {Path(weights).name} from {RELEASES}, and"
-        if release_name(weights)
-        else "such files are pickles:"
-    )
+    is_release = release_name(weights) is not None
+    name = Path(weights).name if Path(weights).suffix else f"{Path(weights).name}.pt"
+    place = f"get {name} from {RELEASES}, and" if is_release else "such files are pickles:"
     return f"Nothing is downloaded: {place} convert it once (docs/from_yolov5.md). Or leave it out to train from scratch."
 
 
@@ -65,7 +67,7 @@ def read_weights_to_use(text: str) -> str | None:
 
 
 def read_model_to_use(text: str) -> Taken | str | None:
-    """Take `model=` of val and detect, which is a weights file there; FILE.py:FUNCTION is our own `--model`."""
+    """Take `model=` of val and detect, which is a weights file there, unless it is FILE.py:FUNCTION, as in a training."""
     if is_reference(text):
         return None
     return read_weights_to_use(text) or Taken((f"--weights={text}",))
@@ -93,9 +95,9 @@ def read_optimizer(text: str) -> str | None:
     """Answer `--optimizer` with the key of the JSON and its value."""
     kinds = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
     if (kind := kinds.get(text.lower())) is None:
-        return f'{text} given, but the DeepSpeed JSON owns it. Set optimizer.type to "SGD", "Adam" or "AdamW" there.'
-    ready = {"AdamW": " Or give --deepspeed_config adamw.", "SGD": " Without it SGD runs."}.get(kind, "")
-    return f'the DeepSpeed JSON owns it. Set optimizer.type to "{kind}" there.{ready}'
+        return f'{text} given, but {JSON_OWNS} Set optimizer.type to "SGD", "Adam" or "AdamW" there.'
+    ready = " Without it SGD runs." if kind == "SGD" else " Or give --deepspeed_config adamw, which is AdamW."
+    return f'{JSON_OWNS} Set optimizer.type to "{kind}" there.{ready}'
 
 
 def read_device(text: str) -> Taken | str | None:
@@ -121,6 +123,17 @@ def read_device_here(text: str) -> Taken | str | None:
     return found
 
 
+def read_sizes(text: str) -> Taken | str | None:
+    """Read an image size: two equal numbers are one; images of other shapes are fitted into a square."""
+    sizes = [part for part in re.split(r"[\s,x]+", text.strip("[]()").lower()) if part]
+    if len(sizes) < 2 or not all(part.isdecimal() for part in sizes):
+        return None
+    if len({int(part) for part in sizes}) == 1:
+        return Taken((f"--imgsz={int(sizes[0])}",))
+    largest = max(int(part) for part in sizes)
+    return f"{text} given, but images are square: --imgsz {largest}, the longer side."
+
+
 def read_batch_share(text: str) -> str | None:
     """Answer a batch that is a share of the memory."""
     if re.fullmatch(r"0?\.\d+", text):
@@ -130,7 +143,9 @@ def read_batch_share(text: str) -> str | None:
 
 def read_pretrained(text: str) -> Taken | str:
     """Read `pretrained=`: a file, or none."""
-    if text.lower() in ("false", "none", "0", ""):
+    if SWITCH.get(text.lower()):
+        return Taken((), "without --weights the training starts from scratch: nothing is downloaded")
+    if text.lower() in ("none", "") or text.lower() in SWITCH:
         return Taken()
     if text.endswith(".safetensors"):
         return Taken((f"--weights={text}",))

@@ -1,5 +1,6 @@
 """`--resume PATH`, as YOLOv5 has it: finds the run that a path belongs to."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from dsyolo.config.resume import config_path
 from dsyolo.config.run_config import RunConfig
 
 WORDS = {"true": "always", "yes": "always", "1": "always", "false": "never", "no": "never", "0": "never"}
+MOST_RUNS = 5  # that a message lists
 LEVELS = 3  # from RUN/checkpoints/step_00000009/progress.json up to RUN
 _STEP = re.compile(r"step_\d+(\.\d+)?")
 
@@ -35,6 +37,8 @@ def settle_resume(given: dict[str, Any], problems: list[str]) -> bool:
 
 def _find_run(text: str) -> Path | str:
     """Return the folder of the run that a path names, or the rest of a problem's line."""
+    if not text.strip():
+        return "is empty. Give the path of a run, as runs/train, or leave --resume out to start a new one."
     path = Path(text)
     try:
         if path.suffix == ".pt" and not path.exists():  # YOLOv5's name for the same file
@@ -50,12 +54,31 @@ def _find_run(text: str) -> Path | str:
         return f"{rule}. Convert its weights to safetensors, and start from them: --weights FILE.safetensors."
     folder = path
     for _ in range(LEVELS + 1):
-        if config_path(folder).is_file():
+        if config_path(folder).is_file() and _is_part(path, folder):
             folder = folder if folder.name not in ("", "..") else folder.resolve()
             return _newest_only(path, folder) or folder
         folder = folder.parent if folder.name else folder.resolve().parent
+    if inside := _runs_in(path):
+        return f"is no run, but holds {', '.join(inside)}. Give one of them, the newest first: --resume {inside[0]}."
     rule = "belongs to no run: there is no config.yaml in it or in the folders above"
     return f"{rule}. Give the folder that --project and --name made, as runs/train."
+
+
+def _is_part(path: Path, folder: Path) -> bool:
+    """Return whether a path is a run's folder or one of its files: else the config.yaml is somebody else's."""
+    parts = Path(os.path.relpath(path, folder)).parts
+    return not parts or parts[0] in ("weights", "checkpoints", "logs") or (len(parts) == 1 and path.is_file())
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Return the newest runs in a folder of runs, the newest first."""
+    if not folder.is_dir():
+        return []
+    try:
+        configs = sorted(folder.glob("*/config.yaml"), key=lambda one: one.stat().st_mtime, reverse=True)
+    except OSError:
+        return []
+    return [str(one.parent) for one in configs[:MOST_RUNS]]
 
 
 def _newest_only(path: Path, folder: Path) -> str:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, ValidatorFunctionWra
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_text, shortened
 from dsyolo.base.user_code import is_reference
+from dsyolo.config.json_remedy import JSON_OWNS
 from dsyolo.config.messages import did_you_mean, validate
 from dsyolo.config.recipe import DEFAULT_RECIPE, RECIPE_KEYS, Recipe, extra_of, knob
 
@@ -49,7 +50,6 @@ RENAMED = {
     "memory_account": "memory_profile",
     "time_account": "time_profile",
 }
-
 
 _run = partial(knob, group="run")
 _machine = partial(knob, group="machine")
@@ -303,7 +303,7 @@ def read_yaml(path: str | Path, problems: list[str]) -> dict[str, Any]:
 def _unknown(key: str, known: Iterable[str], prefix: str = "") -> str:
     owner = JSON_KNOBS.get(key)
     if owner:
-        return f"{prefix}{key}: the DeepSpeed JSON owns it. Set {owner} there."
+        return f"{prefix}{key}: {JSON_OWNS} Set {owner} there."
     hint = did_you_mean(key, known, prefix) or ("See --help." if prefix else "Leave it out.")
     return f"{prefix}{key}: unknown {'option' if prefix else 'key'}. {hint}"
 

@@ -166,7 +166,7 @@ def test_forms_of_the_options(
         (["--batch", "0"], "--batch: 0 given, but a micro-batch has images. Set it to 1, or to -1"),
         (["--batch", "-2"], "--batch: -2 given, but it must be a whole number, at least -1"),
         (["--batch", "x"], "--batch: x given, but it must be a whole number"),
-        (["--batch-size", "x"], "--batch: x given, but it must be a whole number"),
+        (["--batch-size", "x"], "--batch-size: x given, but it must be a whole number"),
         (
             ["--batch-size", "15"],
             "as in YOLOv5 it is shared by all GPUs, and 2 ranks cannot share it. Set it to 14 or 16",

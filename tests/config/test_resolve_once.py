@@ -56,8 +56,8 @@ class Counts(NamedTuple):
         return [self.opened.get(str(path.resolve()), 0) for path in paths]
 
 
-def run(place: Path, name: str, *words: str, **options: Any) -> Counts:
-    argv = [*arguments(place, name, epochs=1, workers=0, **options), *words]
+def run(place: Path, name: str, *words: str, epochs: int = 1, **options: Any) -> Counts:
+    argv = [*arguments(place, name, epochs=epochs, workers=0, **options), *words]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *argv],
         env=environment(place),
@@ -108,7 +108,7 @@ def test_weights_are_read_once(place: Path, first: Counts) -> None:
 
 
 def test_a_resumed_run_reads_its_settings_once(place: Path, first: Counts) -> None:
-    found = run(place, "first", "--resume", "--epochs", "2")  # one alone is finished
+    found = run(place, "first", "--resume", epochs=2)  # one alone is finished
     assert found.of(place / "ds.json", place / "sample/data.yaml") == [1, 1]
     assert found.of(place / "runs/first/config.yaml") == [1]
     assert found.of(place / "mine.yaml") == [0]  # its values are in config.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,42 @@ def test_a_path_that_resumes_nothing_is_one_problem(run: Path, text: str, start:
     (problem,) = caught.value.problems
     assert problem.startswith(start)
     assert problem.endswith(remedy)
+
+
+def test_a_folder_of_runs_names_them_the_newest_first(run: Path) -> None:
+    Path("runs/b").mkdir()
+    Path("runs/b/config.yaml").write_text("data: data.yaml\n", encoding="utf-8")
+    os.utime("runs/a/config.yaml", (1, 1))
+    with pytest.raises(UserError) as caught:
+        parse(["--resume", "runs"])
+    (problem,) = caught.value.problems
+    assert problem == (
+        "--resume: runs is no run, but holds runs/b, runs/a. Give one of them, the newest first: --resume runs/b."
+    )
+
+
+def test_a_strangers_config_above_is_no_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of other programs are called config.yaml, too: only a run's own folders lead up to its file."""
+    Path("config.yaml").write_text("data: data.yaml\n", encoding="utf-8")
+    Path("src/weights").mkdir(parents=True)
+    for text in ("src", "src/weights", "runs", "src/../src"):
+        given: dict[str, Any] = {"resume": text}
+        problems: list[str] = []
+        assert not settle_resume(given, problems), text
+        assert len(problems) == 1
+    monkeypatch.chdir("src")
+    given = {"resume": "."}
+    assert not settle_resume(given, [])
+    assert given["resume"] == "never"
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_path_is_no_path(run: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.chdir(run)  # where the current folder is one
+    with pytest.raises(UserError) as caught:
+        parse(["--resume", text])
+    (problem,) = caught.value.problems
+    assert "is empty. Give the path of a run" in problem
 
 
 def test_name_and_project_may_not_contradict_the_path(run: Path) -> None:

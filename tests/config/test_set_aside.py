@@ -121,7 +121,7 @@ BROUGHT = """{
 def test_a_json_from_the_field_trains(tmp_path, content, printed):
     place = make_place(tmp_path)
     path = written(tmp_path, content)
-    run = alone(place, "brought", "--epochs", "1", deepspeed_config=path)
+    run = alone(place, "brought", epochs=1, deepspeed_config=path)
     output = run.stdout + run.stderr
     assert run.returncode == 0, output
     assert all(text in output for text in printed), output

@@ -14,6 +14,8 @@ from ranks import free_port
 from runs import ROOT, environment
 from test_docs import PAGES, commands, fences
 
+from dsyolo.base.environment import RESTARTED
+
 SHORT = ["--epochs", "1", "--imgsz", "64", "--workers", "0"]
 ELSEWHERE = {
     "measured.md"
@@ -95,7 +97,9 @@ def test_every_command_for_one_machine_runs(tmp_path: Path):
     assert not faults, "\n".join(faults)
     for number, words in enumerate(all_commands()):
         if "dsyolo/train.py" in words or words[:2] == ["dsyolo", "train"]:
-            words = [*words, *SHORT] + ([] if "--resume" in words else ["--name", f"command{number}"])
+            words = [*words, RESTARTED, *SHORT] + (
+                [] if "--resume" in words else ["--name", f"command{number}"]
+            )
         if words[0] == "deepspeed":
             given = [] if "--num_gpus" in words else ["--num_gpus", "2"]
             words = ["deepspeed", "--master_port", str(free_port()), *given, *words[1:]]

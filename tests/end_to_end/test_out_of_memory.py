@@ -83,8 +83,8 @@ def address_space(pid: int) -> int:
 
 def on(ranks: int, place: Path, name: str, **options: object) -> list[str]:
     if ranks == 1:
-        return [sys.executable, str(TRAIN), *arguments(place, name, **OPTIONS, **options)]
-    return launch(place, name, **OPTIONS, **options)
+        return [sys.executable, str(TRAIN), *arguments(place, name, **{**OPTIONS, **options})]
+    return launch(place, name, **{**OPTIONS, **options})
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit of memory can be set")
@@ -104,8 +104,8 @@ def test_all_ranks_go_on_with_half_the_micro_batch(place, ranks):
 
 
 def test_a_second_time_ends_the_run_with_a_remedy(place):
-    words = on(1, place, "twice", deepspeed_config=config(place, 16))
-    status, said, most = run(place, [*words, "--epochs", "1", "--imgsz", "64"])
+    words = on(1, place, "twice", deepspeed_config=config(place, 16), epochs=1, imgsz=64)
+    status, said, most = run(place, words)
     assert status == 0, said
     words = on(1, place, "again", deepspeed_config=config(place, 16))
     status, said, _ = run(place, words, most + GIB // 8)
@@ -121,9 +121,8 @@ def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     script.write_text(LITTLE_MEMORY)
     config = place / f"zero{stage}.json"
     config.write_text(json.dumps({**CONFIG, "zero_optimization": {"stage": stage}}))
-    words = arguments(
-        place, f"validates{stage}", epochs=2, workers=0, val_batch_size=6, deepspeed_config=config
-    )
+    options = {"workers": 0, "deepspeed_config": config}
+    words = arguments(place, f"validates{stage}", epochs=2, val_batch_size=6, **options)
     status, said, _ = run(place, ["env", "MOST=1", sys.executable, str(script), *words])
     assert status == 0, said
     told = re.findall(r"[Oo]ut of memory while validating (\d) images at a time: (\d) from now on", said)
@@ -132,7 +131,7 @@ def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     assert ("All ranks start again." in said) == (stage == 3)
     used = RunConfig.load(place / f"runs/validates{stage}/config.yaml").val_batch_size
     assert used == {1: 6, 3: 1}[stage]
-    words = [*words, "--name", f"nothing{stage}", "--val_batch_size", "2", "--epochs", "1"]
+    words = arguments(place, f"nothing{stage}", epochs=1, val_batch_size=2, **options)
     status, said, _ = run(place, ["env", "MOST=0", sys.executable, str(script), *words])
     assert status == watchdog.STATUS, said
     assert "ran out of memory in validation. Use a smaller --val_batch_size" in said

@@ -199,6 +199,9 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
             images += _walk(source, problems)
         elif os.path.isfile(source) and source.suffix.lower() in IMAGE_SUFFIXES:
             images.append(source)
+        elif os.path.isfile(source) and source.suffix.lower() != ".txt":
+            kinds = f"no image ({' '.join(sorted(IMAGE_SUFFIXES))}) by its suffix, and lists of images end in .txt"
+            problems.append(f"{source}: it is {kinds}.")
         elif os.path.isfile(source):
             try:
                 images += _listed_images(source)

@@ -1,0 +1,20 @@
+"""Remedies for options that the DeepSpeed JSON owns, where one was given and where none was."""
+
+import re
+from pathlib import Path
+
+from dsyolo.config.ready_configs import READY_FOLDER, ready_folder
+
+JSON_OWNS = "the DeepSpeed JSON owns it."
+_THERE = re.compile(re.escape(JSON_OWNS) + r" Set (.+?) there\b")
+
+
+def without_json(problem: str) -> str:
+    """Return a problem for a run that was given no JSON: "Set KEY there" would name no file."""
+    return _THERE.sub(_in_a_copy, problem)
+
+
+def _in_a_copy(match: re.Match[str]) -> str:
+    ready = Path(READY_FOLDER, "zero1.json")
+    path = ready if ready.is_file() else ready_folder() / ready.name
+    return f"{JSON_OWNS} Copy {path}, set {match[1]} in the copy, and give it by --deepspeed_config"
