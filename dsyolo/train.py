@@ -30,6 +30,7 @@ from dsyolo.base.stdio import outlive_readers
 from dsyolo.checkpoint.manifest import saved_progress
 from dsyolo.cluster import preemption
 from dsyolo.cluster.preemption import Preempted
+from dsyolo.cluster.still_saving import wait_for_others
 from dsyolo.cluster.world import World, world_from_environment
 from dsyolo.config.cli_args import wants_cpu
 from dsyolo.config.resolve import RunSpec, resolve
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     session = None
     try:
         with preemption.ends_at_once(world):
+            wait_for_others(logs=world.local_rank == 0)
             spec = read(argv, world, program)
             session = Session(spec, world, run_log)
         return train(spec, world, session)

@@ -107,7 +107,7 @@ def test_ctrl_c_under_the_launcher_saves_without_a_traceback(place):
     )
     assert status != 0
     assert "Traceback" not in output
-    assert "Interrupted: the run saves, and ends. Ctrl-C again ends it at once." in output
+    assert "Interrupted: the run saves in the background, after the prompt is back." in output
     step = int(re.search(r"Interrupted: saved after step (\d+)\. To go on: --resume ", output)[1])
     assert (place / f"runs/stopped/checkpoints/step_{step:08d}").is_dir()
     assert step >= 4
