@@ -14,6 +14,7 @@ import torch
 import torch.distributed as torch_dist
 
 from dsyolo.base.launcher import INTERRUPTED, Launcher
+from dsyolo.base.resume_words import same_command
 from dsyolo.cluster.heartbeat import log_last_error
 from dsyolo.cluster.still_saving import announce
 from dsyolo.cluster.world import World
@@ -203,8 +204,7 @@ def leave_at_once(world: World, status: int = STATUS, text: str = "") -> NoRetur
     """
     if world.is_main_process:
         word = "Interrupted" if status == INTERRUPTED else "Preempted"
-        again = "Run the same command again with --resume auto."
-        log_last_error(text or f"{word} before the first step: nothing to save. {again}")
+        log_last_error(text or f"{word} before the first step: nothing to save. Run {same_command()}.")
     os._exit(status)
 
 

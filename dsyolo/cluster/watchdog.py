@@ -20,6 +20,7 @@ import psutil
 import torch.distributed as torch_dist
 
 from dsyolo.base.environment import count_restart, read_environment
+from dsyolo.base.resume_words import way_on
 from dsyolo.cluster.collectives import all_gather_objects
 from dsyolo.cluster.heartbeat import STATUS, Beat, Heartbeat, log_last_error, own_info
 from dsyolo.cluster.world import World
@@ -174,7 +175,7 @@ class Watchdog:
             return
         lost, again = verdict["rank"], verdict.get("again")
         if self._world.rank == (0 if lost or self._world.size == 1 else REPORTER_OF_RANK_0):
-            next_ = "start again." if again else "end; --resume auto resumes from the last checkpoint."
+            next_ = "start again." if again else f"end; {way_on()} resumes from the last checkpoint."
             log_last_error(f"{verdict['text'].rstrip()}\nAll ranks {next_}")
         if self._world.size > 1 and self._world.is_main_process:
             time.sleep(2 * BEAT_S)  # for the others to read the verdict before the store goes

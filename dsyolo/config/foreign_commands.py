@@ -1,5 +1,6 @@
 """Commands of YOLOv5's and Ultralytics' programs that are none of dsyolo's, or have another name here."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from dsyolo.config.foreign_tables import foreign_option, training_option
 from dsyolo.config.foreign_values import NO_EXPORT, PAGE
 
 TASKS = ("detect", "segment", "classify", "pose", "obb")
+_OF_A_MODE = re.compile(r"(--)?(data|epochs)(=.*)?|model=.*", re.DOTALL)  # dsyolo detect has --model too
 MODES = {"predict": "detect"}  # Ultralytics' names of commands
 _ANSWERS = {
     "export": NO_EXPORT,
@@ -27,12 +29,14 @@ _ANSWERS = {
 def without_task(argv: Sequence[str], commands: Iterable[str]) -> list[str]:
     """Return the words without the task of Ultralytics' command line: `detect train data=a.yaml` is `train data=a.yaml`.
 
-    Its mode `predict` is `detect`. A file of that name is a source, and stays.
+    Its mode `predict` is `detect`. A file of that name is a source, and stays, unless options of that mode follow: the
+    current folder of a data set has a `train` of its own.
     """
     arguments = list(argv)
     if arguments[:1] and arguments[0].startswith("--local_rank="):  # where `deepspeed --no_python` puts it
         arguments = arguments[1:]
-    if arguments[:1] == ["detect"] and len(arguments) > 1 and not Path(arguments[1]).exists():
+    is_mode = any(_OF_A_MODE.fullmatch(word) for word in arguments[2:])
+    if arguments[:1] == ["detect"] and len(arguments) > 1 and (is_mode or not Path(arguments[1]).exists()):
         mode = MODES.get(arguments[1], arguments[1])
         if arguments[1] in MODES or (mode in commands and mode in ("train", "val")):
             return [mode, *arguments[2:]]

@@ -22,6 +22,7 @@ from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import JSON_KNOBS, RUN_KEYS
 
 Table = Mapping[str, Foreign]
+OTHER_TASKS = ("segment", "classify", "pose", "obb", "semantic")
 NEVER = "1000000"  # epochs between two, for what happens after the last epoch in any case
 
 
@@ -76,6 +77,11 @@ _no_upload = "nothing is uploaded: copy the run's folder (--project, --name) whe
 _other_task = f"it belongs to another task than detection. {PAGE}"
 _other_loss = f"it belongs to a loss that YOLOv5 does not have: its gains are --box, --cls and --obj. {PAGE}"
 
+_task = (
+    "{value} given, but detection is the task of dsyolo train, dsyolo val and dsyolo detect. Leave it out."
+)
+_split = "{value} given, but the `val:` of --data is validated: name those images there."
+
 EVERYWHERE: Table = {
     **_each("img img_size", Foreign(option="imgsz")),
     **_each("conf conf_thres", Foreign(option="score_threshold")),
@@ -105,7 +111,7 @@ EVERYWHERE: Table = {
     ),
     "save_hybrid": ignored("false", answer=f"labels are not mixed into predictions: dsyolo val alone. {PAGE}", arity=FLAG),
     "split": ignored("val", answer="the val split is validated: name {value} as `val:` in the data.yaml of --data."),
-    "task": ignored("detect", "train", "val", answer="{value} given, but detection is the task; dsyolo val validates the `val:` of --data."),
+    "task": ignored("detect", answer=_task),
     "single_cls": ignored(
         "false", answer=f"give --data a data.yaml with one name, and class 0 in all label files. {PAGE}", arity=FLAG
     ),
@@ -233,6 +239,12 @@ VAL: Table = {
     "batch": Foreign(option="batch_size"),
     "rect": flag("--rect_val", "--no-rect_val"),
     "mode": ignored("val", answer=_a_command),
+    # YOLOv5's --task is a split, Ultralytics' a kind of network.
+    "task": Foreign(
+        reads=lambda text: _task.replace("{value}", text) if text in OTHER_TASKS else None,
+        by_value={"val": (), "detect": ()},
+        answer=_split,
+    ),
     **_each("project name", Foreign("nothing but the table is written: --json FILE writes its figures.")),
     "exist_ok": flag("", ""),
     "save": ignored("true", "false", answer=""),

@@ -37,7 +37,8 @@ def check_folder(run: RunConfig, resume: ResumePoint | None, ends_at_zero: bool)
             raise UserError(f"{folder} cannot be used", [rule])
         return
     if not all_checkpoints(resume.checkpoints):
-        rule = "it has no checkpoint yet. Use --resume auto, which starts the run afresh, or another --name."
+        afresh = f"--project {folder.parent} --name {folder.name}"
+        rule = f"it has no checkpoint yet. Start it afresh, without --resume: {afresh} and its --data; or take another --name."
         raise UserError(f"{folder} cannot be resumed", [rule])
     rule = "Leave it out, or start another run with --name."
     longer = run.epochs > (resume.epochs or resume.config.epochs)

@@ -143,8 +143,7 @@ def test_a_rank_that_waits_for_others_ends_at_once(place):
     said = process.communicate(timeout=10)[1]
     assert process.returncode == preemption.STATUS, said
     assert (
-        "Preempted before the first step: nothing to save. Run the same command again with --resume auto."
-        in said
+        "Preempted before the first step: nothing to save. Run the same command with --resume auto." in said
     )
     assert not (place / "runs/waits").exists()
 

@@ -17,6 +17,8 @@ from dsyolo.config.cli_args import read_command_line, wants_cpu
 from dsyolo.config.command_parser import canonical
 from dsyolo.config.deepspeed.schema import TOP_LEVEL
 from dsyolo.config.foreign_commands import without_task
+from dsyolo.config.foreign_options import Taken
+from dsyolo.config.foreign_tables import foreign_option
 from dsyolo.config.recipe import RECIPE_KEYS
 from dsyolo.config.run_config import RUN_KEYS
 
@@ -315,6 +317,61 @@ def test_options_of_val_and_detect() -> None:
 def test_commands_of_other_programs(argv: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["detect", "train", "data=data.yaml", "epochs=3"], ["train", "data=data.yaml", "epochs=3"]),
+        (["detect", "train", "--data", "data.yaml"], ["train", "--data", "data.yaml"]),
+        (["detect", "train", "model=yolov8s.pt"], ["train", "model=yolov8s.pt"]),
+        (["detect", "val", "--data=data.yaml"], ["val", "--data=data.yaml"]),
+        (["detect", "train", "--weights", "x"], ["detect", "train", "--weights", "x"]),
+        (["detect", "train", "--model", "a.py:f"], ["detect", "train", "--model", "a.py:f"]),
+        (["detect", "train"], ["detect", "train"]),
+    ],
+)
+def test_a_mode_is_known_by_its_options_in_a_folder_that_has_a_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], found: list[str]
+) -> None:
+    """As in an export of Roboflow."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "val"):
+        Path(name).mkdir()
+    assert without_task(arguments, cli.COMMANDS) == found
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "problem"),
+    [
+        ("val", "val", ""),
+        ("val", "detect", ""),
+        ("train", "detect", ""),
+        ("detect", "detect", ""),
+        ("val", "train", "train given, but the `val:` of --data is validated: name those images there."),
+        ("val", "test", "test given, but the `val:` of --data is validated: name those images there."),
+        (
+            "val",
+            "segment",
+            "segment given, but detection is the task of dsyolo train, dsyolo val and dsyolo detect. Leave it out.",
+        ),
+        (
+            "train",
+            "val",
+            "val given, but detection is the task of dsyolo train, dsyolo val and dsyolo detect. Leave it out.",
+        ),
+        (
+            "detect",
+            "train",
+            "train given, but detection is the task of dsyolo train, dsyolo val and dsyolo detect. Leave it out.",
+        ),
+    ],
+)
+def test_a_task_is_a_split_for_val_alone(command: str, value: str, problem: str) -> None:
+    found = foreign_option(command, "task")
+    assert found is not None
+    outcome = found.outcome(value)
+    assert outcome == (problem or Taken())
 
 
 def test_a_task_in_front_of_the_command_is_dropped() -> None:

@@ -77,6 +77,15 @@ def test_words_of_yes_and_no_are_understood(run: Path, word: str, meant: str) ->
         ("yolov5s.pt", "--resume: yolov5s.pt is a file of PyTorch", "--weights FILE.safetensors."),
         ("data.yaml", "--resume: data.yaml belongs to no run: there is no config.yaml", "as runs/train."),
         (
+            "",
+            "--resume: '' given, but it must be never, always, auto,",
+            "the shell's variable that is empty.",
+        ),
+        ("runs", "--resume: runs belongs to no run", "the runs in it: --resume runs/a, or runs/b."),
+        (".", "--resume: . belongs to no run", "as runs/train."),
+        ("other/deep", "--resume: other/deep belongs to no run", "as runs/train."),
+        ("other/notes.txt", "--resume: other/notes.txt belongs to no run", "as runs/train."),
+        (
             "runs/a/weights/best.safetensors",
             "--resume: runs/a/weights/best.safetensors holds weights alone",
             "",
@@ -91,6 +100,12 @@ def test_words_of_yes_and_no_are_understood(run: Path, word: str, meant: str) ->
     ],
 )
 def test_a_path_that_resumes_nothing_is_one_problem(run: Path, text: str, start: str, remedy: str) -> None:
+    if text == "runs":
+        Path("runs/b/logs").mkdir(parents=True)
+        Path("runs/b/config.yaml").touch()
+    Path("other/deep").mkdir(parents=True)
+    for name in ("config.yaml", "notes.txt"):  # some other program's
+        Path("other", name).touch()
     with pytest.raises(UserError) as caught:
         parse(["--resume", text])
     (problem,) = caught.value.problems
