@@ -1,6 +1,7 @@
 """Builds what trains on a rank: network, schedule, engine, average of the weights, checkpointer."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ def build_engine(
             f"device: {engine.device}, {threads}",
         ]
         log.info("%s", "\n".join(lines))
-        if (warning := schedule.warning()) and spec.schedule_epochs == config.epochs:
+        if warning := schedule_warning(spec, schedule, sampler):
             log.warning("%s", warning)
     load = _rank_load(spec, world, parallelized)
     return EngineParts(engine, partitions, ema, checkpointer, info, load, record)
@@ -143,6 +144,11 @@ def build_schedule(spec: RunSpec, sampler: StepSampler) -> AnySchedule:
         warmup_momentum=recipe.warmup_momentum,
         is_adam=optimizer.is_adam,
     )
+
+
+def schedule_warning(spec: RunSpec, schedule: AnySchedule, sampler: StepSampler) -> str:
+    """Return what part of the run cannot learn. An extended run has more steps than its schedule."""
+    return replace(schedule, total_steps=sampler.epoch_start_step(spec.config.epochs)).warning()
 
 
 def warmup_schedule(

@@ -9,7 +9,7 @@ import pytest
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.cli_args import parse
-from dsyolo.config.resume import ResumePoint, extension_fault
+from dsyolo.config.resume import LrEnd, ResumePoint, extension_fault
 from dsyolo.config.resume_path import settle_resume
 from dsyolo.config.run_config import RunConfig
 
@@ -122,20 +122,22 @@ def test_name_and_project_may_not_contradict_the_path(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("finished", "epochs", "ends_at_zero", "fault"),
+    ("finished", "epochs", "lr_end", "fault"),
     [
-        (True, 7, False, None),
-        (True, 9, False, None),
-        (False, 7, False, None),
-        (False, 9, False, "only a finished run can be extended, as the lr comes down over its epochs"),
-        (True, 9, True, "the schedule of the run has ended with lr 0,"),
+        (True, 7, LrEnd(), None),
+        (True, 9, LrEnd(), None),
+        (False, 7, LrEnd(), None),
+        (False, 9, LrEnd(is_constant=True), None),
+        (True, 9, LrEnd(is_constant=True), None),
+        (False, 9, LrEnd(), "only a finished run can be extended, as the lr comes down over its epochs"),
+        (True, 9, LrEnd(is_zero=True), "the schedule of the run has ended with lr 0,"),
     ],
 )
 def test_a_finished_run_can_be_extended(
-    run: Path, finished: bool, epochs: int, ends_at_zero: bool, fault: str | None
+    run: Path, finished: bool, epochs: int, lr_end: LrEnd, fault: str | None
 ) -> None:
     point = ResumePoint(run, RunConfig.load(run / "config.yaml"), (0, 0, 0), epochs=7, is_finished=finished)
-    found = extension_fault(point, epochs, ends_at_zero)
+    found = extension_fault(point, epochs, lr_end)
     assert (found is None) == (fault is None)
     if found:
         assert found.startswith(str(fault))
