@@ -71,6 +71,10 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
+    def pids_here(self) -> list[int]:
+        """Return the processes of the ranks on this machine."""
+        return [info.pid for info in self._ranks if info.host == self._own.host]
+
     def at(self, where: str) -> None:
         """Report that the main thread makes progress, and where it is."""
         self.where = where

@@ -104,12 +104,21 @@ def build_engine(
             *_explain(spec, schedule),
             *parallelized.lines,
             f"device: {engine.device}, {threads}",
+            *idle_gpus(world, torch.cuda.device_count() if engine.device.type == "cuda" else 0),
         ]
         log.info("%s", "\n".join(lines))
         if warning := schedule_warning(spec, schedule, sampler):
             log.warning("%s", warning)
     load = _rank_load(spec, world, parallelized)
     return EngineParts(engine, partitions, ema, checkpointer, info, load, record)
+
+
+def idle_gpus(world: World, num_gpus: int) -> list[str]:
+    """Return the line on GPUs that a run without a launcher leaves idle; `num_gpus`: those that it sees."""
+    if world.size > 1 or num_gpus < 2:
+        return []
+    all_of_them = f"all: deepspeed --num_gpus {num_gpus} dsyolo/train.py with the same options"
+    return [f"1 of {num_gpus} GPUs is used ({all_of_them}; CUDA_VISIBLE_DEVICES=N chooses one)"]
 
 
 def _set_threads(world: World, chosen: int | None, other_load: OtherLoad) -> str:

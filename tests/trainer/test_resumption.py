@@ -18,7 +18,7 @@ from dsyolo.config.resume import ResumePoint
 from dsyolo.config.run_config import RunConfig
 from dsyolo.config.spec import SchedulerSpec
 from dsyolo.trainer import resumption
-from dsyolo.trainer.engine_parts import schedule_warning, warmup_schedule
+from dsyolo.trainer.engine_parts import idle_gpus, schedule_warning, warmup_schedule
 from dsyolo.trainer.hooks.base import StopTraining
 
 WORLD = World(0, 1, 0, 1)
@@ -136,6 +136,15 @@ def test_an_extension_that_ends_during_the_warmup_is_warned_of():
     schedule = warmup_schedule(SchedulerSpec("WarmupCosineLR", SCHEDULE), optimizer, 30, 0, 8)
     assert "after 45 of 50 steps" in schedule_warning(spec(15), schedule, sampler)
     assert schedule_warning(spec(17), schedule, sampler) == ""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_gpus", "start"), [(1, 4, "1 of 4 GPUs is used"), (1, 1, ""), (1, 0, ""), (2, 4, "")]
+)
+def test_idle_gpus_are_named(ranks, num_gpus, start):
+    lines = idle_gpus(World(0, ranks, 0, ranks), num_gpus)
+    assert len(lines) == bool(start)
+    assert all(line.startswith(start) and "deepspeed --num_gpus 4 " in line for line in lines)
 
 
 def test_what_must_be_the_same_is_named():
