@@ -26,10 +26,12 @@ import torch
 from dsyolo.base.environment import choose_cpu, read_environment
 from dsyolo.base.errors import UserError, path_error
 from dsyolo.base.out_of_memory import is_out_of_memory
+from dsyolo.base.resume_words import way_on
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.checkpoint.manifest import saved_progress
 from dsyolo.cluster import preemption
 from dsyolo.cluster.preemption import Preempted
+from dsyolo.cluster.still_saving import wait_for_others
 from dsyolo.cluster.world import World, world_from_environment
 from dsyolo.config.cli_args import wants_cpu
 from dsyolo.config.resolve import RunSpec, resolve
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     session = None
     try:
         with preemption.ends_at_once(world):
+            wait_for_others(logs=world.local_rank == 0)
             spec = read(argv, world, program)
             session = Session(spec, world, run_log)
         return train(spec, world, session)
@@ -79,7 +82,9 @@ def main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
         return error.status
     except KeyboardInterrupt:
         if world.is_main_process:
-            log.error("Interrupted. --resume auto continues from the last checkpoint, if there is one.")
+            log.error(
+                "Interrupted. %s continues from the last checkpoint, if there is one.", way_on().capitalize()
+            )
         return preemption.INTERRUPTED
     except Exception:
         log.exception("The run ends with this error:", extra=FILE_ONLY)  # Python prints it on the terminal

@@ -9,11 +9,19 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsyolo.base.errors import UserError
 
 _WANDB = {"wandb": "WANDB_MODE", "wandb_project": "WANDB_PROJECT", "wandb_name": "WANDB_NAME"}
+_WANDB_OWN = {  # that dsyolo sets for itself, unless the user has set W&B's variable
+    "dir": ("WANDB_DIR",),
+    "resume": ("WANDB_RESUME",),
+    "console": ("WANDB_CONSOLE",),
+    "quiet": ("WANDB_QUIET", "WANDB_SILENT"),
+    "init_timeout": ("WANDB_INIT_TIMEOUT",),
+    "login_timeout": ("WANDB_LOGIN_TIMEOUT",),
+}
 _WANDB_MODES = {  # W&B's modes, and its older names for two of them
     "online": "online",
     "offline": "offline",
@@ -116,6 +124,15 @@ def wandb_options(problems: list[str]) -> dict[str, str]:
             problems.append(f"WANDB_MODE: {rule}. Correct the variable, or unset it.")
             del options["wandb"]
     return options
+
+
+def without_wandb_variables(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `wandb.init` and its settings for which the user has set no variable of W&B's."""
+    return {
+        key: value
+        for key, value in options.items()
+        if not any(os.environ.get(name) for name in _WANDB_OWN.get(key, ()))
+    }
 
 
 def choose_cpu() -> None:

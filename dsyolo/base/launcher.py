@@ -8,7 +8,10 @@ from pathlib import Path
 
 INTERRUPTED = 130  # exit status after Ctrl-C, saved or not: a script that starts 75 again must not start this
 # The program that starts `deepspeed.launcher.launch` on one machine: a script, or a module after python -m.
-_RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner")
+_RUNNER = re.compile(r"deepspeed(\.pt)?|ds|deepspeed\.launcher\.runner|(.*/)?deepspeed/launcher/runner\.py")
+_PYTHON = re.compile(r"(python|pypy)[\d.]*")
+_MODULE = re.compile(r"-[bBdEiIOPqsSuvx]*m(.*)")  # alone, or behind other options in one word
+_INITS = {"docker-init", "tini", "tini-static", "dumb-init", "catatonit"}  # end a container with their child
 
 
 class Launcher:
@@ -25,25 +28,38 @@ class Launcher:
         if "deepspeed.launcher.launch" in _command_line(launch):
             self._parents[os.getpid()] = self.launch = launch
             runner = _parent(launch)
-            if any(_RUNNER.fullmatch(Path(word).name) for word in _command_line(runner)[:3]):
+            if _RUNNER.fullmatch(_program(_command_line(runner))):
                 self._parents[launch] = self.runner = runner
 
     def has_gone(self) -> bool:
         """Return whether a process of it has ended, or its parent's has."""
         return any(_parent(child) != parent for child, parent in self._parents.items())
 
-    def end(self) -> None:
+    def end(self) -> bool:
         """End the launcher, which a terminal's Ctrl-C has reached too, before it prints a traceback or kills the ranks.
 
         `deepspeed` waits 0.25 s for its child before it raises KeyboardInterrupt, and `launch` kills ranks that still
-        save after 30 s.
+        save after 30 s: so it is ended although `deepspeed` has gone. A `launch` that something else has started, as
+        pdsh, stays: nobody there would see how it ends.
+
+        Return whether the user's prompt comes back before the ranks end.
         """
-        if self.has_gone():
-            return
-        for pid, number in ((self.runner, signal.SIGTERM), (self.launch, signal.SIGKILL)):
-            with contextlib.suppress(OSError):
-                if pid:
-                    os.kill(pid, number)
+        if not self.runner:
+            return False
+        with contextlib.suppress(OSError):
+            if _parent(self.launch) == self.runner:
+                os.kill(self.runner, signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            if os.getppid() == self.launch:
+                os.kill(self.launch, signal.SIGKILL)
+        return True
+
+    def container_fault(self) -> str:
+        """Return why this container ends with `deepspeed`, and so before the ranks have saved; empty where it does not."""
+        if self.runner != 1 and not (self.runner and _parent(self.runner) == 1 and _name_of_init() in _INITS):
+            return ""
+        rule = "this container ends with deepspeed, so Ctrl-C or `docker stop` kills ranks that still save"
+        return f"{rule}. Start them by launch/ranks.py there, which waits for them (docs/faults.md)."
 
 
 def parent_of_all_ranks() -> str:
@@ -57,8 +73,35 @@ def parent_of_all_ranks() -> str:
         "deepspeed.launcher.launch" in command or any(Path(word).name == "ranks.py" for word in command[:3])
     ):
         return ""
-    fields = _stat(parent)  # ids are used again, but not in the same tick of the kernel's clock
-    return f"{parent}-{fields[19]}" if len(fields) > 19 else ""
+    return process_name(parent)
+
+
+def process_name(pid: int) -> str:
+    """Return a name of a process that no other one of this machine gets; empty if it has gone, or without /proc."""
+    fields = _stat(pid)  # ids are used again, but not in the same tick of the kernel's clock
+    return f"{pid}-{fields[19]}" if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def _program(arguments: list[str]) -> str:
+    """Return the script or module that a command line runs, without the script's folder; else the program's name."""
+    name = Path(arguments[0]).name if arguments else ""
+    if not _PYTHON.fullmatch(name):
+        return name
+    rest = iter(arguments[1:])
+    for word in rest:
+        if module := _MODULE.fullmatch(word):
+            return module[1] or next(rest, "")
+        if word == "-c":
+            return ""
+        if word in ("-X", "-W"):
+            next(rest, "")
+        elif not word.startswith("-"):
+            return word if word.endswith("deepspeed/launcher/runner.py") else Path(word).name
+    return name
+
+
+def _name_of_init() -> str:
+    return Path((_command_line(1) or [""])[0]).name
 
 
 def _command_line(pid: int) -> list[str]:

@@ -44,9 +44,8 @@ def newest_whole(folder: Path, world: World, *, set_aside: bool) -> Path:
                 faults = [problem.replace(REMEDY, "").rstrip() for problem in error.problems]
                 raise UserError(error.headline, [*faults, rule]) from None
             run_on_rank0_and_broadcast(world, partial(_set_aside, path, error))
-    run = folder.parent
-    afresh = f"--project {run.parent} --name {run.name} --resume auto"
-    rule = f"it has no checkpoint. Start the run afresh by {afresh} and its --data, or choose another --name."
+    afresh = f"--project {folder.parent.parent} --name {folder.parent.name}"
+    rule = f"it has no checkpoint. Start the run afresh, without --resume: {afresh} and its --data; or take another --name."
     raise UserError(headline_of(folder), [rule])
 
 

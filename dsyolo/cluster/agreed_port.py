@@ -42,11 +42,11 @@ def agreed_port(place: Environment) -> AgreedPort | None:
     if place.master_port != DEFAULT or place.size != place.local_size or place.under_torchrun:
         return None
     parent = parent_of_all_ranks()
-    folder = _own_folder()
+    folder = own_folder()
     return AgreedPort(folder / f"port-{parent}") if parent and folder else None
 
 
-def _own_folder() -> Path | None:
+def own_folder() -> Path | None:
     """Return a folder that this user alone can write to; None where somebody else has made it."""
     folder = Path(tempfile.gettempdir(), f"dsyolo-{os.getuid()}")
     try:

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as torch_dist
 
 from dsyolo.base.launcher import INTERRUPTED, Launcher
+from dsyolo.base.resume_words import same_command
 from dsyolo.cluster.heartbeat import log_last_error
+from dsyolo.cluster.still_saving import announce
 from dsyolo.cluster.world import World
 
 STATUS = 75  # exit status of a run that can be resumed: EX_TEMPFAIL of sysexits.h
@@ -23,6 +25,7 @@ AGAIN_S = 0.5  # a second Ctrl-C within is the first one, which a program betwee
 # A scheduler's; a terminal's or an ssh session's that ends; Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 END = 0  # ends the listening thread; no signal has this number
+LAUNCHER_KILLS = "SIGTERM: the run saves, and ends. If the deepspeed launcher sent it, it kills what still saves after 30 s."
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +44,9 @@ class Preempted(Exception):
 class PreemptionHandler:
     """Handles SIGTERM, which schedulers send before they take a machine away, SIGHUP of a terminal that ends, and Ctrl-C.
 
-    A second Ctrl-C ends this process at once. The signal reaches ranks at different moments, or only one of them. So after every step they exchange on the host
-    whether they got it, and read the answer after the next step: nobody waits.
+    A second Ctrl-C ends this process at once. The signal reaches ranks at different moments, or only one of them. So
+    after every step they exchange on the host whether they got it, and read the answer after the next step: nobody
+    waits.
 
     Args:
         on_interrupt: called at Ctrl-C, before this rank ends the launcher and a shell has the terminal again. Must
@@ -53,6 +57,8 @@ class PreemptionHandler:
         self._on_interrupt = on_interrupt
         self._world, self._launcher = world, Launcher()
         self._request, self._interrupted_at = 0, 0.0  # an exit status; seconds
+        if world.is_main_process and (fault := self._launcher.container_fault()):
+            log.warning("%s", fault)
         self._group = torch_dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
         for number in _handled_signals():
@@ -70,9 +76,14 @@ class PreemptionHandler:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
         def listen() -> None:
+            has_logged = False
             while received := os.read(reader, 64):
                 if signal.SIGINT in received:
                     self._interrupt()
+                elif signal.SIGTERM in received and self._launcher.launch and not has_logged:
+                    has_logged = True
+                    if self._world.is_main_process:
+                        log.warning("%s", LAUNCHER_KILLS)
 
         threading.Thread(target=listen, daemon=True).start()
 
@@ -82,12 +93,14 @@ class PreemptionHandler:
             return
         self._interrupted_at = now
         self._on_interrupt()
-        self._launcher.end()
+        outlives_launcher = self._launcher.end()
+        if outlives_launcher:
+            announce()
         self._request = INTERRUPTED
         if before:
             leave_at_once(self._world, INTERRUPTED, "Interrupted again: this rank ends without saving.")
         if self._world.is_main_process:
-            log.warning("Interrupted: the run saves, and ends. Ctrl-C again ends it at once.")
+            log.warning("%s", _while_saving(in_background=outlives_launcher))
 
     def is_requested(self) -> bool:
         """Return whether this rank was asked to stop; the others may not know yet."""
@@ -111,6 +124,8 @@ class PreemptionHandler:
             self._pending = work, request
             status = (self._take_answer() if wait else 0) or status
         if status:
+            if self._launcher.has_gone():
+                announce()
             raise Preempted(status)
 
     def close(self) -> None:
@@ -149,8 +164,8 @@ def ends_at_once(world: World) -> Iterator[None]:
                 leave_at_once(world)
 
     thread = threading.Thread(target=listen, daemon=True)
-    for number in _handled_signals():
-        signal.signal(number, lambda *_: None)  # else the kernel ends this process with another exit status
+    # Else the kernel ends this process with another exit status.
+    handlers = {number: signal.signal(number, _leave_it_to_the_thread) for number in _handled_signals()}
     before = signal.set_wakeup_fd(writer)
     thread.start()
     try:
@@ -159,10 +174,27 @@ def ends_at_once(world: World) -> Iterator[None]:
         now = signal.set_wakeup_fd(before)
         if now not in (writer, -1):  # that of the PreemptionHandler, which listens from now on
             signal.set_wakeup_fd(now, warn_on_full_buffer=False)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _leave_it_to_the_thread:  # no PreemptionHandler came
+                signal.signal(number, handler)
         os.write(writer, bytes([END]))
         thread.join()
         os.close(reader)
         os.close(writer)
+
+
+def _leave_it_to_the_thread(*_: Any) -> None:
+    pass
+
+
+def _while_saving(*, in_background: bool) -> str:
+    """Return what follows on Ctrl-C. In the background: the launcher has ended, and the user's prompt is back."""
+    if not in_background:
+        return "Interrupted: the run saves, and ends. Ctrl-C again ends it at once."
+    rule = (
+        "Interrupted: the run saves in the background, after the prompt is back. Wait for 'saved after step'"
+    )
+    return f"{rule}; `kill -INT -{os.getpgrp()}` ends it at once."
 
 
 def _handled_signals() -> list[signal.Signals]:
@@ -178,8 +210,7 @@ def leave_at_once(world: World, status: int = STATUS, text: str = "") -> NoRetur
     """
     if world.is_main_process:
         word = "Interrupted" if status == INTERRUPTED else "Preempted"
-        again = "Run the same command again with --resume auto."
-        log_last_error(text or f"{word} before the first step: nothing to save. {again}")
+        log_last_error(text or f"{word} before the first step: nothing to save. Run {same_command()}.")
     os._exit(status)
 
 

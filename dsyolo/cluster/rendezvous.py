@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 import torch.distributed as torch_dist
 
 from dsyolo.base.errors import UserError
+from dsyolo.base.resume_words import way_on
 from dsyolo.cluster.agreed_port import AgreedPort
 from dsyolo.cluster.heartbeat import STATUS, Heartbeat, log_last_error
 
 BEAT_S = 0.5
 LOST_S = 15.0  # without a beat: dead, stopped, or behind a network that is down
 NAME, ALL_HERE = "rendezvous", "rendezvous/all"
-END = "All ranks end; --resume auto resumes the run."
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +110,7 @@ class Rendezvous:
                 waited_s = time.monotonic() - began
                 if waited_s > self._wait_s:
                     text = f"Rank {self._rank} found no rank 0 at {self._place} within {self._wait_s:.0f} s."
-                    self._finish(f"{text}\n{END}", 1)
+                    self._finish(f"{text}\n{_end_text()}", 1)
                 time.sleep(_pause_s(waited_s))
 
     def _attend(self, store: torch_dist.TCPStore) -> None:
@@ -129,7 +129,7 @@ class Rendezvous:
             except RuntimeError:
                 if not self._closed.is_set():
                     text = f"Rank 0 at {self._place} is lost: it stopped answering during the rendezvous."
-                    self._finish(f"{text}\n{END}", 1)
+                    self._finish(f"{text}\n{_end_text()}", 1)
             self._closed.wait(_pause_s(time.monotonic() - began))
         if self._rank:
             heartbeat.beat(has_left=True)
@@ -145,13 +145,11 @@ class Rendezvous:
             text = (
                 f"{len(missing)} of {self._size} ranks did not join the rendezvous within {waited_s:.0f} s ({some}), "
                 "so all ranks end. Check their hosts' output or raise --rendezvous_timeout_s; "
-                "--resume auto resumes the run."
+                f"{way_on()} resumes the run."
             )
         for info, silent_s, _, has_left in beats.values():
             if silent_s > LOST_S and not has_left:
-                text = (
-                    f"{info} is lost: it has not answered for {silent_s:.0f} s during the rendezvous.\n{END}"
-                )
+                text = f"{info} is lost: it has not answered for {silent_s:.0f} s during the rendezvous.\n{_end_text()}"
         if text:
             heartbeat.give_verdict({"text": text})
             self._finish(text, 0)
@@ -177,3 +175,7 @@ def _listen(address: str, port: int, options: dict[str, Any]) -> torch_dist.TCPS
         remedy = "Name another free port there: deepspeed --master_port N"
         problem = f"MASTER_PORT: {port} given, but {rule}. {remedy}."
         raise UserError("The rendezvous failed", [problem]) from None
+
+
+def _end_text() -> str:
+    return f"All ranks end; {way_on()} resumes the run."

@@ -20,6 +20,7 @@ import psutil
 import torch.distributed as torch_dist
 
 from dsyolo.base.environment import RESTARTED, count_restart, read_environment
+from dsyolo.base.resume_words import way_on
 from dsyolo.cluster.collectives import all_gather_objects
 from dsyolo.cluster.heartbeat import STATUS, Beat, Heartbeat, log_last_error, own_info
 from dsyolo.cluster.world import World
@@ -69,6 +70,10 @@ class Watchdog:
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
         for thread in self._threads:
             thread.start()
+
+    def pids_here(self) -> list[int]:
+        """Return the processes of the ranks on this machine."""
+        return [info.pid for info in self._ranks if info.host == self._own.host]
 
     def at(self, where: str) -> None:
         """Report that the main thread makes progress, and where it is."""
@@ -174,7 +179,7 @@ class Watchdog:
             return
         lost, again = verdict["rank"], verdict.get("again")
         if self._world.rank == (0 if lost or self._world.size == 1 else REPORTER_OF_RANK_0):
-            next_ = "start again." if again else "end; --resume auto resumes from the last checkpoint."
+            next_ = "start again." if again else f"end; {way_on()} resumes from the last checkpoint."
             log_last_error(f"{verdict['text'].rstrip()}\nAll ranks {next_}")
         if self._world.size > 1 and self._world.is_main_process:
             time.sleep(2 * BEAT_S)  # for the others to read the verdict before the store goes

@@ -12,7 +12,7 @@ from dsyolo.config.deepspeed.config import DeepSpeedConfig, check
 from dsyolo.config.deepspeed.json_reader import JsonSource, read_source
 from dsyolo.config.deepspeed.scheduler_table import SCHEDULE_KEYS
 from dsyolo.config.ready_configs import locate
-from dsyolo.config.resume import ResumePoint
+from dsyolo.config.resume import LrEnd, ResumePoint
 from dsyolo.config.run_config import AUTO, RunConfig, image_size_fault
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import read_data_yaml
@@ -58,12 +58,23 @@ class RunSpec:
     @property
     def schedule_epochs(self) -> int:
         """Return the epochs over which the lr comes down: fewer than the run's if it was finished and then extended."""
+        if self.lr_is_constant:
+            return self.config.epochs
         return (self.resume and self.resume.schedule_epochs) or self.config.epochs
 
     @property
     def ends_at_zero(self) -> bool:
         """Return whether the last lr is 0."""
         return _ends_at_zero(self.config, self.ds)
+
+    @property
+    def lr_is_constant(self) -> bool:
+        """Return whether the lr stays as it is after the warm-up, so that more epochs change nothing before them."""
+        return _is_constant(self.config, self.ds)
+
+
+def _is_constant(run: RunConfig, ds: DeepSpeedConfig | None) -> bool:
+    return ds.scheduler.is_constant if ds and ds.scheduler else run.recipe.lrf == 1
 
 
 def _ends_at_zero(run: RunConfig, ds: DeepSpeedConfig | None) -> bool:
@@ -78,7 +89,7 @@ def resolve(
     accelerator: str,
     plan: Planner,
     saved_state: Callable[[Path], Any],
-    check_folder: Callable[[RunConfig, ResumePoint | None, bool], None],
+    check_folder: Callable[[RunConfig, ResumePoint | None, LrEnd], None],
 ) -> RunSpec:
     """Read each file that the user gave once, and check everything before any rank builds a model.
 
@@ -89,7 +100,7 @@ def resolve(
         accelerator: DeepSpeed's name of the device: `cpu`, `cuda`, ...
         plan: fills in what the DeepSpeed JSON leaves to the machine.
         saved_state: reads the newest checkpoint's state in a folder of checkpoints, None where there is none.
-        check_folder: refuses a folder that cannot be this run's; the last argument: its last lr is 0.
+        check_folder: refuses a folder that cannot be this run's.
 
     Raises:
         UserError: something in it cannot be used.
@@ -114,8 +125,8 @@ def resolve(
     planned = _attempt(errors, lambda: _configure(run, known, layers, resume, world_size, accelerator, plan))
     if planned and (problems := _two_schedules(run, planned.ds)):
         errors.append(UserError("This run cannot start", problems))
-    ends_at_zero = _ends_at_zero(run, planned.ds if planned else None)
-    _attempt(errors, lambda: check_folder(run, resume, ends_at_zero))
+    lr_end = LrEnd(*(ask(run, planned.ds if planned else None) for ask in (_ends_at_zero, _is_constant)))
+    _attempt(errors, lambda: check_folder(run, resume, lr_end))
     weights = _attempt(
         errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dsyolo.base.safe_io import names_in
 from dsyolo.config.run_config import RunConfig
@@ -27,6 +28,13 @@ class ResumePoint:
         return self.folder / "checkpoints"
 
 
+class LrEnd(NamedTuple):
+    """What a run's learning rate comes to."""
+
+    is_zero: bool = False
+    is_constant: bool = False  # after the warm-up: more epochs change nothing before them
+
+
 def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) -> ResumePoint | None:
     """Return the point to resume from in `folder`; None to start from scratch.
 
@@ -50,22 +58,19 @@ def resume_point(resume: str, folder: Path, known: ResumePoint | None = None) ->
     return ResumePoint(folder, RunConfig.load(path), version)
 
 
-def extension_fault(point: ResumePoint, epochs: int, ends_at_zero: bool) -> str | None:
+def extension_fault(point: ResumePoint, epochs: int, lr_end: LrEnd) -> str | None:
     """Return why a run cannot be extended to `epochs`; None where it can, or where they do not grow.
 
     A finished run goes on at the lr that its schedule ended with. An unfinished one is in the middle of a schedule over
-    its own epochs, which would jump.
-
-    Args:
-        ends_at_zero: whether the schedule's last lr is 0.
+    its own epochs, which would jump, unless its lr is constant.
     """
     if epochs <= (point.epochs or point.config.epochs):
         return None
     anew = f"start another run from its weights: --weights {point.folder}/weights/last.safetensors --name NEW"
-    if not point.is_finished:
+    if not point.is_finished and not lr_end.is_constant:
         rule = "only a finished run can be extended, as the lr comes down over its epochs"
         return f"{rule}. Finish it first, without --epochs; or {anew}."
-    if ends_at_zero:
+    if lr_end.is_zero:
         return f"the schedule of the run has ended with lr 0, by which nothing is learned. To go on, {anew}."
     return None
 

@@ -1,19 +1,20 @@
 """`--resume PATH`, as YOLOv5 has it: finds the run that a path belongs to."""
 
-import os
 import re
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dsyolo.base.resume_words import WORDS
 from dsyolo.base.safe_io import shortened
 from dsyolo.config.messages import choices_of, did_you_mean
 from dsyolo.config.resume import config_path
 from dsyolo.config.run_config import RunConfig
 
-WORDS = {"true": "always", "yes": "always", "1": "always", "false": "never", "no": "never", "0": "never"}
-MOST_RUNS = 5  # that a message lists
 LEVELS = 3  # from RUN/checkpoints/step_00000009/progress.json up to RUN
+PARTS = ("weights", "checkpoints", "logs")  # folders of a run
+MOST_NAMED = 5
 _STEP = re.compile(r"step_\d+(\.\d+)?")
 
 
@@ -27,7 +28,8 @@ def settle_resume(given: dict[str, Any], problems: list[str]) -> bool:
         return True
     found = _find_run(text)
     if isinstance(found, str):
-        problems.append(f"--resume: {shortened(text)} {found}")
+        shown = shortened(text) or "''"
+        problems.append(f"--resume: {shown} {found}")
         given["resume"] = "never"
         return False
     problems += _other_folder(text, found, given)
@@ -38,7 +40,8 @@ def settle_resume(given: dict[str, Any], problems: list[str]) -> bool:
 def _find_run(text: str) -> Path | str:
     """Return the folder of the run that a path names, or the rest of a problem's line."""
     if not text.strip():
-        return "is empty. Give the path of a run, as runs/train, or leave --resume out to start a new one."
+        rule = "given, but it must be never, always, auto, or the path of a run, as runs/train"
+        return f"{rule}. Leave it out, or check the shell's variable that is empty."
     path = Path(text)
     try:
         if path.suffix == ".pt" and not path.exists():  # YOLOv5's name for the same file
@@ -52,33 +55,33 @@ def _find_run(text: str) -> Path | str:
     if path.suffix == ".pt":
         rule = "is a file of PyTorch, and dsyolo resumes only its own runs"
         return f"{rule}. Convert its weights to safetensors, and start from them: --weights FILE.safetensors."
+    if folder := _run_of(path):
+        return _newest_only(path, folder) or folder
+    rule = "belongs to no run: there is no config.yaml in it, and it is no part of a folder that has one"
+    runs = (one.parent for one in sorted(path.glob("*/config.yaml")) if _has_parts(one.parent))
+    inside = list(islice(runs, MOST_NAMED))
+    named = f"Give one of the runs in it: --resume {', or '.join(map(str, inside))}."
+    return f"{rule}. {named if inside else 'Give the folder that --project and --name made, as runs/train.'}"
+
+
+def _has_parts(folder: Path) -> bool:
+    """Return whether a folder with a config.yaml looks like a run's, and not like another program's."""
+    return any((folder / part).is_dir() for part in PARTS)
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the folder of the run that a path is, or is a part of: its weights, checkpoints, logs, or a file of these."""
     folder = path
     for _ in range(LEVELS + 1):
-        if config_path(folder).is_file() and _is_part(path, folder):
-            folder = folder if folder.name not in ("", "..") else folder.resolve()
-            return _newest_only(path, folder) or folder
-        folder = folder.parent if folder.name else folder.resolve().parent
-    if inside := _runs_in(path):
-        return f"is no run, but holds {', '.join(inside)}. Give one of them, the newest first: --resume {inside[0]}."
-    rule = "belongs to no run: there is no config.yaml in it or in the folders above"
-    return f"{rule}. Give the folder that --project and --name made, as runs/train."
-
-
-def _is_part(path: Path, folder: Path) -> bool:
-    """Return whether a path is a run's folder or one of its files: else the config.yaml is somebody else's."""
-    parts = Path(os.path.relpath(path, folder)).parts
-    return not parts or parts[0] in ("weights", "checkpoints", "logs") or (len(parts) == 1 and path.is_file())
-
-
-def _runs_in(folder: Path) -> list[str]:
-    """Return the newest runs in a folder of runs, the newest first."""
-    if not folder.is_dir():
-        return []
-    try:
-        configs = sorted(folder.glob("*/config.yaml"), key=lambda one: one.stat().st_mtime, reverse=True)
-    except OSError:
-        return []
-    return [str(one.parent) for one in configs[:MOST_RUNS]]
+        if config_path(folder).is_file() and (
+            not path.is_file() or path.name == "config.yaml" or _has_parts(folder)
+        ):
+            return folder if folder.name not in ("", "..") else folder.resolve()
+        name = folder.resolve().name  # of the current folder too
+        if not (folder.is_file() or name in PARTS or _STEP.fullmatch(name)):
+            break
+        folder = folder.parent if folder.name not in ("", "..") else folder.resolve().parent
+    return None
 
 
 def _newest_only(path: Path, folder: Path) -> str:

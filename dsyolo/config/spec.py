@@ -130,9 +130,14 @@ class SchedulerSpec:
     params: Mapping[str, Any]  # every parameter of the type; None: follows from optimizer, recipe or run
 
     @property
+    def is_constant(self) -> bool:
+        """Return whether the rate stays as it is after the warm-up."""
+        return self.type == "WarmupLR"
+
+    @property
     def ends_at_zero(self) -> bool:
         """Return whether the rate is 0 once its steps are over."""
-        if self.type == "WarmupLR":
+        if self.is_constant:
             return False
         return not self.params["cos_min_ratio" if self.type == "WarmupCosineLR" else "warmup_min_lr"]
 

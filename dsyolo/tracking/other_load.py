@@ -4,9 +4,11 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Sequence
 
 import psutil
 
+from dsyolo.base.launcher import parent_of_all_ranks
 from dsyolo.cluster.world import World, cores_of_rank
 
 LEAST_S = 0.2  # a shorter time has too few ticks of the kernel's clock, 0.01 s each
@@ -21,10 +23,23 @@ class OtherLoad:
 
     def __init__(self, world: World) -> None:
         own = os.getpid() if world.local_size == 1 else os.getppid()  # the launcher of all ranks here
-        self._root = psutil.Process(own)
+        self._roots = [psutil.Process(own)]
         affinity = getattr(os, "sched_getaffinity", lambda _: range(psutil.cpu_count() or 1))
         self._cores = sorted(affinity(0))
         self.cost_s = 0.0  # of the last look
+        self._since, self._busy_s, self._own_s = self._look()
+
+    def count_ranks(self, pids: Sequence[int]) -> None:
+        """Count these processes of this machine's ranks as this run's, where no launcher has started them all.
+
+        Begin to measure again then: so far ranks from several shells were others to each other.
+        """
+        if len(pids) == 1 or parent_of_all_ranks():
+            return
+        self._roots = []
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                self._roots.append(psutil.Process(pid))
         self._since, self._busy_s, self._own_s = self._look()
 
     @property
@@ -51,10 +66,11 @@ class OtherLoad:
             times = psutil.cpu_times(percpu=True)
             busy_s = sum(_busy_s(times[core]._asdict()) for core in self._cores if core < len(times))
         own_s = 0.0
-        with contextlib.suppress(psutil.Error):
-            for process in (self._root, *self._root.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
-                    own_s += sum(process.cpu_times()[:4])  # with the children that it has waited for
+        for root in self._roots:
+            with contextlib.suppress(psutil.Error):
+                for process in (root, *root.children(recursive=True)):
+                    with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+                        own_s += sum(process.cpu_times()[:4])  # with the children that it has waited for
         self.cost_s = time.monotonic() - begin
         return (begin + time.monotonic()) / 2, busy_s, own_s
 

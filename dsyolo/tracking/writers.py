@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsyolo.base.atomic_file import open_appending, write_file
+from dsyolo.base.environment import without_wandb_variables
 
 PLACE = ("kind", "step", "epoch")
 VALIDATION_LOSSES = ("val_box", "val_obj", "val_cls")
@@ -165,15 +166,17 @@ class WandbWriter(Writer):
 
         self._image = wandb.Image
         settings = {"console": "off", "quiet": True, "init_timeout": 60, "login_timeout": 30}
+        options: dict[str, Any] = without_wandb_variables({"dir": str(folder), "resume": "allow"})
+        if run_id:  # the run goes on in its own, whatever new ones do
+            options["resume"] = "allow"
         self._run = wandb.init(
             project=project,
             name=name,
             config=dict(config),
-            dir=str(folder),
             mode=mode,
             id=run_id,  # None: W&B draws one
-            resume="allow",
-            settings=settings,
+            settings=without_wandb_variables(settings),
+            **options,
         )
         # Our own axis: W&B's refuses the steps that a resumed run repeats.
         self._run.define_metric("step")

@@ -1,6 +1,7 @@
 """Builds what trains on a rank: network, schedule, engine, average of the weights, checkpointer."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,12 +104,21 @@ def build_engine(
             *_explain(spec, schedule),
             *parallelized.lines,
             f"device: {engine.device}, {threads}",
+            *idle_gpus(world, torch.cuda.device_count() if engine.device.type == "cuda" else 0),
         ]
         log.info("%s", "\n".join(lines))
-        if (warning := schedule.warning()) and spec.schedule_epochs == config.epochs:
+        if warning := schedule_warning(spec, schedule, sampler):
             log.warning("%s", warning)
     load = _rank_load(spec, world, parallelized)
     return EngineParts(engine, partitions, ema, checkpointer, info, load, record)
+
+
+def idle_gpus(world: World, num_gpus: int) -> list[str]:
+    """Return the line on GPUs that a run without a launcher leaves idle; `num_gpus`: those that it sees."""
+    if world.size > 1 or num_gpus < 2:
+        return []
+    all_of_them = f"all: deepspeed --num_gpus {num_gpus} dsyolo/train.py with the same options"
+    return [f"1 of {num_gpus} GPUs is used ({all_of_them}; CUDA_VISIBLE_DEVICES=N chooses one)"]
 
 
 def _set_threads(world: World, chosen: int | None, other_load: OtherLoad) -> str:
@@ -143,6 +153,11 @@ def build_schedule(spec: RunSpec, sampler: StepSampler) -> AnySchedule:
         warmup_momentum=recipe.warmup_momentum,
         is_adam=optimizer.is_adam,
     )
+
+
+def schedule_warning(spec: RunSpec, schedule: AnySchedule, sampler: StepSampler) -> str:
+    """Return what part of the run cannot learn. An extended run has more steps than its schedule."""
+    return replace(schedule, total_steps=sampler.epoch_start_step(spec.config.epochs)).warning()
 
 
 def warmup_schedule(

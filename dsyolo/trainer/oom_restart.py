@@ -31,7 +31,7 @@ def restart_with_less(spec: RunSpec, watchdog: Watchdog) -> NoReturn:
         halved = "a new plan for less memory"
     watchdog.end_all(
         f"{what}: restarting with {halved}; global batch {ds.global_batch} unchanged.",
-        again=("--halve_micro_batch", "--resume", "auto"),
+        again=("--halve_micro_batch", *_resume(spec)),
     )
 
 
@@ -41,6 +41,11 @@ def _validate_with_less(spec: RunSpec, watchdog: Watchdog) -> NoReturn:
         watchdog.end_all(
             f"ran out of memory while validating {size} images at a time: {size // 2} from now on. "
             "Steps since the last checkpoint are repeated.",
-            again=("--val_batch_size", str(size // 2), "--resume", "auto"),
+            again=("--val_batch_size", str(size // 2), *_resume(spec)),
         )
     watchdog.end_all("ran out of memory in validation. Use a smaller --val_batch_size, --imgsz or --model.")
+
+
+def _resume(spec: RunSpec) -> tuple[str, ...]:
+    """Return the arguments that resume this run, whatever --resume stands before them: a path named its folder."""
+    return "--resume=auto", f"--project={spec.config.project}", f"--name={spec.config.name}"

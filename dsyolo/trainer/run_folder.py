@@ -10,17 +10,15 @@ from dsyolo.cluster.run_lock import BUSY, RunLock
 from dsyolo.cluster.shared_fs import set_aside
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.resolve import RunSpec
-from dsyolo.config.resume import ResumePoint, extension_fault, resume_point
+from dsyolo.config.resume import LrEnd, ResumePoint, extension_fault, resume_point
 from dsyolo.config.run_config import RunConfig, differences
 
 log = logging.getLogger(__name__)
 LOCK_TIMEOUT_S = 60  # for another run in the same folder to end, as one that still saves
 
 
-def check_folder(run: RunConfig, resume: ResumePoint | None, ends_at_zero: bool) -> None:
+def check_folder(run: RunConfig, resume: ResumePoint | None, lr_end: LrEnd) -> None:
     """Check that the run can use its folder: a new run needs one without a run, a resumed one its checkpoint and settings.
-
-    `ends_at_zero`: whether the run's last lr is 0.
 
     Raises:
         UserError: it cannot.
@@ -37,18 +35,14 @@ def check_folder(run: RunConfig, resume: ResumePoint | None, ends_at_zero: bool)
             raise UserError(f"{folder} cannot be used", [rule])
         return
     if not all_checkpoints(resume.checkpoints):
-        afresh = (
-            f"--project {folder.parent} --name {folder.name} --resume auto"  # a path would name the run alone
-        )
-        rule = (
-            f"it has no checkpoint yet. Start it afresh by {afresh} and its --data, or choose another --name."
-        )
+        afresh = f"--project {folder.parent} --name {folder.name}"
+        rule = f"it has no checkpoint yet. Start it afresh, without --resume: {afresh} and its --data; or take another --name."
         raise UserError(f"{folder} cannot be resumed", [rule])
     rule = "Leave it out, or start another run with --name."
     longer = run.epochs > (resume.epochs or resume.config.epochs)
     lines = [line for line in differences(resume.config, run) if not (longer and line.startswith("epochs:"))]
     changed = [f"{line}. {rule}" for line in lines]
-    if fault := extension_fault(resume, run.epochs, ends_at_zero):
+    if fault := extension_fault(resume, run.epochs, lr_end):
         changed.append(f"epochs: {resume.epochs or resume.config.epochs} -> {run.epochs}: {fault}")
     if changed:
         raise UserError(f"{folder} cannot be resumed with other settings", changed)
@@ -71,7 +65,7 @@ def lock_folder(spec: RunSpec, run_lock: RunLock, preemption: PreemptionHandler)
         resume and spec.resume and resume is not spec.resume
     ):  # settings that a run beside this one has written again
         resume = replace(spec.resume, config=resume.config, version=resume.version)
-    check_folder(spec.config, resume, spec.ends_at_zero)
+    check_folder(spec.config, resume, LrEnd(spec.ends_at_zero, spec.lr_is_constant))
     if not resume and spec.config.exist_ok and (kept := set_aside(spec.folder / "checkpoints")):
         log.warning("--exist_ok: the checkpoints of the run before were moved to %s.", kept)
     if not resume and (kept := set_aside(spec.folder / "weights")):

@@ -32,6 +32,7 @@ class Session:
         with process_group.started(spec.config.rendezvous_timeout_s):
             self.watchdog = Watchdog(world, late_s=spec.config.hang_timeout_s)
             self.preemption = PreemptionHandler(world, on_interrupt=leave_terminal)
+            self.other_load.count_ranks(self.watchdog.pids_here())
 
     def __enter__(self) -> Session:
         return self

@@ -143,8 +143,7 @@ def test_a_rank_that_waits_for_others_ends_at_once(place):
     said = process.communicate(timeout=10)[1]
     assert process.returncode == preemption.STATUS, said
     assert (
-        "Preempted before the first step: nothing to save. Run the same command again with --resume auto."
-        in said
+        "Preempted before the first step: nothing to save. Run the same command with --resume auto." in said
     )
     assert not (place / "runs/waits").exists()
 
@@ -212,6 +211,22 @@ def test_sigterm_asks_with_another_status_than_ctrl_c():
     assert process.stdout.readline() == "asked 75\n"
     process.kill()
     process.communicate()
+
+
+def test_signals_are_handled_as_before_once_the_start_has_ended():
+    """A rank that waits for another one's message after a mistake must hear Ctrl-C."""
+    alone, own = World(0, 1, 0, 1), lambda *_: None
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        with preemption.ends_at_once(alone):
+            assert signal.getsignal(signal.SIGINT) is not own
+        assert signal.getsignal(signal.SIGINT) is own
+        other = lambda *_: None  # noqa: E731
+        with preemption.ends_at_once(alone):
+            signal.signal(signal.SIGINT, other)  # as the PreemptionHandler does
+        assert signal.getsignal(signal.SIGINT) is other
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

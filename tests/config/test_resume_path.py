@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.cli_args import parse
-from dsyolo.config.resume import ResumePoint, extension_fault
+from dsyolo.config.resume import LrEnd, ResumePoint, extension_fault
 from dsyolo.config.resume_path import settle_resume
 from dsyolo.config.run_config import RunConfig
 
@@ -78,6 +77,15 @@ def test_words_of_yes_and_no_are_understood(run: Path, word: str, meant: str) ->
         ("yolov5s.pt", "--resume: yolov5s.pt is a file of PyTorch", "--weights FILE.safetensors."),
         ("data.yaml", "--resume: data.yaml belongs to no run: there is no config.yaml", "as runs/train."),
         (
+            "",
+            "--resume: '' given, but it must be never, always, auto,",
+            "the shell's variable that is empty.",
+        ),
+        ("runs", "--resume: runs belongs to no run", "the runs in it: --resume runs/a, or runs/b."),
+        (".", "--resume: . belongs to no run", "as runs/train."),
+        ("other/deep", "--resume: other/deep belongs to no run", "as runs/train."),
+        ("other/notes.txt", "--resume: other/notes.txt belongs to no run", "as runs/train."),
+        (
             "runs/a/weights/best.safetensors",
             "--resume: runs/a/weights/best.safetensors holds weights alone",
             "",
@@ -92,47 +100,17 @@ def test_words_of_yes_and_no_are_understood(run: Path, word: str, meant: str) ->
     ],
 )
 def test_a_path_that_resumes_nothing_is_one_problem(run: Path, text: str, start: str, remedy: str) -> None:
+    if text == "runs":
+        Path("runs/b/logs").mkdir(parents=True)
+        Path("runs/b/config.yaml").touch()
+    Path("other/deep").mkdir(parents=True)
+    for name in ("config.yaml", "notes.txt"):  # some other program's
+        Path("other", name).touch()
     with pytest.raises(UserError) as caught:
         parse(["--resume", text])
     (problem,) = caught.value.problems
     assert problem.startswith(start)
     assert problem.endswith(remedy)
-
-
-def test_a_folder_of_runs_names_them_the_newest_first(run: Path) -> None:
-    Path("runs/b").mkdir()
-    Path("runs/b/config.yaml").write_text("data: data.yaml\n", encoding="utf-8")
-    os.utime("runs/a/config.yaml", (1, 1))
-    with pytest.raises(UserError) as caught:
-        parse(["--resume", "runs"])
-    (problem,) = caught.value.problems
-    assert problem == (
-        "--resume: runs is no run, but holds runs/b, runs/a. Give one of them, the newest first: --resume runs/b."
-    )
-
-
-def test_a_strangers_config_above_is_no_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of other programs are called config.yaml, too: only a run's own folders lead up to its file."""
-    Path("config.yaml").write_text("data: data.yaml\n", encoding="utf-8")
-    Path("src/weights").mkdir(parents=True)
-    for text in ("src", "src/weights", "runs", "src/../src"):
-        given: dict[str, Any] = {"resume": text}
-        problems: list[str] = []
-        assert not settle_resume(given, problems), text
-        assert len(problems) == 1
-    monkeypatch.chdir("src")
-    given = {"resume": "."}
-    assert not settle_resume(given, [])
-    assert given["resume"] == "never"
-
-
-@pytest.mark.parametrize("text", ["", " "])
-def test_an_empty_path_is_no_path(run: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.chdir(run)  # where the current folder is one
-    with pytest.raises(UserError) as caught:
-        parse(["--resume", text])
-    (problem,) = caught.value.problems
-    assert "is empty. Give the path of a run" in problem
 
 
 def test_name_and_project_may_not_contradict_the_path(run: Path) -> None:
@@ -144,20 +122,22 @@ def test_name_and_project_may_not_contradict_the_path(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("finished", "epochs", "ends_at_zero", "fault"),
+    ("finished", "epochs", "lr_end", "fault"),
     [
-        (True, 7, False, None),
-        (True, 9, False, None),
-        (False, 7, False, None),
-        (False, 9, False, "only a finished run can be extended, as the lr comes down over its epochs"),
-        (True, 9, True, "the schedule of the run has ended with lr 0,"),
+        (True, 7, LrEnd(), None),
+        (True, 9, LrEnd(), None),
+        (False, 7, LrEnd(), None),
+        (False, 9, LrEnd(is_constant=True), None),
+        (True, 9, LrEnd(is_constant=True), None),
+        (False, 9, LrEnd(), "only a finished run can be extended, as the lr comes down over its epochs"),
+        (True, 9, LrEnd(is_zero=True), "the schedule of the run has ended with lr 0,"),
     ],
 )
 def test_a_finished_run_can_be_extended(
-    run: Path, finished: bool, epochs: int, ends_at_zero: bool, fault: str | None
+    run: Path, finished: bool, epochs: int, lr_end: LrEnd, fault: str | None
 ) -> None:
     point = ResumePoint(run, RunConfig.load(run / "config.yaml"), (0, 0, 0), epochs=7, is_finished=finished)
-    found = extension_fault(point, epochs, ends_at_zero)
+    found = extension_fault(point, epochs, lr_end)
     assert (found is None) == (fault is None)
     if found:
         assert found.startswith(str(fault))

@@ -92,3 +92,4 @@ def test_a_batch_that_is_left_open_is_the_recipes(tmp_path: Path) -> None:
 )
 def test_a_schedule_ends_at_zero_or_not(kind: str, params: dict[str, float], ends_at_zero: bool) -> None:
     assert SchedulerSpec(kind, params).ends_at_zero is ends_at_zero
+    assert SchedulerSpec(kind, params).is_constant is (kind == "WarmupLR")

@@ -107,7 +107,7 @@ def test_ctrl_c_under_the_launcher_saves_without_a_traceback(place):
     )
     assert status != 0
     assert "Traceback" not in output
-    assert "Interrupted: the run saves, and ends. Ctrl-C again ends it at once." in output
+    assert "Interrupted: the run saves in the background, after the prompt is back." in output
     before, after = output.split("^C", 1)
     assert "ETA epoch " in before
     assert "ETA epoch " not in after  # the shell's prompt is there now, and no bar may overwrite it

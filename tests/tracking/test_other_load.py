@@ -94,6 +94,34 @@ def test_a_process_that_burns_a_core_is_load_unless_it_is_ours():
         own.wait()
 
 
+def test_ranks_from_several_shells_are_no_load_to_each_other():
+    """Their parents differ: here this process, and one that has left its child."""
+    other = subprocess.Popen([sys.executable, "-c", f"print(flush=True)\n{BURN}"], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline()
+        load = OtherLoad(World(0, 2, 0, 2))
+        load._roots = [other_load.psutil.Process(os.getpid())]
+        load._roots[0].children = lambda recursive: []  # as if the other one was started elsewhere
+        load._since, load._busy_s, load._own_s = load._look()
+        load.count_ranks([os.getpid(), other.pid])
+        begin = load._own_s
+        time.sleep(0.6)
+        assert load.take() is not None
+        assert load._own_s - begin > 0.1
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_ranks_of_a_launcher_are_counted_by_it_from_the_start(monkeypatch):
+    load = OtherLoad(World(0, 2, 0, 2))
+    roots, since = load._roots, load._since
+    monkeypatch.setattr(other_load, "parent_of_all_ranks", lambda: "7-1")
+    load.count_ranks([os.getpid(), os.getppid()])
+    assert (load._roots, load._since) == (roots, since)
+    assert [root.pid for root in roots] == [os.getppid()]
+
+
 @pytest.fixture
 def threads(monkeypatch):
     """The threads of torch, as a list of one number; on a machine with 2 cores."""

@@ -413,6 +413,35 @@ def test_wandb_gets_figures_and_pictures_and_goes_on_in_the_same_run(
     resumed.close()
 
 
+@pytest.mark.parametrize(
+    ("variable", "key"),
+    [
+        ("WANDB_DIR", "dir"),
+        ("WANDB_RESUME", "resume"),
+        ("WANDB_CONSOLE", "console"),
+        ("WANDB_SILENT", "quiet"),
+        ("WANDB_QUIET", "quiet"),
+        ("WANDB_INIT_TIMEOUT", "init_timeout"),
+    ],
+)
+def test_a_variable_of_wandb_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, key: str):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def given(run_id: str | None = None) -> dict[str, Any]:
+        wandb_writer(tmp_path, run_id=run_id)
+        return {**wandb.init_with, **wandb.init_with["settings"]}
+
+    for name in ("DIR", "RESUME", "CONSOLE", "SILENT", "QUIET", "INIT_TIMEOUT"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    plain = given()
+    assert {"dir", "resume", "console", "quiet", "init_timeout"} <= plain.keys()
+    monkeypatch.setenv(variable, "never")
+    assert plain.keys() - given().keys() == {key}
+    resumed = given("abc")
+    assert (resumed["id"], resumed["resume"]) == ("abc", "allow")
+
+
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_failing_wandb_warns_once_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str

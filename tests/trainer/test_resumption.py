@@ -12,7 +12,13 @@ import pytest
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.world import World
+from dsyolo.config.recipe import Recipe
+from dsyolo.config.resolve import RunSpec
+from dsyolo.config.resume import ResumePoint
+from dsyolo.config.run_config import RunConfig
+from dsyolo.config.spec import SchedulerSpec
 from dsyolo.trainer import resumption
+from dsyolo.trainer.engine_parts import idle_gpus, schedule_warning, warmup_schedule
 from dsyolo.trainer.hooks.base import StopTraining
 
 WORLD = World(0, 1, 0, 1)
@@ -100,6 +106,45 @@ def test_an_extended_run_keeps_its_schedule():
     )
     plain = resumption.resumed_state(spec(10), state(4), state(0))
     assert (plain.epochs, plain.schedule_epochs) == (10, 0)
+
+
+SCHEDULE = {"warmup_num_steps": 50, "warmup_type": "log", "cos_min_ratio": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "lrf", "epochs"),
+    [
+        (SchedulerSpec("WarmupLR", {}), 0.01, 15),
+        (SchedulerSpec("WarmupCosineLR", {}), 1.0, 10),
+        (None, 1.0, 15),
+        (None, 0.01, 10),
+    ],
+)
+def test_a_constant_rate_has_no_schedule_that_could_end(scheduler, lrf, epochs):
+    config = RunConfig(data="d.yaml", epochs=15, recipe=Recipe(lrf=lrf))
+    ds: Any = SimpleNamespace(scheduler=scheduler)
+    point = ResumePoint(Path("runs/a"), config, (0, 0, 0), schedule_epochs=10)
+    nothing: Any = None
+    run = RunSpec(config, ds, nothing, Path("runs/a"), nothing, point)
+    assert run.schedule_epochs == epochs
+    assert run.lr_is_constant == (epochs == 15)
+
+
+def test_an_extension_that_ends_during_the_warmup_is_warned_of():
+    sampler: Any = SimpleNamespace(epoch_start_step=lambda epoch: 3 * epoch, global_batch=8)
+    optimizer: Any = SimpleNamespace(lr=0.01, momentum=0.9, weight_decay_at=lambda _: 0.0, is_adam=False)
+    schedule = warmup_schedule(SchedulerSpec("WarmupCosineLR", SCHEDULE), optimizer, 30, 0, 8)
+    assert "after 45 of 50 steps" in schedule_warning(spec(15), schedule, sampler)
+    assert schedule_warning(spec(17), schedule, sampler) == ""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_gpus", "start"), [(1, 4, "1 of 4 GPUs is used"), (1, 1, ""), (1, 0, ""), (2, 4, "")]
+)
+def test_idle_gpus_are_named(ranks, num_gpus, start):
+    lines = idle_gpus(World(0, ranks, 0, ranks), num_gpus)
+    assert len(lines) == bool(start)
+    assert all(line.startswith(start) and "deepspeed --num_gpus 4 " in line for line in lines)
 
 
 def test_what_must_be_the_same_is_named():

@@ -2,6 +2,7 @@
 
 import logging
 
+from dsyolo.base.resume_words import way_on
 from dsyolo.checkpoint.checkpointer import Checkpointer
 from dsyolo.cluster import collectives, preemption
 from dsyolo.engine.ema import Ema
@@ -32,7 +33,7 @@ class CheckpointHook(Hook):
             return
         problem = self._save(is_best)
         if problem and trainer.is_last_epoch:
-            raise StopTraining(NOT_SAVED, f"{problem} Make room: --resume auto repeats the end.")
+            raise StopTraining(NOT_SAVED, f"{problem} Make room: {way_on()} repeats the end.")
         if problem and trainer.world.is_main_process:
             log.warning("%s The run goes on and tries again at the next save: make room until then.", problem)
 
@@ -52,7 +53,9 @@ class CheckpointHook(Hook):
         state.tracking = self.trainer.hooks.state_dict()
         problem = self._checkpointer.save(state)
         if problem:
-            message = f"{problem} --resume auto resumes from the previous checkpoint, if there is one."
+            message = (
+                f"{problem} {way_on().capitalize()} resumes from the previous checkpoint, if there is one."
+            )
             return ExitStatus(NOT_SAVED, message)
         status = self.trainer.stop_status
         if status == preemption.INTERRUPTED:
@@ -60,4 +63,6 @@ class CheckpointHook(Hook):
             return ExitStatus(
                 status, f"Interrupted: saved after step {state.step}. To go on: --resume {folder}"
             )
-        return ExitStatus(status, f"Preempted: saved after step {state.step}. --resume auto resumes the run.")
+        return ExitStatus(
+            status, f"Preempted: saved after step {state.step}. {way_on().capitalize()} resumes the run."
+        )

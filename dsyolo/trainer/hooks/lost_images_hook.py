@@ -3,6 +3,7 @@
 import logging
 from typing import NamedTuple
 
+from dsyolo.base.resume_words import same_command
 from dsyolo.cluster.delayed_sum import DelayedSum
 from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.read_counts import Reads
@@ -105,5 +106,5 @@ class LostImagesHook(Hook):
             LOST,
             f"The training stops at step {self.trainer.state.step}: {counts.num_failed:,} of {counts.num_reads:,} reads "
             f"of images failed{example}, and more than {MAX_SHARE:.0%} is not to be learned as grey. Restore the images, "
-            "then run the same command with --resume auto, which continues from the last checkpoint.",
+            f"then run {same_command()}, which continues from the last checkpoint.",
         )
