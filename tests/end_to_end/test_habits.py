@@ -78,8 +78,11 @@ def test_resuming_a_finished_run_by_its_path_says_so_in_one_line_and_more_epochs
     assert (progress["epochs"], progress["total_steps"], progress["schedule_epochs"]) == (2, 6, 1)
 
 
-def interrupted(place: Path, command: list[str], log: Path, text: str) -> tuple[int, str]:
-    """Run a command in a terminal, and press Ctrl-C once `text` is in `log`; return status and output."""
+def interrupted(place: Path, command: list[str], log: Path | None, text: str) -> tuple[int, str]:
+    """Run a command in a terminal, and press Ctrl-C once `text` is in `log`, or in the output; return status and output.
+
+    It waits for all processes of the terminal.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(place)
@@ -93,9 +96,14 @@ def interrupted(place: Path, command: list[str], log: Path, text: str) -> tuple[
             time.sleep(0.02)
         except OSError:  # all processes of the terminal have ended
             break
-        if not was_pressed and log.exists() and text in log.read_text(encoding="utf-8"):
+        seen = output.decode(errors="replace") if log is None else ""
+        if log is not None and log.exists():
+            seen = log.read_text(encoding="utf-8")
+        if not was_pressed and text in seen:
             was_pressed = True
             os.write(terminal, b"\x03")
+    else:
+        pytest.fail(f"it has not ended: {output!r}")
     assert was_pressed, output
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode(errors="replace")
 
@@ -114,6 +122,38 @@ def test_ctrl_c_under_the_launcher_saves_without_a_traceback(place):
     step = int(re.search(r"Interrupted: saved after step (\d+)\. To go on: --resume ", output)[1])
     assert (place / f"runs/stopped/checkpoints/step_{step:08d}").is_dir()
     assert step >= 4
+
+
+VALIDATES = """
+import time
+from pathlib import Path
+from dsyolo.trainer.hooks.base import Hook
+
+class Slow(Hook):
+    def before_validation_batch(self):
+        Path("validates.log").write_text("validates", encoding="utf-8")
+        time.sleep(0.5)
+"""
+
+
+def test_ctrl_c_in_a_validation_under_the_launcher_saves_the_epoch_before_it(place):
+    (place / "slow.py").write_text(VALIDATES, encoding="utf-8")
+    words = arguments(place, "validated", epochs=2, hook="slow.py:Slow", val_batch_size=1)
+    status, output = interrupted(
+        place, [*launcher(), str(TRAIN), *words], place / "validates.log", "validates"
+    )
+    assert status != 0
+    assert "Traceback" not in output
+    assert "Interrupted: saved after step 3. To go on: --resume " in output
+    assert (place / "runs/validated/checkpoints/step_00000003").is_dir()
+    assert rows(place, "validated", "epoch") == []
+
+
+def test_ctrl_c_while_python_imports_under_the_launcher_leaves_no_process(place):
+    words = arguments(place, "imports", epochs=200)
+    status, _ = interrupted(place, [*launcher(), str(TRAIN), *words], None, "spawned with command")
+    assert status != 0
+    assert not (place / "runs/imports").exists()
 
 
 def test_ctrl_c_without_a_launcher_saves_and_ends_with_130(place):

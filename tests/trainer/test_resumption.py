@@ -14,12 +14,13 @@ from dsyolo.checkpoint.train_state import TrainState
 from dsyolo.cluster.world import World
 from dsyolo.config.recipe import Recipe
 from dsyolo.config.resolve import RunSpec
-from dsyolo.config.resume import ResumePoint
+from dsyolo.config.resume import LrEnd, ResumePoint
 from dsyolo.config.run_config import RunConfig
 from dsyolo.config.spec import SchedulerSpec
 from dsyolo.trainer import resumption
 from dsyolo.trainer.engine_parts import idle_gpus, schedule_warning, warmup_schedule
 from dsyolo.trainer.hooks.base import StopTraining
+from dsyolo.trainer.run_folder import check_folder
 
 WORLD = World(0, 1, 0, 1)
 SGD = SimpleNamespace(type="SGD", params={"lr": 0.01}, is_adam=False)
@@ -136,6 +137,16 @@ def test_an_extension_that_ends_during_the_warmup_is_warned_of():
     schedule = warmup_schedule(SchedulerSpec("WarmupCosineLR", SCHEDULE), optimizer, 30, 0, 8)
     assert "after 45 of 50 steps" in schedule_warning(spec(15), schedule, sampler)
     assert schedule_warning(spec(17), schedule, sampler) == ""
+
+
+def test_a_run_without_a_checkpoint_is_started_afresh_by_its_folder(tmp_path, monkeypatch):
+    """`--resume auto` would be in another folder where a path named this one."""
+    monkeypatch.chdir(tmp_path)
+    run = RunConfig(data="d.yaml", project="kept", name="a", resume="always")
+    with pytest.raises(UserError) as caught:
+        check_folder(run, ResumePoint(Path("kept/a"), run, (0, 0, 0)), LrEnd())
+    (problem,) = caught.value.problems
+    assert "it has no checkpoint yet. Start it afresh, without --resume: --project kept --name a " in problem
 
 
 @pytest.mark.parametrize(
