@@ -11,7 +11,7 @@ from dsyolo.base.safe_io import parse_json, read_bytes, shortened
 from dsyolo.base.text import decode
 from dsyolo.data.formats.coco_ids import CocoId, by_name, id_key, required_key
 from dsyolo.data.formats.coco_layout import CocoFile, coco_files, split_images
-from dsyolo.data.formats.coco_shapes import is_bad, is_within, read_box, read_polygon
+from dsyolo.data.formats.coco_shapes import agrees, is_bad, num_short_parts, read_box, read_polygon
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
 from dsyolo.data.formats.image_finder import ImageFinder
 from dsyolo.data.labels import Problem
@@ -20,6 +20,7 @@ MOST_COCO_BYTES = 8 << 30  # COCO's own train split has 450 MB
 MOST_NAME = 1000  # characters of a file's name that are shown
 CROWD = "crowd (left out)"
 BAD_SEGMENTATION = "segmentation cannot be used (its bbox is)"
+SHORT_PART = "segmentation has a part of fewer than three points (part left out)"
 EMPTY_SUPER = "super-category without objects (dropped)"
 SAME_ID = "several images have its id (image left out)"
 NOT_MATCHED = "no annotation is of it, while others are of no image (image left out)"
@@ -185,7 +186,9 @@ class _Reader:
 
     def _object(self, one: dict[str, Any], name: str, place: str) -> Object | None:
         box, polygon = read_box(one.get("bbox")), read_polygon(one.get("segmentation"))
-        if polygon is not None and (box is None or is_within(polygon, box)):
+        if polygon is not None and (box is None or agrees(polygon, box)):
+            if short := num_short_parts(one.get("segmentation")):
+                self._problems.append(Problem(place, 0, SHORT_PART, f"{short} parts" if short > 1 else ""))
             return Object(name, (*polygon.min(0).tolist(), *polygon.max(0).tolist()), polygon, place)
         if box is None:
             return None

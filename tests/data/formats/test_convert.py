@@ -255,7 +255,9 @@ def one(**fields) -> dict:
 
 
 def test_coco(tmp_path):
-    src = coco_folder(tmp_path / "src", [one(), one(category_id=3, segmentation=[SQUARE])])
+    src = coco_folder(
+        tmp_path / "src", [one(), one(category_id=3, bbox=[10, 20, 20, 20], segmentation=[SQUARE])]
+    )
     result = convert("coco", src, tmp_path / "dst")
     assert result.names == ("cat", "dog")  # in the order of the ids 3, 7
     assert not result.problems
