@@ -1,6 +1,6 @@
 """Boxes and polygons of a COCO annotation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 MOST_PAIRS = 1 << 22  # of points, between two parts of an object
 # Bounds of a polygon that agree with its bbox: by their IoU, or with each side as near as this.
 SAME_IOU = 0.8
+SAME_AREA = 0.05
 MARGIN_PX, MARGIN = 2.0, 0.1  # the second is a share of the bbox's side
 
 
@@ -21,6 +22,17 @@ def read_box(bbox: Any) -> tuple[float, float, float, float] | None:
         return None
     box = (x, y, x + width, y + height)
     return box if np.isfinite(box).all() else None
+
+
+def has_area_of_corners(one: Mapping[str, Any]) -> bool | None:
+    """Return whether the area of an annotation is that of its bbox taken for corners; None where it cannot decide."""
+    box, area = read_box(one.get("bbox")), one.get("area")
+    if box is None or isinstance(area, bool) or not isinstance(area, (int, float)) or not area > 0:
+        return None
+    x1, y1, x2, y2 = map(float, one["bbox"])
+    as_size, as_corners = x2 * y2, (x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else 0.0
+    is_size, is_corners = (abs(area - side) <= SAME_AREA * side for side in (as_size, as_corners))
+    return is_corners if is_size != is_corners else None
 
 
 def read_polygon(segmentation: Any) -> np.ndarray | None:

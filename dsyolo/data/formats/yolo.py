@@ -105,7 +105,7 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
             problems.append(f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but {fault}")
             return ()
         names = [names[k] for k in sorted(names)]
-    if not isinstance(names, list) or not names or any(isinstance(n, dict | list | None) for n in names):
+    if not isinstance(names, list) or not names or any(not isinstance(n, str | int | float) for n in names):
         rule = "it must name at least one class. Give a list, or a map `0: cat`."
         problems.append(f"names: {shortened(repr(names))} given, but {rule}")
         return ()
@@ -117,14 +117,16 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
         problems.append(f"names: {' and '.join(booleans)} given, but {rule}")
     elif bad := [f"class {i}: {why}" for i, name in enumerate(names) if (why := name_fault(name))]:
         problems += [f"names: {why}." for why in bad[:MOST_FAULTS]]
-    elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
+    elif repeated := [
+        name for name, count in Counter(str(name).strip() for name in names).items() if count > 1
+    ]:
         problems.append(
             f"names: {shortened(', '.join(repeated))} given more than once. Rename or merge them."
         )
     if num_given is not None and num_given != len(names):
         rule = "Correct one of them, or leave nc out."
         problems.append(f"nc: {num_given} given, but names has {len(names)}. {rule}")
-    return tuple(str(name) for name in names)
+    return tuple(str(name).strip() for name in names)
 
 
 def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:

@@ -29,6 +29,7 @@ DEGENERATE = "box without width or height (left out)"
 OVER_EDGE = "box over the image's edge (clipped)"
 NO_OBJECT_LEFT = "none of its objects can be used (image left out)"
 SAME_LABEL = "another image has the same name but for its ending (left out)"
+IN_TWO_SPLITS = "image in train and in val (kept in both)"
 RENAMED = "a training would not list its name (renamed in the result)"
 
 
@@ -68,6 +69,7 @@ def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
     with new_folder(dst) as building:
         order = dict.fromkeys(("train", "val", *source.splits))
         measured = {split: _measured(source.splits.get(split, []), problems) for split in order}
+        problems += _in_two_splits(measured["train"], measured["val"])
         of_stored = are_of_stored(one for images in measured.values() for one in images)
         classes: dict[str, Counter[int]] = {}
         for split, images in measured.items():
@@ -119,9 +121,17 @@ def _measured(images: Sequence[Image], problems: list[Problem]) -> list[Measured
         labels.add(name.with_suffix(""))
         if reason:
             problems.append(Problem(file, 0, reason, detail))
-        orientation = 1 if image.size_hw is None else read_orientation(image.file, size_hw)
+        orientation = read_orientation(image.file, size_hw)
         usable.append(MeasuredImage(image._replace(name=str(name)), size_hw, orientation))
     return usable
+
+
+def _in_two_splits(train: Sequence[MeasuredImage], val: Sequence[MeasuredImage]) -> list[Problem]:
+    """Return a problem for each file that both splits have, under whatever name."""
+    seen = {(status.st_dev, status.st_ino) for status in (os.stat(one.image.file) for one in train)}
+    files = [str(one.image.file) for one in val]
+    found = [f for f, status in ((f, os.stat(f)) for f in files) if (status.st_dev, status.st_ino) in seen]
+    return [Problem(file, 0, IN_TWO_SPLITS) for file in sorted(found)]
 
 
 def _write_image(
