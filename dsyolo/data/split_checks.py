@@ -82,6 +82,8 @@ def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitRep
         else:
             warnings += _partly_unlabelled(split, index, are_read)
         warnings += _likely_mistakes(split, index)
+    if data.num_keypoint_values:
+        warnings.append("kpt_shape: keypoints are not learned. The boxes of their rows are.")
     if not errors:
         warnings += _classes_without_objects(data, splits)
     if "train" in splits and "val" in splits:

@@ -268,3 +268,21 @@ def test_copies_of_val_in_train_are_named(tmp_path):
         target.write_bytes(image.read_bytes())
         text(tmp_path / "labels/train" / f"{image.stem}.txt", ROW)
     assert "2 of 2 val images have the name, size and labels of one in train" in started(yolo(tmp_path)).lines
+
+
+def test_rows_with_keypoints_are_boxes(tmp_path):
+    """Two keypoints without visibility have as many columns as a polygon of four points."""
+    for folder in ("images/train", "images/val"):
+        for image in images(tmp_path, folder):
+            text(tmp_path / "labels" / folder[7:] / f"{image.stem}.txt", f"{ROW.strip()} 0.1 0.1 0.9 0.9\n")
+    data = yolo(tmp_path)
+    text(data, data.read_text(encoding="utf-8") + "kpt_shape: [2, 2]\n")
+    outcome = started(data)
+    assert "keypoints are not learned" in outcome.lines
+    assert set(map(str, outcome.boxes.values())) == {str([list(BOX)])}
+
+
+@pytest.mark.parametrize("shape", ["17", "[17]", "[0, 3]", "[17, 4]", "[a, 2]", "[true, 2]"])
+def test_a_shape_of_keypoints_that_is_none_is_refused(tmp_path, shape):
+    with pytest.raises(UserError, match=r"kpt_shape: .* given, but it must be the number of keypoints"):
+        read_data_yaml(text(tmp_path / "data.yaml", f"train: .\nval: .\nnames: [a]\nkpt_shape: {shape}\n"))
