@@ -97,7 +97,7 @@ def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
         raise UserError(
             f"{args.weights} cannot be validated on {args.data}", [f"names: {given}. They must be the same."]
         )
-    split = build_index(data.val or (), data.num_classes)
+    split = build_index(data.val or (), data.num_classes, num_keypoint_values=data.num_keypoint_values)
     for line in refuse_lost_objects(data, {"val": split}):
         print(f"Warning: {line}", file=sys.stderr)
     return EvalLoader(

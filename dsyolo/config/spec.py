@@ -181,6 +181,7 @@ class DataSpec:
     train: tuple[Path, ...] | None  # folders and list files
     val: tuple[Path, ...] | None
     test: tuple[Path, ...] | None
+    num_keypoint_values: int = 0  # numbers behind the box of a label row, which are not learned
 
     @property
     def num_classes(self) -> int:

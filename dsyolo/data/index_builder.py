@@ -32,6 +32,7 @@ def build_index(
     *,
     workers: int | None = None,
     progress: bool = True,
+    num_keypoint_values: int = 0,
     communicator: Communicator | None = None,
 ) -> DatasetIndex:
     """Read and check all images and labels of folders and list files, or load the index from the cache.
@@ -41,6 +42,7 @@ def build_index(
     Args:
         cache_dir: None for `default_cache_dir()`. If it cannot be written, there is only a warning.
         workers: threads (decoding releases the GIL); None: one per core, at most 16.
+        num_keypoint_values: of `DataSpec`.
         communicator: the ranks that call this together. Each reads its share, all get the same. None: this process alone.
 
     Raises:
@@ -60,14 +62,14 @@ def build_index(
     images = sorted(set(listed))
     _check_same(communicator, images, folders)
     digests = map_files(_stamp, images, _digest, "looking for changed files")
-    key = _digest([f"{FORMAT_VERSION} {num_classes}", *digests])
+    key = _digest([f"{FORMAT_VERSION} {num_classes} {num_keypoint_values}", *digests])
     name = _digest([str(num_classes), *map(str, folders)])
     cache_file = Path(cache_dir or default_cache_dir()) / f"index-{name[:24]}.npz"
     cached = on_all_ranks(lambda: load_cache(cache_file, key), "reading the cached index")
     have = communicator.exchange(cached is not None)
     index = cached if all(have) or not any(have) else communicator.broadcast(have.index(True), cached)
     if index is None:
-        read = partial(read_image_record, num_classes=num_classes)
+        read = partial(read_image_record, num_classes=num_classes, num_keypoint_values=num_keypoint_values)
         assemble = partial(assemble_index, num_classes=num_classes)
         parts = map_files(read, images, assemble, "reading the data set")
         index = merge_indexes(parts, [Problem(image, 0, LISTED_TWICE) for image in repeats])
@@ -94,12 +96,12 @@ def _check_same(communicator: Communicator, images: Sequence[str], sources: Sequ
         raise UserError("The ranks do not see the same data set", [f"{where}: {counts}. {rule}."])
 
 
-def read_image_record(image: str, num_classes: int) -> ImageRecord:
+def read_image_record(image: str, num_classes: int, num_keypoint_values: int = 0) -> ImageRecord:
     """Read and check one image and its label file. Depends on nothing else, so any worker or rank can do it."""
     size_hw, reason, detail = check_image(image)
     if size_hw is None:
         return ImageRecord(image, None, no_labels(), (Problem(image, 0, reason, detail),))
-    labels, problems = read_labels(label_path(image), num_classes)
+    labels, problems = read_labels(label_path(image), num_classes, num_keypoint_values)
     notes = (Problem(image, 0, reason, detail),) if reason else ()
     if problems and not len(labels.classes):
         # It has objects, though none is usable: as a background it would teach that there are none.

@@ -23,7 +23,7 @@ def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> list[s
     Raises:
         UserError: what would end a training: no object in train, no row that can be used, unknown classes.
     """
-    indexes = {split: _labels_alone(paths, data.num_classes) for split, paths in images.items()}
+    indexes = {split: _labels_alone(paths, data) for split, paths in images.items()}
     for split, index in indexes.items():
         if not len(index):
             line = f"{split}: no label row of its {len(set(images[split])):,} images can be used."
@@ -31,21 +31,21 @@ def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> list[s
     return refuse_lost_objects(data, indexes)
 
 
-def _labels_alone(images: Sequence[str], num_classes: int) -> DatasetIndex:
+def _labels_alone(images: Sequence[str], data: DataSpec) -> DatasetIndex:
     """Return an index whose sizes are not those of the images."""
     distinct = sorted(set(images))
     step = -(-len(distinct) // MAX_READ)
     with ThreadPoolExecutor(_THREADS) as pool:
-        records = list(pool.map(lambda image: _record(image, num_classes), distinct[::step]))
+        records = list(pool.map(lambda image: _record(image, data), distinct[::step]))
         if not any(
             len(record.labels.classes) for record in records
         ):  # rare objects may all be beside the sample
             rest = [image for i, image in enumerate(distinct) if i % step]
-            records += pool.map(lambda image: _record(image, num_classes), rest)
-    return assemble_index(records, num_classes)
+            records += pool.map(lambda image: _record(image, data), rest)
+    return assemble_index(records, data.num_classes)
 
 
-def _record(image: str, num_classes: int) -> ImageRecord:
-    labels, problems = read_labels(label_path(image), num_classes)
+def _record(image: str, data: DataSpec) -> ImageRecord:
+    labels, problems = read_labels(label_path(image), data.num_classes, data.num_keypoint_values)
     is_left_out = bool(problems) and not len(labels.classes)
     return ImageRecord(image, None if is_left_out else (1, 1), labels, tuple(problems))

@@ -82,10 +82,15 @@ def no_labels() -> Labels:
     return Labels(np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
 
 
-def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Problem]]:
+def read_labels(
+    path: str | Path, num_classes: int, num_keypoint_values: int = 0
+) -> tuple[Labels, list[Problem]]:
     """Return the usable rows of a label file (duplicates of class and box once), and the problems of the others.
 
-    A missing or empty file is a background, and no problem.
+    A missing or empty file is a background, and no problem. Of rows with keypoints, the box is read.
+
+    Args:
+        num_keypoint_values: numbers behind the box of a row, in a data set with keypoints.
     """
     try:
         raw = read_bytes(path, MOST_LABEL_BYTES)
@@ -96,7 +101,7 @@ def read_labels(path: str | Path, num_classes: int) -> tuple[Labels, list[Proble
     if not raw.strip():
         return no_labels(), []
     problems: list[Problem] = []
-    rows = _parse(str(path), decode_any(raw), problems)
+    rows = _parse(str(path), decode_any(raw), problems, num_keypoint_values)
     labels = _checked(str(path), rows, num_classes, problems)
     problems.sort(key=lambda problem: problem.line)
     return labels, problems
@@ -112,7 +117,7 @@ def refused_rows(rows: Sequence[str], num_classes: int) -> list[Problem]:
 _Rows = tuple[list[int], np.ndarray, np.ndarray, list[np.ndarray | None]]
 
 
-def _parse(path: str, text: str, problems: list[Problem]) -> _Rows:
+def _parse(path: str, text: str, problems: list[Problem], num_keypoint_values: int = 0) -> _Rows:
     """Return line numbers, classes (N,), boxes_cxcywh (N, 4) and polygons of the rows that are numbers."""
     lines: list[int] = []
     classes: list[float] = []
@@ -122,6 +127,8 @@ def _parse(path: str, text: str, problems: list[Problem]) -> _Rows:
         tokens = line.split()
         if not tokens:
             continue
+        if num_keypoint_values and len(tokens) == 5 + num_keypoint_values:
+            tokens = tokens[:5]
         num_columns = len(tokens)
         if num_columns != 5 and (num_columns < 7 or num_columns % 2 == 0):
             detail = f"{num_columns} columns; a box has 5 (class cx cy w h), a polygon 7, 9, 11 ... (class x y x y ...)"

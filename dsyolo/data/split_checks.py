@@ -3,6 +3,7 @@
 Every rank has the same index, so all come to the same errors.
 """
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,19 @@ import numpy as np
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.spec import DataSpec
-from dsyolo.data.formats.yolo import label_path
+from dsyolo.data.formats.yolo import label_path, list_images
 from dsyolo.data.index import DatasetIndex
 from dsyolo.data.labels import AS_CORNERS, CLIPPED, NOT_PIXELS, NUM_SHOWN, first_places
+from dsyolo.data.shared_images import shared_images
 from dsyolo.data.unread_labels import MAX_IMAGE_FOLDERS, UnreadLabels, find_unread_labels, unsearched_folders
 
 FEW_LABELLED = 0.2  # a folder where fewer images have labels is suspicious if label-like files lie beside it
 MOST_ROWS = 0.5
-CORNER_SHARE, OVERHANG_SHARE = 0.9, 0.2  # see `_corners`
+CORNER_SHARE, OVERHANG_SHARE, MIRRORED_SHARE, MIN_ROWS = 0.9, 0.2, 0.5, 4  # see `_corners`
 MAX_LOOKED_UP = 20_000  # label files of backgrounds
 MAX_CLASSES_NAMED = 5
 LIKE_NAMED = "label-like files are named as they are"
+MOST_COPIES = 0.5  # share of val
 MAX_FOUND = 5  # lines about unread files
 
 
@@ -72,13 +75,15 @@ def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitRep
     """Check the splits of a data set, and those against each other."""
     errors: list[str] = []
     warnings: list[str] = []
-    are_read = _label_files(splits)
+    are_read = _label_files(data, splits)
     for split, index in splits.items():
         if not index.num_boxes:
             (errors if split == "train" else warnings).extend(_no_object(split, index, are_read))
         else:
             warnings += _partly_unlabelled(split, index, are_read)
         warnings += _likely_mistakes(split, index)
+    if data.num_keypoint_values:
+        warnings.append("kpt_shape: keypoints are not learned. The boxes of their rows are.")
     if not errors:
         warnings += _classes_without_objects(data, splits)
     if "train" in splits and "val" in splits:
@@ -86,11 +91,19 @@ def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitRep
     return SplitReport(errors, warnings)
 
 
-def _label_files(splits: Mapping[str, DatasetIndex]) -> frozenset[str]:
-    """Return the label files of all images; none where every image has labels, as then nothing is searched."""
+def _label_files(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> frozenset[str]:
+    """Return the label files of all images, those of splits that are not trained on too.
+
+    None where every image has labels, as then nothing is searched.
+    """
     if not any(index.num_backgrounds for index in splits.values()):
         return frozenset()
-    return frozenset(str(label_path(index.path(i))) for index in splits.values() for i in range(len(index)))
+    files = {str(label_path(index.path(i))) for index in splits.values() for i in range(len(index))}
+    for split in ("train", "val", "test"):
+        if split not in splits and (sources := getattr(data, split)):
+            with contextlib.suppress(UserError):  # its folder has no image
+                files.update(str(label_path(os.path.abspath(image))) for image in list_images(sources))
+    return frozenset(files)
 
 
 def _no_object(split: str, index: DatasetIndex, are_read: frozenset[str]) -> Iterator[str]:
@@ -135,13 +148,13 @@ def _partly_unlabelled(split: str, index: DatasetIndex, are_read: frozenset[str]
     num_images = Counter(os.path.dirname(index.path(i)) for i in range(len(index)))
     num_backgrounds = Counter(map(os.path.dirname, backgrounds))
     few = [f for f, count in num_backgrounds.items() if num_images[f] - count < FEW_LABELLED * num_images[f]]
-    for folder in few[:MAX_IMAGE_FOLDERS]:
+    few = few[:MAX_IMAGE_FOLDERS]
+    within = [path for path in backgrounds if os.path.dirname(path) in few][:MAX_LOOKED_UP]
+    found = [one for one in find_unread_labels(within, are_read) if one.is_for_all] if few else []
+    for folder in few if found else ():
         labelled = num_images[folder] - num_backgrounds[folder]
-        within = [path for path in backgrounds if os.path.dirname(path) == folder][:MAX_LOOKED_UP]
-        found = [one for one in find_unread_labels(within, are_read) if one.is_for_all]
-        if found:
-            yield f"{split}: only {labelled:,} of {num_images[folder]:,} images in {folder} have objects."
-            yield from _lines(split, found)
+        yield f"{split}: only {labelled:,} of {num_images[folder]:,} images in {folder} have objects."
+    yield from _lines(split, found)
 
 
 def _likely_mistakes(split: str, index: DatasetIndex) -> Iterator[str]:
@@ -157,8 +170,9 @@ def _likely_mistakes(split: str, index: DatasetIndex) -> Iterator[str]:
         )
     if _corners(index):
         clipped = [problem for problem in index.problems if AS_CORNERS in problem.detail]
+        places = f" ({first_places(clipped)})" if clipped else ""
         yield (
-            f"{split}: most label rows look like corners, x1 y1 x2 y2 ({first_places(clipped)}), "
+            f"{split}: most label rows look like corners, x1 y1 x2 y2{places}, "
             "but are read as cx cy w h. Convert them if they are."
         )
 
@@ -166,17 +180,24 @@ def _likely_mistakes(split: str, index: DatasetIndex) -> Iterator[str]:
 def _corners(index: DatasetIndex) -> bool:
     """Return whether most rows look like corners.
 
-    Corners have w > cx and h > cy throughout, and many of them, taken for a centre and a size, are over the image's
-    edge. Boxes that fill their images have the first, but not the second.
+    Corners have w >= cx and h >= cy throughout. Boxes that fill their images have this too, but as well from the other
+    side, w >= 1 - cx and h >= 1 - cy, and are not over the image's edge.
     """
     if not index.num_boxes:
         return False
     over = sum(problem.reason == CLIPPED for problem in index.problems)
+    low, high = index.boxes[:, :2], index.boxes[:, 2:]
+    size, centre = high - low + 1e-6, (low + high) / 2
+    is_like, is_mirrored = (size >= centre).all(1), (size >= 1 - centre).all(1)
+    is_inside = ((index.boxes > 0) & (index.boxes < 1)).all(1)
+    # Boxes at the very edge were clipped, `over` of them, or end there.
+    at_edge = max(int((~is_inside).sum()) - over, 0)
     like_corners = sum(AS_CORNERS in problem.detail for problem in index.problems)
-    inside = index.boxes[((index.boxes > 0) & (index.boxes < 1)).all(1)]
-    low, high = inside[:, :2], inside[:, 2:]
-    like_corners += int((high - low > (low + high) / 2).all(1).sum())
-    return like_corners > CORNER_SHARE * (over + len(inside)) and over > OVERHANG_SHARE * index.num_boxes
+    like_corners += int((is_like & is_inside).sum()) + min(at_edge, int((is_like & ~is_inside).sum()))
+    if like_corners <= CORNER_SHARE * (over + int(is_inside.sum()) + at_edge):
+        return False
+    is_one_sided = len(is_like) >= MIN_ROWS and is_mirrored.mean() < MIRRORED_SHARE
+    return bool(over > OVERHANG_SHARE * index.num_boxes or is_one_sided)
 
 
 def _classes_without_objects(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> Iterator[str]:
@@ -197,22 +218,12 @@ def _classes_without_objects(data: DataSpec, splits: Mapping[str, DatasetIndex])
 
 
 def _overlap(train: DatasetIndex, val: DatasetIndex) -> Iterator[str]:
-    first, other = _real_paths(train), _real_paths(val)
-    common = first & other
+    common, copies, first = shared_images(train, val)
     remedy = "Metrics of images that were trained on are too good: keep some images for val alone."
-    if common and first == other:
-        yield f"val has the same {len(common):,} images as train. {remedy}"
+    if common and common == len(train) == len(val):
+        yield f"val has the same {common:,} images as train. {remedy}"
     elif common:
-        yield f"{len(common):,} of {len(other):,} val images are in train too, as {min(common)}. {remedy}"
-
-
-def _real_paths(index: DatasetIndex) -> set[str]:
-    """Return the paths of images with the links of folders resolved, each folder once."""
-    real: dict[str, str] = {}
-    paths = set()
-    for i in range(len(index)):
-        folder, name = os.path.split(index.path(i))
-        if folder not in real:
-            real[folder] = os.path.realpath(folder)
-        paths.add(os.path.join(real[folder], name))
-    return paths
+        yield f"{common:,} of {len(val):,} val images are in train too, as {first}. {remedy}"
+    elif copies > MOST_COPIES * len(val):
+        what = "have the name, size and labels of one in train, as copies do"
+        yield f"{copies:,} of {len(val):,} val images {what}: {first}. {remedy}"

@@ -69,6 +69,7 @@ def index_splits(
             run.data.num_classes,
             workers=num_readers(world),
             progress=world.is_main_process,
+            num_keypoint_values=run.data.num_keypoint_values,
             communicator=communicator,
         )
         for split in ("train", "val")

@@ -63,7 +63,11 @@ def started(data_yaml: Path) -> Outcome:
         data = read_data_yaml(data_yaml)
         indexes = {
             split: build_index(
-                getattr(data, split), data.num_classes, data_yaml.parent / ".cache", progress=False
+                getattr(data, split),
+                data.num_classes,
+                data_yaml.parent / ".cache",
+                progress=False,
+                num_keypoint_values=data.num_keypoint_values,
             )
             for split in ("train", "val")
         }

@@ -9,10 +9,25 @@ from typing import Any
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import parse_json, read_bytes, shortened
 from dsyolo.base.text import decode
-from dsyolo.data.formats.coco_ids import CocoId, by_name, id_key, required_key
+from dsyolo.data.formats.coco_ids import CocoId, id_key, image_finder, read_names, required_key
 from dsyolo.data.formats.coco_layout import CocoFile, coco_files, split_images
-from dsyolo.data.formats.coco_shapes import is_bad, is_within, read_box, read_polygon
-from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
+from dsyolo.data.formats.coco_shapes import (
+    agrees,
+    has_area_of_corners,
+    is_bad,
+    num_short_parts,
+    read_box,
+    read_polygon,
+)
+from dsyolo.data.formats.data_format import (
+    BAD_OBJECT,
+    NO_IMAGE,
+    DataFormat,
+    Image,
+    Object,
+    SourceDataset,
+    read_size,
+)
 from dsyolo.data.formats.image_finder import ImageFinder
 from dsyolo.data.labels import Problem
 
@@ -20,9 +35,12 @@ MOST_COCO_BYTES = 8 << 30  # COCO's own train split has 450 MB
 MOST_NAME = 1000  # characters of a file's name that are shown
 CROWD = "crowd (left out)"
 BAD_SEGMENTATION = "segmentation cannot be used (its bbox is)"
+SHORT_PART = "segmentation has a part of fewer than three points (part left out)"
 EMPTY_SUPER = "super-category without objects (dropped)"
 SAME_ID = "several images have its id (image left out)"
 NOT_MATCHED = "no annotation is of it, while others are of no image (image left out)"
+FEW_UNMATCHED = 0.05  # image ids of no image, as a share of the images without annotations
+MOST_CORNERS = 0.5
 AMBIGUOUS = "several entries lead to this file (left out)"
 
 
@@ -89,7 +107,7 @@ class _Reader:
     def __init__(self, coco_file: CocoFile, headline: str, problems: list[Problem], notes: list[str]) -> None:
         self._file, self._folders = coco_file
         self._headline, self._problems, self._notes = headline, problems, notes
-        self._unmatched = self._uncategorised = 0
+        self._unmatched = self._uncategorised = self._named = self._corners = self._with_area = 0
 
     def read(self) -> _Split:
         given, categories, supers, records = self._sections()
@@ -97,21 +115,25 @@ class _Reader:
         objects: dict[CocoId, list[Object]] = {key: [] for key in records}
         annotated: set[CocoId] = set()  # images with any annotation
         spoiled: set[CocoId] = set()
-        ids_by_name = by_name(records)
         annotations = given["annotations"]
+        image_of = image_finder(records, annotations)
+        unmatched: set[str] = set()  # image ids
         for number, one in enumerate(annotations, 1):
             one = one if isinstance(one, dict) else {}
             place = f"{self._file} annotation {shortened(str(one.get('id', f'number {number}')))}"
-            image, category = id_key(one.get("image_id")), id_key(one.get("category_id"))
-            image = image if image in records else ids_by_name.get(str(one.get("image_id")))
+            image, category = image_of(one.get("image_id")), id_key(one.get("category_id"))
+            self._named += image is not None and image != id_key(one.get("image_id"))
             if image is not None:
                 annotated.add(image)
             if category in categories:
                 split.used.add(category)
             if _is_crowd(one):
                 self._problems.append(Problem(place, 0, CROWD))
+                if image is not None:
+                    spoiled.add(image)
             elif image is None:
                 self._unmatched += 1
+                unmatched.add(repr(one.get("image_id")))
                 detail = f"image_id {shortened(repr(one.get('image_id')))} is no image's id"
                 self._problems.append(Problem(place, 0, BAD_OBJECT, detail))
             elif category not in categories:
@@ -127,7 +149,7 @@ class _Reader:
             else:
                 objects[image].append(found)
         self._check_shares(len(annotations), sum(len(one) for one in objects.values()))
-        unsure = {key for key in records if key not in annotated} if self._unmatched else set()
+        unsure = self._unsure({key for key in records if key not in annotated}, len(unmatched))
         split.images = self._images(records, objects, spoiled, unsure)
         return split
 
@@ -140,11 +162,7 @@ class _Reader:
             for key in ("categories", "images", "annotations"):
                 if not isinstance(given[key], list):
                     raise TypeError(f"{key} must be a list")
-            categories: dict[CocoId, str] = {}
-            for one in given["categories"]:
-                number, name = required_key(one["id"]), str(one["name"])
-                if categories.setdefault(number, name) != name:
-                    raise ValueError(f"category id {number} is given for {categories[number]} and for {name}")
+            categories = read_names(given["categories"])
             supers = {id_key(one["id"]): str(one.get("supercategory", "")) for one in given["categories"]}
             records: dict[CocoId, list[dict[str, Any]]] = {}
             for one in given["images"]:
@@ -155,8 +173,23 @@ class _Reader:
             raise UserError(self._headline, [rule]) from error
         return given, categories, supers, records
 
+    def _unsure(self, backgrounds: set[CocoId], num_unmatched: int) -> set[CocoId]:
+        """Return the backgrounds that may be those whose annotations are of no image: none where these are few."""
+        if not num_unmatched or num_unmatched >= FEW_UNMATCHED * len(backgrounds):
+            return backgrounds if num_unmatched else set()
+        counts = f"{len(backgrounds):,} images without annotations are kept as backgrounds"
+        self._notes.append(f"{self._file}: {counts}, though {num_unmatched:,} image ids are of no image.")
+        return set()
+
     def _check_shares(self, num_annotations: int, num_objects: int) -> None:
         """Note which share of the annotations matches no image. Raise UserError where none can be used."""
+        if self._named:
+            what = "annotations name their image by its file's name, not by its id"
+            self._notes.append(f"{self._file}: {self._named:,} {what}.")
+        if self._corners > MOST_CORNERS * self._with_area:
+            counts = f"in {self._corners:,} of {self._with_area:,} annotations without a polygon"
+            what = f"{counts} area is that of corners x1 y1 x2 y2, but bbox is read as x y width height"
+            self._notes.append(f"{self._file}: {what}. Convert bbox.")
         if self._unmatched:
             share = self._unmatched / num_annotations
             line = f"{self._file}: {self._unmatched:,} of {num_annotations:,} annotations ({share:.1%}) are of no image"
@@ -185,10 +218,15 @@ class _Reader:
 
     def _object(self, one: dict[str, Any], name: str, place: str) -> Object | None:
         box, polygon = read_box(one.get("bbox")), read_polygon(one.get("segmentation"))
-        if polygon is not None and (box is None or is_within(polygon, box)):
+        if polygon is not None and (box is None or agrees(polygon, box)):
+            if short := num_short_parts(one.get("segmentation")):
+                self._problems.append(Problem(place, 0, SHORT_PART, f"{short} parts" if short > 1 else ""))
             return Object(name, (*polygon.min(0).tolist(), *polygon.max(0).tolist()), polygon, place)
         if box is None:
             return None
+        if polygon is None and (is_corners := has_area_of_corners(one)) is not None:
+            self._with_area += 1
+            self._corners += is_corners
         if polygon is not None or is_bad(one.get("segmentation")):
             self._problems.append(Problem(place, 0, BAD_SEGMENTATION))
         return Object(name, box, None, place)
@@ -222,7 +260,8 @@ class _Reader:
                     self._problems.append(Problem(str(found[0]), 0, NOT_MATCHED, f"in {self._file}"))
                 else:
                     file, relative = found
-                    image = Image(file, relative, objects[key], _size_hw(entries[0]), key in spoiled)
+                    size_hw = self._size_hw(entries[0], file)
+                    image = Image(file, relative, objects[key], size_hw, key in spoiled)
                     before = images.get(file)
                     if before is None:
                         images[file], given_names[file] = image, name
@@ -237,15 +276,9 @@ class _Reader:
             del images[file]
         return list(images.values())
 
+    def _size_hw(self, record: Mapping[str, Any], file: Path) -> tuple[int, int] | None:
+        return read_size(record.get("width"), record.get("height"), str(file), self._problems)
+
 
 def _is_crowd(one: Mapping[str, Any]) -> bool:
     return str(one.get("iscrowd") or 0).strip().lower() not in ("0", "0.0", "", "false")
-
-
-def _size_hw(record: Mapping[str, Any]) -> tuple[int, int] | None:
-    height, width = id_key(record.get("height")), id_key(record.get("width"))
-    return (
-        (height, width)
-        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-        else None
-    )

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsyolo.base.safe_io import shortened
 from dsyolo.data.labels import Problem
 
 NO_IMAGE = "image not found (left out)"
+MOST_SIDE_PX = 1e9
+BAD_SIZE = "width and height cannot be read (not compared with the image's)"
 BAD_OBJECT = "object cannot be read (left out)"
 
 
@@ -29,6 +32,30 @@ class Image(NamedTuple):
     objects: list[Object]
     size_hw: tuple[int, int] | None = None  # that the boxes are of, if the source names it: see frames.py
     is_spoiled: bool = False  # whether it has other objects, which cannot be read
+
+
+def read_size(width: Any, height: Any, place: str, problems: list[Problem]) -> tuple[int, int] | None:
+    """Return the (height, width) that an annotation states as numbers or text, whole or not, in px.
+
+    Returns:
+        None where it states none, or what cannot be read, which is reported.
+    """
+    if width in (None, "") and height in (None, ""):
+        return None
+    sides = (_whole_px(height), _whole_px(width))
+    if min(sides) > 0:
+        return sides
+    problems.append(Problem(place, 0, BAD_SIZE, shortened(f"width {width!r}, height {height!r}")))
+    return None
+
+
+def _whole_px(value: Any) -> int:
+    """Return a side in whole px; 0 for what is none."""
+    try:
+        side = 0.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return round(side) if 0 < side < MOST_SIDE_PX else 0
 
 
 @dataclass

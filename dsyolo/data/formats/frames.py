@@ -16,6 +16,7 @@ from dsyolo.data.formats.data_format import Image, Object
 SCALED = "annotation of a larger or smaller copy of the image (boxes scaled)"
 SWAPPED = "width and height are swapped in the annotation (boxes kept as the image is seen)"
 TURNED = "boxes of the image before its EXIF rotation (turned with it)"
+UNSURE = "EXIF turns the image, whose size is not in its annotation (boxes kept as the image is seen)"
 OTHER_SHAPE = "width and height do not fit the image (image left out)"
 _ROUNDING_PX = 1.0
 _EXIF_ORIENTATION = 0x0112
@@ -77,7 +78,7 @@ def are_of_stored(images: Iterable[MeasuredImage]) -> bool:
     """
     votes = 0
     for one in images:
-        if one.turns_sides and _given_is_swapped(one):
+        if one.turns_sides and (one.image.size_hw is None or _given_is_swapped(one)):
             votes += _vote(one)
     return votes < 0
 
@@ -90,7 +91,7 @@ def fit_objects(one: MeasuredImage, of_stored: bool) -> Fitted:
     """
     given, seen = one.image.size_hw, one.seen_hw
     if given is None:
-        return Fitted(list(one.image.objects))
+        return _fit_unsized(one, of_stored)
     detail = f"{given[1]} x {given[0]} in the annotation, {seen[1]} x {seen[0]} in the file"
     if _given_is_swapped(one):
         as_seen = (given[1], given[0])
@@ -110,6 +111,18 @@ def fit_objects(one: MeasuredImage, of_stored: bool) -> Fitted:
     return Fitted(objects, *((SCALED, detail) if given != seen else ()))
 
 
+def _fit_unsized(one: MeasuredImage, of_stored: bool) -> Fitted:
+    """Return the objects of an image whose annotation states no size."""
+    objects = list(one.image.objects)
+    vote = _vote(one) if one.turns_sides else 0
+    if not objects or one.orientation == 1 or vote > 0:
+        return Fitted(objects)
+    detail = f"EXIF orientation {one.orientation}"
+    if vote < 0 or of_stored:
+        return Fitted([_turned(o, one) for o in objects], TURNED, detail)
+    return Fitted(objects, UNSURE, detail)
+
+
 def _given_is_swapped(one: MeasuredImage) -> bool:
     given, seen = one.image.size_hw, one.seen_hw
     if given is None or given == seen or seen[0] == seen[1]:
@@ -126,8 +139,7 @@ def _same_shape(given: _Size, size: _Size) -> bool:
 
 def _vote(one: MeasuredImage) -> int:
     """Return 1 if the boxes are inside the image as seen alone, -1 if inside the swapped sides alone, else 0."""
-    assert one.image.size_hw is not None
-    height, width = one.image.size_hw  # swapped
+    height, width = one.image.size_hw or one.seen_hw[::-1]  # swapped
     corners = np.array([o.box_xyxy for o in one.image.objects], np.float64).reshape(-1, 4)
     corners = corners[np.isfinite(corners).all(1)]
     far_xy = corners[:, 2:].max(0, initial=0.0)

@@ -12,7 +12,15 @@ import numpy as np
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import names_in, read_bytes, shortened
 from dsyolo.base.text import decode, decode_names, on_disk
-from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, DataFormat, Image, Object, SourceDataset
+from dsyolo.data.formats.data_format import (
+    BAD_OBJECT,
+    NO_IMAGE,
+    DataFormat,
+    Image,
+    Object,
+    SourceDataset,
+    read_size,
+)
 from dsyolo.data.formats.image_finder import as_posix
 from dsyolo.data.formats.yolo import IMAGE_SUFFIXES, MOST_LIST_BYTES
 from dsyolo.data.labels import Problem
@@ -21,7 +29,6 @@ BAD_ANNOTATION = "annotation cannot be read (image left out)"
 DIFFICULT = "object marked difficult (left out)"
 MOST_VOC_BYTES = 64 << 20
 _DECLARED = re.compile(rb"<\?xml[^>]*\sencoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"']")
-IN_TWO_SPLITS = "image in train and in val (kept in both)"
 
 
 # size_hw, objects, and whether it has others that cannot be read
@@ -41,8 +48,6 @@ class Voc(DataFormat):
         problems: list[Problem] = []
         lists = _voc_lists(roots, headline)
         splits = {split: _voc_read(files, len(roots) > 1, problems) for split, files in lists.items()}
-        both = {image.file for image in splits["train"]} & {image.file for image in splits["val"]}
-        problems += [Problem(str(file), 0, IN_TWO_SPLITS) for file in sorted(both)]
         names = sorted({one.name for images in splits.values() for image in images for one in image.objects})
         if not names:
             raise UserError(headline, ["no object in any annotation", *map(str, problems[:5])])
@@ -108,22 +113,29 @@ def _voc_read(lists: dict[Path, Path], has_prefixes: bool, problems: list[Proble
 def _from_first_pixel(splits: dict[str, list[Image]]) -> tuple[dict[str, list[Image]], str]:
     """Return the images with boxes in pixels from 0, and a line about the first pixel, decided once for all of them.
 
-    VOC counts pixels from 1, both ends within the box; a set with a 0 in it evidently counts from 0.
+    VOC counts pixels from 1, both ends within the box. Corners from 0 to below 1 speak for a first pixel 0; boxes
+    that end at the last pixel, and touch no first one, for 1: the more decide.
     """
-    corners = [
-        (min(o.box_xyxy[:2]), o) for images in splits.values() for image in images for o in image.objects
-    ]
-    low, first = min(corners, key=lambda corner: corner[0], default=(1.0, None))
-    if low < 1 and first is not None:
-        line = (
-            f"boxes are taken as they are, with 0 as the first pixel: {first.place} has a corner at {low:g}"
-        )
-        return splits, f"{line}."
+    objects = [(o, image.size_hw) for images in splits.values() for image in images for o in image.objects]
+    of_0 = [o for o, _ in objects if 0 <= min(o.box_xyxy[:2]) < 1]
+    num_of_1 = sum(
+        min(o.box_xyxy[:2]) >= 1 and size_hw is not None and _ends_at(o, size_hw) for o, size_hw in objects
+    )
+    counts = (
+        f"{len(of_0):,} boxes have a corner at 0, {num_of_1:,} others end at their image's width or height"
+    )
+    if of_0 and len(of_0) >= num_of_1:
+        place = f"{of_0[0].place} has a corner at {min(of_0[0].box_xyxy[:2]):g}"
+        return splits, f"boxes are taken as they are, with 0 as the first pixel: {place} ({counts})."
     shifted = {
         split: [image._replace(objects=[_shifted(one, 1.0) for one in image.objects]) for image in images]
         for split, images in splits.items()
     }
-    return shifted, "boxes are taken to count pixels from 1, as VOC does: no corner is at 0."
+    return shifted, f"boxes are taken to count pixels from 1, as VOC does: {counts}."
+
+
+def _ends_at(one: Object, size_hw: tuple[int, int]) -> bool:
+    return one.box_xyxy[2] == size_hw[1] or one.box_xyxy[3] == size_hw[0]
 
 
 def _voc_names(root: Path, list_file: Path, problems: list[Problem]) -> list[str]:
@@ -201,11 +213,8 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
             Problem(str(file), 0, BAD_ANNOTATION, shortened(str(getattr(error, "strerror", None) or error)))
         )
         return None
-    try:
-        height, width = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
-        size_hw = (int(height), int(width)) if max(len(height), len(width)) < 10 else (0, 0)
-    except ValueError:
-        size_hw = (0, 0)
+    width, height = (root.findtext(f"size/{side}", "").strip() for side in ("width", "height"))
+    size_hw = read_size(width, height, str(file), problems)
     objects: list[Object] = []
     is_spoiled = False
     for number, node in enumerate(root.iterfind("object"), 1):
@@ -213,6 +222,7 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
         name = (node.findtext("name") or "").strip()
         if (node.findtext("difficult") or "0").strip() == "1":
             problems.append(Problem(place, 0, DIFFICULT, name))
+            is_spoiled = True
             continue
         sides = [node.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
@@ -232,7 +242,7 @@ def _voc_annotation(file: Path, problems: list[Problem]) -> _Annotation | None:
             Problem(str(file), 0, BAD_OBJECT, f"{strays} of <bndbox>, but none in annotation/object")
         )
         is_spoiled = True
-    return (size_hw if min(size_hw) > 0 else None), objects, is_spoiled
+    return size_hw, objects, is_spoiled
 
 
 def _stray_boxes(root: ElementTree.Element) -> int:

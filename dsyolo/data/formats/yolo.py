@@ -27,6 +27,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 SPLITS = ("train", "val", "test")
 MOST_CLASSES = 100_000
+MOST_KEYPOINTS = 10_000
 MOST_PATH = 4096  # characters: no system opens longer ones
 MOST_FAULTS = 5  # names of classes that are listed
 MOST_LIST_BYTES = 1 << 30  # ten million images
@@ -51,9 +52,28 @@ def read_data_yaml(path: str | Path, required: Sequence[str] = ("train", "val"))
     names = _names(given, problems)
     root = _root(path, given, problems)
     splits = {split: _split(split, given, root, split in required, problems) for split in SPLITS}
+    num_values = _num_keypoint_values(given.get("kpt_shape"), problems)
     if problems:
         raise UserError(headline, problems)
-    return DataSpec(path=path, names=names, **splits)
+    return DataSpec(path=path, names=names, num_keypoint_values=num_values, **splits)
+
+
+def _num_keypoint_values(shape: Any, problems: list[str]) -> int:
+    """Return how many numbers a row of a pose data set has behind its box: [N, D] are N keypoints of D numbers."""
+    if shape is None:
+        return 0
+    if (
+        isinstance(shape, list)
+        and [type(side) for side in shape] == [int, int]
+        and 0 < shape[0] <= MOST_KEYPOINTS
+        and shape[1] in (2, 3)
+    ):
+        return int(shape[0] * shape[1])
+    rule = (
+        "it must be the number of keypoints, and 2 or 3 for the numbers of each. Correct it or leave it out."
+    )
+    problems.append(f"kpt_shape: {shortened(repr(shape))} given, but {rule}")
+    return 0
 
 
 def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
@@ -105,7 +125,7 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
             problems.append(f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but {fault}")
             return ()
         names = [names[k] for k in sorted(names)]
-    if not isinstance(names, list) or not names or any(isinstance(n, dict | list | None) for n in names):
+    if not isinstance(names, list) or not names or any(not isinstance(n, str | int | float) for n in names):
         rule = "it must name at least one class. Give a list, or a map `0: cat`."
         problems.append(f"names: {shortened(repr(names))} given, but {rule}")
         return ()
@@ -117,14 +137,16 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
         problems.append(f"names: {' and '.join(booleans)} given, but {rule}")
     elif bad := [f"class {i}: {why}" for i, name in enumerate(names) if (why := name_fault(name))]:
         problems += [f"names: {why}." for why in bad[:MOST_FAULTS]]
-    elif repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
+    elif repeated := [
+        name for name, count in Counter(str(name).strip() for name in names).items() if count > 1
+    ]:
         problems.append(
             f"names: {shortened(', '.join(repeated))} given more than once. Rename or merge them."
         )
     if num_given is not None and num_given != len(names):
         rule = "Correct one of them, or leave nc out."
         problems.append(f"nc: {num_given} given, but names has {len(names)}. {rule}")
-    return tuple(str(name) for name in names)
+    return tuple(str(name).strip() for name in names)
 
 
 def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:

@@ -17,8 +17,9 @@ from dsyolo.base.safe_io import shortened
 from dsyolo.base.text import name_fault
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE, Image, Object, SourceDataset
 from dsyolo.data.formats.frames import MeasuredImage, are_of_stored, fit_objects, read_orientation
+from dsyolo.data.formats.result_names import listed_name
 from dsyolo.data.formats.source_checks import suspicions
-from dsyolo.data.formats.yolo import label_path
+from dsyolo.data.formats.yolo import label_path, list_images
 from dsyolo.data.images import check_image
 from dsyolo.data.labels import NO_SIZE, Problem, by_reason, refused_rows
 
@@ -28,6 +29,8 @@ DEGENERATE = "box without width or height (left out)"
 OVER_EDGE = "box over the image's edge (clipped)"
 NO_OBJECT_LEFT = "none of its objects can be used (image left out)"
 SAME_LABEL = "another image has the same name but for its ending (left out)"
+IN_TWO_SPLITS = "image in train and in val (kept in both)"
+RENAMED = "a training would not list its name (renamed in the result)"
 
 
 @dataclass
@@ -66,6 +69,7 @@ def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
     with new_folder(dst) as building:
         order = dict.fromkeys(("train", "val", *source.splits))
         measured = {split: _measured(source.splits.get(split, []), problems) for split in order}
+        problems += _in_two_splits(measured["train"], measured["val"])
         of_stored = are_of_stored(one for images in measured.values() for one in images)
         classes: dict[str, Counter[int]] = {}
         for split, images in measured.items():
@@ -80,9 +84,19 @@ def write_dataset(dst: Path, source: SourceDataset) -> Conversion:
             faults.append(f"train: none of its {result.num_images['train']:,} images has an object.")
         if faults:
             raise UserError(f"{dst} was not written", [*faults, *source.notes, *by_reason(problems)])
+        _check_listed(building, dst, result)
         result.notes += suspicions(source, classes)
         write_data_yaml(building, source.names, list(result.num_images))
     return result
+
+
+def _check_listed(building: Path, dst: Path, result: Conversion) -> None:
+    """Raise UserError where a training would list other images than those that were written."""
+    for split, count in result.num_images.items():
+        listed = len(list_images([building / "images" / split]))
+        if listed != count:
+            rule = f"{split}: {count:,} images were written, but a training would list {listed:,}"
+            raise UserError(f"{dst} was not written", [f"{rule}. Rename the images of the source."])
 
 
 def _measured(images: Sequence[Image], problems: list[Problem]) -> list[MeasuredImage]:
@@ -94,19 +108,30 @@ def _measured(images: Sequence[Image], problems: list[Problem]) -> list[Measured
         if name.is_absolute() or ".." in name.parts:
             problems.append(Problem(file, 0, NO_IMAGE, f"its name, {name}, leads out of the folder"))
             continue
-        if name.with_suffix("") in labels:
-            problems.append(Problem(file, 0, SAME_LABEL))
-            continue
         size_hw, reason, detail = check_image(image.file)
         if size_hw is None:
             problems.append(Problem(file, 0, BAD_IMAGE, f"{reason.split(' (')[0]}: {detail}"))
             continue
+        name = listed_name(image.file, name)
+        if name.with_suffix("") in labels:
+            problems.append(Problem(file, 0, SAME_LABEL))
+            continue
+        if name != PurePosixPath(image.name):
+            problems.append(Problem(file, 0, RENAMED, shortened(str(name))))
         labels.add(name.with_suffix(""))
         if reason:
             problems.append(Problem(file, 0, reason, detail))
-        orientation = 1 if image.size_hw is None else read_orientation(image.file, size_hw)
-        usable.append(MeasuredImage(image, size_hw, orientation))
+        orientation = read_orientation(image.file, size_hw)
+        usable.append(MeasuredImage(image._replace(name=str(name)), size_hw, orientation))
     return usable
+
+
+def _in_two_splits(train: Sequence[MeasuredImage], val: Sequence[MeasuredImage]) -> list[Problem]:
+    """Return a problem for each file that both splits have, under whatever name."""
+    seen = {(status.st_dev, status.st_ino) for status in (os.stat(one.image.file) for one in train)}
+    files = [str(one.image.file) for one in val]
+    found = [f for f, status in ((f, os.stat(f)) for f in files) if (status.st_dev, status.st_ino) in seen]
+    return [Problem(file, 0, IN_TWO_SPLITS) for file in sorted(found)]
 
 
 def _write_image(

@@ -84,7 +84,7 @@ def test_a_voc_set_that_counts_from_0_is_taken_at_its_word(tmp_path):
     result = convert("voc", src, tmp_path / "dst")
     _, boxes = boxes_px(tmp_path / "dst/labels/val/a.txt")
     np.testing.assert_allclose(boxes, [[0, 10, 50, 40], [11, 21, 60, 60]], atol=1e-3)
-    assert [p.reason for p in result.problems] == [voc.IN_TWO_SPLITS]
+    assert [p.reason for p in result.problems] == [yolo_writer.IN_TWO_SPLITS]
 
 
 def test_without_a_test_list_voc_trains_on_train_and_not_on_trainval(tmp_path):
@@ -184,12 +184,12 @@ BAD_BOXES = [("cat", 0, 30, 30, 30, 50), ("cat", 0, "x", 5, 50, 50)]  # no size;
 def test_a_voc_image_whose_objects_are_all_bad_is_no_background(tmp_path, objects):
     lists = {"train": "good\nbad\nhard\nempty\n", "val": "good\n"}
     texts = {"good": annotation(BOX), "bad": annotation(*objects), "empty": annotation()}
-    texts["hard"] = annotation(("cat", 1, 5, 5, 50, 50))  # left out on purpose, so a background
+    texts["hard"] = annotation(("cat", 1, 5, 5, 50, 50))  # it has an object, though a training may not use it
     result = convert("voc", voc_folder(tmp_path / "src", lists, texts), tmp_path / "dst")
     assert ("bad.jpg", yolo_writer.NO_OBJECT_LEFT) in {(Path(p.file).name, p.reason) for p in result.problems}
     for kind, suffix in (("images", ".jpg"), ("labels", ".txt")):
         names = {path.name for path in (tmp_path / "dst" / kind / "train").iterdir()}
-        assert names == {f"{stem}{suffix}" for stem in ("good", "hard", "empty")}
+        assert names == {f"{stem}{suffix}" for stem in ("good", "empty")}
 
 
 def test_a_voc_size_of_0_is_read_from_the_image(tmp_path):
@@ -255,7 +255,9 @@ def one(**fields) -> dict:
 
 
 def test_coco(tmp_path):
-    src = coco_folder(tmp_path / "src", [one(), one(category_id=3, segmentation=[SQUARE])])
+    src = coco_folder(
+        tmp_path / "src", [one(), one(category_id=3, bbox=[10, 20, 20, 20], segmentation=[SQUARE])]
+    )
     result = convert("coco", src, tmp_path / "dst")
     assert result.names == ("cat", "dog")  # in the order of the ids 3, 7
     assert not result.problems
@@ -318,9 +320,9 @@ def test_a_coco_image_whose_objects_are_all_bad_is_no_background(tmp_path, bad):
         picture(src / "train2017" / name)
         picture(src / "images/val2017" / name)
     result = convert("coco", src, tmp_path / "dst")
-    assert result.num_images == {"train": 2, "val": 2}
+    assert result.num_images == {"train": 1, "val": 1}
     left_out = {Path(p.file).name for p in result.problems if p.reason == yolo_writer.NO_OBJECT_LEFT}
-    assert left_out == {"2.jpg"}
+    assert left_out == {"2.jpg", "3.jpg"}
 
 
 def test_why_no_image_of_a_split_can_be_used_is_reported(tmp_path):

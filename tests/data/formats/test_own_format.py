@@ -14,7 +14,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.data.formats.data_format import BAD_OBJECT, NO_IMAGE
 from dsyolo.data.formats.format_registry import FORMATS, convert
 from dsyolo.data.formats.yolo import read_data_yaml
-from dsyolo.data.formats.yolo_writer import BAD_IMAGE, BAD_POLYGON, DEGENERATE
+from dsyolo.data.formats.yolo_writer import BAD_IMAGE, BAD_POLYGON, DEGENERATE, IN_TWO_SPLITS
 from dsyolo.data.index_builder import build_index
 from dsyolo.data.labels import read_labels
 
@@ -84,7 +84,7 @@ def test_polygons_that_are_none_are_left_out_and_reported(tmp_path):
     )
     (tmp_path / "mine.py").write_text(OWN.format(body=body), encoding="utf-8")
     result = convert(f"{tmp_path}/mine.py:Mine", folder(tmp_path / "src", ROWS), tmp_path / "dst")
-    assert [problem.reason for problem in result.problems] == [BAD_POLYGON] * 4
+    assert [problem.reason for problem in result.problems] == [IN_TWO_SPLITS, *[BAD_POLYGON] * 4]
     assert result.num_objects == {"train": 1, "val": 1}
     assert "nan" not in (tmp_path / "dst/labels/train/a.txt").read_text(encoding="utf-8")
 
