@@ -44,7 +44,7 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = {
 }
 
 _RATIO = JsonKey("a number from 0 to 1", lambda v: number().keeps(v) and v <= 1)
-_KEYS: Keys = {
+SCHEDULE_PARAMS: Keys = {
     # DeepSpeed takes a list too, with a value for each of its groups. Here they are others than in the user's script.
     "warmup_min_lr": number(),
     "warmup_max_lr": number(above=True),
@@ -90,12 +90,14 @@ def scheduler_keys(source: Mapping[str, Any]) -> JsonSection:
     params: JsonSection | JsonKey = JsonKey("a block of values", lambda v: isinstance(v, dict))
     facts = SCHEDULERS.get(given) if isinstance(given, str) else None
     if facts:
-        keys: Keys = {name: _KEYS[name] for name in facts.defaults}
-        foreign: Keys = {name: Refused(_owners(name)) for name in _KEYS if name not in facts.defaults}
+        keys: Keys = {name: SCHEDULE_PARAMS[name] for name in facts.defaults}
+        foreign: Keys = {
+            name: Refused(_owners(name)) for name in SCHEDULE_PARAMS if name not in facts.defaults
+        }
         params = JsonSection({**keys, **foreign, "last_batch_iteration": _LAST_ITERATION})
     # Any string: `scheduler_spec` refuses an unknown one with the nearest schedule.
     kind = JsonKey(" or ".join(map(json.dumps, SCHEDULERS)), lambda v: isinstance(v, str))
-    return JsonSection({"type": kind, "params": params})
+    return JsonSection({"type": kind, "params": params}, shorthand="type")
 
 
 def open_text(key: str) -> str:

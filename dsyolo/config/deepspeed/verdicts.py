@@ -16,6 +16,7 @@ class JsonKey:
 
     rule: str
     keeps: Callable[[Any], bool]
+    remedy: Callable[[Any], str] | None = None  # for a value that breaks it, as in "Write 2"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class JsonSection:
     keys: Keys
     # DeepSpeed refuses a key of the block that it does not know; elsewhere it ignores one.
     is_strict: bool = True
+    shorthand: str | None = None  # the key of it that a value in the place of the block means
+    switched_on: Any = None  # that key's value where the block is true
 
 
 @dataclass(frozen=True)
