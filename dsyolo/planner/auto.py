@@ -166,6 +166,8 @@ def _fill_values(
         saved_batch=saved_batch,
     )
     content = copy.deepcopy(dict(ds.source))  # without what is set aside
+    if ds.scheduler is None:
+        content.pop("scheduler", None)
     if is_open:
         problems: list[str] = []
         planner = Planner(profile, hardware, ema=run.ema)
@@ -186,6 +188,8 @@ def _fill_values(
 def _fill(content: dict[str, Any], path: Sequence[str], used: Mapping[str, Any]) -> str:
     """Copy the value at a path of `used` into the JSON; return it as text."""
     *blocks, key = path
+    if path[0] == "scheduler" and path[0] not in content:
+        return "left out, and the recipe's schedule holds"
     if path[:2] == ("scheduler", "params"):
         _block_at(content, blocks)[key] = AUTO  # the steps of a run are known when its images are
         return open_text(key)
@@ -240,6 +244,8 @@ def _fill_precision(
         return ["precision: fp32, as the JSON's torch_autocast cannot be on here"]
     content["torch_autocast"] = {"enabled": True, "dtype": best}
     line = f"precision: {best} autocast, which this device has, in the place of {' and '.join(asked)}"
+    if best == "bfloat16" and "bf16" in content and "bf16" not in asked:
+        line += ": bf16.enabled false, as the JSON has it, is about weights alone"
     return [line, *_without_types(content, stage)]
 
 

@@ -189,3 +189,14 @@ def test_one_fault_of_precision_is_one_problem():
     types = {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
     (line,) = problems_of({"bf16": fp16, **types, "pipeline": {"stages": 2}})
     assert line.endswith(" Leave it out.")
+
+
+def test_tensor_parallelism_of_one_rank_is_off():
+    for block in (
+        {"autotp_size": 1, "dtype": "bf16"},
+        {"tensor_parallel": {"tp_size": 1, "tp_grain_size": 64}},
+    ):
+        ds = check({**MICRO, "tensor_parallel": block}, world_size=2, accelerator="cuda")
+        assert [path for path, _ in ds.set_aside] == ["tensor_parallel"]
+    for block in ({"autotp_size": 2, "dtype": "bf16"}, {"autotp_size": True}):
+        assert problems_of({"tensor_parallel": block})[0].startswith("tensor_parallel: ")

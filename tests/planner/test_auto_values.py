@@ -65,3 +65,20 @@ def test_a_type_that_autocast_cannot_have_goes_with_a_line():
     assert any(
         line.startswith("communication_data_type: left out, as under autocast") for line in found.lines
     )
+    assert any(
+        "bf16.enabled false, as the JSON has it, is about weights alone" in line for line in found.lines
+    )
+
+
+def test_a_type_that_is_auto_takes_the_recipes():
+    params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    given = {**MICRO, "optimizer": {"type": "auto", "params": params}}
+    scheduler = {"type": "auto", "params": {"warmup_num_steps": "auto"}}
+    found = planned({**given, "scheduler": scheduler})
+    assert found.ds.optimizer.type == "SGD"
+    assert found.ds.scheduler is None
+    assert "scheduler.type: auto, so left out, and the recipe's schedule holds" in found.lines
+    assert check(found.ds.source, world_size=2, accelerator="cuda").optimizer.params["lr"] == 0.01
+    with pytest.raises(UserError) as caught:
+        planned({**given, "scheduler": {"type": "auto", "params": {"warmup_num_steps": 5}}})
+    assert [line.split(" given")[0] for line in caught.value.problems] == ['scheduler.type: "auto"']

@@ -191,7 +191,10 @@ def _keys_for(source: Mapping[str, Any]) -> Keys:
     name = optimizer_name("SGD" if given == AUTO else given)
     params: JsonSection | JsonKey = JsonKey("a block of values", lambda v: isinstance(v, dict))
     if name:
-        params = JsonSection({**OPTIMIZERS[name].keys, "max_grad_norm": MAX_GRAD_NORM})
+        # Beside a type that is "auto" each optimizer's keys may be "auto" too.
+        every = {key: rule for facts in OPTIMIZERS.values() for key, rule in facts.keys.items()}
+        known = every if isinstance(block, dict) and block.get("type") == AUTO else OPTIMIZERS[name].keys
+        params = JsonSection({**known, "max_grad_norm": MAX_GRAD_NORM})
     names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
     keys: Keys = {
         "type": JsonKey(names, lambda value: optimizer_name(value) is not None, nearest_optimizer),

@@ -49,7 +49,7 @@ _TYPE_WORDS = ("name", "class", "kind")
 def fault_of(name: str, value: Any, keys: Mapping[str, Any], prefix: str) -> str:
     """Return the fault of an unknown key: its exact place comes before a likely word."""
     if not prefix and (inner := _keys_of_the_top(value)):
-        return f"unknown block, but {' and '.join(inner[:3])} in it belong to the top level. Move its keys there."
+        return f"unknown block, but {' and '.join(inner[:3])} in it belong{'s' * (len(inner) == 1)} to the top level. Move its keys there."
     owners = [owner for owner, facts in OPTIMIZERS.items() if name in facts.keys]
     if owners and prefix == "optimizer.params.":
         return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 NEVER = object()  # no value turns the key off
 FLAGS = ("enabled", "deepcompile")  # what turns a block of DeepSpeed's on
+SIZES = ("autotp_size", "tp_size")  # ranks that share a layer
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,17 @@ def _is_switched_off(block: Mapping[str, Any], on_by_presence: bool) -> bool:
     flags = list(_flags(block))
     if flags or not on_by_presence:
         return not any(flags)
-    return all(value in (0, 1, None, "auto") for value in block.values())  # "autotp_size": 1 is off too
+    sizes = list(_sizes(block))  # one rank alone is off too
+    values = sizes or list(block.values())
+    return all(value is not True and value in (0, 1, None, "auto") for value in values)
+
+
+def _sizes(block: Mapping[str, Any]) -> Iterator[Any]:
+    for name, value in block.items():
+        if name in SIZES:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _sizes(value)
 
 
 def _flags(block: Mapping[str, Any]) -> Iterator[bool]:
