@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, dp_size_of, fitted, recipe_batch
+from dsyolo.config.deepspeed.batch_sizes import BATCH_KEYS, dp_size_of, fitted, recipe_batch, whole_of
 from dsyolo.config.deepspeed.json_reader import JsonSource
 from dsyolo.config.messages import counted
 from dsyolo.config.run_config import RunConfig
@@ -35,7 +35,12 @@ def with_batch_options(
     if total and micro and saved_batch:
         micro, steps = fitted(total, micro, None, dp_size).micro, None
     sizes = {TOTAL: total, MICRO: micro, STEPS: steps}
-    content = {key: value for key, value in source.content.items() if key not in BATCH_KEYS}
+    # A size that breaks the rule of its key stays, to be refused.
+    content = {
+        key: value
+        for key, value in source.content.items()
+        if key not in BATCH_KEYS or (value is not None and whole_of(value) is None)
+    }
     content = {**{key: value for key, value in sizes.items() if value}, **content}
     left_open = [path for path in source.left_open if path not in [(key,) for key in BATCH_KEYS]]
     if micro is None and steps is None:
@@ -83,7 +88,7 @@ def _sizes(
     content: Mapping[str, Any], run: RunConfig, dp_size: int, ranks: int, saved_batch: int | None
 ) -> tuple[int | None, int | None, int | None]:
     """Return (global batch, micro-batch, accumulation) to write into the JSON; None: left out."""
-    total, micro, steps = (_positive(content.get(key)) for key in BATCH_KEYS)
+    total, micro, steps = (whole_of(content.get(key)) for key in BATCH_KEYS)
     wanted = run.global_batch or saved_batch
     if run.batch == PLANNED:
         return wanted or total or images_in_step(run, ranks), None, None
@@ -98,10 +103,6 @@ def _sizes(
     if wanted is None:
         wanted = -(-total // unit) * unit if total else images_in_step(run, ranks)
     return wanted, run.batch, None
-
-
-def _positive(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _line(run: RunConfig, source: JsonSource, sizes: Mapping[str, int | None]) -> str:

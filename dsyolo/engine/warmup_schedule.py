@@ -51,6 +51,8 @@ class WarmupSchedule:
             DECAY: f", then linearly to {self.min_lr:g} at step {self.decay_steps}",
             COSINE: f", then by a cosine to {self.lr * self.floor:g} at step {self.decay_steps}",
         }
+        if self._has_no_fall:
+            falls = dict.fromkeys((DECAY, COSINE), f", then at once to {self._last_lr:g}")
         text = f"steps: {self.total_steps}; lr by the JSON's {self.kind}: {warmup}{falls.get(self.kind, '')}"
         return f"{text}. Neither the recipe's schedule nor its warm-up of momentum and biases applies"
 
@@ -59,7 +61,10 @@ class WarmupSchedule:
         if self.total_steps <= self.warmup_steps:
             what = f"The run ends during the warm-up, after {self.total_steps} of {self.warmup_steps} steps"
             return f"{what}. Train more epochs, or lower scheduler.params.warmup_num_steps."
-        lost = self.total_steps - self.decay_steps - 1
+        if self._has_no_fall:
+            what = f"scheduler.params.total_num_steps: {self.decay_steps} given, within the {self._warmup} of the warm-up"
+            return f'{what}, after which the learning rate is {self._last_lr:g} at once. Set it to "auto".'
+        lost = self.total_steps - max(self.decay_steps, self._warmup) - 1
         ends_at_0 = not (self.min_lr if self.kind == DECAY else self.floor) and self.kind in (DECAY, COSINE)
         if lost > 0 and ends_at_0:
             what = f"scheduler.params.total_num_steps: {self.decay_steps} given, but the run has {self.total_steps} steps"
@@ -90,6 +95,14 @@ class WarmupSchedule:
                 group["momentum"] = self.momentum
             group["weight_decay"] = self.weight_decay if group["name"] == DECAYED else 0.0
         return lr
+
+    @property
+    def _has_no_fall(self) -> bool:
+        return self.kind in (DECAY, COSINE) and self.decay_steps <= self._warmup
+
+    @property
+    def _last_lr(self) -> float:
+        return self.min_lr if self.kind == DECAY else self.lr * self.floor
 
     @property
     def _warmup(self) -> int:

@@ -165,6 +165,9 @@ def _fill_values(
         halve=run.halve_micro_batch and not is_open,
         saved_batch=saved_batch,
     )
+    content = copy.deepcopy(dict(ds.source))  # without what is set aside
+    if ds.scheduler is None:
+        content.pop("scheduler", None)
     if is_open:
         problems: list[str] = []
         planner = Planner(profile, hardware, ema=run.ema)
@@ -185,19 +188,25 @@ def _fill_values(
 def _fill(content: dict[str, Any], path: Sequence[str], used: Mapping[str, Any]) -> str:
     """Copy the value at a path of `used` into the JSON; return it as text."""
     *blocks, key = path
-    block = content
-    for name in blocks:
-        block = block[name]
+    if path[0] == "scheduler" and path[0] not in content:
+        return "left out, and the recipe's schedule holds"
     if path[:2] == ("scheduler", "params"):
-        block[key] = AUTO  # the steps of a run are known when its images are
+        _block_at(content, blocks)[key] = AUTO  # the steps of a run are known when its images are
         return open_text(key)
     value: Any = used
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     if value is None:
         return "left out, and its default holds"
-    block[key] = value
+    _block_at(content, blocks)[key] = value
     return json.dumps(value)
+
+
+def _block_at(content: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    block = content
+    for name in path:
+        block = block.setdefault(name, {})
+    return block
 
 
 def _fill_precision(
@@ -210,7 +219,9 @@ def _fill_precision(
     has_bf16, on_gpu = hardware.device.has_bf16, hardware.accelerator != "cpu"
     zero = content.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    can_fp16 = on_gpu and stage == 0 and content.get("pipeline", {}).get("stages", 1) == 1
+    pipeline = content.get("pipeline")
+    stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
+    can_fp16 = on_gpu and stage == 0 and stages == 1
     best = "float16" if can_fp16 and not has_bf16 else "bfloat16"  # autocast's type
     asked = [name for name in PRECISION_BLOCKS if (name,) in paths or (name, "enabled") in paths]
     for name in asked:
@@ -232,7 +243,23 @@ def _fill_precision(
     if autocast is not None:
         return ["precision: fp32, as the JSON's torch_autocast cannot be on here"]
     content["torch_autocast"] = {"enabled": True, "dtype": best}
-    return [f"precision: {best} autocast, which this device has, in the place of {' and '.join(asked)}"]
+    line = f"precision: {best} autocast, which this device has, in the place of {' and '.join(asked)}"
+    if best == "bfloat16" and "bf16" in content and "bf16" not in asked:
+        line += ": bf16.enabled false, as the JSON has it, is about weights alone"
+    return [line, *_without_types(content, stage)]
+
+
+def _without_types(content: dict[str, Any], stage: Any) -> list[str]:
+    """Take out the types of gradients that autocast cannot have at this ZeRO stage; return a line about each."""
+    lines = []
+    types = content.get("data_types")
+    if stage == 0 and isinstance(types, dict) and types.get("grad_accum_dtype", "fp32") in ("bf16", "fp16"):
+        del types["grad_accum_dtype"]
+        lines.append("data_types.grad_accum_dtype: left out, as under autocast gradients are summed in fp32")
+    if stage != 0 and content.get("communication_data_type", "fp32") in ("bf16", "fp16"):
+        del content["communication_data_type"]
+        lines.append("communication_data_type: left out, as under autocast ZeRO sends gradients in fp32")
+    return lines
 
 
 def _is_on(content: Mapping[str, Any], name: str) -> bool:

@@ -97,6 +97,17 @@ def test_what_is_auto_follows_from_optimizer_recipe_and_run():
     ]
 
 
+@pytest.mark.parametrize(("kind", "last"), [("WarmupDecayLR", "0"), ("WarmupCosineLR", "2e-06")])
+def test_a_total_within_the_warm_up_is_warned_of(kind, last):
+    short = own(kind, {"total_num_steps": 10, "warmup_num_steps": 20})
+    assert (
+        f"10 given, within the 20 of the warm-up, after which the learning rate is {last} at once"
+        in short.warning()
+    )
+    assert f"then at once to {last}." in short.explain()
+    assert short.lr_at(STEPS - 1) == pytest.approx(float(last), abs=1e-15)
+
+
 def test_a_run_that_outlives_its_schedule_is_warned_of():
     assert own("WarmupDecayLR", {"total_num_steps": 40, "warmup_num_steps": 9}).warning() == ""
     short = own("WarmupDecayLR", {"total_num_steps": 25, "warmup_num_steps": 9})

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dsyolo.config.deepspeed.schema import whole
 from dsyolo.config.messages import counted
 from dsyolo.config.recipe import NOMINAL_BATCH
 from dsyolo.config.spec import BatchPlan
@@ -41,7 +42,7 @@ def open_batch(
     if not is_auto and (micro is not None or steps is not None):
         return None
     dp_size = dp_size_of(content, ranks)
-    unit = dp_size * next((n for n in (micro, steps) if isinstance(n, int) and n > 0), 1)
+    unit = dp_size * next((n for n in map(whole_of, (micro, steps)) if n), 1)
     return recipe_batch(unit)
 
 
@@ -54,7 +55,13 @@ def dp_size_of(content: Mapping[str, Any], ranks: int) -> int:
     """Return the data-parallel ranks of a JSON that may hold mistakes; those are refused elsewhere."""
     pipeline = content.get("pipeline", {})
     stages = pipeline.get("stages", 1) if isinstance(pipeline, dict) else 1
-    return max(1, ranks // stages) if isinstance(stages, int) and stages > 0 else ranks
+    number = whole_of(stages)
+    return max(1, ranks // number) if number else ranks
+
+
+def whole_of(value: Any) -> int | None:
+    """Return a value of a JSON that is a whole number of at least 1, as 128.0 is; None for any other."""
+    return int(value) if whole(1).keeps(value) else None
 
 
 def divisors(number: int, most: int | None = None) -> list[int]:

@@ -3,8 +3,9 @@
 import copy
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import hjson
 
 from dsyolo.base.safe_io import read_text
-from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, optimizer_name
+from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS, nearest_optimizer, optimizer_name
+from dsyolo.config.deepspeed.remedies import type_remedy
 from dsyolo.config.deepspeed.scheduler_table import scheduler_keys
 from dsyolo.config.deepspeed.schema import MAX_GRAD_NORM, TOP_LEVEL
 from dsyolo.config.deepspeed.set_aside import Reason, Settled, settle
@@ -24,6 +26,10 @@ from dsyolo.config.run_config import AUTO
 
 MAX_DIGITS = 18  # so many always fit into 64 bits
 MAX_DEPTH = 20  # the keys that are known go four deep
+
+
+_WORDS: Mapping[str, bool | None] = {"True": True, "False": False, "None": None}
+_WORD = re.compile(r"(\+?[Ii]nf|\+?Infinity|True|False|None)\s*,?\s*((#|//|/\*).*)?")
 
 
 class _Object(dict[str, Any]):
@@ -103,13 +109,26 @@ def _parsed(text: str) -> Any:
             read = None
         if not isinstance(read, dict) or not read:  # HJSON takes any text for a string, and none for a block
             raise
-        return read
+        return _certain(read)
+
+
+def _certain(value: Any) -> Any:
+    """Return what HJSON read with the words that it takes for strings, often with a line's comma or comment, as values."""
+    if isinstance(value, _Object):
+        for key, part in value.items():
+            value[key] = _certain(part)
+    elif isinstance(value, list):
+        return [_certain(part) for part in value]
+    elif isinstance(value, str) and (match := _WORD.fullmatch(value)):
+        return _WORDS.get(match[1], math.inf)
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> _Object:
     result = _Object(pairs)
-    keys = [key for key, _ in pairs]
-    result.twice = tuple(key for key in result if keys.count(key) > 1)
+    if len(result) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        result.twice = tuple(key for key in result if times[key] > 1)
     return result
 
 
@@ -172,14 +191,21 @@ def _keys_for(source: Mapping[str, Any]) -> Keys:
     name = optimizer_name("SGD" if given == AUTO else given)
     params: JsonSection | JsonKey = JsonKey("a block of values", lambda v: isinstance(v, dict))
     if name:
-        params = JsonSection({**OPTIMIZERS[name].keys, "max_grad_norm": MAX_GRAD_NORM})
+        # Beside a type that is "auto" each optimizer's keys may be "auto" too.
+        every = {key: rule for facts in OPTIMIZERS.values() for key, rule in facts.keys.items()}
+        known = every if isinstance(block, dict) and block.get("type") == AUTO else OPTIMIZERS[name].keys
+        params = JsonSection({**known, "max_grad_norm": MAX_GRAD_NORM})
     names = " or ".join(f'"{name}"' for name in OPTIMIZERS)
     keys: Keys = {
-        "type": JsonKey(names, lambda value: optimizer_name(value) is not None),
+        "type": JsonKey(names, lambda value: optimizer_name(value) is not None, nearest_optimizer),
         "params": params,
         "legacy_fusion": Refused("it is for Lamb. Leave it out."),
     }
-    return {**TOP_LEVEL, "optimizer": JsonSection(keys), "scheduler": scheduler_keys(source)}
+    return {
+        **TOP_LEVEL,
+        "optimizer": JsonSection(keys, shorthand="type"),
+        "scheduler": scheduler_keys(source),
+    }
 
 
 def _without_auto(
@@ -218,25 +244,10 @@ def _valid_block(
             valid[name] = value
         else:
             rule = "a block of keys, in braces" if isinstance(key, JsonSection) else key.rule
-            problems.append(f"{path}: {shown(value)} given, but it must be {rule}{_type_remedy(value, key)}.")
+            remedy = type_remedy(name, value, key)
+            end = "" if remedy.endswith("?") else "."
+            problems.append(f"{path}: {shown(value)} given, but it must be {rule}. {remedy}{end}")
     return valid
-
-
-def _type_remedy(value: Any, key: JsonKey | JsonSection) -> str:
-    if not isinstance(key, JsonKey):
-        return '. Write {"enabled": true}' if value is True and "enabled" in key.keys else ". Or leave it out"
-    if isinstance(value, float) and math.isfinite(value) and key.keeps(int(value)):
-        return f". Write {int(value)}"
-    if isinstance(value, str):
-        bare = value.rstrip(", ")  # HJSON takes a line's comma into a string without quotes
-        if bare != value and key.keeps(bare):
-            return f". Write {json.dumps(bare)}, in quotes"
-        if "adam" in value.lower() and key.keeps("AdamW"):
-            return '. The nearest is "AdamW"'
-        with suppress(ValueError):
-            if key.keeps(json.loads(bare.lower())):
-                return f". Write {bare.lower()} without quotes"
-    return ". Or leave it out"
 
 
 def shown(value: Any) -> str:

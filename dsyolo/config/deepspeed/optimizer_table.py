@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsyolo.config.deepspeed.schema import BETAS, FLAG, Keys, Refused, number
+from dsyolo.config.messages import did_you_mean
 from dsyolo.config.spec import OptimizerSpec
 
 RECIPE_WEIGHT_DECAY = 0.0005  # SGD's where the JSON gives none, and what a plan writes for any optimizer
@@ -59,6 +60,18 @@ def optimizer_name(given: Any) -> str | None:
     """Return the name in the table: `adamw` is `AdamW`, as in DeepSpeed; None where there is no such optimizer."""
     known = {name.lower(): name for name in OPTIMIZERS}
     return known.get(given.lower()) if isinstance(given, str) else None
+
+
+def nearest_optimizer(given: Any) -> str:
+    """Return the remedy for an optimizer that dsyolo does not have: to leave it out would be another training."""
+    name = given.lower().replace("_", "").replace("-", "") if isinstance(given, str) else ""
+    if name in ("fusedadam", "cpuadam", "deepspeedcpuadam"):
+        return 'Did you mean "Adam"?'
+    if name in ("muon", "rmsprop") or "sgd" in name or "momentum" in name:
+        return 'The nearest is "SGD" with momentum'
+    if any(part in name for part in ("adam", "lamb", "lion", "adagrad", "onebit", "01", "adafactor")):
+        return 'The nearest is "AdamW"'
+    return did_you_mean(name, OPTIMIZERS) or "Write one of them"
 
 
 def optimizer_spec(name: str, params: Mapping[str, Any]) -> OptimizerSpec:

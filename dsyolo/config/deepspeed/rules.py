@@ -125,11 +125,11 @@ def precision(valid: Mapping[str, Any], accelerator: str, zero_stage: int, probl
     if len(on) > 1:
         rule = f"and so is {' and '.join(f'{key}.enabled' for key in on[1:])}"
         problems.append(f"{on[0]}.enabled: true given, {rule}. One of them can be on.")
-    remedy = f"Use bfloat16: {AUTOCAST_BF16}."
     if accelerator == "cpu" and "fp16" in on:
+        remedy = f"Write {AUTOCAST_BF16} in the place of fp16."
         problems.append(f"fp16.enabled: true given, but DeepSpeed has no fp16 on a CPU. {remedy}")
-    for key in {"bf16", "fp16"} & set(on):
-        if zero_stage == 0:
+    elif zero_stage == 0 and len(on) == 1:  # else the other problem comes first
+        for key in {"bf16", "fp16"} & set(on):
             rule = "DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint"
             remedy = f"Set the stage to {_checkpointed_stage(valid, key)}"
             problems.append(f"{key}.enabled: true with zero_optimization.stage 0, but {rule}. {remedy}.")
@@ -140,7 +140,9 @@ def precision(valid: Mapping[str, Any], accelerator: str, zero_stage: int, probl
             other = ' or "float16"' if accelerator != "cpu" and zero_stage == 0 else ""
             problems.append(f'torch_autocast.dtype: {rule}. Write "bfloat16"{other}.')
         if accelerator == "cpu" and dtype in FLOAT16_NAMES:
-            problems.append(f"torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. {remedy}")
+            problems.append(
+                f'torch_autocast.dtype: {shown(dtype)} given, but a CPU has no fp16. Write "bfloat16".'
+            )
         elif zero_stage > 0 and dtype in FLOAT16_NAMES:
             # DeepSpeed checks the norm of the scaled gradients and skips a non-finite step before the scaler sees it.
             rule = f"with zero_optimization.stage {zero_stage} DeepSpeed never lowers its loss scale"
@@ -177,7 +179,8 @@ def data_types(valid: Mapping[str, Any], given: Precision, zero_stage: int, prob
     is_offloaded = valid.get("zero_optimization", {}).get("offload_optimizer")
     if (zero_stage, model, gradients) == (1, "bf16", "fp32") and not is_offloaded:
         rule = "at ZeRO 1 DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint"
-        remedy = "Leave it out, or set zero_optimization.stage to 2"
+        is_pipeline = valid.get("pipeline", {}).get("stages", 1) > 1  # which excludes stage 2
+        remedy = f"Leave it out{'' if is_pipeline else ', or set zero_optimization.stage to 2'}"
         problems.append(f"data_types.grad_accum_dtype: {shown(gradients)} given, but {rule}. {remedy}.")
     return replace(given, grads=gradients)
 
@@ -185,7 +188,8 @@ def data_types(valid: Mapping[str, Any], given: Precision, zero_stage: int, prob
 def _checkpointed_stage(valid: Mapping[str, Any], model: str) -> int:
     """Return the lowest ZeRO stage above 0 whose fp32 weights dsyolo can checkpoint."""
     gradients = valid.get("data_types", {}).get("grad_accum_dtype", model)
-    return 2 if (model, gradients) == ("bf16", "fp32") else 1
+    is_pipeline = valid.get("pipeline", {}).get("stages", 1) > 1
+    return 2 if (model, gradients) == ("bf16", "fp32") and not is_pipeline else 1
 
 
 def offload(valid: Mapping[str, Any], zero_stage: int, problems: list[str]) -> OffloadSpec:

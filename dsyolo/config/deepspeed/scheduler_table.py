@@ -10,6 +10,7 @@ from typing import Any
 
 from dsyolo.config.deepspeed.schema import JsonKey, JsonSection, Keys, Refused, number, one_of, whole
 from dsyolo.config.messages import did_you_mean
+from dsyolo.config.run_config import AUTO
 from dsyolo.config.spec import SchedulerSpec
 
 # Fields of a recipe that a scheduler of the JSON takes the place of.
@@ -44,7 +45,7 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = {
 }
 
 _RATIO = JsonKey("a number from 0 to 1", lambda v: number().keeps(v) and v <= 1)
-_KEYS: Keys = {
+SCHEDULE_PARAMS: Keys = {
     # DeepSpeed takes a list too, with a value for each of its groups. Here they are others than in the user's script.
     "warmup_min_lr": number(),
     "warmup_max_lr": number(above=True),
@@ -90,12 +91,16 @@ def scheduler_keys(source: Mapping[str, Any]) -> JsonSection:
     params: JsonSection | JsonKey = JsonKey("a block of values", lambda v: isinstance(v, dict))
     facts = SCHEDULERS.get(given) if isinstance(given, str) else None
     if facts:
-        keys: Keys = {name: _KEYS[name] for name in facts.defaults}
-        foreign: Keys = {name: Refused(_owners(name)) for name in _KEYS if name not in facts.defaults}
+        keys: Keys = {name: SCHEDULE_PARAMS[name] for name in facts.defaults}
+        foreign: Keys = {
+            name: Refused(_owners(name)) for name in SCHEDULE_PARAMS if name not in facts.defaults
+        }
         params = JsonSection({**keys, **foreign, "last_batch_iteration": _LAST_ITERATION})
+    elif given == AUTO:
+        params = JsonSection({**SCHEDULE_PARAMS, "last_batch_iteration": _LAST_ITERATION})
     # Any string: `scheduler_spec` refuses an unknown one with the nearest schedule.
     kind = JsonKey(" or ".join(map(json.dumps, SCHEDULERS)), lambda v: isinstance(v, str))
-    return JsonSection({"type": kind, "params": params})
+    return JsonSection({"type": kind, "params": params}, shorthand="type")
 
 
 def open_text(key: str) -> str:
@@ -121,6 +126,11 @@ def scheduler_spec(
     if not block:
         return None
     names = " or ".join(map(json.dumps, SCHEDULERS))
+    if ("scheduler", "type") in left_open:
+        if any(block.get("params", {}).values()):
+            rule = f"and the values in scheduler.params need a type. Write {names}, or leave scheduler out"
+            problems.append(f'scheduler.type: "auto" given, {rule}.')
+        return None
     if "type" not in block:
         problems.append(f"scheduler.type: missing. Write {names}, or leave scheduler out.")
         return None

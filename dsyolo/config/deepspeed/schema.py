@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from dsyolo.config.deepspeed.verdicts import NEVER, Alias, JsonKey, JsonSection, Keys, Refused, SetAside
@@ -20,7 +21,12 @@ __all__ = ["NEVER", "Alias", "JsonKey", "JsonSection", "Keys", "Refused", "SetAs
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def whole(least: int = 0, *, even: bool = False) -> JsonKey:
@@ -36,10 +42,10 @@ def number(least: float = 0.0, *, above: bool = False, below: float = math.inf) 
     return JsonKey(rule, lambda v: _is_number(v) and (v > least if above else v >= least) and v < below)
 
 
-def one_of(*values: str) -> JsonKey:
+def one_of(*values: str, remedy: Callable[[Any], str] | None = None) -> JsonKey:
     """Describe one of these strings."""
     names = [json.dumps(value) for value in values]
-    return JsonKey(" or ".join(names), lambda v: isinstance(v, str) and v in values)
+    return JsonKey(" or ".join(names), lambda v: isinstance(v, str) and v in values, remedy)
 
 
 FLAG = JsonKey("true or false", lambda v: isinstance(v, bool))
@@ -58,10 +64,23 @@ PARTITION = JsonKey(
     ),
 )
 RECOMPUTE = JsonKey(RECOMPUTE_RULE, lambda v: isinstance(v, str) and read_recompute(v) is not None)
-DTYPE = one_of("fp32", "fp16", "bf16")
-
 BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
+FLOAT32_NAMES = ("float32", "fp32", "torch.float32", "float")
+
+
+def short_dtype(value: Any) -> Any:
+    """Return the short name of a type, as in bf16; any other value as it is."""
+    names = {"bf16": BFLOAT16_NAMES, "fp16": FLOAT16_NAMES, "fp32": FLOAT32_NAMES}
+    return next((short for short, known in names.items() if isinstance(value, str) and value in known), value)
+
+
+def _dtype_remedy(value: Any) -> str:
+    short = short_dtype(value)
+    return f"Write {json.dumps(short)}" if short != value else "Write one of them"
+
+
+DTYPE = one_of("fp32", "fp16", "bf16", remedy=_dtype_remedy)
 
 _REMOVED = "DeepSpeed removed it. Leave it out."
 _PLAIN_MEAN = "the loss relies on DeepSpeed's plain mean over ranks. Leave it out."
@@ -117,8 +136,8 @@ ZERO: Keys = {
     **_each("contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions", FLAG),
     **_each("overlap_comm ignore_unused_parameters parameter_alignment memory_efficient_linear", FLAG),
     **_each("override_module_apply log_trace_cache_warnings enable_sanity_checks", FLAG),
-    "offload_optimizer": JsonSection(OFFLOAD_OPTIMIZER),
-    "offload_param": JsonSection(OFFLOAD_PARAM),
+    "offload_optimizer": JsonSection(OFFLOAD_OPTIMIZER, shorthand="device", switched_on="cpu"),
+    "offload_param": JsonSection(OFFLOAD_PARAM, shorthand="device", switched_on="cpu"),
     "round_robin_gradients": SetAside("only speed, in an order of the weights that dsyolo cannot checkpoint"),
     **{f"stage3_{name}": key for name, key in _STAGE3.items()},
     **{name: Alias(f"stage3_{name}") for name in _STAGE3},
@@ -194,16 +213,18 @@ TOP_LEVEL: Keys = {
     "gradient_clipping": number(),
     "optimizer": JsonSection({}),  # its keys follow from its type: optimizer_table.py
     "scheduler": JsonSection({}),  # its keys follow from its type: scheduler_table.py
-    "zero_optimization": JsonSection(ZERO),
+    "zero_optimization": JsonSection(ZERO, shorthand="stage"),
     "fp16": JsonSection(FP16),
     "bf16": JsonSection(BF16),
-    "torch_autocast": JsonSection(TORCH_AUTOCAST),
+    "torch_autocast": JsonSection(TORCH_AUTOCAST, shorthand="dtype"),
     "data_types": JsonSection(
         {**_each("grad_accum_dtype param_dtype buffer_dtype", DTYPE), "keep_in_fp32_modules": PATTERNS}
     ),
     "communication_data_type": DTYPE,
-    "pipeline": JsonSection(PIPELINE),
-    "activation_checkpointing": JsonSection(ACTIVATION_CHECKPOINTING, is_strict=False),
+    "pipeline": JsonSection(PIPELINE, shorthand="stages"),
+    "activation_checkpointing": JsonSection(
+        ACTIVATION_CHECKPOINTING, is_strict=False, shorthand="recompute", switched_on="blocks"
+    ),
     # Handed on as they are.
     "steps_per_print": PRINT_STEPS,
     **_each("dump_state disable_python_gc wall_clock_breakdown memory_breakdown", FLAG),
@@ -239,7 +260,9 @@ TOP_LEVEL: Keys = {
     **_each("curriculum_learning eigenvalue graph_harvesting progressive_layer_drop", Refused(_REMOVED)),
     **_each("quantize_training sparse_gradients", Refused(_REMOVED)),
     "bfloat16": Alias("bf16"),
-    "amp": Refused("DeepSpeed removed Apex AMP. Use torch_autocast."),
+    "amp": Refused(
+        'DeepSpeed removed Apex AMP. Write "torch_autocast": {"enabled": true, "dtype": "bfloat16"} in its place.'
+    ),
     "aio": _OWN_FOLDER,
     "autotuning": SetAside("the launcher's --autotuning alone uses it, and cannot tune dsyolo"),
     "compile": Refused("DeepCompile is not supported. Leave it out.", on_by_presence=True),

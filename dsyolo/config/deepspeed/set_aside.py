@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from dsyolo.config.deepspeed.schema import short_dtype
 from dsyolo.config.deepspeed.verdicts import Alias, JsonKey, JsonSection, Keys, Refused, SetAside
 
 COMMENT = re.compile(
@@ -47,7 +48,7 @@ def settle(content: Mapping[str, Any], keys: Keys, unknown: Unknown) -> Settled:
     """Return the JSON in its modern spelling, without the keys that have no effect here."""
     aside: list[Reason] = []
     problems: list[str] = []
-    modern = _modern(content, aside)
+    modern = _modern(content, aside, problems)
     rest = _Walk(unknown, aside, problems).block(modern, keys, "", is_strict=False)
     return Settled(rest, tuple(aside), tuple(problems))
 
@@ -120,7 +121,7 @@ def _is_kept(key: Any, value: Any) -> bool:
 # ---- old spellings
 
 
-def _modern(content: Mapping[str, Any], aside: list[Reason]) -> dict[str, Any]:
+def _modern(content: Mapping[str, Any], aside: list[Reason], problems: list[str]) -> dict[str, Any]:
     """Return the JSON with the blocks that DeepSpeed itself makes of old spellings."""
     result = dict(content)
     if _never_prints(result.get("steps_per_print")):
@@ -128,26 +129,45 @@ def _modern(content: Mapping[str, Any], aside: list[Reason]) -> dict[str, Any]:
         aside.append(Reason("steps_per_print", "endless: DeepSpeed prints nothing of its own"))
     if result.get("gradient_clipping") == math.inf:
         result["gradient_clipping"] = 0.0  # DeepSpeed clips nothing then
+    types = result.get("data_types")
+    if isinstance(types, Mapping):  # DeepSpeed takes the long names here
+        result["data_types"] = {
+            key: short_dtype(value) if key.endswith("_dtype") else value for key, value in types.items()
+        }
     zero = result.get("zero_optimization")
     if isinstance(zero, bool):
         zero = {"stage": int(zero)}
         if "allgather_size" in result and zero["stage"]:
             zero["allgather_bucket_size"] = result.pop("allgather_size")
     if isinstance(zero, Mapping):
-        result["zero_optimization"] = _modern_zero(zero, aside)
+        result["zero_optimization"] = _modern_zero(zero, aside, problems)
     return result
 
 
-def _modern_zero(zero: Mapping[str, Any], aside: list[Reason]) -> dict[str, Any]:
+def _modern_zero(zero: Mapping[str, Any], aside: list[Reason], problems: list[str]) -> dict[str, Any]:
     result = dict(zero)
     for old, new in (
         ("cpu_offload", "offload_optimizer"),
         ("cpu_offload_param", "offload_param"),
         ("cpu_offload_params", "offload_param"),
     ):
-        if result.get(old) is True and new not in result:
+        value = result.get(old)
+        is_flag = isinstance(value, (bool, int, float)) and value in (0, 1)
+        if is_flag:
+            result[old] = bool(value)  # as DeepSpeed reads 1
+        if new in result or value in (None, "auto") or (is_flag and not value):
+            continue
+        if not is_flag:
+            problems.append(
+                f"zero_optimization.{old}: {_shown(value)} given, but it must be true or false. Write one."
+            )
+        elif result.get("stage", 0) == 0:
+            stages = "3" if new == "offload_param" else "1, 2 or 3"
+            rule = f"it needs stage {stages}, and stage 0 is given. Set the stage, or leave it out"
+            problems.append(f"zero_optimization.{old}: {_shown(value)} given, but {rule}.")
+        else:
             result[new] = {"device": "cpu"}
-            del result[old]
+        del result[old]
     for name in OFFLOADS:
         block = result.get(name)
         if isinstance(block, Mapping) and "device" in block and block["device"] in (None, "auto"):
@@ -183,6 +203,8 @@ def without_effect(valid: Mapping[str, Any], recompute: str) -> Iterator[Reason]
         )
     for name in OFFLOADS:
         block = zero.get(name, {})
+        if block and "device" not in block and "nvme_path" not in block:
+            yield Reason(f"zero_optimization.{name}", "no device in it, so nothing is offloaded")
         if "nvme_path" in block and block.get("device") in ("cpu", "none"):
             path = f"zero_optimization.{name}"
             if not (name == "offload_param" and stage in (1, 2)):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS
+from dsyolo.config.deepspeed.scheduler_table import SCHEDULE_PARAMS
 from dsyolo.config.deepspeed.schema import TOP_LEVEL
 from dsyolo.config.deepspeed.set_aside import off_reason
 from dsyolo.config.deepspeed.verdicts import Alias, JsonKey, JsonSection, Keys, Refused, SetAside
@@ -15,21 +16,54 @@ MOST_PLACES = 3  # places of one key that a message names
 # An unknown key that is so near to a known one, or begins it, is a mistake; others DeepSpeed ignores too.
 TYPO, SHORTEST = 0.75, 4
 
+_HALF, _BATCH = "torch_autocast.enabled", "train_micro_batch_size_per_gpu"
+# Words of other libraries, and the places of what they mean.
+FOREIGN_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(["learning_rate", "learningRate", "lr", "base_lr", "init_lr"], "optimizer.params.lr"),
+    **dict.fromkeys(
+        ["clip_grad", "grad_clip", "clip_grad_norm", "grad_norm_clip", "clipping"], "gradient_clipping"
+    ),
+    **dict.fromkeys(["mixed_precision", "precision", "use_amp", "autocast", "torch_amp", "half"], _HALF),
+    "fp16_enabled": "fp16.enabled",
+    "bf16_enabled": "bf16.enabled",
+    **dict.fromkeys(
+        ["warmup_steps", "warmup_ratio", "num_warmup_steps"], "scheduler.params.warmup_num_steps"
+    ),
+    **dict.fromkeys(["lr_scheduler_type", "lr_scheduler", "scheduler_type"], "scheduler.type"),
+    "optimizer_type": "optimizer.type",
+    "wd": "optimizer.params.weight_decay",
+    **dict.fromkeys(
+        ["grad_acc", "grad_accum", "accumulate_grad_batches", "grad_accum_steps"],
+        "gradient_accumulation_steps",
+    ),
+    **dict.fromkeys(["pipeline_stages", "num_stages", "pipeline_parallel_size"], "pipeline.stages"),
+    **dict.fromkeys(["offload", "offload_device"], "zero_optimization.offload_optimizer.device"),
+    **dict.fromkeys(["per_device_train_batch_size", "micro_batch_size", "batch_size_per_gpu"], _BATCH),
+    **dict.fromkeys(["gradient_checkpoint", "grad_checkpointing"], "activation_checkpointing.recompute"),
+    **dict.fromkeys(["zero_stage", "stage"], "zero_optimization.stage"),
+}
+_OFF = (None, False, 0, "no", "none", "")
+_TYPE_WORDS = ("name", "class", "kind")
+
 
 def fault_of(name: str, value: Any, keys: Mapping[str, Any], prefix: str) -> str:
     """Return the fault of an unknown key: its exact place comes before a likely word."""
     if not prefix and (inner := _keys_of_the_top(value)):
-        return f"unknown block, but {' and '.join(inner[:3])} in it belong to the top level. Move its keys there."
+        return f"unknown block, but {' and '.join(inner[:3])} in it belong{'s' * (len(inner) == 1)} to the top level. Move its keys there."
     owners = [owner for owner, facts in OPTIMIZERS.items() if name in facts.keys]
     if owners and prefix == "optimizer.params.":
         return f"it belongs to {' and '.join(owners)}. Leave it out, or set optimizer.type."
-    is_owned = name in RUN_KEYS | RECIPE_KEYS
+    if prefix in ("optimizer.", "scheduler.") and name.lower() in _TYPE_WORDS:
+        return f"unknown key. Write {prefix}type."
+    is_owned = not prefix and name in RUN_KEYS | RECIPE_KEYS
     owned = f"the run configuration owns it. Leave it out and give --{name}."
-    if is_owned and not prefix:
+    if is_owned and name not in FOREIGN_WORDS:
         return owned
     if prefix == f"{name}.":
         return f"unknown key. Write {prefix}enabled."
     places = list(dict.fromkeys(path for path, _ in _places(name)))
+    if not places and name in FOREIGN_WORDS:
+        places = [FOREIGN_WORDS[name]]
     if not places and name in JSON_KNOBS:
         places = [JSON_KNOBS[name]]
     if 0 < len(places) <= MOST_PLACES:
@@ -52,6 +86,8 @@ def why_set_aside(name: str, value: Any, keys: Keys, prefix: str, is_strict: boo
         return first.reason if isinstance(first, SetAside) else off_reason(first, value)
     if value is None:
         return "null, so its default holds"
+    if name in FOREIGN_WORDS and not homes and not (isinstance(value, (str, int, float)) and value in _OFF):
+        return None
     if not prefix and _keys_of_the_top(value):
         return None
     is_other = places or name in RUN_KEYS | RECIPE_KEYS or name in JSON_KNOBS
@@ -87,3 +123,5 @@ def _places(name: str, keys: Keys = TOP_LEVEL, prefix: str = "") -> Iterator[tup
         for facts in OPTIMIZERS.values():
             if name in facts.keys:
                 yield f"optimizer.params.{name}", facts.keys[name]
+        if name in SCHEDULE_PARAMS:
+            yield f"scheduler.params.{name}", SCHEDULE_PARAMS[name]

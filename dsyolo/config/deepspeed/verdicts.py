@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 NEVER = object()  # no value turns the key off
 FLAGS = ("enabled", "deepcompile")  # what turns a block of DeepSpeed's on
+SIZES = ("autotp_size", "tp_size")  # ranks that share a layer
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class JsonKey:
 
     rule: str
     keeps: Callable[[Any], bool]
+    remedy: Callable[[Any], str] | None = None  # for a value that breaks it, as in "Write 2"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class JsonSection:
     keys: Keys
     # DeepSpeed refuses a key of the block that it does not know; elsewhere it ignores one.
     is_strict: bool = True
+    shorthand: str | None = None  # the key of it that a value in the place of the block means
+    switched_on: Any = None  # that key's value where the block is true
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,17 @@ def _is_switched_off(block: Mapping[str, Any], on_by_presence: bool) -> bool:
     flags = list(_flags(block))
     if flags or not on_by_presence:
         return not any(flags)
-    return all(value in (0, 1, None, "auto") for value in block.values())  # "autotp_size": 1 is off too
+    sizes = list(_sizes(block))  # one rank alone is off too
+    values = sizes or list(block.values())
+    return all(value is not True and value in (0, 1, None, "auto") for value in values)
+
+
+def _sizes(block: Mapping[str, Any]) -> Iterator[Any]:
+    for name, value in block.items():
+        if name in SIZES:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _sizes(value)
 
 
 def _flags(block: Mapping[str, Any]) -> Iterator[bool]:
