@@ -4,20 +4,24 @@ import errno
 import io
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LINK = "it is a symbolic link, and a run writes through none. Remove it"
+HARD_LINK = "it is a hard link, so that another file would change with it. Remove it"
+NO_FILE = "it is a folder, device or pipe, and it must be a file. Remove it"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the path of a file to write beside `path`, and move it there. After an error what was there is kept.
 
-    Nobody can plant a link there before: its name is drawn by chance.
+    Nobody can plant a link there before: its name is drawn by chance. It is without the file's own, which may be as long
+    as the file system allows.
     """
-    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         yield part
         os.replace(part, path)
@@ -32,13 +36,24 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def open_without_link(path: Path, flags: int) -> int:
-    """Return a descriptor of a regular file, made where there is none. Raise OSError where `path` is a link."""
+    """Return a descriptor of a regular file, made where there is none.
+
+    Raises:
+        OSError: `path` is a symbolic link, a file with a second name, or a folder, device or pipe.
+    """
     try:
-        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise OSError(errno.ELOOP, LINK, str(path)) from None
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads
+            raise OSError(errno.ENXIO, NO_FILE, str(path)) from None
         raise
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return handle
+    os.close(handle)
+    raise OSError(errno.ELOOP, HARD_LINK if stat.S_ISREG(status.st_mode) else NO_FILE, str(path))
 
 
 def open_appending(path: Path) -> io.FileIO:

@@ -75,12 +75,12 @@ class Checkpointer:
         return first_problem_of_any_rank(problem)
 
     def _begin(self, part: Path) -> None:
+        refuse_planted_link(self.folder)
         for old in self.folder.glob(".step_*.part"):  # killed runs left them
             if old.is_symlink():
                 old.unlink()
             shutil.rmtree(old, ignore_errors=True)
         part.mkdir(parents=True)
-        refuse_planted_link(self.folder)
 
     def _write(self, part: Path, own: dict[str, torch.Tensor]) -> None:
         file = part / f"tensors-{self._world.rank:05d}-of-{self._world.size:05d}.safetensors"

@@ -8,6 +8,7 @@ from pathlib import Path
 from dsyolo.base.atomic_file import write_file
 from dsyolo.base.environment import Environment
 from dsyolo.base.launcher import parent_of_all_ranks
+from dsyolo.base.safe_io import read_bytes
 
 DEFAULT = 29500  # deepspeed's, and that of other launchers
 
@@ -28,7 +29,7 @@ class AgreedPort:
     def read(self) -> int | None:
         """Return the port; None while rank 0 has not written it."""
         try:
-            return int(self._path.read_text(encoding="ascii"))
+            return int(read_bytes(self._path, 64))
         except FileNotFoundError:
             return None
 

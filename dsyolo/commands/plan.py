@@ -9,6 +9,7 @@ from typing import Any
 
 from dsyolo.base.atomic_file import write_file
 from dsyolo.base.errors import UserError
+from dsyolo.base.text import escaped
 from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
 from dsyolo.config.run_config import image_size_fault
 from dsyolo.config.spec import PRECISIONS
@@ -72,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
         content = json.dumps(ranking.best.settings.deepspeed_json(), indent=2) + "\n"
         _write(args.write, content, args.force)
         if not args.json:
-            print(f"\nWritten to {args.write}. On each machine's {hardware.gpus} GPUs:")
+            print(escaped(f"\nWritten to {args.write}. On each machine's {hardware.gpus} GPUs:"))
             nodes = " --hostfile launch/hostfile" if hardware.nodes > 1 else f" --num_gpus {hardware.gpus}"
-            print(
+            command = (
                 f"deepspeed{nodes} dsyolo/train.py --deepspeed_config {args.write} --model {args.model} "
                 f"--imgsz {args.imgsz} --data data.yaml{val_option(ranking.best)}"
             )
+            print(escaped(command))
     elif args.write:
         print(f"Nothing was written to {args.write}, as nothing fits.", file=sys.stderr)
     return 0 if ranking.best else 1

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dsyolo.base.text import escaped
 from dsyolo.data.synthetic import draw_sample
 
 
@@ -15,5 +16,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the data set; print the path of its data.yaml; return 0."""
-    print(draw_sample(args.dst, num_images=args.images, seed=args.seed))
+    print(escaped(str(draw_sample(args.dst, num_images=args.images, seed=args.seed))))
     return 0

@@ -126,7 +126,7 @@ def _run_all(
     for number, (turn, case) in enumerate(turns):
         if any(one.found is None for one in outcomes[case]):
             continue
-        print(f"round {turn + 1} of {args.rounds}: {case.name} ...", end=" ", flush=True)
+        print(escaped(f"round {turn + 1} of {args.rounds}: {case.name} ..."), end=" ", flush=True)
         outcome = runs.run(plan, case, turn, number, *files[case])
         if outcome.found or not end.number:
             outcomes[case].append(outcome)

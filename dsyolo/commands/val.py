@@ -99,7 +99,7 @@ def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
         )
     split = build_index(data.val or (), data.num_classes, num_keypoint_values=data.num_keypoint_values)
     for line in refuse_lost_objects(data, {"val": split}):
-        print(f"Warning: {line}", file=sys.stderr)
+        print(escaped(f"Warning: {line}"), file=sys.stderr)
     return EvalLoader(
         DetectionDataset(split, network.image_size_px),
         image_size_px=network.image_size_px,

@@ -52,6 +52,8 @@ def save_cache(cache_file: Path, key: str, index: DatasetIndex) -> None:
 def load_cache(cache_file: Path, key: str) -> DatasetIndex | None:
     """Return what was saved for `key`; None if there is nothing, or, with a warning, if the file is damaged."""
     try:
+        if not cache_file.is_file():  # a pipe would wait for a writer
+            return None
         raw = cache_file.read_bytes()
     except OSError:
         return None

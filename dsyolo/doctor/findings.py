@@ -4,6 +4,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from dsyolo.base.text import escaped
+
 OK, WARNING, FAIL = "OK", "WARNING", "FAIL"
 WIDTH = 110
 # The order of the table: first what the others rest on.
@@ -52,7 +54,9 @@ def can_start(findings: Iterable[Finding]) -> bool:
 
 def table(findings: Sequence[Finding]) -> str:
     """Return aligned lines, each remedy below its finding, and at the end whether the run can start."""
-    findings = [Finding(*map(_printable, finding)) for finding in findings]
+    findings = [
+        Finding(*(escaped(text.replace("\n", " "), lines=False) for text in finding)) for finding in findings
+    ]
     widths = [max(len(finding[i]) for finding in findings) for i in range(3)]
     lines: list[str] = []
     for finding in findings:
@@ -71,11 +75,6 @@ def _wrapped(text: str, start: str) -> list[str]:
     wrapper = textwrap.TextWrapper(max(WIDTH, len(start) + 40), start, " " * len(start))
     wrapper.break_long_words = wrapper.break_on_hyphens = False
     return wrapper.wrap(text or "-")
-
-
-def _printable(text: str) -> str:
-    """Replace control characters: text of another host must not control this terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text.replace("\n", " "))
 
 
 def to_json(findings: Sequence[Finding], hosts: Sequence[str]) -> dict[str, Any]:

@@ -36,6 +36,25 @@ def test_a_lock_is_not_written_through_a_link(victim):
     assert victim.read_text(encoding="utf-8") == "precious"
 
 
+def test_a_lock_is_not_written_through_a_hard_link_or_a_pipe(victim):
+    lock = victim.parent / "run" / FILE
+    os.link(victim, lock)
+    with pytest.raises(UserError, match="it is a hard link, so that another file would change"):
+        RunLock(lock.parent).take(0)
+    assert victim.read_text(encoding="utf-8") == "precious"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(UserError, match="device or pipe"):
+        RunLock(lock.parent).take(0)
+
+
+def test_a_name_as_long_as_the_file_system_allows_is_written(tmp_path):
+    for name in ("猫" * 80 + ".jpg", "x" * 255):
+        write_file(tmp_path / name, b"new")
+        assert (tmp_path / name).read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_metrics_and_files_replace_a_link(victim):
     folder = victim.parent / "run"
     for name in ("metrics.jsonl", "config.yaml"):

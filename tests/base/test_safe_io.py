@@ -26,6 +26,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.checkpoint import manifest as manifests
 from dsyolo.checkpoint.manifest import Manifest, read_buffers, read_manifest
 from dsyolo.checkpoint.train_state import TrainState
+from dsyolo.cluster.agreed_port import AgreedPort
 from dsyolo.config import cli_args
 from dsyolo.config import run_config as config
 from dsyolo.config.deepspeed.config import check
@@ -505,3 +506,10 @@ def test_a_checkpoint_is_checked_whole_before_anything_of_it_is_taken(tmp_path):
     for (text, unchanged), expected in zip(told, said, strict=True):
         assert expected in text
         assert unchanged
+
+
+def test_a_pipe_in_place_of_a_cache_or_port_hangs_nobody(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert load_cache(tmp_path / "pipe", "key") is None
+    with pytest.raises(OSError, match="a folder, device or pipe"):
+        AgreedPort(tmp_path / "pipe").read()

@@ -13,7 +13,7 @@ import pytest
 from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import BadYamlError, parse_json, parse_yaml, read_bytes, read_text
 from dsyolo.base.stdio import degrade
-from dsyolo.base.text import EncodingError, decode_names, escaped, name_fault
+from dsyolo.base.text import EncodingError, decode, decode_names, escaped, name_fault
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
 from dsyolo.data.labels import read_labels
 from dsyolo.tracking.log_setup import RunLog
@@ -21,8 +21,8 @@ from dsyolo.tracking.log_setup import RunLog
 CHINESE = "train: images\nval: images\nnames: [猫, 狗, 汽车]\n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_what_a_mark_makes_certain_is_read(encoding, tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+def test_what_is_certain_is_read(encoding, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "data.yaml").write_bytes(CHINESE.encode(encoding))
     assert read_data_yaml(tmp_path / "data.yaml").names == ("猫", "狗", "汽车")
@@ -31,9 +31,26 @@ def test_what_a_mark_makes_certain_is_read(encoding, tmp_path):
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (CHINESE.encode("gbk"), "likely in GBK. Save it as UTF-8: iconv -f GBK -t UTF-8 data.yaml > NEW"),
+        (
+            "names: [猫, 狗, 行人, 自行车]".encode("gbk"),
+            "likely in GBK. Save it as UTF-8: iconv -f GBK -t UTF-8 data.yaml > NEW",
+        ),
+        (
+            "names: [кошка, собака]".encode("cp1251"),
+            "likely in Windows-1251. Save it as UTF-8: iconv -f WINDOWS-1251 ",
+        ),
+        ("names: [고양이, 강아지]".encode("euc-kr"), "EUC-KR"),
+        ("names: [ねこ, いぬ, くるま]".encode("shift-jis"), "SHIFT-JIS"),
+        ("names: [貓, 狗, 汽車]".encode("big5"), "BIG5"),
         ("names: [café, âge]".encode("latin-1"), "likely in Latin-1 or Windows-1252"),
-        (CHINESE.encode("utf-16-le"), "UTF-16 without a byte-order mark"),
+        (
+            ("names: " + "猫" * 30).encode("utf-16-le"),
+            "UTF-16 without a byte-order mark, and it must be UTF-8. Save it as UTF-8: iconv -f UTF-16LE ",
+        ),
+        (
+            "names: [cat, dog]".encode("utf-32-be"),
+            "UTF-32 without a byte-order mark, and it must be UTF-8. Save it as UTF-8: iconv -f UTF-32BE ",
+        ),
         (b"\x7fELF\x02\x01\x01\x00\xff\xfe", "not a text file"),
         (b"\xff\xfea", "begins like UTF-16, and is damaged"),
     ],
@@ -48,12 +65,22 @@ def test_other_encodings_are_named_with_the_remedy(data, expected, tmp_path):
     assert expected in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding"), [("고양이", "euc-kr"), ("ねこ", "shift-jis"), ("汽車", "big5"), ("кошка", "cp1251")]
+)
+def test_other_scripts_are_not_called_latin(text, encoding):
+    with pytest.raises(EncodingError) as caught:
+        decode(f"names: [{text}]".encode(encoding))
+    assert "1252" not in str(caught.value.strerror)
+
+
 def test_labels_in_utf_16_are_read(tmp_path):
     """PowerShell's `>` writes them."""
-    (tmp_path / "a.txt").write_bytes("0 0.5 0.5 0.2 0.2\r\n".encode("utf-16"))
-    labels, problems = read_labels(tmp_path / "a.txt", 1)
-    assert labels.boxes_xyxy.tolist() == [pytest.approx([0.4, 0.4, 0.6, 0.6])]
-    assert not problems
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        (tmp_path / "a.txt").write_bytes("0 0.5 0.5 0.2 0.2\r\n".encode(encoding))
+        labels, problems = read_labels(tmp_path / "a.txt", 1)
+        assert labels.boxes_xyxy.tolist() == [pytest.approx([0.4, 0.4, 0.6, 0.6])]
+        assert not problems
 
 
 def test_a_name_that_is_no_text_costs_its_line(tmp_path):
