@@ -1,5 +1,6 @@
 """Recognises labels by a file's name and first bytes, and knows what can be done with those of other tools."""
 
+import os
 import re
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def _num_numbers(columns: list[str]) -> int:
 
 def _head(path: str) -> str:
     try:
+        if not os.path.isfile(path):  # a pipe would wait for a writer
+            return ""
         with open(path, "rb") as file:
             return decode_any(file.read(HEAD_BYTES))
     except OSError:

@@ -120,7 +120,9 @@ class JsonlWriter(Writer):
     def read(self) -> list[dict[str, Any]]:
         """Return all rows, without lines that a kill cut short or that somebody else wrote."""
         lines = (
-            self.path.read_text(errors="replace", encoding="utf-8").splitlines() if self.path.exists() else []
+            self.path.read_text(errors="replace", encoding="utf-8").splitlines()
+            if self.path.is_file()
+            else []
         )
         return [row for row in map(_row, lines) if row is not None]
 
