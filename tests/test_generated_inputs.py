@@ -365,6 +365,12 @@ def test_a_cache_of_another_shape_is_read_again_with_one_line(kind, spoil, tmp_p
             {"stem.bn.running_var": lambda t: t - 2},
             "stem.bn.running_var has a value below 0, and a variance has none",
         ),
+        ({"detect.anchors": lambda t: -t}, "detect.anchors has a value that is not above 0"),
+        ({"detect.anchors": None}, "its metadata has anchors, and no tensor detect.anchors is there"),
+        (
+            {"detect.m.1.bias": lambda t: t[:18].clone()},
+            "its metadata names 2 classes, which are 21 outputs, and detect.m.1.bias has 18",
+        ),
     ],
 )
 def test_weights_that_contradict_themselves_are_refused(spoil, rule, tmp_path):
@@ -376,7 +382,9 @@ def test_weights_that_contradict_themselves_are_refused(spoil, rule, tmp_path):
         halved = {name: one.to(kind) if one.is_floating_point() else one for name, one in state.items()}
         save_weights(tmp_path / "w.safetensors", halved, info)
         read_weights(tmp_path / "w.safetensors")
-    save_weights(tmp_path / "w.safetensors", {**state, **{k: f(state[k]) for k, f in spoil.items()}}, info)
+    spoiled = {**state, **{name: change and change(state[name]) for name, change in spoil.items()}}
+    spoiled = {name: tensor for name, tensor in spoiled.items() if tensor is not None}
+    save_weights(tmp_path / "w.safetensors", spoiled, info)
     with pytest.raises(UserError, match=rule):
         read_weights(tmp_path / "w.safetensors")
 
@@ -385,7 +393,7 @@ def test_weights_that_contradict_themselves_are_refused(spoil, rule, tmp_path):
     "changes",
     [
         {"anchors_px": (((1.0, 2.0),), ((1.0, 2.0), (3.0, 4.0)))}, {"anchors_px": ()}, {"anchors_px": ((), ())},
-        {"names": ("cat", "a\x1b[2J")}, {"names": ("cat", "")}, {"anchors_px": (((0.0, 1.0),),)},
+        {"names": ("cat", "a\x1b[2J")}, {"names": ("cat", "")}, {"names": ("cat", "cat")}, {"anchors_px": (((0.0, 1.0),),)},
     ],
 )  # fmt: skip
 def test_ragged_metadata_and_impossible_names_are_refused(changes, tmp_path):

@@ -55,6 +55,8 @@ class WeightsInfo(BaseModel):
         for number, name in enumerate(names):
             if fault := name_fault(name):
                 raise ValueError(f"class {number}: {fault}")
+        if len(set(names)) < len(names):
+            raise ValueError("two classes have one name")
         return names
 
 
@@ -129,12 +131,33 @@ def read_weights(path: Path) -> GivenWeights:
         ) from None
     except ValueError as error:
         raise _unusable(path, f"{error}.") from None
-    if info and (fault := _anchor_fault(tensors, info)):
+    if fault := _contradiction(tensors, info):
         raise _unusable(path, f"{fault}. Copy the file again, or use another.")
     return tensors, info
 
 
-def _anchor_fault(tensors: Mapping[str, torch.Tensor], info: WeightsInfo) -> str | None:
+def _contradiction(tensors: Mapping[str, torch.Tensor], info: WeightsInfo | None) -> str | None:
+    """Return what in a file cannot be, or contradicts its metadata; None where nothing does."""
+    anchors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] == "anchors"}
+    if impossible := [name for name, tensor in anchors.items() if not bool((tensor > 0).all())]:
+        return f"{impossible[0]} has a value that is not above 0, and anchors are sizes"
+    if info is None:
+        return None
+    return _anchor_fault(anchors, info) or (_head_fault(tensors, info) if is_known(info.variant) else None)
+
+
+def _head_fault(tensors: Mapping[str, torch.Tensor], info: WeightsInfo) -> str | None:
+    """Return how the head of a YOLOv5 differs from the metadata of the same file; None where they agree."""
+    if "detect.anchors" not in tensors:
+        return "its metadata has anchors, and no tensor detect.anchors is there"
+    outputs = len(info.anchors_px[0]) * (5 + len(info.names))
+    for name, tensor in tensors.items():
+        if name.startswith("detect.m.") and len(tensor) != outputs:
+            return f"its metadata names {len(info.names)} classes, which are {outputs} outputs, and {name} has {len(tensor)}"
+    return None
+
+
+def _anchor_fault(anchors: Mapping[str, torch.Tensor], info: WeightsInfo) -> str | None:
     """Return how the metadata's anchors differ from the tensor of the same file; None where they agree.
 
     The tensor is in cells of its level. So the two differ by one factor a level, its stride, which is a whole number.
@@ -145,9 +168,7 @@ def _anchor_fault(tensors: Mapping[str, torch.Tensor], info: WeightsInfo) -> str
         return "its metadata is damaged (anchors_px: every level must have as many anchors)"
     if not all(0 < side < MOST_ANCHOR_PX for side in sides):
         return "its metadata is damaged (anchors_px: the sides of an anchor must be above 0)"
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] != "anchors":
-            continue
+    for name, tensor in anchors.items():
         if tensor.shape != (len(levels), len(levels[0]), 2):
             return f"its metadata has {len(levels)} levels of {len(levels[0])} anchors, and {name} is {tuple(tensor.shape)}"
         strides = torch.tensor(levels, dtype=torch.float64) / tensor.double()

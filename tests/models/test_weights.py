@@ -50,6 +50,15 @@ def test_a_file_is_enough_to_rebuild_the_network(network, saved):
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # no part is left behind
 
 
+def test_anchors_that_are_no_sizes_are_refused_without_metadata_too(network, tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    theirs = {name: t.contiguous() for name, t in to_yolov5(network.state_dict()).items()}
+    theirs["model.24.anchors"] = torch.zeros(3, 3, 2)
+    save_file(theirs, path)
+    with pytest.raises(UserError, match=r"detect\.anchors has a value that is not above 0"):
+        read_weights(path)
+
+
 def test_a_file_keeps_the_dtype_of_its_tensors(network, tmp_path):
     path = tmp_path / "half.safetensors"
     half = {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
@@ -182,9 +191,13 @@ def test_metadata_that_is_damaged_or_of_other_tensors_is_refused(saved):
         assert "metadata is damaged" in problem(lambda: read_weights(saved))
     rewrite(saved, text=json.dumps({**json.loads(text), "variant": "yolov9"}))
     assert "its metadata says yolov9, but the variants are yolov5n, " in problem(lambda: rebuild(saved))
-    for changes in ({"variant": "yolov5s"}, {"names": ["cat"]}, {"names": []}):
+    for changes, rule in (
+        ({"variant": "yolov5s"}, "do not fit its metadata"),
+        ({"names": ["cat"]}, "its metadata names 1 classes, which are 18 outputs"),
+        ({"names": []}, "its metadata names 0 classes, which are 15 outputs"),
+    ):
         rewrite(saved, text=json.dumps({**json.loads(text), **changes}))
-        assert "do not fit its metadata" in problem(lambda: rebuild(saved))
+        assert rule in problem(lambda: rebuild(saved))
     rewrite(saved, text=text, drop="stem.conv.weight")
     assert "stem.conv.weight" in problem(lambda: rebuild(saved))
 
