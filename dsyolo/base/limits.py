@@ -72,15 +72,22 @@ def check_shared_memory(needed: int, folder: Path = SHM) -> None:
     Raises:
         UserError: `needed` bytes are not free.
     """
+    if fault := shared_memory_fault(needed, folder):
+        raise UserError(HEADLINE, [fault])
+
+
+def shared_memory_fault(needed: int, folder: Path = SHM) -> str | None:
+    """Return why `needed` bytes of batches may not fit; None where they do, or where the system has no such folder."""
     try:
         found = os.statvfs(folder)
-    except OSError:  # a system without it
-        return
+    except OSError:
+        return None
     free = found.f_bavail * found.f_frsize
-    if free < needed:
-        rule = f"but up to {needed / MIB:.1f} MiB are needed for batches"
-        remedy = "Make it larger (docker run --shm-size, an emptyDir of medium Memory), or give --workers 0"
-        raise UserError(HEADLINE, [f"{folder}: {free / MIB:.1f} MiB free, {rule}. {remedy}."])
+    if free >= needed:
+        return None
+    rule = f"but up to {needed / MIB:.1f} MiB are needed for batches"
+    remedy = "Make it larger (docker run --shm-size, an emptyDir of medium Memory), or give --workers 0"
+    return f"{folder}: {free / MIB:.1f} MiB free, {rule}. {remedy}."
 
 
 def _address_space() -> int:

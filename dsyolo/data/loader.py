@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from dsyolo.base.batch import Batch, EvalBatch, GroundTruth, Sample, Targets
 from dsyolo.config.recipe import Recipe
 from dsyolo.data.dataset import DetectionDataset
+from dsyolo.data.prefetch import VAL_AHEAD, train_ahead
 from dsyolo.data.sampler import SampleKey, StepSampler
 from dsyolo.data.transforms import augment
 from dsyolo.data.workers import limit_opencv, worker_options
@@ -92,8 +93,7 @@ class TrainLoader:
     def _open(self, step: int) -> Iterator[Batch]:
         assert self.dataset is not None
         limit_opencv()
-        # A step takes all its micro-batches at once; workers make those of the next one meanwhile.
-        ahead = 1 + -(-self.sampler.accumulation // max(self.num_workers, 1))
+        ahead = train_ahead(self.num_workers, self.sampler.accumulation)
         return iter(
             DataLoader(
                 _TrainSamples(self.dataset, self.recipe, self.sampler.seed),
@@ -186,6 +186,7 @@ class EvalLoader:
             batch_sampler=batches,
             collate_fn=_collate_eval,
             pin_memory=pin_memory,
+            prefetch_factor=VAL_AHEAD if num_workers else None,
             persistent_workers=num_workers > 0,
             **worker_options(num_workers),
         )

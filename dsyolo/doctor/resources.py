@@ -5,6 +5,7 @@ from functools import partial
 
 from dsyolo.config.deepspeed.optimizer_table import OPTIMIZERS
 from dsyolo.config.messages import counted
+from dsyolo.data.prefetch import waiting_images
 from dsyolo.doctor.answers import Devices, Disk, Hello
 from dsyolo.doctor.context import DoctorContext, common
 from dsyolo.doctor.findings import FAIL, OK, WARNING, Finding
@@ -15,7 +16,7 @@ LOW_SHM = 1 << 30  # bytes; the default of a container is 64 MiB
 CACHE = 64 << 20  # bytes of the label cache: some hundred an image
 MAX_SKEW_S = 1.0
 MAX_RANKS_PER_CORE = 8  # each rank takes some 400 MiB before it has a model
-VAL_BATCH, PREFETCHED = 16, 2  # settings of the validation loader
+VAL_BATCH = 16  # the default of --val_batch_size
 
 
 def slots(context: DoctorContext) -> Iterator[Finding]:
@@ -103,15 +104,15 @@ def shared_memory(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _batches_bytes(context: DoctorContext, ranks: int, devices: Devices) -> tuple[int | None, int]:
-    """Return bytes of training and of validation batches that can wait at once on a host: data/loader.py."""
+    """Return bytes of training and of validation batches that can wait at once on a host."""
     if context.ds is None:
         return None, 0
     workers = context.options.workers
     if workers is None:
         workers = min(8, max(1, devices.cores // ranks)) if devices.accelerator == "cuda" else 1
-    ahead = 1 + -(-context.ds.accumulation // max(workers, 1))
-    waiting = ranks * workers * 3 * context.options.image_size_px**2  # images of 3 bytes a pixel
-    return waiting * ahead * context.ds.micro_batch, waiting * PREFETCHED * VAL_BATCH
+    train, val = waiting_images(workers, context.ds.micro_batch, context.ds.accumulation, VAL_BATCH)
+    image_bytes = 3 * context.options.image_size_px**2
+    return ranks * train * image_bytes, ranks * val * image_bytes
 
 
 def clock(context: DoctorContext) -> Iterator[Finding]:
