@@ -367,7 +367,7 @@ def test_boxes_and_segments_in_one_file(tmp_path):
 def test_a_list_that_is_not_utf_8_is_named(tmp_path):
     data = listed(tmp_path, "./images/train/\xe4in{}.jpg", "latin-1")
     assert (
-        f"{tmp_path / 'train.txt'}: cannot be read as a list of images: not in UTF-8, but likely in Latin-1"
+        f"{tmp_path / 'train.txt'}: cannot be read as a list of images: not in UTF-8. Save it as UTF-8: iconv -f ENCODING"
         in started(data).error
     )
 

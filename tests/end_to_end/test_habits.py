@@ -136,6 +136,7 @@ class Slow(Hook):
 """
 
 
+@pytest.mark.soak
 def test_ctrl_c_in_a_validation_under_the_launcher_saves_the_epoch_before_it(place):
     (place / "slow.py").write_text(VALIDATES, encoding="utf-8")
     words = arguments(place, "validated", epochs=2, hook="slow.py:Slow", val_batch_size=1)
@@ -149,6 +150,7 @@ def test_ctrl_c_in_a_validation_under_the_launcher_saves_the_epoch_before_it(pla
     assert rows(place, "validated", "epoch") == []
 
 
+@pytest.mark.soak
 def test_ctrl_c_while_python_imports_under_the_launcher_leaves_no_process(place):
     words = arguments(place, "imports", epochs=200)
     status, _ = interrupted(place, [*launcher(), str(TRAIN), *words], None, "spawned with command")

@@ -444,17 +444,10 @@ def test_a_file_given_twice_is_one_strategy(tmp_path):
 
 
 def scale(place: Path, *more: str) -> list[str]:
-    options = ["--imgsz", "64", "--micro_batch", "2", "--accumulation", "1", "--steps", "3", "--warmup", "1"]
-    options += [
-        "--rounds",
-        "1",
-        "--workers",
-        "1",
-        "--data",
-        str(place / "sample/data.yaml"),
-        "--out",
-        "report",
-    ]
+    """Return the command of a short report; `more` may give an option another value."""
+    usual = {"--imgsz": "64", "--micro_batch": "2", "--accumulation": "1", "--steps": "3", "--warmup": "1"}
+    usual |= {"--rounds": "1", "--workers": "1", "--data": str(place / "sample/data.yaml"), "--out": "report"}
+    options = [word for option, value in usual.items() if option not in more for word in (option, value)]
     return [sys.executable, "-m", "dsyolo.cli", "scale", *options, *more]
 
 
@@ -536,7 +529,9 @@ def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path,
     )
     output = ""
     while "round 2" not in output:
-        output += process.stdout.read(1)
+        letter = process.stdout.read(1)
+        assert letter, output + process.stderr.read()  # it has ended before
+        output += letter
     time.sleep(1)
     if number == signal.SIGHUP:
         process.stdout.close()  # as a terminal that ends

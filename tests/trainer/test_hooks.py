@@ -78,7 +78,7 @@ def run(event, words):
     noting(run_lock.RunLock, "leave", "run lock")
     os.environ["RAISE_IN"] = event
     try:
-        raised = f"status {train.main([*words, '--name', event.replace(' ', '_')])}"
+        raised = f"status {train.main([event.replace(' ', '_') if before == '--name' else word for before, word in zip(['', *words], words)])}"
     except ZeroDivisionError as error:
         raised = str(error)
     joined = torch.distributed.is_initialized()

@@ -125,9 +125,13 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
             problems.append(f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but {fault}")
             return ()
         names = [names[k] for k in sorted(names)]
-    if not isinstance(names, list) or not names or any(not isinstance(n, str | int | float) for n in names):
+    if not isinstance(names, list) or not names:
         rule = "it must name at least one class. Give a list, or a map `0: cat`."
         problems.append(f"names: {shortened(repr(names))} given, but {rule}")
+        return ()
+    if other := [f"class {i}: {n!r}" for i, n in enumerate(names) if not isinstance(n, str | int | float)]:
+        rule = "given, but a name is text or a number. Quote it"
+        problems += [f"names: {shortened(one)} {rule}." for one in other[:MOST_FAULTS]]
         return ()
     if len(names) > MOST_CLASSES:
         problems.append(f"names: {len(names):,} classes given, but {MOST_CLASSES:,} is the maximum.")

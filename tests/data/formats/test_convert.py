@@ -173,7 +173,7 @@ def test_a_voc_list_and_an_annotation_in_another_encoding(tmp_path):
     result = convert("voc", src, tmp_path / "dst")
     assert ("b.xml", voc.BAD_ANNOTATION) in {(Path(p.file).name, p.reason) for p in result.problems}
     (src / "ImageSets/Main/train.txt").write_bytes("é\n".encode("latin-1"))
-    with pytest.raises(UserError, match="likely in Latin-1 or Windows-1252"):
+    with pytest.raises(UserError, match=r"not in UTF-8. Save it as UTF-8: iconv -f ENCODING .* CP1252"):
         convert("voc", src, tmp_path / "other")
 
 
