@@ -1,6 +1,7 @@
 """Goes on with a saved run: where it is, whether anything is left to do, and for how long it is extended."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,16 @@ def check_settings(spec: RunSpec, saved: TrainState, checkpoint: Path, num_image
         now["epochs"], before["epochs"] = spec.config.epochs, saved.epochs
     if num_images is not None:
         now["num_images"], before["num_images"] = num_images, saved.num_images
+    remedies: dict[str, str] = {}
     if UNSCALED in now and UNSCALED not in before and DECAY in before:
-        # Older versions scaled the weight decay of Adam's kinds too: this is what has run.
-        before |= {DECAY: before[DECAY] * saved.global_batch / NOMINAL_BATCH, UNSCALED: True}
+        # Older versions scaled the weight decay of Adam's kinds too, and took 0.01 where none was given.
+        ran = before[DECAY] * saved.global_batch / NOMINAL_BATCH
+        same = math.isclose(ran, now[DECAY], rel_tol=1e-9)
+        before |= {DECAY: now[DECAY] if same else ran, UNSCALED: True}
+        remedies[DECAY] = f"Set {DECAY} to {ran:.10g} in the JSON, which is what has run."
     changed = [
-        f"{key}: {now.get(key)} now, but {before.get(key)} when it was saved. Give what was given then."
+        f"{key}: {now.get(key)} now, but {before.get(key)} when it was saved. "
+        + remedies.get(key, "Give what was given then.")
         for key in {**before, **now}
         if now.get(key) != before.get(key)
     ]
