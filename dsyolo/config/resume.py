@@ -29,7 +29,7 @@ class ResumePoint:
 
 
 class LrEnd(NamedTuple):
-    """What a run's learning rate comes to."""
+    """The end of a run's learning rate."""
 
     is_zero: bool = False
     is_constant: bool = False  # after the warm-up: more epochs change nothing before them

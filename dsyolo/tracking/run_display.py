@@ -1,4 +1,4 @@
-"""What a person sees of a run: the live bar of steps, validations and checkpoints, and the lines of steps and epochs."""
+"""The display of a run: the live bar of steps, validations and checkpoints, and the lines of steps and epochs."""
 
 import time
 from collections.abc import Callable, Mapping

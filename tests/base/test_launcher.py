@@ -19,7 +19,7 @@ from dsyolo.base.launcher import Launcher
 STARTS = """
 import subprocess, sys
 child = subprocess.Popen({command})
-open({pid!r}, "w").write(str(child.pid))
+open({pid!r}, "w", encoding="utf-8").write(str(child.pid))
 child.wait()
 """
 RANK = """

@@ -1,4 +1,4 @@
-"""What people give `dsyolo detect` to read: patterns are expanded; cameras, videos and addresses are answered."""
+"""The sources of `dsyolo detect`: patterns are expanded; cameras, videos and addresses are answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of values and keys of a DeepSpeed JSON that are nearly right: no traceback, and no remedy that reverses them."""
+"""Messages for values and keys of a DeepSpeed JSON that are nearly right: no traceback, and no remedy that reverses them."""
 
 from __future__ import annotations
 

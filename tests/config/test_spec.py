@@ -76,7 +76,9 @@ def test_a_batch_that_is_left_open_is_the_recipes(tmp_path: Path) -> None:
     assert check(source, world_size=2, accelerator="cpu").global_batch == 64
     assert check(source, world_size=3, accelerator="cpu").global_batch == 66
     # What is "auto" elsewhere leaves a batch as it is.
-    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": "auto"}))
+    path.write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": "auto"}), encoding="utf-8"
+    )
     assert check(read_source(path), world_size=2, accelerator="cpu").global_batch == 8
 
 

@@ -614,7 +614,7 @@ def test_doctor_warns_as_a_training_does(tmp_path, name):
 
 
 def context(data: Path):
-    """What doctor's checks take, with the answer of the probe on this host."""
+    """Return the input of doctor's checks, with the answer of the probe on this host."""
     from types import SimpleNamespace
 
     answer = DataAnswer.model_validate(SECTIONS["data"]({"data": str(data)}))

@@ -72,9 +72,9 @@ def test_resuming_a_finished_run_by_its_path_says_so_in_one_line_and_more_epochs
     assert "extended to 2 epochs: lr 0.0001, the end of its schedule over 1 epochs" in done.stdout
     lrs = [row["lr"] for row in rows(place, "long", "step")]
     assert lrs == pytest.approx([0.01, 0.0067, 0.0034, 0.0001, 0.0001, 0.0001])
-    progress = json.loads((place / "runs/long/checkpoints/step_00000006/progress.json").read_text())[
-        "progress"
-    ]
+    progress = json.loads(
+        (place / "runs/long/checkpoints/step_00000006/progress.json").read_text(encoding="utf-8")
+    )["progress"]
     assert (progress["epochs"], progress["total_steps"], progress["schedule_epochs"]) == (2, 6, 1)
 
 
@@ -173,13 +173,16 @@ def test_two_trainings_started_together_at_the_default_port_both_finish(place):
     logs = [place / f"{name}.log" for name in ("a", "b")]
     runs = []
     for command, log in zip(commands, logs, strict=True):
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             runs.append(
                 subprocess.Popen(command, env=environment(place), cwd=place, stdout=file, stderr=file)
             )
     statuses = [run.wait(200) for run in runs]
     assert statuses == [0, 0], [log.read_text(encoding="utf-8")[-3000:] for log in logs]
-    taken = [re.findall(r"port 29500 is taken, .*: this one uses (\d+)", log.read_text()) for log in logs]
+    taken = [
+        re.findall(r"port 29500 is taken, .*: this one uses (\d+)", log.read_text(encoding="utf-8"))
+        for log in logs
+    ]
     assert sum(map(len, taken)) >= 1
     for name in ("a", "b"):
         assert [row["step"] for row in rows(place, name, "step")] == [1, 2, 3]

@@ -82,7 +82,7 @@ def values_held(folder: str) -> dict[str, Any]:
 
 
 def started(content: dict[str, Any], folder: Path) -> SimpleNamespace:
-    """What the trainer builds of a JSON, and the parts of it that hold values."""
+    """Return what the trainer builds of a JSON, and the parts of it that hold values."""
     from dsyolo.cluster.world import world_from_environment
     from dsyolo.config.deepspeed.config import check
     from dsyolo.config.recipe import Recipe

@@ -22,7 +22,7 @@ ROW = "0 0.4 0.466667 0.32 0.4\n"  # the same in YOLO format
 
 
 class Outcome(NamedTuple):
-    """What the start of a training says."""
+    """Return the lines at the start of a training."""
 
     error: str = ""
     lines: str = ""  # summaries and warnings

@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a line that fits the terminal, its times, and that none of it is in a file."""
+"""The progress bar: a line that fits the terminal, its times, and that none of it is in a file."""
 
 from __future__ import annotations
 

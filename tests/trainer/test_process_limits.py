@@ -1,4 +1,4 @@
-"""What the batches that wait need of shared memory."""
+"""Shared memory for the batches that wait."""
 
 from __future__ import annotations
 
