@@ -16,7 +16,7 @@ from dsyolo.data.dataset import DetectionDataset
 from dsyolo.data.prefetch import VAL_AHEAD, train_ahead
 from dsyolo.data.sampler import SampleKey, StepSampler
 from dsyolo.data.transforms import augment
-from dsyolo.data.workers import limit_opencv, worker_options
+from dsyolo.data.workers import worker_options
 from dsyolo.detection.boxes import letterbox, xyxy_to_cxcywh
 
 MULTI_SCALE_RANGE = (0.5, 1.5)
@@ -92,7 +92,6 @@ class TrainLoader:
 
     def _open(self, step: int) -> Iterator[Batch]:
         assert self.dataset is not None
-        limit_opencv()
         ahead = train_ahead(self.num_workers, self.sampler.accumulation)
         return iter(
             DataLoader(
@@ -200,7 +199,6 @@ class EvalLoader:
         return len(self._is_real)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        limit_opencv()
         for batch, is_real in zip(self._loader, self._is_real, strict=True):
             yield EvalBatch(batch.images, batch.ground_truths if is_real else ())
 

@@ -17,6 +17,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def worker_options(num_workers: int) -> dict[str, Any]:
     """Return the arguments that give a DataLoader these workers."""
+    _limit_opencv()
     if not num_workers:
         return {"num_workers": 0}
     return {
@@ -27,10 +28,10 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     }
 
 
-def limit_opencv() -> None:
+def _limit_opencv() -> None:
     """Limit OpenCV to one thread in this process, and end its others.
 
-    Call it before every fork: threads are not forked, and a worker would wait forever for those of its parent. In a
+    It comes before every fork: threads are not forked, and a worker would wait forever for those of its parent. In a
     worker they would compete with the other workers for the cores.
     """
     cv2.setNumThreads(1)
@@ -40,7 +41,7 @@ def _settle(_worker: int) -> None:
     # Launchers send SIGTERM to workers too. The training stops between two steps, so workers must outlive it.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; they end with their rank
-    limit_opencv()
+    _limit_opencv()
 
 
 class Worker(ForkProcess):
@@ -60,6 +61,7 @@ class Worker(ForkProcess):
 
     @staticmethod
     def _Popen(process: Any) -> Any:
+        _limit_opencv()
         process.libc = ctypes.CDLL(None)  # here, since a forked process may find the dynamic loader locked
         for _ in range(TRIES):
             alive_fd, process.signal_fd = os.pipe()

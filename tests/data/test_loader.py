@@ -341,6 +341,29 @@ def test_a_worker_that_hangs_in_its_fork_is_forked_again(tmp_path, num_hung, mes
         assert not Path("/proc", name.name).exists()
 
 
+OPENCV_THREADS = """
+import cv2, numpy as np
+from torch.utils.data import DataLoader
+from dsyolo.data import workers
+
+class Resized:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return cv2.resize(np.full((2000, 2000, 3), index, np.uint8), (1500, 1500), interpolation=cv2.INTER_CUBIC)[0, 0, 0]
+
+options = workers.worker_options(2)
+cv2.setNumThreads(4)
+assert Resized()[3] == 3  # starts OpenCV's threads, which a fork lacks
+print(sum(int(batch) for batch in DataLoader(Resized(), batch_size=None, **options)))
+"""
+
+
+def test_workers_do_not_wait_for_the_opencv_threads_of_their_parent():
+    done = subprocess.run([sys.executable, "-c", OPENCV_THREADS], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "6\n", done.stderr
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
