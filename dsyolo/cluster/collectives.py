@@ -59,15 +59,6 @@ def run_on_rank0_and_broadcast(world: World, work: Callable[[], T]) -> T:
     return all_gather_objects(result)[0]
 
 
-def check_same(item: Any, what: str, remedy: str) -> None:
-    """Raise UserError on all ranks if their plain data `item`, which `what` names, differ."""
-    first, *others = all_gather_objects(item)
-    for rank, other in enumerate(others, 1):
-        if other != first:
-            rule = f"rank {rank} has another than rank 0. Their machines differ: {remedy}"
-            raise UserError("The ranks do not agree", [f"{what}: {rule}."])
-
-
 def first_problem_of_any_rank(problem: str | None) -> str | None:
     """Return the problem of the first rank that has one; the same on all ranks."""
     return next(filter(None, all_gather_objects(problem)), None)

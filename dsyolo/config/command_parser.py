@@ -48,7 +48,8 @@ class CommandLine:
         self._positionals = [one for one in actions if not one.option_strings]
         self._queue: deque[str] = deque()
         self._num_own = 0  # at the front, put there for an alias
-        self._rest: list[str] = []
+        self._rest: list[tuple[str, str]] = []  # the option that gave it, if any; the argument
+        self._key = ""  # the option that is read
         self._word = ""  # the option that is read, as the user wrote it, with its value
         self._left_out: list[str] = []  # other programs' defaults
 
@@ -61,17 +62,21 @@ class CommandLine:
             word = self._queue.popleft()
             self._word = self._word if is_own else word
             if word == "--" and not is_own:
-                self._rest += self._queue
+                self._rest += [("", one) for one in self._queue]
                 break
             if word == RESTARTED:
                 self._values.begin_restart()
                 continue
-            if word == "-h" or (word.startswith("--") and len(word) > 2):
+            is_option = word == "-h" or (word.startswith("--") and len(word) > 2)
+            match = None if is_own or is_option else KEY_VALUE.fullmatch(word)
+            if not is_option and not (match and self._is_key(match[1])):
+                self._rest.append((self._key if is_own else "", word))
+            elif is_own:
                 self._option(word, is_own)
-            elif not is_own and (match := KEY_VALUE.fullmatch(word)) and self._is_key(match[1]):
-                self._key_value(match[1], match[2])
             else:
-                self._rest.append(word)
+                self._begin(canonical(word.partition("=")[0]))
+                self._key_value(match[1], match[2]) if match else self._option(word, is_own)
+                self.notes += self._values.end(self._word)
         self._assign_positionals()
         if self._left_out:
             rule = "defaults of other programs, left out; dsyolo's own hold (docs/from_yolov5.md)"
@@ -96,12 +101,18 @@ class CommandLine:
 
     # ---- options
 
+    def _begin(self, key: str) -> None:
+        """Take back what earlier words of the same option gave."""
+        action = self._options.get(key)
+        self._key = action.dest if isinstance(action, argparse.BooleanOptionalAction) else key
+        self._values.begin(self._key)
+        self._rest = [one for one in self._rest if one[0] != self._key]
+
     def _option(self, word: str, is_own: bool) -> None:
         name, equals, value = word.partition("=")
         key = canonical(name)
-        action, foreign = self._options.get(key), None
-        if not is_own:
-            foreign = self._known_elsewhere(key)
+        action = self._options.get(key)
+        foreign = None if is_own else self._known_elsewhere(key)
         if isinstance(action, argparse._HelpAction):
             self._parser.print_help()
             self._parser.exit()
@@ -139,8 +150,7 @@ class CommandLine:
             self._put(action.dest, self._converted(name, action, value))
 
     def _put(self, dest: str, value: Any) -> None:
-        problem = self._values.put(dest, value, self._word)
-        self.problems += [problem] if problem else []
+        self.problems += self._values.put(dest, value, self._word)
 
     def _converted(self, name: str, action: argparse.Action, value: str) -> Any:
         """Return the value in the type of its option; a problem is added where that cannot be."""
@@ -166,9 +176,7 @@ class CommandLine:
         if not self._queue or (self._queue[0].startswith("--") and len(self._queue[0]) > 2):
             return None
         match = KEY_VALUE.fullmatch(self._queue[0]) if may_lack else None
-        if match and self._is_key(match[1]):
-            return None
-        return self._take()
+        return None if match and self._is_key(match[1]) else self._take()
 
     def _take(self) -> str:
         word = self._queue.popleft()
@@ -242,13 +250,13 @@ class CommandLine:
         shown = f"{name}{value}" if name.endswith("=") else name
         key = canonical(name.rstrip("="))
         is_left_out = isinstance(outcome, str) and is_default(key, value)
-        problem = None
+        problems = []
         if foreign.is_unreadable(value) and not (outcome is None and action):
-            problem = FLAG_RULE.format(name=f"--{key}", value=value)
+            problems = [FLAG_RULE.format(name=f"--{key}", value=value)]
         elif action is None and (is_left_out or isinstance(outcome, Taken)) and foreign.arity != SIZES:
-            problem = self._values.compare(f"{key} of other programs", foreign.key_of(value), self._word)
-        if problem:
-            self.problems.append(problem)
+            problems = self._values.compare(f"{key} of other programs", foreign.key_of(value), self._word)
+        if problems:
+            self.problems += problems
         elif is_left_out:
             self._left_out.append(self._word)
         elif outcome is None and action:
@@ -268,10 +276,8 @@ class CommandLine:
     def _has(self, word: str) -> bool:
         return canonical(word.partition("=")[0]) in self._options
 
-    # ---- positional arguments
-
     def _assign_positionals(self) -> None:
-        rest = list(self._rest)
+        rest = [word for _, word in self._rest]
         for place, action in enumerate(self._positionals):
             later = len(self._positionals) - place - 1
             if action.nargs in ("+", "*"):

@@ -1,4 +1,8 @@
-"""The values that a command line gives, and the words that gave them: two that differ are a problem, not the last one."""
+"""The values that a command line gives, and the words that gave them: one option's last words hold, two options argue.
+
+A wrapper's own words come before those of its user (`dsyolo train --resume auto "$@"`), so the later ones of one option
+replace the earlier, with a note. Two options that give one thing two values are a problem that names both.
+"""
 
 from typing import Any
 
@@ -11,27 +15,51 @@ class GivenValues:
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        self._given_by: dict[str, tuple[Any, str]] = {}
+        self._given_by: dict[str, tuple[Any, str, str]] = {}  # value, words, option
+        self._words: dict[str, str] = {}  # of an option
+        self._option = ""
         self._is_restart = False
 
     def begin_restart(self) -> None:
         """Let what follows replace what was given so far."""
         self._is_restart = True
         self._given_by.clear()
+        self._words.clear()
 
-    def put(self, name: str, value: Any, given_as: str) -> str | None:
-        """Keep the value of a destination; return the problem where other words gave it another value."""
-        problem = self.compare(name, value, given_as)
-        if problem is None:
+    def begin(self, option: str) -> None:
+        """Begin to read an option; what its earlier words gave is taken back."""
+        self._option = option
+        for name in [name for name, (_, _, given_by) in self._given_by.items() if given_by == option]:
+            self.values.pop(name, None)
+            del self._given_by[name]
+
+    def end(self, words: str) -> list[str]:
+        """Return a note where the option that was begun was given before, with another value."""
+        before = self._words.get(self._option)
+        self._words[self._option] = words
+        if before is None or _same(_value(before), _value(words)):
+            return []
+        return [f"{before}: replaced by {words}, which comes later"]
+
+    def put(self, name: str, value: Any, given_as: str) -> list[str]:
+        """Keep the value of a destination; return the problem where another option gave it another value."""
+        problems = self.compare(name, value, given_as)
+        if not problems:
             self.values[name] = value
-        return problem
+        return problems
 
-    def compare(self, name: str, value: Any, given_as: str) -> str | None:
-        """Remember which words gave this value; return the problem where others gave another one."""
-        before, given_by = self._given_by.setdefault(name, (value, given_as))
+    def compare(self, name: str, value: Any, given_as: str) -> list[str]:
+        """Remember which words gave this value; return the problem where another option gave another one."""
+        before, given_by, _ = self._given_by.setdefault(name, (value, given_as, self._option))
         if self._is_restart or _same(before, value):
-            return None
-        return f"{given_as}: given, and so is {given_by}. Leave one out."
+            return []
+        return [f"{given_as}: given, and so is {given_by}. Leave one out."]
+
+
+def _value(words: str) -> str:
+    """Return what stands behind the option's name; the whole of a flag."""
+    name, _, value = words.replace("=", " ", 1).partition(" ")
+    return value or name
 
 
 def _same(one: Any, other: Any) -> bool:

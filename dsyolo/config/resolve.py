@@ -28,8 +28,9 @@ class PlannedConfig(NamedTuple):
     """A DeepSpeed configuration that leaves nothing open."""
 
     ds: DeepSpeedConfig
-    lines: tuple[str, ...] = ()  # what was filled in, for the start of the run
+    lines: tuple[str, ...] = ()  # what was filled in or set by options, for the start of the run
     val_images: int | None = None  # the most that can be validated at a time, where that was planned
+    is_planned: bool = False  # whether the JSON left something to the machine
 
 
 # Takes the run, its JSON (None: plan all of it), the number of classes and the global batch of the resumed run.
@@ -46,7 +47,8 @@ class RunSpec:
     folder: Path
     activations: ActivationPlan
     resume: ResumePoint | None = None  # None: start from scratch
-    planned: tuple[str, ...] = ()  # what the JSON left to the machine, as lines for the start of the run
+    notes: tuple[str, ...] = ()  # lines for the start of the run: options that were taken, what was planned
+    is_planned: bool = False  # whether the JSON left something to the machine
     # The weights that it starts from: maps of the file, so page cache and not memory of the process.
     weights: GivenWeights | None = field(default=None, repr=False, compare=False)
 
@@ -136,14 +138,16 @@ def resolve(
         raise errors[0]
     assert planned is not None
     assert data is not None
-    ds, lines, val_images = planned
+    ds, val_images = planned.ds, planned.val_images
     if ds.stages > 1 and run.recipe.multi_scale:
         rule = "the stages of a pipeline agree on one size. Leave it out, or set pipeline.stages to 1."
         raise UserError("This run cannot start", [f"multi_scale: true given, but {rule}"])
     if val_images:
         run = run.model_copy(update={"val_batch_size": min(run.val_batch_size, val_images)})
     activations = plan_activations(run, ds, data.num_classes)
-    return RunSpec(run, ds, data, run.folder, activations, resume, (*notes, *lines), weights)
+    return RunSpec(
+        run, ds, data, run.folder, activations, resume, (*notes, *planned.lines), planned.is_planned, weights
+    )
 
 
 def _configure(

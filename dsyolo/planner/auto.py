@@ -87,7 +87,7 @@ def _plan_all(
     val_images = max(1, best.val_images)
     if val_images < run.val_batch_size:
         lines.append(f"val_batch_size: {val_images}, as {run.val_batch_size} images would not fit")
-    return PlannedConfig(replace(best.ds, path=NAME), tuple(lines), val_images)
+    return PlannedConfig(replace(best.ds, path=NAME), tuple(lines), val_images, is_planned=True)
 
 
 def _best(
@@ -182,7 +182,7 @@ def _fill_values(
     used = ds.deepspeed_json(profile.num_parameters, cpu=hardware.accelerator == "cpu")
     used |= {"optimizer": ds.optimizer_json()}
     lines = [f"{'.'.join(path)}: auto, so {_fill(content, path, used)}" for path in paths] + notes
-    return PlannedConfig(replace(ds, source=content), tuple(lines))
+    return PlannedConfig(replace(ds, source=content), tuple(lines), is_planned=True)
 
 
 def _fill(content: dict[str, Any], path: Sequence[str], used: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ from dsyolo.trainer.resumption import (
     settings_of,
 )
 from dsyolo.trainer.run_folder import lock_folder
+from dsyolo.trainer.same_settings import check_same_settings
 from dsyolo.trainer.session import Session
 from dsyolo.trainer.trainer import Trainer
 
@@ -76,8 +77,7 @@ def build(spec: RunSpec, world: World, session: Session, closing: ExitStack) -> 
     collectives.run_on_rank0_and_broadcast(world, lambda: lock_folder(spec, session.run_lock, preemption))
     check_shared(spec.folder, world)
     session.run_log.open_file(spec.folder)
-    plan = spec.ds.source if spec.planned else None
-    collectives.check_same(plan, "the plan of --deepspeed_config auto", "write one by dsyolo plan")
+    check_same_settings(spec, world)
     folder = spec.folder / "checkpoints"
     set_aside = spec.config.resume == "auto"
     checkpoint = newest_whole(folder, world, set_aside=set_aside) if spec.resumes else None
@@ -221,7 +221,7 @@ def _main_process_parts(
             writers=_writers(spec, state, user_writers),
             epoch_start_step=data.sampler.epoch_start_step,
         )
-        if spec.planned:
+        if spec.is_planned:
             text = json.dumps(dict(spec.ds.source), indent=2) + "\n"
             write_file(spec.folder / "deepspeed_auto.json", text.encode())
         artifacts = RunArtifacts(

@@ -99,7 +99,7 @@ def build_engine(
     checkpointer = Checkpointer(checkpoints, engine, partitions, ema, world, keep=config.keep_checkpoints)
     if world.is_main_process:
         lines = [
-            *spec.planned,
+            *spec.notes,
             f"{config.model}: {num_parameters:,} parameters",
             *_explain(spec, schedule),
             *parallelized.lines,

@@ -201,7 +201,7 @@ def test_validation_has_to_fit_too(capsys, tmp_path, monkeypatch):
     planned = train.read(words, World(0, 1, 0, 1))
     assert planned.config.val_batch_size < 16
     assert any(
-        line.startswith(f"val_batch_size: {planned.config.val_batch_size}, as 16") for line in planned.planned
+        line.startswith(f"val_batch_size: {planned.config.val_batch_size}, as 16") for line in planned.notes
     )
     assert train.read([*words, "--val_batch_size=2"], World(0, 1, 0, 1)).config.val_batch_size == 2
 
