@@ -42,7 +42,9 @@ def of_data(path: str, buckets: dict[str, list[int]] | None = None) -> dict[str,
     if buckets is not None:
         return {"listed": {split: listed(images[split], wanted) for split, wanted in buckets.items()}}
     splits = {split: fingerprint(paths) for split, paths in images.items()}
-    warnings = survey_labels(data, images)
+    warnings, num_unchecked = survey_labels(data, images)
+    for split, number in num_unchecked.items():
+        splits[split]["num_unchecked"] = number
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return {"digest": digest, "splits": splits, "warnings": warnings}
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dsyolo.base.errors import UserError
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import label_path
-from dsyolo.data.index import DatasetIndex, ImageRecord, assemble_index
+from dsyolo.data.index import ImageRecord, assemble_index
 from dsyolo.data.labels import by_reason, read_labels
 from dsyolo.data.split_checks import refuse_lost_objects
 
@@ -14,8 +14,8 @@ MAX_READ = 20_000  # label files of a split that are read first
 _THREADS = 16  # a look-up on a network disk is mostly waiting
 
 
-def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> list[str]:
-    """Check the labels of all splits as a training does; return its warnings.
+def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> tuple[list[str], dict[str, int]]:
+    """Check the labels of all splits as a training does; return its warnings, and by split how many labels were not read.
 
     Args:
         images: the absolute paths of each split's images.
@@ -23,26 +23,28 @@ def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> list[s
     Raises:
         UserError: what would end a training: no object in train, no row that can be used, unknown classes.
     """
-    indexes = {split: _labels_alone(paths, data) for split, paths in images.items()}
+    records = {split: _records(paths, data) for split, paths in images.items()}
+    indexes = {split: assemble_index(found, data.num_classes) for split, found in records.items()}
     for split, index in indexes.items():
         if not len(index):
             line = f"{split}: no label row of its {len(set(images[split])):,} images can be used."
             raise UserError(f"{data.path} cannot be trained on", [line, *by_reason(index.problems)])
-    return refuse_lost_objects(data, indexes)
+    return refuse_lost_objects(data, indexes), {
+        split: len(set(images[split])) - len(found) for split, found in records.items()
+    }
 
 
-def _labels_alone(images: Sequence[str], data: DataSpec) -> DatasetIndex:
-    """Return an index whose sizes are not those of the images."""
+def _records(images: Sequence[str], data: DataSpec) -> list[ImageRecord]:
+    """Return the labels of all images, or of an even sample; the sizes are not those of the images."""
     distinct = sorted(set(images))
     step = -(-len(distinct) // MAX_READ)
     with ThreadPoolExecutor(_THREADS) as pool:
         records = list(pool.map(lambda image: _record(image, data), distinct[::step]))
-        if not any(
-            len(record.labels.classes) for record in records
-        ):  # rare objects may all be beside the sample
+        # Rare objects may all be beside the sample.
+        if not any(len(record.labels.classes) for record in records):
             rest = [image for i, image in enumerate(distinct) if i % step]
             records += pool.map(lambda image: _record(image, data), rest)
-    return assemble_index(records, data.num_classes)
+    return records
 
 
 def _record(image: str, data: DataSpec) -> ImageRecord:

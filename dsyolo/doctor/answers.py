@@ -69,6 +69,7 @@ class Split(BaseModel):
     """The fingerprint of a split: data/fingerprint.py."""
 
     num_images: int
+    num_unchecked: int  # label files whose rows were not read
     one_in: dict[str, int]
     buckets: list[str]
 

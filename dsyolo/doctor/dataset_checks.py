@@ -54,7 +54,10 @@ def _covers(split: Split) -> str:
     """Return the number of images, and what was compared of them."""
     part = {name: f" of one in {number}" if number > 1 else "" for name, number in split.one_in.items()}
     sizes, labels = part.get("sizes", ""), part.get("labels", "")
-    return f"{split.num_images:,} images (names, sizes{sizes}, labels' content{labels})"
+    rest = ""
+    if split.num_unchecked:
+        rest = f"; rows of {split.num_unchecked:,} labels are first checked by a training"
+    return f"{split.num_images:,} images (names, sizes{sizes}, labels' content{labels}{rest})"
 
 
 def _differences(context: DoctorContext) -> list[_Difference]:

@@ -630,7 +630,24 @@ def test_doctor_looks_at_all_labels_before_it_says_that_there_are_none(tmp_path,
     for number in range(7):
         add(tmp_path, f"train/{number}.jpg", label=ROW if number == 5 else "")
     val_split(tmp_path)
-    assert of_data(str(yolo(tmp_path)))["splits"]["train"]["num_images"] == 7
+    data = yolo(tmp_path)
+    found = of_data(str(data))["splits"]["train"]
+    assert (found["num_images"], found["num_unchecked"]) == (7, 0)
+    assert [one.found for one in data_set(context(data))] == [
+        "train: 7 images (names, sizes, labels' content); val: 2 images (names, sizes, labels' content)"
+    ]
+
+
+def test_doctor_says_how_many_labels_it_left_to_the_training(tmp_path, monkeypatch):
+    from dsyolo.data import label_survey
+
+    monkeypatch.setattr(label_survey, "MAX_READ", 3)
+    data = train_images(tmp_path, "labels/train")
+    (finding,) = data_set(context(data))
+    assert (
+        "train: 4 images (names, sizes, labels' content; rows of 2 labels are first checked by a"
+        in finding.found
+    )
 
 
 def test_outcomes_are_never_silent():
