@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import io
 import json
 import random
 import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dsyolo.base.environment import read_environment
 from dsyolo.base.errors import UserError
 from dsyolo.checkpoint.manifest import Manifest, read_manifest
 from dsyolo.checkpoint.train_state import TrainState
+from dsyolo.config.deepspeed.config import check
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.formats.format_registry import convert
 from dsyolo.data.formats.yolo import list_images, read_data_yaml
-from dsyolo.data.images import check_image
+from dsyolo.data.images import check_image, read_rgb
 from dsyolo.data.index import ImageRecord, assemble_index
 from dsyolo.data.index_cache import load_cache, save_cache
 from dsyolo.data.labels import Labels, Problem, read_labels
 from dsyolo.data.synthetic import draw_sample
-from dsyolo.doctor.hosts import read_hostfile
+from dsyolo.doctor.ask import MAX_LINE, NOT_VALID, Reply, _read, probe_query
+from dsyolo.doctor.hosts import LOCAL, _read_env_file, read_hostfile
 from dsyolo.models.registry import build_model
 from dsyolo.models.weights import describe, read_weights, save_weights
 from dsyolo.tracking.writers import JsonlWriter
@@ -244,7 +253,103 @@ def metrics(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
     return file, lambda: JsonlWriter(file, step=5, epoch=1).close()
 
 
-READERS = (data_yaml, recipe, label_file, image_list, hostfile, coco, voc, weights, manifest, metrics)
+def deepspeed_json(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
+    file = tmp_path / "ds.json"
+    content = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 10.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.99], "weight_decay": 0.05}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 9}},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "reduce_bucket_size": 500000,
+        },
+        "wall_clock_breakdown": False,
+    }
+    file.write_text(json.dumps(content, indent=1), "utf-8")
+    return file, lambda: check(file, world_size=2, accelerator="cuda")
+
+
+def deepspeed_env(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
+    file = tmp_path / ".deepspeed_env"
+    file.write_text("NCCL_DEBUG=INFO\nOMP_NUM_THREADS=1\nNAME='a b'\n", "utf-8")
+    return file, lambda: _read_env_file(file, {})
+
+
+def jpeg(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(image_of(sample).read_bytes())
+    return file, pixels_of(file)
+
+
+def png(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
+    file = tmp_path / "a.png"
+    Image.open(image_of(sample)).resize((40, 30)).save(file)
+    return file, pixels_of(file)
+
+
+def pixels_of(file: Path) -> Callable[[], object]:
+    """Return a reading as a training's: the index finds the size, and the loader the pixels."""
+
+    def read() -> None:
+        size_hw, reason, _ = check_image(file)
+        assert size_hw or reason
+        image = read_rgb(file, size_hw or (64, 64), 32)
+        assert image is None or (max(image.shape[:2]), image.shape[2], image.dtype) == (32, 3, np.uint8)
+
+    return read
+
+
+def voc_list(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
+    _, read = voc(sample, tmp_path)
+    return tmp_path / "voc/ImageSets/Main/train.txt", read
+
+
+def index_cache(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
+    """The arrays behind the checksum, which is right again after each change."""
+    file, whole = tmp_path / "arrays.npz", tmp_path / "cache.npz"
+    save_cache(whole, "k", example_index())
+    file.write_bytes(whole.read_bytes()[32:])
+
+    def read() -> None:
+        payload = file.read_bytes()
+        whole.write_bytes(hashlib.sha256(payload).digest() + payload)
+        load_cache(whole, "k")
+
+    return file, read
+
+
+def doctor_answer(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
+    """What a host prints: the probe's own answer, among the lines of a login shell."""
+    file, query = tmp_path / "answer.txt", probe_query(LOCAL, {"sections": ["packages", "network"]})
+    printed = subprocess.run(
+        [sys.executable, *query.arguments], input=query.source, capture_output=True, timeout=60, check=True
+    )
+    file.write_bytes(b"Welcome!\n" + printed.stdout)
+
+    async def answer() -> Reply:
+        stdout = asyncio.StreamReader(MAX_LINE)
+        stdout.feed_data(file.read_bytes())
+        stdout.feed_eof()
+        reply, process = Reply(), SimpleNamespace(stdout=stdout)
+        await _read(reply, process, query.sections, time.time(), 20)  # type: ignore[arg-type]
+        return reply
+
+    def read() -> None:
+        with contextlib.suppress(*NOT_VALID):  # as _ask has it
+            asyncio.run(answer())
+
+    assert len(asyncio.run(answer()).sections) == 3
+    return file, read
+
+
+READERS = (
+    data_yaml, recipe, label_file, image_list, hostfile, coco, voc, weights, manifest, metrics,
+    deepspeed_json, deepspeed_env, jpeg, png, voc_list, index_cache, doctor_answer,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("make", READERS, ids=lambda make: make.__name__)

@@ -20,6 +20,7 @@ A = TypeVar("A", bound=Answer)
 MAX_LINE = 4 << 20  # bytes of a section; the largest, a listing of the data set, has some 100,000
 SECTION_S = 30  # per section; importing torch from a network file system takes most of it
 SECTION_LIMITS_S = {"data": 120}
+NOT_VALID = (ValueError, RecursionError, AttributeError, TypeError)  # by the reading of what no probe wrote
 
 
 @dataclass
@@ -87,7 +88,7 @@ async def _ask(query: Query, forwarded: ForwardedEnvironment, timeout_s: float) 
             late = query.sections[min(len(reply.sections), len(query.sections) - 1)]
             reply.fault = f"no answer from the section {late!r}"
             reply.remedy = "Check its disks and its name server: one of them may hang."
-    except (ValueError, RecursionError, AttributeError, TypeError):
+    except NOT_VALID:
         reply.fault = "its answer is not valid"
         reply.remedy = "Check what Python and the login shell print there."
     finally:
