@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno in UNWRITABLE:
             _drop_output()
             return _end(74, f"Standard output cannot be written: {error.strerror}.")
+        if error.errno in UNWRITABLE:
+            return _end(74, f"{error.filename} cannot be written: {error.strerror}. What was there is kept.")
         if found := path_error(error):
             return _end(2, str(found))
         raise

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LINK = "it is a symbolic link, and a run writes through none. Remove it"
-HARD_LINK = "it is a hard link, so that another file would change with it. Remove it"
+HARD_LINK = "it is a hard link, so that another file would change with it. Put a copy in its place"
 NO_FILE = "it is a folder, device or pipe, and it must be a file. Remove it"
 
 
@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        if error.filename in (part, str(part)):
+        if error.filename in (part, str(part), None):  # None: it could be opened, and not written
             error.filename = str(path)  # the name that the user knows
         raise
     finally:

@@ -1,11 +1,10 @@
 """`dsyolo doctor`: check whether a run can start on its hosts."""
 
 import argparse
-import json
 from pathlib import Path
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.option_checks import cannot_hold_file, model_option, out_of_range
+from dsyolo.config.option_checks import cannot_replace_json, model_option, out_of_range, write_json
 from dsyolo.config.ready_configs import locate
 from dsyolo.config.run_config import AUTO, image_size_fault
 from dsyolo.doctor.context import DoctorOptions
@@ -44,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     findings, hosts = examine(DoctorOptions(**given, **renamed))
     print(table(findings))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(to_json(findings, hosts), indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, to_json(findings, hosts))
     return 0 if can_start(findings) else 1
 
 
@@ -57,7 +55,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.num_gpus is not None and (args.num_gpus < 1 or args.hostfile):
         rule = "at least 1, and only without --hostfile, whose slots say how many"
         problems.append(f"--num_gpus: {args.num_gpus} given, but it must be {rule}.")
-    if args.json and (fault := cannot_hold_file(args.json)):
+    if args.json and (fault := cannot_replace_json(args.json, "can_start")):
         problems.append(f"--json: {fault}")
     if problems:
         raise UserError("The command line cannot be used", problems)

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from dsyolo.base.atomic_file import write_file
 from dsyolo.base.stdio import outlive_readers
 from dsyolo.base.text import escaped
 from dsyolo.commands.scale_options import SCALINGS, ScaleRequest, add_options, check
@@ -200,7 +201,7 @@ def _write(out: Path, report: Report, beside: Path, *, is_news: bool) -> None:
     texts = {"json": as_json, "md": to_markdown(report), "html": page(report)}
     for folder in (beside, *([out] if is_news else [])):
         for kind, text in texts.items():
-            (folder / f"scale.{kind}").write_text(text, encoding="utf-8")
+            write_file(folder / f"scale.{kind}", text.encode())
     out = out if is_news else beside
     for group in report.groups:
         print(f"\n{title(group)}")

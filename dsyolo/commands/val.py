@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import suppress
 from functools import partial
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from dsyolo.base.errors import UserError
 from dsyolo.base.text import escaped
 from dsyolo.commands.weights_options import LoadedNetwork, add_number, add_weights_options, load
-from dsyolo.config.option_checks import cannot_hold_file
+from dsyolo.config.option_checks import cannot_replace_json, write_json
 from dsyolo.config.recipe import DEFAULT_RECIPE, Recipe
 from dsyolo.config.run_config import RunConfig
 from dsyolo.data.formats.yolo import read_data_yaml
@@ -43,10 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from dsyolo.detection.evaluator import validate  # late, so that `--help` does not wait for torch
 
-    problem = cannot_hold_file(args.json) if args.json else None
-    if args.json and not problem and args.json.exists() and b'"map50_95"' not in args.json.read_bytes():
-        problem = f"{args.json} given, but it holds other things than metrics. Name another file."
-    if problem:
+    if args.json and (problem := cannot_replace_json(args.json, "map50_95")):
         raise UserError("The metrics cannot be written", [f"--json: {problem}"])
     network = load(args, multi_label=True)
     loader = _loader(args, network)
@@ -56,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     metrics, _ = validate(predict, loader, network.postprocess, names, lambda item: [item], loss)
     print(escaped("\n".join([metrics.table(), *metrics.notes(), f"gains of the loss: {source}"])))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(metrics.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, metrics.to_json())
     return 0
 
 

@@ -81,6 +81,27 @@ def test_a_full_disk_behind_standard_output_is_reported(words):
     assert done.stderr.strip() == "Standard output cannot be written: No space left on device."
 
 
+FULL = """
+import resource
+from pathlib import Path
+from dsyolo import cli
+from dsyolo.config.option_checks import write_json
+
+write_json(Path("m.json"), {"kept": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+cli._run = lambda argv: write_json(Path("m.json"), {"map50_95": 0.5})
+raise SystemExit(cli.main(["val"]))
+"""
+
+
+def test_a_report_that_cannot_be_written_whole_is_named_and_the_one_before_is_kept(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 74
+    assert done.stderr.strip() == "m.json cannot be written: File too large. What was there is kept."
+    assert (tmp_path / "m.json").read_text() == '{\n  "kept": 1\n}\n'
+    assert [one.name for one in tmp_path.iterdir()] == ["m.json"]
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -114,7 +114,7 @@ def test_two_images_of_one_name_do_not_share_a_picture(place, tmp_path, capsys):
         (["val", "--json", "{folder}", "--data", "{data}"], "it is a folder or device. Name a file."),
         (
             ["val", "--json", "{file}", "--data", "{data}"],
-            "it holds other things than metrics. Name another file.",
+            "it holds something else than such a report. Name another file.",
         ),
         (["val", "--json", "{file}/x.json", "--data", "{data}"], "is a file, and a folder is needed there"),
     ],

@@ -188,6 +188,7 @@ def test_what_is_planted_on_one_machine_is_found(place, tmp_path):
         (["--num_gpus", "2", "--hostfile", "x"], "--num_gpus: 2 given"),
         (["--workers", "-1"], "--workers: -1 given"),
         (["--json", "{file}/x.json"], "is a file, and a folder is needed there"),
+        (["--json", "{other}"], "it holds something else than such a report. Name another file."),
         (["--model", "yolov9"], "--model: yolov9 given, but it must be one of yolov5n"),
     ],
 )
@@ -195,7 +196,9 @@ def test_a_mistake_in_the_command_line_is_no_finding(tmp_path, capsys, option, m
     from dsyolo.cli import main
 
     (tmp_path / "file").write_text("")
-    assert main(["doctor", *(part.format(file=tmp_path / "file") for part in option)]) == 2
+    (tmp_path / "other").write_text("weights")
+    places = {name: tmp_path / name for name in ("file", "other")}
+    assert main(["doctor", *(part.format(**places) for part in option)]) == 2
     assert message in capsys.readouterr().err
 
 
