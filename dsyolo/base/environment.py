@@ -172,15 +172,15 @@ def count_restart() -> None:
 def _from_launcher(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
     if "RANK" in given and "WORLD_SIZE" not in given:
         problems.append("WORLD_SIZE: missing beside RANK. Start ranks with a launcher: see launch/.")
-    size = _number(given, "WORLD_SIZE", 1, problems)
+    size = _number(given, "WORLD_SIZE", 1, problems, least=1)
     # torchrun's name, and deepspeed's
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in given else "LOCAL_SIZE"
     rank, local_rank = (_number(given, name, 0, problems) for name in ("RANK", "LOCAL_RANK"))
-    return rank, size, local_rank, _number(given, local_size, size, problems)
+    return rank, size, local_rank, _number(given, local_size, size, problems, least=1)
 
 
 def _from_srun(given: Mapping[str, str], problems: list[str]) -> tuple[int, int, int, int]:
-    size = _number(given, "SLURM_STEP_NUM_TASKS", 1, problems)
+    size = _number(given, "SLURM_STEP_NUM_TASKS", 1, problems, least=1)
     per_node = given.get("SLURM_STEP_TASKS_PER_NODE", "")
     number = r"[0-9]{1,6}"  # more are no machines, and would be a list that fills the memory
     if not re.fullmatch(rf"{number}(\(x{number}\))?(,{number}(\(x{number}\))?)*", per_node):
@@ -212,10 +212,10 @@ def _misplaced(place: tuple[int, int, int, int], started_by_srun: bool) -> list[
     return []
 
 
-def _number(given: Mapping[str, str], name: str, default: int, problems: list[str]) -> int:
+def _number(given: Mapping[str, str], name: str, default: int, problems: list[str], least: int = 0) -> int:
     text = given.get(name, str(default))
-    if text.isdecimal() and len(text) <= MOST_DIGITS:
+    if text.isdecimal() and len(text) <= MOST_DIGITS and int(text) >= least:
         return int(text)
     shown = repr(text[:40]) + " ..." * (len(text) > 40)
-    problems.append(f"{name}: {shown} given, but it must be a whole number.")
+    problems.append(f"{name}: {shown} given, but it must be a whole number, at least {least}.")
     return default

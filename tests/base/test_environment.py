@@ -56,7 +56,12 @@ def test_other_variables():
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({**DEEPSPEED, "RANK": "one"}, "RANK: 'one' given, but it must be a whole number."),
+        ({**DEEPSPEED, "RANK": "one"}, "RANK: 'one' given, but it must be a whole number, at least 0."),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' given, but it must be a whole number, at least 1."),
+        (
+            {**DEEPSPEED, "LOCAL_SIZE": "0"},
+            "LOCAL_SIZE: '0' given, but it must be a whole number, at least 1.",
+        ),
         (
             {**DEEPSPEED, "RANK": "16"},
             "RANK: 16 given, but with 16 ranks it must be 0 to 15. Start all through one launcher.",
