@@ -115,6 +115,16 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, reason, event.start_mark)
         return super().compose_node(parent, index)
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Construct all values; names at the top are kept as written: YAML's numbers would make 10 of 012, 90 of 1:30."""
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value == "names" and isinstance(value, yaml.CollectionNode):
+                names = [one[1] if isinstance(one, tuple) else one for one in value.value]
+                for name in names:
+                    if name.tag.endswith((":int", ":float", ":timestamp")) and name.style is None:
+                        name.tag = "tag:yaml.org,2002:str"
+        return super().construct_document(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:

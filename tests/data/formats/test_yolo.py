@@ -59,6 +59,16 @@ def test_exported_sets_with_dotdot_mean_the_folder_beside_the_file(tmp_path):
     assert spec.test is None  # named, not there, not required
 
 
+@pytest.mark.parametrize("form", ["[{}]", "{{0: {}}}", "\n- {}"])
+@pytest.mark.parametrize(
+    "name", ["012", "1:30", "12:30:45", "0x10", "1_000", "1.50", ".5", "2020-01-01", "1e3", "80"]
+)
+def test_names_that_yaml_reads_as_numbers_stay_as_they_are_written(tmp_path, form, name):
+    folders(tmp_path, "a")
+    text = f"train: a\nval: a\nnc: 01\nnames: {form.format(name)}\n"
+    assert read_data_yaml(write(tmp_path / "d.yaml", text)).names == (name,)
+
+
 def test_download_is_never_run(tmp_path):
     folders(tmp_path, "a")
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
