@@ -644,6 +644,7 @@ def test_hosts_that_cannot_be_had_cost_seconds(pair, place, tmp_path):
 
 
 @needs_cluster
+@pytest.mark.soak
 def test_a_slow_link_and_folders_apart_are_seen(pair, place, tmp_path):
     (tmp_path / "runs").mkdir()
     pair.run(1, f"mount -t tmpfs tmpfs {tmp_path}/runs")

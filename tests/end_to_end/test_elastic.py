@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from runs import CONFIG, ROOT, arguments, environment, launcher, losses
+from runs import CONFIG, ROOT, arguments, forked, losses
 
 from dsyolo.cluster import preemption as stop
 from dsyolo.data.sampler import StepSampler
@@ -45,24 +44,14 @@ def place(tmp_path_factory):
 
 
 def run(place: Path, name: str, num_ranks: int, stop_at: str | None) -> subprocess.CompletedProcess:
-    """The same command line on any ranks; alone without the launcher."""
+    """The same command line on any ranks."""
     notes = place / f"notes_{name}"
     notes.mkdir(exist_ok=True)
     settings = {"data": place / "data.yaml", "epochs": 1, "imgsz": SIZE_PX, **dict.fromkeys(NOTHING_DRAWN, 0)}
-    return subprocess.run(
-        [
-            *(launcher(num_ranks) if num_ranks > 1 else [sys.executable]),
-            str(ROOT / "tests/support/noting.py"),
-            *arguments(place, name, **settings),
-            "--freeze_batchnorm",  # else rounding grows tenfold every other step
-            *("--resume", "auto"),
-        ],
-        env={**environment(place), "NOTES": str(notes), "STOP_AT": stop_at or ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=place,
-    )
+    words = arguments(place, name, **settings)
+    words += ["--freeze_batchnorm", "--resume", "auto"]  # else rounding grows tenfold every other step
+    noting = {"NOTES": str(notes), "STOP_AT": stop_at or ""}
+    return forked(place, [str(ROOT / "tests/support/noting.py"), *words], num_ranks, noting)
 
 
 def noted(place: Path, name: str) -> list[dict]:

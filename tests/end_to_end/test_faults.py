@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import alone, environment, launch, losses, make_place
+from runs import alone, environment, launch, losses, make_place, together
 from safetensors.torch import load_file
 
 from dsyolo.cluster import preemption as stop
@@ -27,13 +27,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    done = subprocess.run(
-        launch(place, "undisturbed"),
-        env=environment(place),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = together(place, "undisturbed")
     assert done.returncode == 0, done.stdout + done.stderr
     return place / "runs/undisturbed"
 

@@ -71,7 +71,14 @@ def test_every_alias_of_yolov5_trains_with_its_value(place: Path, first: str) ->
 def test_ultralytics_form_starts_afresh_in_the_same_folder(place: Path, first: str) -> None:
     words = "imgsz=64 batch=4 epochs=1 model=yolov5n.yaml exist_ok=True device=cpu cos_lr=False cache=ram amp=False"
     keys = {"data": place / "sample/data.yaml", "name": "a", "project": place / "runs"}
-    done = alone(place, "a", *words.split(), *(f"{key}={value}" for key, value in keys.items()), epochs=1)
+    done = alone(
+        place,
+        "a",
+        *words.split(),
+        *(f"{key}={value}" for key, value in keys.items()),
+        epochs=1,
+        deepspeed_config=None,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--exist_ok: the checkpoints of the run before were moved to" in done.stdout + done.stderr
     config = yaml.safe_load((place / "runs/a/config.yaml").read_text(encoding="utf-8"))

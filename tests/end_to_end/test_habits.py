@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,9 @@ def interrupted(place: Path, command: list[str], log: Path | None, text: str) ->
     """
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # ignored where the tests run in the background of a shell
         os.chdir(place)
         os.execvpe(command[0], command, {**environment(place), "TERM": "xterm"})
     output, end, was_pressed = b"", time.monotonic() + 120, False

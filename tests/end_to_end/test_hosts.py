@@ -160,6 +160,7 @@ def test_zero2_by_hostfile_is_the_training_of_one_host(place, cluster, zero2):
     assert all(min(now) - max(then) > gradients for now, then in zip(cluster.traffic(), before, strict=True))
 
 
+@pytest.mark.soak
 def test_a_pipeline_by_hostfile_is_the_training_of_one_host(place, cluster):
     config = {"deepspeed_config": place / "pipeline.json"}
     words = arguments(place, "stages_on_two", epochs=EPOCHS, **config)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from ranks import long_but
-from runs import CONFIG, TRAIN, alone, arguments, environment, launch, losses, make_place, rows
+from runs import CONFIG, TRAIN, alone, arguments, environment, launch, losses, make_place, rows, together
 from safetensors.torch import load_file, save_file
 
 from dsyolo import train
@@ -174,10 +174,7 @@ def test_killed_in_an_epoch_and_resumed_it_ends_bit_for_bit_the_same(place, two_
         with contextlib.suppress(ProcessLookupError):  # the launcher's ranks have sessions of their own
             os.kill(pid, signal.SIGKILL)
     assert len(losses(place, "killed")) < 9
-    command = launch(place, "killed", "--resume")
-    done = subprocess.run(
-        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
-    )
+    done = together(place, "killed", "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(place, "killed") == losses(place, "whole")
     for name in ("last", "best"):

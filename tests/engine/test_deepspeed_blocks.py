@@ -6,10 +6,9 @@ import csv
 import importlib.util
 import json
 import re
-import subprocess
 
 import pytest
-from runs import CONFIG, alone, environment, launch, losses
+from runs import CONFIG, alone, losses, together
 
 from dsyolo.data.synthetic import draw_sample
 from dsyolo.models.yolov5 import build_yolov5
@@ -39,10 +38,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def looked_at(place):
-    command = launch(place, "looked_at", epochs=1)
-    done = subprocess.run(
-        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
-    )
+    done = together(place, "looked_at", epochs=1)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -79,10 +75,7 @@ def test_the_flops_profiler_counts_the_network(place, looked_at):
 
 
 def test_looking_changes_nothing(place, looked_at):
-    command = launch(place, "plain", epochs=1, deepspeed_config=place / "plain.json")
-    done = subprocess.run(
-        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place
-    )
+    done = together(place, "plain", epochs=1, deepspeed_config=place / "plain.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(place, "plain") == losses(place, "looked_at")
     own_words = re.compile(r"\[INFO\] \[(?!runner|launch)|comm op|time \(ms\)|Comm\. Op")

@@ -28,7 +28,12 @@ def own_bytes(counted: Activations) -> dict[str, int]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("variant", "size_px", "batch"), [("yolov5n", 160, 3), ("yolov5n", 320, 2), ("yolov5s", 160, 2)]
+    ("variant", "size_px", "batch"),
+    [
+        ("yolov5n", 160, 3),
+        pytest.param("yolov5n", 320, 2, marks=pytest.mark.soak),
+        pytest.param("yolov5s", 160, 2, marks=pytest.mark.soak),
+    ],
 )
 def test_counted_bytes_are_those_that_the_allocator_gave_out(variant, size_px, batch, precision):
     network, images = build_yolov5(variant, 20), images_of(batch, size_px)
@@ -59,10 +64,10 @@ def test_what_a_pass_without_gradients_takes_is_what_the_allocator_gave_out(
     passes()
     _, peak = allocations(passes)
     counted = inference_bytes(network, tuple(images.shape), spec.PRECISIONS[precision])
-    if precision == "autocast_bf16" and torch.cpu._is_amx_tile_supported():
-        assert (
-            0.999 < peak / counted < 2
-        )  # its tiles take images and weights in an order of their own: copies
+    emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if precision == "autocast_bf16" and (emulated or torch.cpu._is_amx_tile_supported()):
+        # AMX tiles take images and weights in an order of their own, and the emulation takes them in fp32: copies.
+        assert 0.999 < peak / counted < 3
     else:
         assert counted == pytest.approx(peak, rel=0.001)
 

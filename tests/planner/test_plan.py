@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 from dry_run import dry_run, dry_run_case
 from ranks import long_but
-from runs import environment, launch, make_place
+from runs import make_place, together
 
 from dsyolo import cli, train
 from dsyolo.base.errors import UserError
@@ -587,10 +586,7 @@ def test_a_plan_takes_the_cuts_and_the_type_that_is_sent_of_the_json():
 
 def test_two_ranks_plan_for_this_machine_train_and_keep_the_plan(tmp_path):
     place = make_place(tmp_path)
-    words = launch(place, "auto", deepspeed_config="auto", epochs=1)
-    done = subprocess.run(
-        words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=120
-    )
+    done = together(place, "auto", deepspeed_config="auto", epochs=1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "planned for 2 x " in done.stdout
     written = place / "runs/auto/deepspeed_auto.json"

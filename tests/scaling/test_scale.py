@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from hosts import Cluster, why_not
-from ranks import free_port
+from ranks import free_port, long_but
 from runs import CONFIG, ROOT, begin, environment, make_place
 
 from dsyolo import cli
@@ -516,7 +516,16 @@ def test_each_size_of_images_has_a_sample_of_its_own(tmp_path, monkeypatch, caps
         assert "--nosuch: unknown option" in capsys.readouterr().err  # found once there is a data set
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
+def as_a_terminal_starts_it() -> None:
+    """Undo what a shell or nohup has ignored for what it starts in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", long_but([signal.SIGTERM], SIGNALS), ids=lambda one: one.name)
 def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path, number):
     place = make_place(tmp_path)
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "50")
@@ -524,8 +533,7 @@ def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path,
         place,
         command,
         stderr=subprocess.PIPE,
-        # as a terminal starts it: a shell has what it starts in the background ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=as_a_terminal_starts_it,
     )
     output = ""
     while "round 2" not in output:

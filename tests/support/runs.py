@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,8 @@ def arguments(place: Path, name: str, **options: object) -> list[str]:
         "name": name,
         **options,
     }
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    given = {key: value for key, value in settings.items() if value is not None}
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
 def begin(place: Path, command: Sequence[str], **settings: Any) -> subprocess.Popen[str]:
@@ -63,25 +67,60 @@ def environment(place: Path) -> dict[str, str]:
 
 def alone(place: Path, name: str, *words: str, **options: object) -> subprocess.CompletedProcess:
     """A run in a process of its own, which is forked: see ranks.py."""
-    command = [str(TRAIN), *arguments(place, name, **options), *words]
+    return forked(place, [str(TRAIN), *arguments(place, name, **options), *words])
+
+
+def together(
+    place: Path, name: str, *words: str, num_ranks: int = 2, **options: object
+) -> subprocess.CompletedProcess:
+    """A run of several ranks as a launcher starts them, without the launcher's own 5 s: see `forked`."""
+    return forked(place, [str(TRAIN), *arguments(place, name, **options), *words], num_ranks)
+
+
+def forked(
+    place: Path, command: list[str], num_ranks: int = 1, extra: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run `python *command` in forked processes: as one, or as ranks of one world. The first rank that fails ends all.
+
+    `extra`: more of the environment.
+    """
+    world = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks), "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = forking().Process(target=_script, args=(command, environment(place), place, out, err))
-        process.start()
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        out, err, processes = Path(folder, "out"), Path(folder, "err"), []
+        for rank in range(num_ranks):
+            env = {**environment(place), **(extra or {})}
+            if num_ranks > 1:
+                env |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            processes.append(forking().Process(target=_script, args=(command, env, place, out, err)))
+            processes[-1].start()
+        end, fault = time.monotonic() + 300, False
+        while any(process.exitcode is None for process in processes) and time.monotonic() < end:
+            wait([process.sentinel for process in processes if process.exitcode is None], 5)
+            if not fault and any(process.exitcode for process in processes):
+                fault, end = True, min(end, time.monotonic() + 30)
+                _terminate(processes)
+        codes = [process.exitcode for process in processes]
+        if None in codes:
+            for process in processes:
+                process.kill()
+                process.join()
             raise subprocess.TimeoutExpired(command, 300, out.read_bytes(), err.read_bytes())
+        code = next(filter(None, codes), 0)
         return subprocess.CompletedProcess(
-            command, process.exitcode, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+            command, code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
         )
+
+
+def _terminate(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        if process.exitcode is None:
+            process.terminate()
 
 
 def _script(command: list[str], environment: dict[str, str], place: Path, out: Path, err: Path) -> None:
     """Become `python *command`, in this process."""
     for path, standard in ((out, 1), (err, 2)):
-        with path.open("wb") as file:
+        with path.open("ab") as file:  # of all ranks
             os.dup2(file.fileno(), standard)
     os.environ.clear()
     os.environ.update(environment)

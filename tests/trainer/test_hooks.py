@@ -10,7 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from runs import ROOT, alone, arguments, environment, launch, make_place, rows
+from ranks import asked, long_but
+from runs import ROOT, alone, arguments, environment, make_place, rows, together
 
 from dsyolo.base.errors import UserError
 from dsyolo.trainer.hooks.base import Hook, HookList
@@ -32,6 +33,7 @@ EVENTS = (
     "around validation",
     "around checkpoint",
 )
+QUICK = ("open", "after_step", "before_validation_batch", "finish", "around checkpoint")
 HOOKS = """
 import os
 from dsyolo.trainer.hooks.base import Hook
@@ -57,7 +59,7 @@ if EVENT and " " not in EVENT:
 DRIVER = """
 import json, os, sys, types
 import deepspeed
-import torch
+import deepspeed, faster_coco_eval, matplotlib.pyplot, torch  # once, and not in each run
 from dsyolo import train
 from dsyolo.cluster import run_lock
 from dsyolo.data import loader
@@ -109,25 +111,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs_that_raise(place: Path) -> dict[str, dict]:
+def runs_that_raise(request: pytest.FixtureRequest, place: Path) -> dict[str, dict]:
+    events = asked(request, "event")
     words = arguments(place, "x", hook="my_hooks.py:Raising", wandb="offline", epochs=1, workers=1)
-    command = [sys.executable, "-c", DRIVER, json.dumps(EVENTS), json.dumps(words)]
+    command = [sys.executable, "-c", DRIVER, json.dumps(events), json.dumps(words)]
     done = subprocess.run(
         command, env=environment(place), cwd=place, capture_output=True, text=True, timeout=900
     )
     found: dict[str, dict] = {}
     for line in done.stdout.splitlines():
         found |= json.loads(line)
-    assert set(found) == set(EVENTS), done.stdout + done.stderr
+    assert set(found) == set(events), done.stdout + done.stderr
     return found
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("event", long_but(QUICK, EVENTS))
 def test_everything_is_closed_whatever_a_hook_raises(runs_that_raise: dict[str, dict], event: str):
     assert runs_that_raise[event] == {"raised": event, "closed": ALL_CLOSED, "joined": False, "workers": 0}
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("event", long_but(QUICK, EVENTS))
 def test_what_a_hook_raises_is_in_the_log_file_of_its_rank(place: Path, runs_that_raise: dict, event: str):
     text = (place / "runs" / event.replace(" ", "_") / "logs/rank_0000.log").read_text(encoding="utf-8")
     assert f"ZeroDivisionError: {event}" in text
@@ -235,10 +238,7 @@ def test_a_hook_that_exits_is_an_error_in_words(place: Path, hook: str, problem:
 
 def ranks_with(place: Path, name: str, **options: object) -> subprocess.CompletedProcess:
     (place / "exits.py").write_text(EXITS, encoding="utf-8")
-    words = launch(place, name, hook=f"exits.py:{name}", **options)
-    return subprocess.run(
-        words, env=environment(place), cwd=place, capture_output=True, text=True, timeout=200
-    )
+    return together(place, name, hook=f"exits.py:{name}", **options)
 
 
 def test_what_one_rank_alone_meets_is_logged(place: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from image_files import NUM_CLASSES, add
 from ranks import run_ranks
-from runs import environment, launch, make_place, rows
+from runs import make_place, rows, together
 from torch.utils.data import DataLoader
 
 from dsyolo.cluster.world import world_from_environment
@@ -201,10 +200,7 @@ class Vanish(Hook):
 def test_a_run_whose_images_vanish_ends_with_its_own_status(tmp_path):
     place = make_place(tmp_path)
     (place / "vanish.py").write_text(HOOK, encoding="utf-8")
-    command = launch(place, "lost", hook=f"{place / 'vanish.py'}:Vanish", epochs=30)
-    done = subprocess.run(
-        command, env=environment(place), capture_output=True, text=True, timeout=300, cwd=place, check=False
-    )
+    done = together(place, "lost", hook=f"{place / 'vanish.py'}:Vanish", epochs=30)
     output = done.stdout + done.stderr
     assert done.returncode == LOST, output
     assert output.count("reads of images failed") == 1, output
