@@ -399,7 +399,7 @@ def test_fp16_is_for_devices_that_have_it(precision: dict[str, Any], stage: int)
     ("block", "problem"),
     [
         ({"bf16": {"enabled": True}, "torch_autocast": AUTOCAST}, "and so is bf16.enabled"),
-        ({"bf16": {"enabled": True}}, "Set the stage to 1"),
+        ({"bf16": {"enabled": True}}, "Set zero_optimization.stage to 1"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.dtype: missing"),
         (
             {"torch_autocast": {**AUTOCAST, "dtype": "fp16"}, "zero_optimization": {"stage": 1}},

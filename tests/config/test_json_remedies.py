@@ -1,9 +1,15 @@
-"""Messages for values and keys of a DeepSpeed JSON that are nearly right: no traceback, and no remedy that reverses them."""
+"""Messages for values and keys of a DeepSpeed JSON that are nearly right: remedies lead to a JSON that is accepted."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
+import operator
+import random
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -200,3 +206,149 @@ def test_tensor_parallelism_of_one_rank_is_off():
         assert [path for path, _ in ds.set_aside] == ["tensor_parallel"]
     for block in ({"autotp_size": 2, "dtype": "bf16"}, {"autotp_size": True}):
         assert problems_of({"tensor_parallel": block})[0].startswith("tensor_parallel: ")
+
+
+# ---- remedies that are followed
+
+
+GOOD: dict[str, Any] = {
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 10.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.05}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 9, "total_num_steps": 100, "warmup_type": "linear"},
+    },
+    "bf16": {"enabled": True},
+    "fp16": {"enabled": False, "loss_scale": 0},
+    "zero_optimization": {
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_bucket_size": 500000,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    },
+    "steps_per_print": 10,
+    "wall_clock_breakdown": False,
+    "pipeline": {"stages": 1},
+    "activation_checkpointing": {"recompute": "none"},
+}  # fmt: skip
+ODD = [
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    1.5,
+    "auto",
+    "cpu",
+    "bf16",
+    None,
+    "2",
+    "true",
+    [],
+    [1],
+    {},
+    "none",
+    "fp16",
+    7,
+]
+
+
+def paths_in(block: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in block.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths_in(value, (*above, key))
+
+
+def block_of(content: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """Return the block that has the last key of a path, made where there is none."""
+    for key in path[:-1]:
+        if not isinstance(content.get(key), dict):  # by a mistake that is another problem
+            content[key] = {}
+        content = content[key]
+    return content
+
+
+def with_mistakes(rng: random.Random) -> dict[str, Any]:
+    """Return a JSON with one to three mistakes: an odd value, a key that is misspelled, misplaced or missing."""
+    content = copy.deepcopy(GOOD)
+    for _ in range(rng.randint(1, 3)):
+        path = rng.choice(list(paths_in(content)))
+        block, key, kind = block_of(content, path), path[-1], rng.randrange(5)
+        if kind < 2:
+            block[key] = rng.choice(ODD)
+        elif kind == 2:
+            at = rng.randrange(len(key))
+            block[key[:at] + rng.choice("abcdexyz_") + key[at + rng.randrange(2) :]] = block.pop(key)
+        elif kind == 3:
+            value = block.pop(key)
+            names = ("zero_optimization", "optimizer", "scheduler", "bf16")
+            blocks = [content[name] for name in names if isinstance(content.get(name), dict)]
+            rng.choice([content, *blocks])[key] = value
+        else:
+            del block[key]
+    return content
+
+
+def follow(content: dict[str, Any], problem: str) -> None:
+    """Change a JSON as a person does who takes the remedy at the end of a problem literally."""
+    place, _, rest = problem.partition(": ")
+    path = tuple(place.split("."))
+    block, key = block_of(content, path), path[-1]
+
+    def move(to: str) -> None:
+        value = block.pop(key)
+        block_of(content, to.split("."))[to.rpartition(".")[2]] = value
+
+    remedy = re.split(r"(?<=[^ ])\. (?=[A-Z])", rest)[-1]
+    if found := re.match(r'(?:Write|Set it to) ("\w+"|[\[{].*[\]}]|-?[\d.e+-]+\d|true|false|\d)', remedy):
+        block[key] = json.loads(found[1])
+    elif found := re.match(r"Write ([\w.]+)\.$|Its place is ([\w.]+\w)", remedy):
+        move(found[1] or found[2])
+    elif found := re.match(r'(?:Did you mean|The nearest is) "(\w+)"', remedy):
+        block[key] = found[1]
+    elif found := re.match(r"Did you mean ([\w.]+)\?", remedy):
+        move(".".join([*path[:-1], found[1]]) if "." not in found[1] else found[1])
+    elif remedy.startswith("Write one of them") or re.search(r'must be "\w+" or', rest):
+        block[key] = json.loads(re.search(r'must be ("\w+")', rest)[1])  # type: ignore[index]
+    elif remedy.startswith(("Write such a value", "Set it lower")):
+        block[key] = copy.deepcopy(functools.reduce(operator.getitem, path, GOOD))
+    elif remedy.startswith("Write its keys in braces"):
+        block[key] = {}
+    elif remedy.startswith("Leave it out"):
+        block.pop(key)
+    elif remedy.startswith("Move its keys there"):
+        content |= content.pop(key)
+    elif remedy.startswith("Give one of them"):
+        block[key] = 64
+    elif remedy.startswith("One of them can be on"):
+        block[key] = False
+    elif found := re.match(r"(?:Leave|Remove) ([\w.]+\w)", remedy):
+        block_of(content, found[1].split(".")).pop(found[1].rpartition(".")[2])
+    elif found := re.match(r"Set ([\w.]+) to ([\w.\"]*\w)", remedy):
+        block_of(content, found[1].split("."))[found[1].rpartition(".")[2]] = json.loads(found[2])
+    else:
+        raise AssertionError(f"no remedy that could be followed: {problem}")
+
+
+@pytest.mark.parametrize("seeds", [range(400), pytest.param(range(400, 8000), marks=pytest.mark.soak)])
+def test_remedies_that_are_followed_end_in_a_json_that_is_accepted(tmp_path, seeds):
+    path = tmp_path / "ds.json"
+    for seed in seeds:
+        content, seen = with_mistakes(random.Random(seed)), []
+        while True:
+            path.write_text(json.dumps(content), encoding="utf-8")
+            try:
+                check(read_source(path), world_size=2, accelerator="cuda")
+                break
+            except UserError as error:
+                problem = error.problems[0]
+            assert problem not in seen, (seed, seen)
+            assert len(seen) < 14, (seed, seen)
+            seen.append(problem)
+            follow(content, problem)

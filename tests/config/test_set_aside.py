@@ -69,7 +69,7 @@ def test_the_cases_are_all_there():
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["expect"]["status"] == 0])
 def test_a_json_from_the_field_is_accepted(tmp_path, name):
     expect = CASES[name]["expect"]
-    ds, lines, _ = resolved(written(tmp_path, CASES[name]["json"]))
+    ds, lines, *_ = resolved(written(tmp_path, CASES[name]["json"]))
     report = ds.explain()
     aside = [line for line in report if line.startswith("set aside, without effect here: ")]
     assert len(aside) == bool(ds.set_aside)  # one line, whatever the number of keys
@@ -346,7 +346,7 @@ def test_the_remedies_of_a_message_are_accepted(blocks):
 def mended(content: dict[str, Any], problem: str) -> dict[str, Any]:
     """The JSON after the remedy of a problem, which neither drops nor reverses a value that has another place."""
     where, _, text = problem.partition(": ")
-    path = where.removesuffix(".enabled") if "Set the stage" in text else where
+    path = where.removesuffix(".enabled") if "Set zero_optimization.stage" in text else where
     result = copy.deepcopy(content)
     if match := re.search(r"stage to (\d)", text):
         result.setdefault("zero_optimization", {})["stage"] = int(match[1])

@@ -20,7 +20,7 @@ from dsyolo.config.deepspeed.optimizer_table import (
 )
 from dsyolo.config.deepspeed.schema import FLOAT16_NAMES
 from dsyolo.config.messages import cannot_hold_files
-from dsyolo.config.run_config import read_recompute
+from dsyolo.config.run_config import AUTO, read_recompute
 from dsyolo.config.spec import PRECISIONS, OffloadSpec, OptimizerSpec, Precision
 
 # What may be offloaded, and the ZeRO stages that can: as numbers and as text.
@@ -79,11 +79,12 @@ def activations(
 ) -> tuple[str | int, bool]:
     """Return the recompute choice ("none", "blocks" or a byte budget) and whether block inputs go to host memory."""
     block = valid.get("activation_checkpointing", {})
-    given = block.get("recompute", command_line)
-    path = "activation_checkpointing.recompute" if "recompute" in block else "--recompute"
-    if "recompute" in block and command_line != "auto":
+    in_json = block.get("recompute", AUTO)
+    given = command_line if in_json == AUTO else in_json
+    path = "--recompute" if in_json == AUTO else "activation_checkpointing.recompute"
+    if AUTO not in (in_json, command_line):
         problems.append(f"{path}: {shown(given)} given, and so is --recompute. Leave one out.")
-    choice = "none" if given == "auto" else read_recompute(given)
+    choice = "none" if given == AUTO else read_recompute(given)
     assert choice is not None, given
     offloads = bool(block.get("cpu_checkpointing", False))
     if offloads and choice == "none":
@@ -131,7 +132,7 @@ def precision(valid: Mapping[str, Any], accelerator: str, zero_stage: int, probl
     elif zero_stage == 0 and len(on) == 1:  # else the other problem comes first
         for key in {"bf16", "fp16"} & set(on):
             rule = "DeepSpeed then keeps its fp32 weights outside of what dsyolo can checkpoint"
-            remedy = f"Set the stage to {_checkpointed_stage(valid, key)}"
+            remedy = f"Set zero_optimization.stage to {_checkpointed_stage(valid, key)}"
             problems.append(f"{key}.enabled: true with zero_optimization.stage 0, but {rule}. {remedy}.")
     if "torch_autocast" in on:
         dtype = valid["torch_autocast"].get("dtype")
@@ -202,7 +203,8 @@ def offload(valid: Mapping[str, Any], zero_stage: int, problems: list[str]) -> O
         if block and "device" not in block:
             problems.append(f'{path}.device: missing. Write "cpu" or "nvme", or leave the block out.')
         if device != "none" and zero_stage not in stages:
-            rule = f"it needs stage {listed}, and stage {zero_stage} is given. Set the stage, or leave it out"
+            remedy = f"Set zero_optimization.stage to {min(stages)}, or leave it out"
+            rule = f"it needs stage {listed}, and stage {zero_stage} is given. {remedy}"
             problems.append(f"{path}: device {shown(device)} given, but {rule}.")
         is_refused = any(line.startswith(f"{path}.nvme_path:") for line in problems)  # as of another type
         if not is_refused and (fault := _folder_fault(block.get("nvme_path"), device)):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsyolo.config.deepspeed.verdicts import NEVER, Alias, JsonKey, JsonSection, Keys, Refused, SetAside
-from dsyolo.config.run_config import RECOMPUTE_RULE, read_recompute
+from dsyolo.config.run_config import AUTO, RECOMPUTE_RULE, read_recompute
 
 __all__ = ["NEVER", "Alias", "JsonKey", "JsonSection", "Keys", "Refused", "SetAside"]  # found here too
 
@@ -63,7 +63,9 @@ PARTITION = JsonKey(
         v == "balanced" or (isinstance(v, list) and all(whole(1).keeps(x) for x in v) and v == sorted(set(v)))
     ),
 )
-RECOMPUTE = JsonKey(RECOMPUTE_RULE, lambda v: isinstance(v, str) and read_recompute(v) is not None)
+RECOMPUTE = JsonKey(  # "auto" is left to --recompute
+    RECOMPUTE_RULE, lambda v: isinstance(v, str) and (v == AUTO or read_recompute(v) is not None)
+)
 BFLOAT16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
 FLOAT16_NAMES = ("float16", "fp16", "torch.float16", "half")
 FLOAT32_NAMES = ("float32", "fp32", "torch.float32", "float")

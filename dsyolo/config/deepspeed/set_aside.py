@@ -163,7 +163,8 @@ def _modern_zero(zero: Mapping[str, Any], aside: list[Reason], problems: list[st
             )
         elif result.get("stage", 0) == 0:
             stages = "3" if new == "offload_param" else "1, 2 or 3"
-            rule = f"it needs stage {stages}, and stage 0 is given. Set the stage, or leave it out"
+            remedy = f"Set zero_optimization.stage to {stages[0]}, or leave it out"
+            rule = f"it needs stage {stages}, and stage 0 is given. {remedy}"
             problems.append(f"zero_optimization.{old}: {_shown(value)} given, but {rule}.")
         else:
             result[new] = {"device": "cpu"}
@@ -210,7 +211,7 @@ def without_effect(valid: Mapping[str, Any], recompute: str) -> Iterator[Reason]
             if not (name == "offload_param" and stage in (1, 2)):
                 yield Reason(f"{path}.nvme_path", 'only the device "nvme" uses it')
     block = valid.get("activation_checkpointing")
-    if block is not None and "recompute" not in block and recompute in ("auto", "none"):
+    if block is not None and block.get("recompute", "auto") == "auto" and recompute in ("auto", "none"):
         yield Reason("activation_checkpointing", INERT)
 
 
