@@ -26,6 +26,7 @@ from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
 from dsyolo.config.resume_path import settle_resume
 from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unknown_in_recipe, unknown_option
+from dsyolo.data.formats.path_hints import missing_data_yaml
 
 FOLDER_KEYS = ("project", "name")
 BATCH_OF_ALL = "batch_size"  # YOLOv5's option: images of all GPUs in a forward pass
@@ -150,7 +151,10 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
     suffixes = {"deepspeed_config": (".json",), "weights": (".safetensors",)}.get(key, (".yaml", ".yml"))
     if path.is_dir():
         inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
-        return "is a folder, but it must be a file", f"Did you mean {inside[0]}?" if inside else ""
+        hint = f"Did you mean {inside[0]}?" if inside else ""
+        return "is a folder, but it must be a file", hint or (
+            missing_data_yaml(path) if key == "data" else ""
+        )
     if path.exists():
         return "is a device or pipe, but it must be a file", ""
     if key == "weights" and (path.suffix in (".pt", ".pth") or release_name(str(path))):

@@ -42,11 +42,11 @@ def of_data(path: str, buckets: dict[str, list[int]] | None = None) -> dict[str,
     if buckets is not None:
         return {"listed": {split: listed(images[split], wanted) for split, wanted in buckets.items()}}
     splits = {split: fingerprint(paths) for split, paths in images.items()}
-    warnings, num_unchecked = survey_labels(data, images)
-    for split, number in num_unchecked.items():
-        splits[split]["num_unchecked"] = number
+    survey = survey_labels(data, images)
+    for split, found in splits.items():
+        found |= {"num_unread": survey.num_unread[split], "problems": survey.problems[split]}
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return {"digest": digest, "splits": splits, "warnings": warnings}
+    return {"digest": digest, "splits": splits, "warnings": survey.warnings}
 
 
 def fingerprint(images: Sequence[str]) -> dict[str, Any]:

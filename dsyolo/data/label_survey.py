@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from dsyolo.base.errors import UserError
 from dsyolo.config.spec import DataSpec
@@ -14,8 +15,16 @@ MAX_READ = 20_000  # label files of a split that are read first
 _THREADS = 16  # a look-up on a network disk is mostly waiting
 
 
-def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> tuple[list[str], dict[str, int]]:
-    """Check the labels of all splits as a training does; return its warnings, and by split how many labels were not read.
+class Survey(NamedTuple):
+    """What a training would report of the labels, by split where it says so."""
+
+    warnings: list[str]
+    problems: dict[str, list[str]]  # rows that are left out or clipped: a line for each reason
+    num_unread: dict[str, int]  # label files
+
+
+def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> Survey:
+    """Check the labels of all splits as a training does.
 
     Args:
         images: the absolute paths of each split's images.
@@ -29,9 +38,11 @@ def survey_labels(data: DataSpec, images: Mapping[str, Sequence[str]]) -> tuple[
         if not len(index):
             line = f"{split}: no label row of its {len(set(images[split])):,} images can be used."
             raise UserError(f"{data.path} cannot be trained on", [line, *by_reason(index.problems)])
-    return refuse_lost_objects(data, indexes), {
-        split: len(set(images[split])) - len(found) for split, found in records.items()
-    }
+    return Survey(
+        refuse_lost_objects(data, indexes),
+        {split: [line.strip() for line in by_reason(index.problems)] for split, index in indexes.items()},
+        {split: len(set(images[split])) - len(found) for split, found in records.items()},
+    )
 
 
 def _records(images: Sequence[str], data: DataSpec) -> list[ImageRecord]:

@@ -34,6 +34,7 @@ MOST_LABEL_BYTES = 64 << 20
 # In details, and searched for there by split_checks.py:
 NOT_PIXELS = ", not pixels"
 AS_CORNERS = "as corners x1 y1 x2 y2 they would fit"
+AS_TOP_LEFT = "as the top left corner, width and height they would fit"
 NUM_SHOWN = 3  # problems of one kind that are listed
 
 
@@ -133,6 +134,7 @@ def _parse(path: str, text: str, problems: list[Problem], num_keypoint_values: i
         if num_columns != 5 and (num_columns < 7 or num_columns % 2 == 0):
             detail = f"{num_columns} columns; a box has 5 (class cx cy w h), a polygon 7, 9, 11 ... (class x y x y ...)"
             detail += "; separate them by spaces, not commas" * ("," in line)
+            detail += "; is the sixth a confidence or the id of a track?" * (num_columns == 6)
             problems.append(Problem(path, number, WRONG_COLUMNS, detail))
             continue
         try:
@@ -196,8 +198,10 @@ def _detail(reason: str, label: float, box: np.ndarray, num_classes: int) -> str
     given = "cx cy w h = " + " ".join(f"{value:g}" for value in box)
     if reason in (NOT_A_CLASS, UNKNOWN_CLASS):
         return f"class {label:g}, but data.yaml names {num_classes} (0 to {num_classes - 1})"
-    if reason == CLIPPED and (box[2:] > box[:2]).all() and (box <= 1 + ROUNDING).all():
-        return f"{given}; {AS_CORNERS}"
+    if reason == CLIPPED and (box <= 1 + ROUNDING).all():
+        fits = [AS_CORNERS] * bool((box[2:] > box[:2]).all())
+        fits += [AS_TOP_LEFT] * bool((box[:2] + box[2:] <= 1 + ROUNDING).all())
+        return "; ".join([given, *fits])
     if reason != OUTSIDE:
         return given
     return f"{given}; these must be shares of the image, 0 to 1" + NOT_PIXELS * bool((box > 2).any())

@@ -15,12 +15,13 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import label_path, list_images
 from dsyolo.data.index import DatasetIndex
-from dsyolo.data.labels import AS_CORNERS, CLIPPED, NOT_PIXELS, NUM_SHOWN, first_places
+from dsyolo.data.labels import AS_CORNERS, AS_TOP_LEFT, CLIPPED, NOT_PIXELS, NUM_SHOWN, Problem, first_places
 from dsyolo.data.shared_images import shared_images
 from dsyolo.data.unread_labels import MAX_IMAGE_FOLDERS, UnreadLabels, find_unread_labels, unsearched_folders
 
 FEW_LABELLED = 0.2  # a folder where fewer images have labels is suspicious if label-like files lie beside it
 MOST_ROWS = 0.5
+TOP_LEFT_SHARE, TOP_LEFT_FITS = 0.05, 0.99  # see `_top_left`
 CORNER_SHARE, OVERHANG_SHARE, MIRRORED_SHARE, MIN_ROWS = 0.9, 0.2, 0.5, 4  # see `_corners`
 MAX_LOOKED_UP = 20_000  # label files of backgrounds
 MAX_CLASSES_NAMED = 5
@@ -67,8 +68,19 @@ def refuse_unknown_classes(data: DataSpec, splits: Mapping[str, DatasetIndex]) -
         if len(unknown) > NUM_SHOWN:
             problems.append(f"{split}: and {len(unknown) - NUM_SHOWN} more such classes.")
     if problems:
-        remedy = f"names: add these classes to {', '.join(data.names[:20])}, or remove the rows."
-        raise UserError(f"{data.path} lacks classes that its labels have", [*problems, remedy])
+        remedy = f"Add these classes to names ({', '.join(data.names[:20])}), or remove the rows."
+        if _starts_at_one(data, splits):
+            rule = "No row has class 0, so these labels count from 1, and classes count from 0"
+            remedy = f"{rule}: subtract 1 from the class of all rows."
+        problems[-1] += f" {remedy}"
+        raise UserError(f"{data.path} lacks classes that its labels have", problems)
+
+
+def _starts_at_one(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> bool:
+    """Return whether the rows have the classes from 1 to their number, where two or more have names."""
+    known = {number for index in splits.values() for number in np.unique(index.classes).tolist()}
+    beyond = {detail for index in splits.values() for detail in index.unknown_classes()}
+    return data.num_classes > 1 and 0 not in known and len(known) > 0 and len(beyond) == 1
 
 
 def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitReport:
@@ -175,6 +187,29 @@ def _likely_mistakes(split: str, index: DatasetIndex) -> Iterator[str]:
             f"{split}: most label rows look like corners, x1 y1 x2 y2{places}, "
             "but are read as cx cy w h. Convert them if they are."
         )
+    elif clipped := _top_left(index):
+        yield (
+            f"{split}: {len(clipped):,} of {index.num_boxes:,} boxes are over the left or upper edge "
+            f"({first_places(clipped)}), and all would fit if a row were the top left corner, width and height. "
+            "They are read as cx cy w h: add half of the width to x and half of the height to y if they are."
+        )
+
+
+def _top_left(index: DatasetIndex) -> list[Problem]:
+    """Return the rows over an edge where rows look like the top left corner and the size, as in COCO.
+
+    Read as centres, many of these are over the left or upper edge and none is over the others; and centres would not all
+    leave the whole of a box's size to their right and below.
+    """
+    clipped = [problem for problem in index.problems if problem.reason == CLIPPED]
+    fitting = sum(AS_TOP_LEFT in problem.detail for problem in clipped)
+    if len(clipped) < max(MIN_ROWS, TOP_LEFT_SHARE * index.num_boxes) or fitting < TOP_LEFT_FITS * len(
+        clipped
+    ):
+        return []
+    low, high = index.boxes[:, :2], index.boxes[:, 2:]
+    leaves_room = ((low + high) / 2 + (high - low) <= 1.01).all(1)
+    return clipped if leaves_room.mean() >= TOP_LEFT_FITS else []
 
 
 def _corners(index: DatasetIndex) -> bool:

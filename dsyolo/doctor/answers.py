@@ -69,7 +69,8 @@ class Split(BaseModel):
     """The fingerprint of a split: data/fingerprint.py."""
 
     num_images: int
-    num_unchecked: int  # label files whose rows were not read
+    num_unread: int  # label files whose rows were not checked
+    problems: list[str]  # rows that a training leaves out or clips
     one_in: dict[str, int]
     buckets: list[str]
 

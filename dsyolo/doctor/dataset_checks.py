@@ -28,7 +28,7 @@ def data_set(context: DoctorContext) -> Iterator[Finding]:
     path = context.options.data
     for host, one in found.items():
         for problem in one.problems:
-            fault, remedy = split_problem(problem, f"Correct {path}.")
+            fault, remedy = split_problem(problem, f"Correct {path} or the labels.")
             fault = fault if str(path) in fault else f"{path}: {fault}"
             remedy = f"Make it the same as on {next(iter(usable))}." if usable else remedy
             yield Finding("data", host, FAIL, fault, remedy)
@@ -38,6 +38,10 @@ def data_set(context: DoctorContext) -> Iterator[Finding]:
         for warning in one.warnings:
             fault, remedy = split_problem(warning, f"Check the labels of {path}.")
             yield Finding("data", host, WARNING, fault, remedy)
+        for name, split in one.splits.items():
+            for problem in split.problems:
+                remedy = "Correct these rows or export them again. A training says the same, and goes on."
+                yield Finding("data", host, WARNING, f"{name}: {problem}", remedy)
     digest, usual_host = common({host: one.digest for host, one in usable.items()})
     differ = {difference.host for difference in _differences(context)}
     for host, one in usable.items():
@@ -55,8 +59,8 @@ def _covers(split: Split) -> str:
     part = {name: f" of one in {number}" if number > 1 else "" for name, number in split.one_in.items()}
     sizes, labels = part.get("sizes", ""), part.get("labels", "")
     rest = ""
-    if split.num_unchecked:
-        rest = f"; rows of {split.num_unchecked:,} labels are first checked by a training"
+    if split.num_unread:
+        rest = f"; rows of {split.num_unread:,} labels are first checked by a training"
     return f"{split.num_images:,} images (names, sizes{sizes}, labels' content{labels}{rest})"
 
 

@@ -1,5 +1,6 @@
 """Findings of `dsyolo doctor`, as a table and as JSON: the check, the host, the verdict, what was found, the remedy."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -43,8 +44,8 @@ def merged(findings: Iterable[Finding], hosts: Sequence[str]) -> list[Finding]:
 
 def split_problem(problem: str, otherwise: str) -> tuple[str, str]:
     """Return (fault, remedy) of a problem line, in which the remedy follows the first sentence."""
-    fault, stop, remedy = problem.strip().partition(". ")
-    return (fault, remedy) if stop else (fault.rstrip("."), otherwise)
+    fault, *rest = re.split(r"(?<!\.)\. (?=[A-Z`])", problem.strip(), maxsplit=1)
+    return (fault, rest[0]) if rest else (fault.removesuffix("."), otherwise)
 
 
 def can_start(findings: Iterable[Finding]) -> bool:

@@ -204,5 +204,5 @@ def test_val_refuses_classes_that_data_yaml_does_not_name_as_training_does(place
     assert run(place, "val", "--data", tmp_path / "more/data.yaml", "--workers", 0) == 2
     told = capsys.readouterr().err
     assert f"val: class 9, but data.yaml names 5 (0 to 4): 1 rows ({label}:{row})." in told
-    assert "names: add these classes to circle, square, triangle, star, ring, or remove the rows." in told
+    assert "Add these classes to names (circle, square, triangle, star, ring), or remove the rows." in told
     assert "class -1" not in told  # which no data.yaml could name: left out, as every row that means nothing

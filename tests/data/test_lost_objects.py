@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +28,11 @@ from odd_data_sets import (
 )
 from runs import CONFIG, alone
 
+from dsyolo.base.errors import UserError
+from dsyolo.config.cli_args import parse
 from dsyolo.data import unread_labels
 from dsyolo.data.fingerprint import of_data
+from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.doctor.answers import DataAnswer
 from dsyolo.doctor.dataset_checks import data_set
 from dsyolo.doctor.findings import FAIL, WARNING
@@ -239,6 +243,19 @@ def corners(root: Path) -> Path:
     return train_images(root, "labels/train", content=content)
 
 
+def top_left(root: Path) -> Path:
+    rows = [(0.0, 0.1, 0.3, 0.2), (0.5, 0.6, 0.4, 0.35), (0.05, 0.7, 0.2, 0.3), (0.6, 0.01, 0.3, 0.3)]
+    content = "".join(f"0 {' '.join(map(str, row))}\n" for row in rows)
+    return train_images(root, "labels/train", content=content)
+
+
+def centres_at_the_edges(root: Path) -> Path:
+    """Objects that images cut, all their boxes as far outside: on the left, and one at the right side."""
+    rows = [(0.02, 0.1, 0.3, 0.2), (0.05, 0.7, 0.2, 0.3), (0.6, 0.02, 0.3, 0.3), (0.95, 0.5, 0.1, 0.3)]
+    content = "".join(f"0 {' '.join(map(str, row))}\n" for row in rows)
+    return train_images(root, "labels/train", content=content)
+
+
 def full_frames(root: Path) -> Path:
     return train_images(root, "labels/train", content="0 0.5 0.5 0.9 0.96\n0 0.52 0.5 0.96 1\n")
 
@@ -281,6 +298,13 @@ YOLO_WARNINGS: dict[str, Case] = {
     ),
     "val without an object": (no_val, ("val: none of its 2 images has an object", "2 .label files")),
     "corners": (corners, ("train: most label rows look like corners",)),
+    "top left": (
+        top_left,
+        (
+            "train: 12 of 16 boxes are over the left or upper edge",
+            "add half of the width to x and half of the height to y if they are",
+        ),
+    ),
     "mostly pixels": (mostly_pixels, ("train: 8 of 12 label rows look like pixels",)),
     "val is train": (same_val, ("val has the same 4 images as train",)),
     "val is a link to train": (linked_val, ("val has the same 4 images as train",)),
@@ -607,10 +631,11 @@ def test_doctor_warns_as_a_training_does(tmp_path, name):
     make, expected = YOLO_WARNINGS[name]
     data = make(tmp_path)
     findings = [finding for finding in data_set(context(data)) if finding.verdict == WARNING]
+    warnings = of_data(str(data))["warnings"]
     found = "\n".join(f"{finding.found}. {finding.remedy}" for finding in findings)
     for words in expected:
         assert words.strip(".") in found
-    assert of_data(str(data))["warnings"] == started(data).lines.splitlines()[-len(findings) :]
+    assert warnings == started(data).lines.splitlines()[-len(warnings) :]
 
 
 def context(data: Path):
@@ -632,10 +657,47 @@ def test_doctor_looks_at_all_labels_before_it_says_that_there_are_none(tmp_path,
     val_split(tmp_path)
     data = yolo(tmp_path)
     found = of_data(str(data))["splits"]["train"]
-    assert (found["num_images"], found["num_unchecked"]) == (7, 0)
+    assert (found["num_images"], found["num_unread"]) == (7, 0)
     assert [one.found for one in data_set(context(data))] == [
         "train: 7 images (names, sizes, labels' content); val: 2 images (names, sizes, labels' content)"
     ]
+
+
+def test_doctor_names_the_rows_that_a_training_leaves_out(tmp_path):
+    data = train_images(
+        tmp_path, "labels/train", content=f"{ROW}{ROW}-1 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1 0.1 0.9\n"
+    )
+    findings = [finding for finding in data_set(context(data)) if finding.verdict == WARNING]
+    found = [finding.found for finding in findings]
+    lines = started(data).lines
+    for kind in ("duplicate row", "class is not a whole number from 0", "wrong number of columns"):
+        (line,) = [line for line in found if line.startswith("train: 4 x ") and kind in line]
+        assert line.removeprefix("train: ") in lines
+    assert "is the sixth a confidence or the id of a track?" in lines
+    assert {finding.remedy for finding in findings} == {
+        "Correct these rows or export them again. A training says the same, and goes on."
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "remedy"),
+    [
+        ((1, 2, 3), "No row has class 0, so these labels count from 1, and classes count from 0: subtract 1"),
+        ((1, 3, 4), "Add these classes to names (cat, dog, emu), or remove the rows."),
+        ((0, 2, 3), "Add these classes to names (cat, dog, emu), or remove the rows."),
+    ],
+)
+def test_classes_that_count_from_one_are_recognised(tmp_path, rows, remedy):
+    content = "".join(f"{number} 0.5 0.5 0.{2 + number} 0.1\n" for number in rows)
+    train_images(tmp_path, "labels/train", content=content)
+    for label in (tmp_path / "labels/val").iterdir():
+        label.write_text(content, encoding="utf-8")
+    data = yolo(tmp_path, names="[cat, dog, emu]")
+    outcome = started(data)
+    assert remedy in outcome.error
+    (finding,) = [one for one in data_set(context(data)) if one.remedy.startswith(remedy[:30])]
+    assert finding.verdict == FAIL
+    assert "class 3, but data.yaml names 3 (0 to 2)" in outcome.error
 
 
 def test_doctor_says_how_many_labels_it_left_to_the_training(tmp_path, monkeypatch):
@@ -648,6 +710,29 @@ def test_doctor_says_how_many_labels_it_left_to_the_training(tmp_path, monkeypat
         "train: 4 images (names, sizes, labels' content; rows of 2 labels are first checked by a"
         in finding.found
     )
+
+
+def test_boxes_cut_on_all_sides_are_no_top_left_corners(tmp_path):
+    assert "over the left or upper edge" not in started(centres_at_the_edges(tmp_path)).lines
+
+
+def test_a_folder_or_an_annotation_file_in_the_place_of_a_data_yaml_is_answered_with_the_way(tmp_path):
+    (tmp_path / "images").mkdir()
+    text(tmp_path / "classes.txt", "RBC\nno\n1:30\n")
+    with pytest.raises(UserError) as caught:
+        parse(["--data", str(tmp_path)])
+    (line,) = caught.value.problems
+    shown = re.search(r"`(train: .*?)`, `(val: .*?)` .* and `(names: .*?)`,", line)
+    assert shown
+    text(tmp_path / "data.yaml", "".join(f"{one}\n" for one in shown.groups()))
+    assert read_data_yaml(tmp_path / "data.yaml").names == ("RBC", "no", "1:30")
+    text(tmp_path / "result.json", COCO_JSON)
+    with pytest.raises(UserError, match=r"it holds COCO's annotations. Convert them: dsyolo convert coco"):
+        read_data_yaml(tmp_path / "result.json")
+    (tmp_path / "coco").mkdir()
+    text(tmp_path / "coco/result.json", COCO_JSON)
+    with pytest.raises(UserError, match="an export as COCO, convert it: dsyolo convert coco"):
+        parse(["--data", str(tmp_path / "coco")])
 
 
 def test_outcomes_are_never_silent():

@@ -220,7 +220,7 @@ MISTAKES = {
     "missing data.yaml": (lambda p: {"data": p / "sample/dta.yaml"}, "Did you mean data.yaml"),
     "missing class": (
         lambda p: {"data": _data_without_a_class(p)},
-        "names: add these classes to circle, square",
+        "Add these classes to names (circle, square",
     ),
     "weights is a device": (lambda p: {"weights": "/dev/zero"}, "/dev/zero is a device or pipe"),
     "project is a file": (lambda p: {"project": p / "ds.json"}, "ds.json is a file, and a folder is needed"),

@@ -90,6 +90,9 @@ def _load_mapping(path: Path, headline: str) -> dict[str, Any]:
         raise UserError(headline, [str(error)]) from None
     except OSError as error:
         raise UserError(headline, [f"cannot be read: {error.strerror}."]) from error
+    if isinstance(given, dict) and {"images", "annotations"} <= given.keys():
+        rule = "it holds COCO's annotations. Convert them: dsyolo convert coco SRC DST (docs/data.md)."
+        raise UserError(headline, [rule])
     if not isinstance(given, dict):
         kind = "empty" if given is None else f"a {type(given).__name__}"
         raise UserError(headline, [f"{kind}, but it must map keys to values: train, val and names."])
