@@ -164,12 +164,21 @@ def parse_yaml(text: str) -> Any:
         reason = shortened(getattr(error, "problem", None) or "not YAML")
         if isinstance(error, yaml.constructor.ConstructorError):  # valid YAML that is refused
             raise BadYamlError(f"{place}{reason}.") from None
-        raise BadYamlError(f"{place}not YAML: {reason}. Give `key: value` lines.") from None
+        raise BadYamlError(f"{place}not YAML: {reason}. {_yaml_remedy(text, reason)}") from None
     except ValueError as error:  # an impossible date, a number of thousands of digits
         raise BadYamlError(f"a value cannot be read ({shortened(str(error))}).") from None
     finally:
         if loader:
             loader.dispose()
+
+
+def _yaml_remedy(text: str, reason: str) -> str:
+    if r"'\t'" in reason:
+        return "Write spaces in the place of tabs."
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := re.match(r"\s*([A-Za-z_]\w*):[^\s:/\\]", line):
+            return f"Write a space behind `{found[1]}:` in line {number}."
+    return "Give `key: value` lines."
 
 
 def pickled(path: Path) -> str | None:

@@ -37,6 +37,15 @@ def near(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
+def images_beside(folder: Path) -> str:
+    """Return a did-you-mean for the images of a folder of labels."""
+    parts = list(folder.parts)
+    for i, part in enumerate(parts):
+        if part.lower() == "labels" and os.path.isdir(beside := Path(*parts[:i], "images", *parts[i + 1 :])):
+            return f" Did you mean {beside}?"
+    return ""
+
+
 def tried(paths: Iterable[Path]) -> str:
     """Return where something was looked for, with what is special about a place: a broken link, a folder without access."""
     usual = "does not exist"

@@ -17,7 +17,7 @@ from dsyolo.base.safe_io import BadYamlError, parse_yaml, read_bytes, read_text,
 from dsyolo.base.text import decode_names, name_fault, on_disk
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.image_finder import as_posix
-from dsyolo.data.formats.path_hints import escapes, near, spellings, tried, unusable
+from dsyolo.data.formats.path_hints import escapes, images_beside, near, spellings, tried, unusable
 
 # Folders are searched for these. OpenCV may not read all of them: building the index reports those, instead of
 # skipping them silently.
@@ -124,8 +124,9 @@ def _names(given: dict[str, Any], problems: list[str]) -> tuple[str, ...]:
             return ()
         gaps = list(islice((k for k in range(max(names, default=-1)) if k not in names), 5))
         if gaps or any(k < 0 for k in names):
-            fault = f"{', '.join(map(str, gaps))} missing." if gaps else "a key is negative."
-            problems.append(f"names: must number its {len(names)} classes 0 to {len(names) - 1}, but {fault}")
+            fault = f"{', '.join(map(str, gaps))} missing" if gaps else "a key is negative"
+            rule = f"must number its {len(names)} classes 0 to {len(names) - 1}, but {fault}"
+            problems.append(f"names: {rule}. Count from 0 without a gap, as the rows of the labels do.")
             return ()
         names = [names[k] for k in sorted(names)]
     if not isinstance(names, list) or not names:
@@ -166,7 +167,12 @@ def _root(path: Path, given: dict[str, Any], problems: list[str]) -> Path:
     candidates = [Path(on_disk(str(at))) for home in homes for at in (path.parent / home, home)]
     found = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
     if found is None:
+        entries = [one for split in SPLITS if isinstance(one := given.get(split), str)]
         hint = f"{tried(candidates)}.{escapes(root)}"
+        if any(not _source(path.parent, entry)[1] for entry in entries):
+            hint += (
+                f" Leave path out: then they are relative to {shortened(str(path.parent))}, where they are."
+            )
         problems.append(f"path: {shortened(root)} given, but there is no such folder: {hint}")
     return found or candidates[0]
 
@@ -192,6 +198,11 @@ def _source(root: Path, entry: str) -> tuple[Path, str]:
     """Return the folder or list that an entry names, and what is wrong with it."""
     if len(entry) > MOST_PATH:
         return root, f"{shortened(entry)} is longer than any path."
+    if "://" in entry:
+        return (
+            root,
+            f"{shortened(entry)} given, but nothing is downloaded. Give a folder or list on this machine.",
+        )
     # Exported data sets often have `../train/images` for the folder beside the file.
     candidates = [
         Path(on_disk(str(at)))
@@ -240,7 +251,7 @@ def list_images(sources: Iterable[str | Path]) -> list[Path]:
             problems.append(f"{source}: no such folder, image or list file.{near(source)}")
     if not problems and not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        problems = [f"{path}: no image in it (looked for {suffixes})." for path in paths]
+        problems = [f"{path}: no image in it (looked for {suffixes}).{images_beside(path)}" for path in paths]
     if problems:
         raise UserError("No images to read", problems)
     return images

@@ -104,6 +104,17 @@ def test_all_problems_at_once(tmp_path):
         ("train: a\ntrain: b\nval: a\nnames: [x]", "line 2: train is given twice."),
         ("train: a\nval: a\nnames: {0: x, 0: y}", "line 3: 0 is given twice."),
         ("train: a\nval: a\nnames: [x, y, x, 1, '1']", "names: x, 1 given more than once."),
+        ("train: a\nval:a\nnames: [x]", "Write a space behind `val:` in line 2."),
+        ("train: a\n\tval: a\nnames: [x]", "Write spaces in the place of tabs."),
+        (
+            "train: https://h.org/a.zip\nval: a\nnames: [x]",
+            "a.zip given, but nothing is downloaded. Give a folder",
+        ),
+        (
+            "train: a\nval: a\nnames: {1: x, 2: y}",
+            "Count from 0 without a gap, as the rows of the labels do.",
+        ),
+        ("path: /content/set\ntrain: a\nval: a\nnames: [x]", "Leave path out: then they are relative to"),
         ("train: a\nval: a\nnames: [yes, no]", "names: True and False given, but YAML reads yes, no,"),
         ("path: nowhere\ntrain: a\nval: a\nnames: [x]", "path: nowhere given"),
         ("train: a\nval: picture.jpg\nnames: [x]", "only folders and .txt lists"),
@@ -151,6 +162,12 @@ def test_images_can_be_named_one_by_one_beside_folders(tmp_path):
         write(tmp_path / name, "")
     named = [tmp_path / "b.JPG", tmp_path / "folder/a.png"]
     assert list_images([named[0], tmp_path / "folder"]) == named
+
+
+def test_a_folder_of_labels_is_answered_with_its_images(tmp_path):
+    folders(tmp_path, "set/train/images", "set/train/labels")
+    with pytest.raises(UserError, match=r"no image in it .* Did you mean .*set/train/images\?"):
+        list_images([tmp_path / "set/train/labels"])
 
 
 def test_no_images(tmp_path):
