@@ -26,7 +26,11 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        if error.filename in (part, str(part), None):  # None: it could be opened, and not written
+        if error.errno and error.filename in (
+            part,
+            str(part),
+            None,
+        ):  # None: it could be opened, and not written
             error.filename = str(path)  # the name that the user knows
         raise
     finally:

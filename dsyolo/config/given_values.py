@@ -15,8 +15,8 @@ class GivenValues:
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        self._given_by: dict[str, tuple[Any, str, str]] = {}  # value, words, option
-        self._words: dict[str, str] = {}  # of an option
+        self._given_by: dict[str, tuple[Any, str, str]] = {}  # value, as it was given, option
+        self._given_as: dict[str, str] = {}  # of an option
         self._option = ""
         self._is_restart = False
 
@@ -24,7 +24,7 @@ class GivenValues:
         """Let what follows replace what was given so far."""
         self._is_restart = True
         self._given_by.clear()
-        self._words.clear()
+        self._given_as.clear()
 
     def begin(self, option: str) -> None:
         """Begin to read an option; what its earlier words gave is taken back."""
@@ -33,13 +33,13 @@ class GivenValues:
             self.values.pop(name, None)
             del self._given_by[name]
 
-    def end(self, words: str) -> list[str]:
+    def end(self, given_as: str) -> list[str]:
         """Return a note where the option that was begun was given before, with another value."""
-        before = self._words.get(self._option)
-        self._words[self._option] = words
-        if before is None or _same(_value(before), _value(words)):
+        before = self._given_as.get(self._option)
+        self._given_as[self._option] = given_as
+        if before is None or _same(_value(before), _value(given_as)):
             return []
-        return [f"{before}: replaced by {words}, which comes later"]
+        return [f"{before}: replaced by {given_as}, which comes later"]
 
     def put(self, name: str, value: Any, given_as: str) -> list[str]:
         """Keep the value of a destination; return the problem where another option gave it another value."""
@@ -56,9 +56,9 @@ class GivenValues:
         return [f"{given_as}: given, and so is {given_by}. Leave one out."]
 
 
-def _value(words: str) -> str:
+def _value(given_as: str) -> str:
     """Return what stands behind the option's name; the whole of a flag."""
-    name, _, value = words.replace("=", " ", 1).partition(" ")
+    name, _, value = given_as.replace("=", " ", 1).partition(" ")
     return value or name
 
 

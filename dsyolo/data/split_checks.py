@@ -15,7 +15,16 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import label_path, list_images
 from dsyolo.data.index import DatasetIndex
-from dsyolo.data.labels import AS_CORNERS, AS_TOP_LEFT, CLIPPED, NOT_PIXELS, NUM_SHOWN, Problem, first_places
+from dsyolo.data.labels import (
+    AS_CORNERS,
+    AS_TOP_LEFT,
+    CLIPPED,
+    DUPLICATE,
+    NOT_PIXELS,
+    NUM_SHOWN,
+    Problem,
+    first_places,
+)
 from dsyolo.data.shared_images import shared_images
 from dsyolo.data.unread_labels import MAX_IMAGE_FOLDERS, UnreadLabels, find_unread_labels, unsearched_folders
 
@@ -26,6 +35,7 @@ CORNER_SHARE, OVERHANG_SHARE, MIRRORED_SHARE, MIN_ROWS = 0.9, 0.2, 0.5, 4  # see
 MAX_LOOKED_UP = 20_000  # label files of backgrounds
 MAX_CLASSES_NAMED = 5
 LIKE_NAMED = "label-like files are named as they are"
+MOST_LEFT_OUT = 0.01
 MOST_COPIES = 0.5  # share of val
 MAX_FOUND = 5  # lines about unread files
 
@@ -94,6 +104,11 @@ def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitRep
         else:
             warnings += _partly_unlabelled(split, index, are_read)
         warnings += _likely_mistakes(split, index)
+        warnings += _left_out(split, index)
+    if data.names == tuple(f"class{number}" for number in range(data.num_classes)):
+        warnings.append(
+            f"names: not given, so the classes are called class0 to class{data.num_classes - 1}. Name them in {data.path}."
+        )
     if data.num_keypoint_values:
         warnings.append("kpt_shape: keypoints are not learned. The boxes of their rows are.")
     if not errors:
@@ -167,6 +182,24 @@ def _partly_unlabelled(split: str, index: DatasetIndex, are_read: frozenset[str]
         labelled = num_images[folder] - num_backgrounds[folder]
         yield f"{split}: only {labelled:,} of {num_images[folder]:,} images in {folder} have objects."
     yield from _lines(split, found)
+
+
+def _left_out(split: str, index: DatasetIndex) -> Iterator[str]:
+    """Yield a warning where more than a few images or rows cannot be used. What they are is in the summary."""
+    kinds = Counter((one.line > 0, one.reason) for one in index.problems if one.reason != DUPLICATE)
+    rows, images = (
+        sum(n for (is_row, reason), n in kinds.items() if is_row == wants_rows and "left out)" in reason)
+        for wants_rows in (True, False)
+    )
+    for number, total, what in (
+        (images, images + len(index), "images"),
+        (rows, rows + index.num_boxes, "label rows"),
+    ):
+        if number > MOST_LEFT_OUT * total:
+            yield (
+                f"{split}: {number:,} of {total:,} {what} cannot be used and are left out: their objects are not "
+                "learned. The lines above name the first: correct them or export them again."
+            )
 
 
 def _likely_mistakes(split: str, index: DatasetIndex) -> Iterator[str]:

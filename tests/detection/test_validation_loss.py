@@ -120,7 +120,7 @@ def test_metrics_are_the_same_with_and_without(network):
     assert {**got.to_json(), "val_box": None, "val_obj": None, "val_cls": None} == expected.to_json()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_ranks_and_fillers_change_nothing(network, num_ranks):
     loss, batches = loss_of(network), make_batches(2, ((64, 64), (32, 64)))
     expected = measured(network, loss, batches)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ranks import long_but
 from runs import ROOT, environment
 from source_files import FILES, name_of
 
@@ -280,7 +281,9 @@ def test_source_files_cite_pages_and_headings_that_exist():
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if "bash run" in dict(fences(page))], ids=lambda page: page.name
+    "page",
+    long_but([ROOT / "README.md"], [page for page in PAGES if "bash run" in dict(fences(page))]),
+    ids=lambda page: page.name,
 )
 def test_what_a_page_marks_as_run_runs(page, tmp_path):
     """Executes the page's `bash run` blocks one after the other, in a folder that looks like a checkout."""

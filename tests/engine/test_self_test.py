@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from ranks import run_ranks
+from ranks import long_but, run_ranks
 from source_files import PACKAGE
 
 from dsyolo.doctor.software import gradients_finding as finding
@@ -22,7 +22,7 @@ def command(stage: int) -> subprocess.CompletedProcess:
     return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", long_but([2], STAGES))
 def test_the_installed_deepspeed_passes_in_one_line(stage):
     done = command(stage)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def result_of(stage: int) -> dict:
     return run_self_test(stage)._asdict()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", long_but([1, 3], STAGES))
 def test_a_micro_batch_that_is_lost_is_seen(stage):
     (found,) = run_ranks(1, forgets_a_micro_batch, stage)
     assert not found["ok"]

@@ -49,9 +49,9 @@ def spec(
 
 
 def state(epoch: int, **other: Any) -> TrainState:
-    values = {"total_steps": 30, "epochs": 10, "num_images": 24, "global_batch": 8, "seed": 0}
+    values = {"total_steps": 30, "epochs": 10, "num_images": 24, "global_batch": 8, "seed": 0, **other}
     settings = resumption.settings_of(spec())
-    return TrainState(**values, epoch=epoch, step=3 * epoch, settings=settings, **other)
+    return TrainState(**values, epoch=epoch, step=3 * epoch, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,14 @@ def state(epoch: int, **other: Any) -> TrainState:
             state(10),
             "all of its 10 epochs are trained. To train more, start another run with --name",
         ),
+        (
+            {"epochs": 12},
+            state(10, num_images=2).model_copy(
+                update={"step": 3}
+            ),  # 20 images are 3 steps of 8, and so are 24
+            "12 epochs of 2 images are 3 steps of 8, and all of them are trained. Raise --epochs further, or",
+        ),
+        ({"epochs": 13}, state(10, num_images=2).model_copy(update={"step": 3}), None),
         ({}, state(9), None),
         ({"epochs": 12}, state(10), None),
         (

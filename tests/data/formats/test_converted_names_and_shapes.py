@@ -178,9 +178,7 @@ def test_class_names_that_differ_by_spaces_are_the_same(tmp_path):
         read_data_yaml(data)
 
 
-@pytest.mark.parametrize(
-    "names", ["!!omap [a: b, c: d]", "!!set {a, b}", "[!!binary aGVsbG8=]", "[2020-01-01]"]
-)
+@pytest.mark.parametrize("names", ["!!omap [a: b, c: d]", "!!set {a, b}", "[!!binary aGVsbG8=]", "[null]"])
 def test_names_of_other_kinds_are_refused(tmp_path, names):
     with pytest.raises(UserError, match="names"):
         read_data_yaml(text(tmp_path / "data.yaml", f"train: .\nval: .\nnames: {names}\n"))
