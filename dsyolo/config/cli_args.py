@@ -18,6 +18,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.base.user_code import is_reference
 from dsyolo.config.batch_options import PLANNED, per_rank
 from dsyolo.config.command_parser import CommandLine
+from dsyolo.config.exported_folder import missing_data_yaml
 from dsyolo.config.foreign_values import missing_release, release_name
 from dsyolo.config.json_remedy import without_json
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
@@ -26,7 +27,6 @@ from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
 from dsyolo.config.resume import ResumePoint, config_path, resume_point
 from dsyolo.config.resume_path import settle_resume
 from dsyolo.config.run_config import AUTO, RUN_KEYS, RunConfig, read_yaml, unknown_in_recipe, unknown_option
-from dsyolo.data.formats.path_hints import missing_data_yaml
 
 FOLDER_KEYS = ("project", "name")
 BATCH_OF_ALL = "batch_size"  # YOLOv5's option: images of all GPUs in a forward pass
