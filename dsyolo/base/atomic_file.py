@@ -26,11 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        if error.errno and error.filename in (
-            part,
-            str(part),
-            None,
-        ):  # None: it could be opened, and not written
+        own = (part, str(part), None)  # None: it could be opened, and not written
+        if error.errno and error.filename in own:
             error.filename = str(path)  # the name that the user knows
         raise
     finally:

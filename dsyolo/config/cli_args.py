@@ -159,7 +159,8 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
         return "is a device or pipe, but it must be a file", ""
     if key == "weights" and (path.suffix in (".pt", ".pth") or release_name(str(path))):
         return "does not exist", missing_release(str(path))
-    beside = [one.name for one in path.parent.iterdir() if one.is_file()] if path.parent.is_dir() else []
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    beside = [one.name for one in there if one.suffix.lower() in suffixes and one.is_file()]
     hint = did_you_mean(path.name, beside)
     if key == "deepspeed_config" and not hint and str(path.parent) in (".", READY_FOLDER):
         near = did_you_mean(path.stem, ready_names())

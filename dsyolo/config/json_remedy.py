@@ -17,4 +17,5 @@ def without_json(problem: str) -> str:
 def _in_a_copy(match: re.Match[str]) -> str:
     ready = Path(READY_FOLDER, "zero1.json")
     path = ready if ready.is_file() else ready_folder() / ready.name
-    return f"{JSON_OWNS} Copy {path}, set {match[1]} in the copy, and give it by --deepspeed_config"
+    given = f"Copy {path}, set {match[1]} in the copy, and give it by --deepspeed_config"
+    return f"{JSON_OWNS} {given}: its ZeRO stage and precision then hold, and nothing is planned"

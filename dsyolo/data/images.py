@@ -16,6 +16,7 @@ MOST_IMAGE_BYTES = 1 << 30  # OpenCV reads at most 2^30 pixels
 
 NOT_FOUND = "image file cannot be read (left out)"
 NOT_AN_IMAGE = "not an image (left out)"
+EMPTY = "empty image file (left out)"
 TRUNCATED = "truncated image (left out)"
 TOO_SMALL = "image too small (left out)"
 NO_END_MARKER = "JPEG without its end marker, but with all its pixels (read)"
@@ -41,7 +42,7 @@ def check_image(path: str | Path) -> tuple[tuple[int, int] | None, str, str]:
     except (OSError, ValueError) as error:  # the second: a path that cannot be one
         return None, NOT_FOUND, getattr(error, "strerror", None) or str(error)
     if not data:
-        return None, NOT_AN_IMAGE, "the file is empty"
+        return None, EMPTY, ""
     header = jpeg_header(data) if data.startswith(_JPEG) else None
     note = ""
     if header and data.find(JPEG_END, header[2]) < 0 and has_all_pixels(data, header[2]):

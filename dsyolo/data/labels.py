@@ -4,6 +4,7 @@ A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, as shares of the im
 reported and repaired or left out: nothing here raises for a bad label.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from dsyolo.base.text import decode_any, escaped
 UNREADABLE_LABEL = "label file cannot be read"
 WRONG_COLUMNS = "wrong number of columns (row left out)"
 NOT_A_NUMBER = "not a number (row left out)"
+COMMAS = "columns separated by commas (row left out)"
+DECIMAL_COMMA = "numbers with a decimal comma (row left out)"
+CLASS_NAME = "a name where the class's number stands (row left out)"
 NOT_FINITE = "NaN or infinity (row left out)"
 NOT_A_CLASS = "class is not a whole number from 0 (row left out)"
 UNKNOWN_CLASS = "class that data.yaml does not name (row left out)"
@@ -140,7 +144,7 @@ def _parse(path: str, text: str, problems: list[Problem], num_keypoint_values: i
         try:
             label, *values = map(float, tokens)
         except ValueError as error:
-            problems.append(Problem(path, number, NOT_A_NUMBER, str(error)[:80]))
+            problems.append(Problem(path, number, _text_among_numbers(tokens), str(error)[:80]))
             continue
         lines.append(number)
         classes.append(label)
@@ -153,6 +157,16 @@ def _parse(path: str, text: str, problems: list[Problem], num_keypoint_values: i
             boxes.append((*((low + high) / 2), *(high - low)))
             polygons.append(points)
     return lines, np.array(classes, np.float64), np.array(boxes, np.float64).reshape(-1, 4), polygons
+
+
+def _text_among_numbers(tokens: Sequence[str]) -> str:
+    """Return the likely reason why columns are no numbers."""
+    if any(token.endswith(",") or token.startswith(",") for token in tokens):
+        return COMMAS
+    if any(re.fullmatch(r"-?\d*,\d+", token) for token in tokens):
+        return DECIMAL_COMMA
+    is_name = re.match(r"[^\W\d_]", tokens[0]) and tokens[0].lower() not in ("nan", "inf", "infinity")
+    return CLASS_NAME if is_name else NOT_A_NUMBER
 
 
 def _checked(path: str, rows: _Rows, num_classes: int, problems: list[Problem]) -> Labels:

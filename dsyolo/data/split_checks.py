@@ -90,7 +90,8 @@ def _starts_at_one(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> bool:
     """Return whether the rows have the classes from 1 to their number, where two or more have names."""
     known = {number for index in splits.values() for number in np.unique(index.classes).tolist()}
     beyond = {detail for index in splits.values() for detail in index.unknown_classes()}
-    return data.num_classes > 1 and 0 not in known and len(known) > 0 and len(beyond) == 1
+    is_next = len(beyond) == 1 and beyond.pop().startswith(f"class {data.num_classes},")
+    return data.num_classes > 1 and 0 not in known and len(known) > 0 and is_next
 
 
 def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitReport:
@@ -107,7 +108,8 @@ def check_splits(data: DataSpec, splits: Mapping[str, DatasetIndex]) -> SplitRep
         warnings += _left_out(split, index)
     if data.names == tuple(f"class{number}" for number in range(data.num_classes)):
         warnings.append(
-            f"names: not given, so the classes are called class0 to class{data.num_classes - 1}. Name them in {data.path}."
+            f"names: the classes are called class0 to class{data.num_classes - 1}, as where {data.path} "
+            "gives none. Name them there."
         )
     if data.num_keypoint_values:
         warnings.append("kpt_shape: keypoints are not learned. The boxes of their rows are.")

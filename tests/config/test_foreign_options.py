@@ -207,12 +207,13 @@ def test_what_an_alias_sets(base: list[str], argv: list[str], expected: dict[str
         ),
         (
             ["--optimizer", "AdamW"],
-            'set optimizer.type to "AdamW" in the copy, and give it by --deepspeed_config. Or',
+            'set optimizer.type to "AdamW" in the copy, and give it by --deepspeed_config: its ZeRO stage',
         ),
         (["--optimizer", "Adam"], "Or give --deepspeed_config adamw, which is AdamW."),
         (
             ["lr0=0.02"],
-            "zero1.json, set optimizer.params.lr to 0.02 in the copy, and give it by --deepspeed_config.",
+            "zero1.json, set optimizer.params.lr to 0.02 in the copy, and give it by --deepspeed_config: its "
+            "ZeRO stage and precision then hold, and nothing is planned.",
         ),
         (
             ["lr0=0.02", "--deepspeed_config", "zero2"],

@@ -49,7 +49,7 @@ def bad_images() -> list[tuple[str, bytes, str]]:
         ("half.webp", webp[: len(webp) // 2], images.TRUNCATED),
         ("half.bmp", bmp[: len(bmp) // 2], images.TRUNCATED),
         ("text.jpg", b"<html>404 not found</html>", images.NOT_AN_IMAGE),
-        ("empty.jpg", b"", images.NOT_AN_IMAGE),
+        ("empty.jpg", b"", images.EMPTY),
         ("damaged.png", png[:60] + bytes(40) + png[100:], images.NOT_AN_IMAGE),
         ("tiny.png", encoded(picture(9, 30), ".png"), images.TOO_SMALL),
     ]

@@ -151,7 +151,7 @@ def test_a_training_split_without_an_object_is_an_error(tmp_path, name):
     ("row", "words"),
     [
         ("0,0.4,0.46,0.32,0.4", "separate them by spaces"),
-        ("cat 0.4 0.46 0.32 0.4", "not a number"),
+        ("cat 0.4 0.46 0.32 0.4", "a name where the class's number stands"),
         ("0 0.4 0.46 0.32 0.4 0.9", "6 columns"),
         ("0 24 16 56 40", "not pixels"),
         ("3 0.4 0.46 0.32 0.4", "data.yaml names 1 (0 to 0)"),
@@ -685,11 +685,12 @@ def test_doctor_names_the_rows_that_a_training_leaves_out(tmp_path):
     [
         ((1, 2, 3), "No row has class 0, so these labels count from 1, and classes count from 0: subtract 1"),
         ((1, 3, 4), "Add these classes to names (cat, dog, emu), or remove the rows."),
+        ((1, 2, 7), "Add these classes to names (cat, dog, emu), or remove the rows."),
         ((0, 2, 3), "Add these classes to names (cat, dog, emu), or remove the rows."),
     ],
 )
 def test_classes_that_count_from_one_are_recognised(tmp_path, rows, remedy):
-    content = "".join(f"{number} 0.5 0.5 0.{2 + number} 0.1\n" for number in rows)
+    content = "".join(f"{number} 0.5 0.5 0.{number + 1} 0.1\n" for number in rows)
     train_images(tmp_path, "labels/train", content=content)
     for label in (tmp_path / "labels/val").iterdir():
         label.write_text(content, encoding="utf-8")
@@ -698,7 +699,13 @@ def test_classes_that_count_from_one_are_recognised(tmp_path, rows, remedy):
     assert remedy in outcome.error
     (finding,) = [one for one in data_set(context(data)) if one.remedy.startswith(remedy[:30])]
     assert finding.verdict == FAIL
-    assert "class 3, but data.yaml names 3 (0 to 2)" in outcome.error
+    assert f"class {max(rows)}, but data.yaml names 3 (0 to 2)" in outcome.error
+
+
+def test_classes_without_names_are_named_in_a_warning(tmp_path):
+    data = train_images(tmp_path, "labels/train")
+    text(data, data.read_text(encoding="utf-8").replace("names", "nc: 2\n#"))
+    assert "names: the classes are called class0 to class1, as where" in started(data).lines
 
 
 def test_doctor_says_how_many_labels_it_left_to_the_training(tmp_path, monkeypatch):
