@@ -92,6 +92,7 @@ def test_sigterm_to_deepspeed_saves_though_it_passes_nothing_on_and_nobody_reads
     assert [row[0] for row in losses(place, "orphans")] == list(range(1, step + 1))
 
 
+@pytest.mark.soak
 def test_a_terminal_that_ends_stops_a_run_with_all_saved_unless_nohup_is_before_it(place):
     pipes = {
         "stdin": subprocess.DEVNULL,

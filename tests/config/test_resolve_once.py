@@ -91,6 +91,7 @@ def test_a_run_opens_each_file_once_and_builds_two_networks(place: Path, first: 
     assert sorted(first.built) == ["cpu", "meta"]
 
 
+@pytest.mark.soak
 def test_a_users_own_network_is_built_twice(place: Path) -> None:
     own = (Path(__file__).parents[2] / "examples/my_net.py").read_text(encoding="utf-8")
     counting = "\n\n_plain = build\n\n\ndef build(k):\n    open('built', 'a').write('one\\n')\n    return _plain(k)\n"
@@ -99,6 +100,7 @@ def test_a_users_own_network_is_built_twice(place: Path) -> None:
     assert (place / "built").read_text(encoding="utf-8") == "one\n" * 2
 
 
+@pytest.mark.soak
 def test_weights_are_read_once(place: Path, first: Counts) -> None:
     weights = place / "runs/first/weights/last.safetensors"
     found = run(place, "second", weights=weights)

@@ -614,6 +614,7 @@ def test_a_second_host_that_differs_is_named_in_all_ways(place, tmp_path):
 
 
 @needs_cluster
+@pytest.mark.soak
 def test_hosts_that_cannot_be_had_cost_seconds(pair, place, tmp_path):
     """One that no packet reaches, one whose sshd hangs, one that is another's second name, one twice, one of no ranks."""
     hostfile = tmp_path / "hostfile"
@@ -692,6 +693,7 @@ def test_a_host_name_that_is_loopback_is_found_before_ranks_fail_of_it(place, tm
 
 
 @needs_cluster
+@pytest.mark.soak
 def test_an_interface_that_does_not_lead_to_the_others_is_found_by_trying(place, tmp_path):
     with Cluster(2, {"GLOO_SOCKET_IFNAME": "docker0"}) as cluster:
         for host in (0, 1):  # the same address on each, as Docker's bridge has it

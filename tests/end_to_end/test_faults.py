@@ -87,6 +87,7 @@ def assert_same_run(got: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.soak
 def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undisturbed, rank):
     run = Started(place, f"term{rank}", "--resume", "auto", epochs=3)
     run.wait_for_step(1)

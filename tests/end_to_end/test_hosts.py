@@ -169,6 +169,7 @@ def test_a_pipeline_by_hostfile_is_the_training_of_one_host(place, cluster):
     assert_same(place, "stages_on_two", on_one_host(place, "stages_on_one", **config))
 
 
+@pytest.mark.soak
 def test_torchrun_on_two_hosts_is_the_training_of_one_host(place, cluster, zero2):
     told = {
         **{name: cluster.environment[name] for name in ("PATH", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR")},
@@ -197,6 +198,7 @@ def test_four_hosts_train_as_one(place, zero2):
     np.testing.assert_allclose(losses(place, "four"), losses(place, zero2)[:3], rtol=1e-3)
 
 
+@pytest.mark.soak
 def test_a_step_sends_what_the_formula_says(cluster):
     steps = 3
     words = ["--model", "yolov5n", "--steps", str(steps), "--stages", "0", "1", "2", "3"]
@@ -222,6 +224,7 @@ def test_a_folder_that_hosts_do_not_share_is_reported_before_anything_is_read(pl
     assert list(project.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_sigterm_to_deepspeed_saves_on_all_hosts(place, cluster):
     """It ends pdsh, and with it whoever reads what ranks print, before they hear of it."""
     words = [*arguments(place, "stopped", epochs=200), "--resume", "auto"]

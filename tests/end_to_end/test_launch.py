@@ -149,6 +149,7 @@ def wait_for_step(process: subprocess.Popen, place: Path, name: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.soak
 def test_slurm_requeues_what_was_stopped_and_goes_on(place):
     tools = place / "tools"
     tools.mkdir()

@@ -83,6 +83,7 @@ def test_looking_changes_nothing(place, looked_at):
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 3])
+@pytest.mark.soak
 def test_the_profiler_works_at_the_other_stages(place, stage):
     looking = {"flops_profiler": {"enabled": True, "profile_step": 1}, "wall_clock_breakdown": True}
     path = place / f"stage{stage}.json"

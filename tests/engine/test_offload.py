@@ -16,7 +16,7 @@ from dsyolo.base.errors import UserError
 
 STEPS = 3
 CASES = [(1, "SGD", False), (2, "AdamW", False), (3, "SGD", True), (3, "AdamW", True), (3, "SGD", None)]
-QUICK = [(2, "AdamW", False), (3, "SGD", True)]
+QUICK = [(3, "SGD", True)]
 
 
 def zero_block(stage: int, parameters: bool | None, device: dict) -> dict:

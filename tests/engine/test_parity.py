@@ -7,10 +7,8 @@ import pytest
 
 STEPS = 3
 NAMES = (
-    "1 rank, accumulation 4",
     "2 ranks, ZeRO 3, optimizer and parameters in a folder",
     "pipeline of 2 stages, ZeRO 1, recompute by block",
-    "2 ranks, ZeRO 2, live BatchNorm",
     "2 ranks, ZeRO 2, bf16 autocast",
 )
 ROWS = tuple(row for row in parity.ROWS if row.name in NAMES)

@@ -158,6 +158,7 @@ def dsyolo(place: Path, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=place)
 
 
+@pytest.mark.soak
 def test_a_run_trains_resumes_and_its_weights_are_validated(tmp_path):
     place = make_place(tmp_path)
     link = place / "my_net.py"

@@ -451,6 +451,7 @@ def scale(place: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "dsyolo.cli", "scale", *options, *more]
 
 
+@pytest.mark.soak
 def test_trainings_are_run_and_reported(tmp_path):
     place = make_place(tmp_path)
     (place / "pipe.json").write_text(json.dumps({"train_batch_size": 2, "pipeline": {"stages": 2}}))
