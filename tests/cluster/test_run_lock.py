@@ -83,6 +83,7 @@ def test_a_second_run_in_a_folder_is_refused(place):
         assert os.listdir(place / "runs/taken") == [claim.FILE]
 
 
+@pytest.mark.soak
 def test_what_another_run_saved_while_this_one_waited_is_not_written_over(place):
     assert alone(place, "other", epochs=1).returncode == 0
     command = [sys.executable, str(TRAIN), *arguments(place, "late", epochs=2), "--resume", "auto"]

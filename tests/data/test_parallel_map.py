@@ -127,6 +127,7 @@ def test_a_machine_without_the_cache_gets_it_from_one_that_has_it(tmp_path, list
     ]
 
 
+@pytest.mark.soak
 def test_a_file_that_takes_longer_than_any_timeout_holds_up_nobody(tmp_path, listing):
     ranks = run_ranks(2, read_together, [listing], tmp_path, TIMEOUT_S, SLOW_S)
     alone = contents(build_index([listing], NUM_CLASSES, tmp_path / "alone", progress=False))

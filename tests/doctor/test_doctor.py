@@ -665,6 +665,7 @@ def test_a_slow_link_and_folders_apart_are_seen(pair, place, tmp_path):
 
 
 @needs_cluster
+@pytest.mark.soak
 def test_a_host_name_that_is_loopback_is_found_before_ranks_fail_of_it(place, tmp_path):
     with Cluster(2) as cluster:
         file = Path(cluster.environment["DS_ENV_FILE"])

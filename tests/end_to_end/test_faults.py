@@ -111,6 +111,7 @@ def test_sigterm_to_one_rank_saves_at_the_next_step_and_auto_goes_on(place, undi
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.soak),
     ],
 )
+@pytest.mark.soak
 def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed, rank, sent):
     name = f"lost{rank}{sent.name}"
     run = Started(place, name)

@@ -210,6 +210,7 @@ def test_a_step_sends_what_the_formula_says(cluster):
             assert way == pytest.approx(expected, rel=0.1), f"ZeRO {stage}"
 
 
+@pytest.mark.soak
 def test_a_folder_that_hosts_do_not_share_is_reported_before_anything_is_read(place, cluster):
     project = place / "apart"
     project.mkdir()

@@ -180,6 +180,7 @@ def test_slurm_requeues_what_was_stopped_and_goes_on(place):
     assert "requeue" not in (place / "scontrol_was_told").read_text().splitlines()[-1]
 
 
+@pytest.mark.soak
 def test_ranks_pass_sigterm_on_and_end_with_its_status(place):
     command = [sys.executable, str(LAUNCH / "ranks.py"), "--ranks", "2", "--master_port", str(free_port())]
     command += [str(ROOT / "dsyolo/train.py"), *arguments(place, "ranks", epochs=5)]

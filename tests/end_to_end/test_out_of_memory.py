@@ -116,6 +116,7 @@ def test_a_second_time_ends_the_run_with_a_remedy(place):
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.soak
 def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     """On the spot, or after all have started again, where every pass is one of all ranks."""
     script = place / "little_memory.py"

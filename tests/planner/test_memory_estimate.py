@@ -257,10 +257,9 @@ QUICK = {
         "ZeRO 1",
         "ZeRO 2, bf16, Adam",
         "ZeRO 3, sums in fp32",
-        "ZeRO 2, offload, sums in fp32",
         "ZeRO 3, offload",
     ],
-    4: ["ZeRO 2"],
+    4: [],
 }
 
 

@@ -560,6 +560,7 @@ def test_a_signal_leaves_a_report_of_what_was_measured_and_no_training(tmp_path,
     ]
 
 
+@pytest.mark.soak
 def test_steps_of_a_training_that_a_signal_ends_are_reported(tmp_path):
     place = make_place(tmp_path)
     command = scale(place, "--ranks", "1", "--strategies", "ds.json", "--rounds", "1", "--steps", "3000")

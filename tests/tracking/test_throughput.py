@@ -482,6 +482,7 @@ def test_a_run_accounts_for_its_epochs_and_steps(tmp_path):
     assert LOGGED_STEP in [step["step"] for step in rank["steps"]]
 
 
+@pytest.mark.soak
 def test_steps_of_a_run_that_stops_and_goes_on_are_kept(tmp_path):
     place = make_place(tmp_path)
     words = ["--time_profile", "steps", "--resume", "auto"]

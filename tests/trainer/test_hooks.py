@@ -250,6 +250,7 @@ def test_what_one_rank_alone_meets_is_logged(place: Path):
     assert done.stderr.count("Something only rank 1 can see") == 1
 
 
+@pytest.mark.soak
 def test_a_rank_that_ends_alone_is_named_after_the_hang_timeout(place: Path):
     done = ranks_with(place, "StopsRank0", epochs=3, hang_timeout_s=8)
     assert done.returncode != 0
