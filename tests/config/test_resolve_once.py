@@ -126,6 +126,7 @@ def test_values_that_are_auto_are_filled_in_without_another_look(place: Path) ->
     assert sorted(found.built) == ["cpu", "meta"]
 
 
+@pytest.mark.soak
 def test_a_plan_checks_each_candidate_once(place: Path) -> None:
     found = run(place, "all", deepspeed_config="auto")
     assert found.of(place / "sample/data.yaml") == [1]

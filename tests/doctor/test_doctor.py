@@ -93,6 +93,7 @@ def test_a_healthy_machine_passes(place, tmp_path):
     diagnosis.has("data", OK, "", "train: 24 images .*; val: 6 images", "")
 
 
+@pytest.mark.soak
 def test_values_that_are_left_to_the_run_are_no_fault(place, tmp_path):
     content = {
         "train_batch_size": "auto",

@@ -83,6 +83,7 @@ def test_other_and_other_ranks_see_every_image_once(place, parts):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_a_number_of_ranks_that_does_not_divide_the_batch_is_reported_with_those_that_do(place):
     done = run(place, "three", 1, "0:2")
     assert done.returncode == stop.STATUS, done.stdout + done.stderr

@@ -132,6 +132,7 @@ def test_a_lost_rank_ends_all_with_one_message_that_names_it(place, undisturbed,
     assert_same_run(run.folder, undisturbed)
 
 
+@pytest.mark.soak
 def test_auto_begins_where_nothing_is_saved_and_sets_a_damaged_checkpoint_aside(place):
     done = alone(place, "auto", "--resume", "auto", epochs=2)
     assert done.returncode == 0, done.stderr

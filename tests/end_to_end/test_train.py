@@ -276,6 +276,7 @@ def test_what_is_in_the_way_of_a_run_is_named(place, name):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.soak
 def test_a_port_that_is_taken_does_not_matter_to_one_rank(place):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -33,7 +33,7 @@ EVENTS = (
     "around validation",
     "around checkpoint",
 )
-QUICK = ("open", "after_step", "before_validation_batch", "finish", "around checkpoint")
+QUICK = ("after_step", "finish")
 HOOKS = """
 import os
 from dsyolo.trainer.hooks.base import Hook

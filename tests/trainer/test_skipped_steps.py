@@ -46,7 +46,7 @@ def bad_step(engine) -> Any:
     return engine.train_step(batches, 1)[0]
 
 
-QUICK = ("ZeRO 1, bf16", "ZeRO 3", "pipeline, ZeRO 1")
+QUICK = ("ZeRO 1, bf16", "ZeRO 3")
 
 
 def with_and_without(folder: str, names: list[str]) -> dict[str, dict[str, Any]]:
