@@ -269,13 +269,13 @@ def deepspeed_json(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], obj
         },
         "wall_clock_breakdown": False,
     }
-    file.write_text(json.dumps(content, indent=1), "utf-8")
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return file, lambda: check(file, world_size=2, accelerator="cuda")
 
 
 def deepspeed_env(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
     file = tmp_path / ".deepspeed_env"
-    file.write_text("NCCL_DEBUG=INFO\nOMP_NUM_THREADS=1\nNAME='a b'\n", "utf-8")
+    file.write_text("NCCL_DEBUG=INFO\nOMP_NUM_THREADS=1\nNAME='a b'\n", encoding="utf-8")
     return file, lambda: _read_env_file(file, {})
 
 
@@ -323,7 +323,7 @@ def index_cache(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object
 
 
 def doctor_answer(sample: Path, tmp_path: Path) -> tuple[Path, Callable[[], object]]:
-    """What a host prints: the probe's own answer, among the lines of a login shell."""
+    """The output of a host: the probe's own answer, among the lines of a login shell."""
     file, query = tmp_path / "answer.txt", probe_query(LOCAL, {"sections": ["packages", "network"]})
     printed = subprocess.run(
         [sys.executable, *query.arguments], input=query.source, capture_output=True, timeout=60, check=True

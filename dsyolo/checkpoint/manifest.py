@@ -121,7 +121,7 @@ def _is_within_bounds(manifest: Manifest) -> bool:
     totals = (now.total_steps, now.epochs, now.num_images, now.global_batch)
     if not all(0 < total < MOST_COUNT for total in totals):
         return False
-    first, last = (-(-epoch * now.num_images // now.global_batch) for epoch in (now.epoch, now.epoch + 1))
+    first, last = (now.epoch_start_step(epoch) for epoch in (now.epoch, now.epoch + 1))
     losses, num_summed = tracking.get("loss_sum", [0.0] * 3), tracking.get("num_summed", 0)
     counts = [
         (first, now.step, min(last, now.total_steps)),

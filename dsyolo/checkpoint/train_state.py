@@ -39,6 +39,10 @@ class TrainState(BaseModel):
         self.skipped_in_a_row = 0 if stats.was_applied else self.skipped_in_a_row + 1
         return self
 
+    def epoch_start_step(self, epoch: int) -> int:
+        """Return the first step whose images all belong to `epoch` or later, as `StepSampler` does."""
+        return -(-epoch * self.num_images // self.global_batch)
+
     def judge(self, fitness: float, patience: int) -> bool:
         """Record an epoch's fitness. Return whether it is the best; set `stopped_early` after `patience` epochs without one."""
         is_best = fitness > self.best_fitness

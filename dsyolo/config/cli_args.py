@@ -151,10 +151,10 @@ def _missing_file(path: Path, key: str) -> tuple[str, str]:
     suffixes = {"deepspeed_config": (".json",), "weights": (".safetensors",)}.get(key, (".yaml", ".yml"))
     if path.is_dir():
         inside = sorted(one for one in path.iterdir() if one.suffix in suffixes)
-        hint = f"Did you mean {inside[0]}?" if inside else ""
-        return "is a folder, but it must be a file", hint or (
-            missing_data_yaml(path) if key == "data" else ""
-        )
+        what = "is a folder, but it must be a file"
+        if inside:
+            return what, f"Did you mean {inside[0]}?"
+        return what, missing_data_yaml(path) if key == "data" else ""
     if path.exists():
         return "is a device or pipe, but it must be a file", ""
     if key == "weights" and (path.suffix in (".pt", ".pth") or release_name(str(path))):

@@ -49,7 +49,6 @@ class CommandLine:
         self._queue: deque[str] = deque()
         self._num_own = 0  # at the front, put there for an alias
         self._rest: list[tuple[str, str]] = []  # the option that gave it, if any; the argument
-        self._key = ""  # the option that is read
         self._word = ""  # the option that is read, as the user wrote it, with its value
         self._left_out: list[str] = []  # other programs' defaults
 
@@ -70,7 +69,7 @@ class CommandLine:
             is_option = word == "-h" or (word.startswith("--") and len(word) > 2)
             match = None if is_own or is_option else KEY_VALUE.fullmatch(word)
             if not is_option and not (match and self._is_key(match[1])):
-                self._rest.append((self._key if is_own else "", word))
+                self._rest.append((self._values.option if is_own else "", word))
             elif is_own:
                 self._option(word, is_own)
             else:
@@ -104,9 +103,9 @@ class CommandLine:
     def _begin(self, key: str) -> None:
         """Take back what earlier words of the same option gave."""
         action = self._options.get(key)
-        self._key = action.dest if isinstance(action, argparse.BooleanOptionalAction) else key
-        self._values.begin(self._key)
-        self._rest = [one for one in self._rest if one[0] != self._key]
+        option = action.dest if isinstance(action, argparse.BooleanOptionalAction) else key
+        self._values.begin(option)
+        self._rest = [one for one in self._rest if one[0] != option]
 
     def _option(self, word: str, is_own: bool) -> None:
         name, equals, value = word.partition("=")

@@ -17,7 +17,7 @@ class GivenValues:
         self.values: dict[str, Any] = {}
         self._given_by: dict[str, tuple[Any, str, str]] = {}  # value, as it was given, option
         self._given_as: dict[str, str] = {}  # of an option
-        self._option = ""
+        self.option = ""  # that is read
         self._is_restart = False
 
     def begin_restart(self) -> None:
@@ -28,15 +28,15 @@ class GivenValues:
 
     def begin(self, option: str) -> None:
         """Begin to read an option; what its earlier words gave is taken back."""
-        self._option = option
+        self.option = option
         for name in [name for name, (_, _, given_by) in self._given_by.items() if given_by == option]:
             self.values.pop(name, None)
             del self._given_by[name]
 
     def end(self, given_as: str) -> list[str]:
         """Return a note where the option that was begun was given before, with another value."""
-        before = self._given_as.get(self._option)
-        self._given_as[self._option] = given_as
+        before = self._given_as.get(self.option)
+        self._given_as[self.option] = given_as
         if before is None or _same(_value(before), _value(given_as)):
             return []
         return [f"{before}: replaced by {given_as}, which comes later"]
@@ -50,7 +50,7 @@ class GivenValues:
 
     def compare(self, name: str, value: Any, given_as: str) -> list[str]:
         """Remember which words gave this value; return the problem where another option gave another one."""
-        before, given_by, _ = self._given_by.setdefault(name, (value, given_as, self._option))
+        before, given_by, _ = self._given_by.setdefault(name, (value, given_as, self.option))
         if self._is_restart or _same(before, value):
             return []
         return [f"{given_as}: given, and so is {given_by}. Leave one out."]

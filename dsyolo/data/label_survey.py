@@ -16,7 +16,7 @@ _THREADS = 16  # a look-up on a network disk is mostly waiting
 
 
 class Survey(NamedTuple):
-    """What a training would report of the labels, by split where it says so."""
+    """The reports of a training on the labels, by split where it says so."""
 
     warnings: list[str]
     problems: dict[str, list[str]]  # rows that are left out or clipped: a line for each reason

@@ -76,7 +76,7 @@ def _finished(spec: RunSpec, saved: TrainState) -> str:
     if _stays_stopped(spec, saved):
         what = f"{folder} is finished: it stopped early after epoch {saved.epoch} of {epochs}"
         return f"{what}. Raise --patience (now {spec.config.patience}) to go on, or {anew}."
-    num_steps = -(-epochs * saved.num_images // saved.global_batch)
+    num_steps = saved.epoch_start_step(epochs)
     if saved.epochs <= saved.epoch < epochs and saved.step >= num_steps:
         what = f"{epochs} epochs of {saved.num_images:,} images are {num_steps:,} steps of {saved.global_batch:,}"
         return (

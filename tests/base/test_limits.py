@@ -98,7 +98,7 @@ def test_a_report_that_cannot_be_written_whole_is_named_and_the_one_before_is_ke
     done = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 74
     assert done.stderr.strip() == "m.json cannot be written: File too large. What was there is kept."
-    assert (tmp_path / "m.json").read_text() == '{\n  "kept": 1\n}\n'
+    assert (tmp_path / "m.json").read_text(encoding="utf-8") == '{\n  "kept": 1\n}\n'
     assert [one.name for one in tmp_path.iterdir()] == ["m.json"]
 
 

@@ -235,27 +235,8 @@ GOOD: dict[str, Any] = {
     "activation_checkpointing": {"recompute": "none"},
 }  # fmt: skip
 ODD = [
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2,
-    3,
-    1.5,
-    "auto",
-    "cpu",
-    "bf16",
-    None,
-    "2",
-    "true",
-    [],
-    [1],
-    {},
-    "none",
-    "fp16",
-    7,
-]
+    True, False, 0, 1, -1, 2, 3, 1.5, "auto", "cpu", "bf16", None, "2", "true", [], [1], {}, "none", "fp16", 7
+]  # fmt: skip
 
 
 def paths_in(block: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

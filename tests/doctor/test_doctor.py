@@ -197,7 +197,7 @@ def test_a_mistake_in_the_command_line_is_no_finding(tmp_path, capsys, option, m
     from dsyolo.cli import main
 
     (tmp_path / "file").write_text("")
-    (tmp_path / "other").write_text("weights")
+    (tmp_path / "other").write_text("weights", encoding="utf-8")
     places = {name: tmp_path / name for name in ("file", "other")}
     assert main(["doctor", *(part.format(**places) for part in option)]) == 2
     assert message in capsys.readouterr().err

@@ -59,9 +59,7 @@ def noted(place: Path, name: str) -> list[dict]:
     return sorted(map(json.loads, lines), key=lambda note: note["step"])
 
 
-@pytest.mark.parametrize(
-    "parts", [QUICK, pytest.param(WHOLE, marks=pytest.mark.soak)], ids=["2 1 ranks", "2 1 4 2 ranks"]
-)
+@pytest.mark.parametrize("parts", [QUICK, WHOLE], ids=["2 1 ranks", "2 1 4 2 ranks"])
 @pytest.mark.soak
 def test_other_and_other_ranks_see_every_image_once(place, parts):
     whole, changing = f"whole{len(parts)}", f"parts{len(parts)}"

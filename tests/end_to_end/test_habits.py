@@ -86,9 +86,8 @@ def interrupted(place: Path, command: list[str], log: Path | None, text: str) ->
     """
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # ignored where the tests run in the background of a shell
+        # It is ignored where the tests run in the background of a shell.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.chdir(place)
         os.execvpe(command[0], command, {**environment(place), "TERM": "xterm"})
     output, end, was_pressed = b"", time.monotonic() + 120, False

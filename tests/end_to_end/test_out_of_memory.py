@@ -115,7 +115,7 @@ def test_a_second_time_ends_the_run_with_a_remedy(place):
     assert "which was halved once already. Lower train_micro_batch_size_per_gpu" in said
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.soak
 def test_validation_goes_on_with_fewer_images_at_a_time(place, stage):
     """On the spot, or after all have started again, where every pass is one of all ranks."""

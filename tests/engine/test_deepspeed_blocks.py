@@ -82,7 +82,7 @@ def test_looking_changes_nothing(place, looked_at):
     assert not own_words.search(done.stdout + done.stderr)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 3])
+@pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.soak
 def test_the_profiler_works_at_the_other_stages(place, stage):
     looking = {"flops_profiler": {"enabled": True, "profile_step": 1}, "wall_clock_breakdown": True}

@@ -67,7 +67,7 @@ def test_what_a_pass_without_gradients_takes_is_what_the_allocator_gave_out(
     emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "autocast_bf16" and (emulated or torch.cpu._is_amx_tile_supported()):
         # AMX tiles take images and weights in an order of their own, and the emulation takes them in fp32: copies.
-        assert 0.999 < peak / counted < 3
+        assert 0.999 < peak / counted < (3 if emulated else 2)
     else:
         assert counted == pytest.approx(peak, rel=0.001)
 

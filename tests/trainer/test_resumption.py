@@ -54,6 +54,9 @@ def state(epoch: int, **other: Any) -> TrainState:
     return TrainState(**values, epoch=epoch, step=3 * epoch, settings=settings)
 
 
+SHORT = state(10, num_images=2).model_copy(update={"step": 3})  # 20 images are 3 steps of 8, and so are 24
+
+
 @pytest.mark.parametrize(
     ("options", "saved", "line"),
     [
@@ -69,12 +72,10 @@ def state(epoch: int, **other: Any) -> TrainState:
         ),
         (
             {"epochs": 12},
-            state(10, num_images=2).model_copy(
-                update={"step": 3}
-            ),  # 20 images are 3 steps of 8, and so are 24
+            SHORT,
             "12 epochs of 2 images are 3 steps of 8, and all of them are trained. Raise --epochs further, or",
         ),
-        ({"epochs": 13}, state(10, num_images=2).model_copy(update={"step": 3}), None),
+        ({"epochs": 13}, SHORT, None),
         ({}, state(9), None),
         ({"epochs": 12}, state(10), None),
         (
