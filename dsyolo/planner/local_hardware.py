@@ -24,15 +24,14 @@ def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) 
     # Machines with different numbers of ranks all see the same this way: every link is as slow as the network.
     gpus = 1 if world.size % world.local_size else world.local_size
     nodes = world.size // gpus
+    has_bf16 = _has_bf16(accelerator, world.local_rank)
     if accelerator == "cpu":
-        half = 2 * CPU_TFLOPS if _has_bf16() else CPU_TFLOPS / 2
+        half = 2 * CPU_TFLOPS if has_bf16 else CPU_TFLOPS / 2
         memory = int(CPU_SHARE * host_bytes()) // world.local_size // GRAIN * GRAIN or GRAIN
-        device = Device("CPU", memory // GIB, CPU_TFLOPS, half, _has_bf16(), CPU_BYTES_S, CPU_LINK_BYTES_S)
+        device = Device("CPU", memory // GIB, CPU_TFLOPS, half, has_bf16, CPU_BYTES_S, CPU_LINK_BYTES_S)
         return Hardware(device, nodes, gpus, memory, None, network_bytes_s, accelerator)
     memory = total_memory(world.local_rank)
     name = torch.cuda.get_device_name(world.local_rank) if torch.cuda.is_available() else ""
-    # torch also says that older ones have bf16, which emulate it.
-    has_bf16 = torch.cuda.is_available() and torch.cuda.get_device_capability(world.local_rank) >= AMPERE
     device = device_named(name, memory) or typical_device(memory)._replace(has_bf16=has_bf16)
     return Hardware(device, nodes, gpus, memory, host_bytes(), network_bytes_s, accelerator)
 
@@ -50,10 +49,32 @@ def host_bytes() -> int:
     return total
 
 
-def _has_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions: without them bf16 is slower than fp32."""
+def bf16_warning(precision: Precision, zero_stage: int, accelerator: str, local_rank: int = 0) -> str:
+    """Return a warning if a run computes in bf16 on a device without instructions for it; empty if it does not."""
+    if precision.compute != "bf16" or _has_bf16(accelerator, local_rank):
+        return ""
+    key = "torch_autocast" if precision.is_autocast else "bf16"
+    if accelerator == "cpu":
+        rule = "this CPU has no instructions for it (avx512_bf16, amx_bf16) and may take several times as long as in fp32"
+        return (
+            f"{key}: bf16 given, but {rule}. Take {key} out of the JSON, as ds_configs/zero2_fp32.json does."
+        )
+    rule = "this GPU has no instructions for it (NVIDIA's have them from Ampere on) and emulates it"
+    fp16 = (
+        '"torch_autocast": {"enabled": true, "dtype": "float16"}'
+        if zero_stage == 0
+        else '"fp16": {"enabled": true}'
+    )
+    return f"{key}: bf16 given, but {rule}. Write {fp16} in its place."
+
+
+def _has_bf16(accelerator: str, local_rank: int) -> bool:
+    """Return whether this rank's device has bf16 instructions: without them bf16 is slower than fp32."""
+    if accelerator != "cpu":
+        # torch also says that older GPUs have bf16, which emulate it.
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(local_rank) >= AMPERE
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags

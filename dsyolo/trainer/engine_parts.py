@@ -28,6 +28,7 @@ from dsyolo.models.blocks import freeze_batchnorm
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model
 from dsyolo.models.weights import WeightsInfo, describe, load_into
+from dsyolo.planner.local_hardware import bf16_warning
 from dsyolo.planner.memory_estimate import RankLoad
 from dsyolo.tracking.other_load import OtherLoad, threads_beside
 
@@ -107,7 +108,8 @@ def build_engine(
             *idle_gpus(world, torch.cuda.device_count() if engine.device.type == "cuda" else 0),
         ]
         log.info("%s", "\n".join(lines))
-        if warning := schedule_warning(spec, schedule, sampler):
+        slow = bf16_warning(ds.precision, ds.zero_stage, engine.device.type, world.local_rank)
+        for warning in filter(None, (slow, schedule_warning(spec, schedule, sampler))):
             log.warning("%s", warning)
     load = _rank_load(spec, world, parallelized)
     return EngineParts(engine, partitions, ema, checkpointer, info, load, record)

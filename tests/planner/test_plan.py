@@ -27,7 +27,7 @@ from dsyolo.planner import local_hardware as machine
 from dsyolo.planner.auto import plan_config
 from dsyolo.planner.comm_volume import comm_bytes, num_messages
 from dsyolo.planner.hardware import DEVICES, GIB, Hardware, device_named, read_bytes, read_gpus, read_rate
-from dsyolo.planner.local_hardware import hardware_here
+from dsyolo.planner.local_hardware import bf16_warning, hardware_here
 from dsyolo.planner.model_profile import ModelProfile, inference_bytes
 from dsyolo.planner.predict import Planner
 from dsyolo.planner.search import search
@@ -442,6 +442,33 @@ def test_a_gpu_that_is_not_in_the_table_is_asked_for_bf16(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
         monkeypatch.setattr(machine, "total_memory", lambda _: 24 * GIB)
         assert hardware_here(World(0, 1, 0, 1), "cuda").device.has_bf16 == has_bf16
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "accelerator", "remedy"),
+    [
+        ("autocast_bf16", 2, "cpu", {}),
+        ("bf16", 1, "cpu", {}),
+        ("autocast_bf16", 2, "cuda", {"fp16": {"enabled": True}}),
+        ("bf16", 1, "cuda", {"fp16": {"enabled": True}}),
+        ("autocast_bf16", 0, "cuda", {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+    ],
+)
+def test_bf16_without_its_instructions_is_a_warning_and_its_remedy_is_accepted(
+    precision, zero_stage, accelerator, remedy, monkeypatch
+):
+    has_bf16 = False
+    monkeypatch.setattr(machine, "_has_bf16", lambda *_: has_bf16)
+    text = bf16_warning(PRECISIONS[precision], zero_stage, accelerator)
+    assert text.startswith("bf16: " if precision == "bf16" else "torch_autocast: ")
+    written = re.search(r"Write (.*) in its place", text)
+    assert (json.loads(f"{{{written[1]}}}") if written else {}) == remedy
+    followed = {"train_batch_size": 16, "zero_optimization": {"stage": zero_stage}, **remedy}
+    taken = check(followed, world_size=1, accelerator=accelerator).precision
+    assert taken.compute == ("fp16" if remedy else "fp32")
+    assert not bf16_warning(taken, zero_stage, accelerator)
+    has_bf16 = True
+    assert not bf16_warning(PRECISIONS[precision], zero_stage, accelerator)
 
 
 def test_a_key_given_twice_is_no_matter_of_auto(tmp_path):
