@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from dsyolo.config.spec import Precision
+from dsyolo.engine.device import has_bf16_instructions
 
 SIDE = 1024  # a product of square matrices takes 2 SIDE^3 operations, some 20 ms of a core
 PRODUCTS, MOST_BURSTS, PAUSE_S = 3, 8, 0.05  # what disturbs one burst for a moment leaves the next one alone
@@ -35,9 +36,10 @@ class Burst(NamedTuple):
 def peak_of_cpu(precision: Precision) -> Peak:
     """Measure the fastest products of matrices on this rank's threads; 0 where other load spoils too many.
 
-    Half precision is also tried in fp32, which is faster if the CPU has no instructions for bf16.
+    Half precision is tried where the CPU has instructions for it: without them one product takes seconds.
     """
-    dtypes = [torch.float32] if precision.compute == "fp32" else [torch.float32, torch.bfloat16]
+    is_half = precision.compute != "fp32" and has_bf16_instructions("cpu")
+    dtypes = [torch.float32, torch.bfloat16] if is_half else [torch.float32]
     return max((_peak_of(dtype) for dtype in dtypes), key=lambda peak: peak.flops_per_s)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dsyolo.cluster.world import World
 from dsyolo.config.spec import Precision
-from dsyolo.engine.device import total_memory
+from dsyolo.engine.device import has_bf16_instructions, total_memory
 from dsyolo.planner.cpu_peak import Peak
 from dsyolo.planner.hardware import GIB, Device, Hardware, device_named, typical_device
 
@@ -15,7 +15,6 @@ CPU_SHARE = 0.8  # share of a machine's memory that training may take
 # Measured on one thread of an AMD EPYC: 28 GFLOP/s in a network, twice as much in bf16 if it has instructions for it.
 CPU_TFLOPS, CPU_BYTES_S, CPU_LINK_BYTES_S = 0.07, 20e9, 1.5e9
 GRAIN = GIB // 4  # a rank's memory is rounded down to it, so that all ranks see the same
-AMPERE = (8, 0)  # NVIDIA's first generation with bf16; AMD's numbers are all above it
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -24,7 +23,7 @@ def hardware_here(world: World, accelerator: str, network_bytes_s: float = 3e9) 
     # Machines with different numbers of ranks all see the same this way: every link is as slow as the network.
     gpus = 1 if world.size % world.local_size else world.local_size
     nodes = world.size // gpus
-    has_bf16 = _has_bf16(accelerator, world.local_rank)
+    has_bf16 = has_bf16_instructions(accelerator, world.local_rank)
     if accelerator == "cpu":
         half = 2 * CPU_TFLOPS if has_bf16 else CPU_TFLOPS / 2
         memory = int(CPU_SHARE * host_bytes()) // world.local_size // GRAIN * GRAIN or GRAIN
@@ -51,7 +50,7 @@ def host_bytes() -> int:
 
 def bf16_warning(precision: Precision, zero_stage: int, accelerator: str, local_rank: int = 0) -> str:
     """Return a warning if a run computes in bf16 on a device without instructions for it; empty if it does not."""
-    if precision.compute != "bf16" or _has_bf16(accelerator, local_rank):
+    if precision.compute != "bf16" or has_bf16_instructions(accelerator, local_rank):
         return ""
     key = "torch_autocast" if precision.is_autocast else "bf16"
     if accelerator == "cpu":
@@ -66,18 +65,6 @@ def bf16_warning(precision: Precision, zero_stage: int, accelerator: str, local_
         else '"fp16": {"enabled": true}'
     )
     return f"{key}: bf16 given, but {rule}. Write {fp16} in its place."
-
-
-def _has_bf16(accelerator: str, local_rank: int) -> bool:
-    """Return whether this rank's device has bf16 instructions: without them bf16 is slower than fp32."""
-    if accelerator != "cpu":
-        # torch also says that older GPUs have bf16, which emulate it.
-        return torch.cuda.is_available() and torch.cuda.get_device_capability(local_rank) >= AMPERE
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def peak_of_gpu(name: str, precision: Precision) -> Peak | None:

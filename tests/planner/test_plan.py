@@ -458,7 +458,7 @@ def test_bf16_without_its_instructions_is_a_warning_and_its_remedy_is_accepted(
     precision, zero_stage, accelerator, remedy, monkeypatch
 ):
     has_bf16 = False
-    monkeypatch.setattr(machine, "_has_bf16", lambda *_: has_bf16)
+    monkeypatch.setattr(machine, "has_bf16_instructions", lambda *_: has_bf16)
     text = bf16_warning(PRECISIONS[precision], zero_stage, accelerator)
     assert text.startswith("bf16: " if precision == "bf16" else "torch_autocast: ")
     written = re.search(r"Write (.*) in its place", text)

@@ -414,6 +414,17 @@ def test_the_peak_of_a_cpu_is_measured_or_reported_as_unknown():
     assert "float32" in found.source
 
 
+@pytest.mark.parametrize(
+    ("has_bf16", "dtypes"), [(False, {torch.float32}), (True, {torch.float32, torch.bfloat16})]
+)
+def test_the_peak_is_not_measured_in_a_type_that_the_cpu_emulates(has_bf16, dtypes, monkeypatch):
+    measured = []
+    monkeypatch.setattr(cpu_peak, "has_bf16_instructions", lambda _: has_bf16)
+    monkeypatch.setattr(cpu_peak, "_peak_of", lambda dtype: measured.append(dtype) or Peak(1.0, str(dtype)))
+    assert cpu_peak.peak_of_cpu(PRECISIONS["autocast_bf16"]).flops_per_s == 1.0
+    assert set(measured) == dtypes
+
+
 def test_a_peak_is_measured_again_and_the_highest_one_stays(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     peaks = [
