@@ -16,6 +16,7 @@ from dsyolo.commands.weights_options import LoadedNetwork, add_weights_options, 
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.data.formats.yolo import list_images
 from dsyolo.data.images import check_image, read_rgb
+from dsyolo.data.labels import Problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         size_hw, reason, detail = check_image(path)
         image_rgb = None if size_hw is None else read_rgb(path, size_hw, max(size_hw))
         if image_rgb is None:
-            print(escaped(f"{path}: {reason}: {detail}"), file=sys.stderr)
+            print(Problem(str(path), 0, reason, detail), file=sys.stderr)
             continue
         detections = _detect(network, image_rgb)
         save(picture, draw(image_rgb, detections, names))

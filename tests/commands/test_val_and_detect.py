@@ -64,6 +64,15 @@ def test_detect_without_a_single_readable_image_is_a_mistake(place, tmp_path, ca
     assert "none of the 1 images can be read" in capsys.readouterr().err
 
 
+def test_an_image_without_a_detail_is_named_with_its_reason_alone(place, tmp_path, capsys):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "a\nb.png").touch()
+    assert run(place, "detect", "--out", tmp_path / "out", tmp_path) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/empty.png: empty image file (left out)" in lines
+    assert f"{tmp_path}/a\\nb.png: empty image file (left out)" in lines
+
+
 def test_many_images_are_reported_in_one_line(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(detect, "MANY_IMAGES", 2)
     args = ("--score_threshold", 0, "--out", tmp_path, place / "sample/images/val")
