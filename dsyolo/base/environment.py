@@ -64,7 +64,10 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
             f"{'SLURM_PROCID' if started_by_srun else 'RANK'}: {rank} given, but with {size} ranks it must be 0 to {size - 1}. Start all through one launcher."
         )
     problems += _misplaced(place, started_by_srun) if not problems else []
-    if size > 1 and not given.get("MASTER_ADDR"):
+    if size > 1 and not given.get("RANK") and not started_by_srun:
+        rule = "no RANK beside it. Start ranks with a launcher (see launch/), or unset WORLD_SIZE for a run alone"
+        problems.append(f"WORLD_SIZE: {size} given, and {rule}.")
+    elif size > 1 and not given.get("MASTER_ADDR"):
         problems.append("MASTER_ADDR: missing. Set it to the name or address of the machine of rank 0.")
     port = _number(given, "MASTER_PORT", 29500, problems) if size > 1 or "MASTER_PORT" in given else None
     if port is not None and not (port <= MOST_PORT and (port or size == 1)):  # 0: any free one, for one rank

@@ -95,6 +95,18 @@ def columns(text: str) -> int:
     )
 
 
+def within(text: str, most: int) -> str:
+    """Return the text in at most so many columns of a terminal: its begin and end, where it is longer."""
+    if columns(text) <= most:
+        return text
+    begin, end = "", ""
+    for first, last in zip(text, reversed(text), strict=True):
+        if columns(f"{begin}{first}...{last}{end}") > most:
+            break
+        begin, end = begin + first, last + end
+    return f"{begin}...{end}"
+
+
 def name_fault(name: object) -> str | None:
     """Return why a class cannot have this name; None if it can."""
     if isinstance(name, bytes):

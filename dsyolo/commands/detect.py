@@ -63,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
         counts = Counter(detections.classes.tolist())
         total += counts
         if not is_long:
-            print(escaped(f"{path}: {_listed(counts, names)} -> {picture}"))
+            print(escaped(f"{path}: {_listed(counts, names)} -> {picture}", lines=False))
     if not num_written:
         raise UserError(
             "No picture was written", [f"none of the {len(pictures):,} images can be read: see above."]
         )
     if is_long:
-        print(escaped(f"{num_written:,} images: {_listed(total, names)} -> {args.out}"))
+        print(escaped(f"{num_written:,} images: {_listed(total, names)} -> {args.out}", lines=False))
     return 0
 
 

@@ -4,9 +4,11 @@ Values stay text until pydantic checks them. Dashes and underscores are the same
 """
 
 import argparse
+import os
 import re
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -15,12 +17,13 @@ from pydantic.fields import FieldInfo
 
 from dsyolo.base.environment import wandb_options
 from dsyolo.base.errors import UserError
+from dsyolo.base.text import escaped
 from dsyolo.base.user_code import is_reference
 from dsyolo.config.batch_options import PLANNED, per_rank
 from dsyolo.config.command_parser import CommandLine
 from dsyolo.config.exported_folder import missing_data_yaml
 from dsyolo.config.foreign_values import missing_release, release_name
-from dsyolo.config.json_remedy import without_json
+from dsyolo.config.json_remedy import without_change, without_json
 from dsyolo.config.messages import choices_of, did_you_mean, plain_type, validate
 from dsyolo.config.ready_configs import READY_FOLDER, locate, ready_names
 from dsyolo.config.recipe import PRESETS, RECIPE_KEYS, Recipe, extra_of, preset
@@ -89,6 +92,8 @@ def read_command_line(
     recipe = validate(Recipe, {**recipe_base, **recipe_given}, "--", unknown_option, problems)
     if recipe:  # its `model_fields_set` are the fields that the user named, not those of a preset
         recipe.model_fields_set.intersection_update(named)
+    if not point:
+        problems += _folder_faults(given)
     if "data" not in values and not resumes:
         problems.append("--data: missing. Name the data set's YAML file, as in --data data.yaml.")
     if is_known or "deepspeed_config" in given:
@@ -100,6 +105,8 @@ def read_command_line(
     values = {"data": "", **values, "recipe": recipe or Recipe()}  # whole, so that the rest is checked too
     run = validate(RunConfig, values, "--", unknown_option, problems)
     if problems or run is None:
+        if point:
+            problems = [without_change(line) for line in problems]
         if values.get("deepspeed_config", AUTO) == AUTO:
             problems = [without_json(line) for line in problems]
         if is_batch_of_all:
@@ -125,6 +132,23 @@ def _resume_point(given: Mapping[str, Any], problems: list[str]) -> ResumePoint 
         problems.append(f"--resume: {rule}. Check --project and --name, or leave --resume out.")
         return None
     return resume_point(resume, folder)
+
+
+def _folder_faults(given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a new run cannot have the folder that the command line gives it."""
+    for key in FOLDER_KEYS:
+        value = str(given.get(key, ""))
+        if (shown := escaped(value, lines=False)) != value:
+            yield f"--{key}: {shown} given, but it has characters that cannot be shown. Leave them out."
+    name = Path(str(given.get("name", "")))
+    if name.is_absolute() or ".." in name.parts:
+        target = Path(
+            os.path.normpath(Path(str(given.get("project", RunConfig.model_fields["project"].default)), name))
+        )
+        where = f"--project {shlex.quote(str(target.parent))} --name {shlex.quote(target.name)}"
+        yield escaped(
+            f"--name: {name} given, but it must be a folder inside of --project. Give {where}.", lines=False
+        )
 
 
 def _missing_files(values: Mapping[str, Any], resumes: bool) -> list[str]:

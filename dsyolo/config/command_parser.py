@@ -158,7 +158,8 @@ class CommandLine:
             if callable(action.type):
                 converted = action.type(value)
         except argparse.ArgumentTypeError as error:
-            self.problems.append(f"{name}: {error}".rstrip(".") + ".")
+            text = f"{name}: {error}"
+            self.problems.append(text if text.endswith((".", "?")) else f"{text}.")
             return action.default
         except (TypeError, ValueError):
             rule = next((text for kind, text in NUMBERS.items() if kind is action.type), "of another form")

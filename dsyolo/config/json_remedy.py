@@ -14,6 +14,14 @@ def without_json(problem: str) -> str:
     return _THERE.sub(_in_a_copy, problem)
 
 
+def without_change(problem: str) -> str:
+    """Return a problem for a run that is resumed, in which the JSON may not change the optimizer."""
+    if "Set optimizer." not in problem:
+        return problem
+    rule = "A resumed run keeps the optimizer that it began with: take this option away"
+    return _THERE.sub(f"{JSON_OWNS} {rule}, or start another run with --weights", problem)
+
+
 def _in_a_copy(match: re.Match[str]) -> str:
     ready = Path(READY_FOLDER, "zero1.json")
     path = ready if ready.is_file() else ready_folder() / ready.name

@@ -14,9 +14,10 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from dsyolo.base.batch import Detections, GroundTruth
-from dsyolo.base.text import columns
+from dsyolo.base.text import columns, within
 
 MAX_DETECTIONS = 300  # per image, as YOLO does. COCO takes 100, worth about 0.2 points of mAP on COCO.
+MOST_COLUMNS = 40  # of a class name in the table
 TIED_F1 = 1e-9  # differences below this are rounding, from sums over classes
 
 
@@ -62,15 +63,17 @@ class Metrics:
 
     def table(self) -> str:
         """Return the table that YOLO users know: a row for all classes, then one per class ('-': no labels)."""
-        width = max(columns(name) for name in ("Class", *(row.name for row in self.per_class)))
+        names = [within(row.name, MOST_COLUMNS) for row in self.per_class]
+        width = max(columns(name) for name in ("Class", *names))
         titles = ("Images", "Labels", *_FIGURES.values())
         lines = [f"{'Class':>{width}}" + "".join(f"{title:>10}" for title in titles)]
         means = (getattr(self, field) for field in _FIGURES)
-        for row in (ClassMetrics("all", self.num_images, self.num_labels, *means), *self.per_class):
+        of_all = ClassMetrics("all", self.num_images, self.num_labels, *means)
+        for name, row in zip(("all", *names), (of_all, *self.per_class), strict=True):
             figures = (getattr(row, field) for field in _FIGURES)
             cells = "".join(f"{'-':>10}" if figure is None else f"{figure:>10.3f}" for figure in figures)
-            indent = " " * (width - columns(row.name))
-            lines.append(f"{indent}{row.name}{row.num_images:>10}{row.num_labels:>10}{cells}")
+            indent = " " * (width - columns(name))
+            lines.append(f"{indent}{name}{row.num_images:>10}{row.num_labels:>10}{cells}")
         return "\n".join(lines)
 
     def notes(self) -> list[str]:

@@ -119,9 +119,16 @@ class Schedule:
         falling = (1 + math.cos(math.pi * x)) / 2 if self.shape == "cosine" else 1 - x
         return self.lr * (falling * (1 - self.lrf) + self.lrf)
 
+    def warmed_lr_at(self, step: int) -> float:
+        """Return the learning rate that the weights train with at step `step` (0-based)."""
+        return self.lr_at(step) * self._warm(step)
+
+    def _warm(self, step: int) -> float:
+        return min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Set every group's values for step `step` (0-based). Return the learning rate of the weights."""
-        warm = min(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        warm = self._warm(step)
         goal = self.lr_at(step)
         # Without momentum SGD keeps no state, so there is nothing to warm up.
         first = self.momentum if self.is_adam or not self.momentum else self.warmup_momentum
@@ -133,7 +140,7 @@ class Schedule:
             if not self.is_adam:
                 group["momentum"] = momentum
             group["weight_decay"] = self.weight_decay if kind == DECAYED else 0.0
-        return _mix(0.0, goal, warm)
+        return self.warmed_lr_at(step)
 
 
 def _mix(start: float, goal: float, share: float) -> float:

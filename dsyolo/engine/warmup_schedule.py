@@ -71,6 +71,10 @@ class WarmupSchedule:
             return f'{what}, and the last {lost} have a learning rate of 0. Set it to "auto".'
         return ""
 
+    def warmed_lr_at(self, step: int) -> float:
+        """Return the learning rate at optimizer step `step` (0-based)."""
+        return self.lr_at(step)
+
     def lr_at(self, step: int) -> float:
         """Return the learning rate at optimizer step `step` (0-based)."""
         iteration = step - 1

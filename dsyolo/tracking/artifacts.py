@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from dsyolo.base.atomic_file import refuse_planted_link, write_file
 from dsyolo.base.batch import Detections, GroundTruth
+from dsyolo.base.text import escaped
 from dsyolo.detection.metrics import Metrics
 from dsyolo.models.weights import WeightsInfo, save_weights
 from dsyolo.tracking.plots import save
@@ -144,5 +145,8 @@ class RunArtifacts:
                 best["text"],
             ]
         there = {name: what for name, what in REPORTED.items() if (self.folder / name).exists()}
-        lines += ["", *(f"{what:14}{self.folder / name}" for name, what in there.items())]
+        lines += [
+            "",
+            *(escaped(f"{what:14}{self.folder / name}", lines=False) for name, what in there.items()),
+        ]
         log.info("%s", "\n".join(lines))

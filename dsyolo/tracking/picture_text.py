@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from dsyolo.base.text import escaped
+from dsyolo.base.text import escaped, within
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
+MOST_COLUMNS = 40  # of a class name in a picture
 FONT = cv2.FONT_HERSHEY_SIMPLEX  # has ASCII alone, and draws `?` for the rest
 CAP_HEIGHT = 21.0  # pixels of a capital letter of FONT at scale 1
 CAP_SHARE = 0.72  # height of a capital letter, as a share of a font's size: 0.73 in DejaVu, 0.73 in Noto
@@ -81,7 +82,9 @@ def drawable_names(class_names: Sequence[str]) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _drawable(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    shown = [unicodedata.normalize("NFC", escaped(name, lines=False)) for name in class_names]
+    shown = [
+        within(unicodedata.normalize("NFC", escaped(name, lines=False)), MOST_COLUMNS) for name in class_names
+    ]
     missing = [i for i, name in enumerate(shown) if not name.isascii() and _font_of(name) is None]
     for i in missing:
         shown[i] = f"class {i}"

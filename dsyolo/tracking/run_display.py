@@ -112,7 +112,8 @@ def epoch_lines(progress: TrainState, row: Mapping[str, Any], is_best: bool) -> 
     throughput = describe_throughput(row)
     parts = list(_losses(row))
     if not throughput:  # that line says more of it
-        parts.append(f"{row['images_per_s']:.1f} images/s  data {100 * row['data_wait_share']:.0f} %")
+        rate = f"{row['images_per_s']:.1f} images/s  data {100 * row['data_wait_share']:.0f} %"
+        parts.append(rate if row["images_per_s"] else "trained before the run was stopped")
     parts += [f"{row['memory_gib']:.2f} GiB", f"{row['train_s'] + row['val_s']:.1f} s"]
     lines = [f"epoch {progress.epoch + 1:>{width}}/{progress.epochs}  {'  '.join(parts)}"]
     indent = " " * (7 + 2 * width)

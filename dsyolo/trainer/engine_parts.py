@@ -102,7 +102,7 @@ def build_engine(
         lines = [
             *spec.notes,
             f"{config.model}: {num_parameters:,} parameters",
-            *_explain(spec, schedule),
+            *_explain(spec, schedule, sampler.epoch_start_step(config.epochs)),
             *parallelized.lines,
             f"device: {engine.device}, {threads}",
             *idle_gpus(world, torch.cuda.device_count() if engine.device.type == "cuda" else 0),
@@ -183,22 +183,28 @@ def warmup_schedule(
     )
 
 
-def _explain(spec: RunSpec, schedule: AnySchedule) -> list[str]:
-    """Return the lines for the start of a run: how it runs, what is learned at which rate."""
+def _explain(spec: RunSpec, schedule: AnySchedule, total_steps: int) -> list[str]:
+    """Return the lines for the start of a run: how it runs, what is learned at which rate. An extended one has more steps."""
     ds, scaling = spec.ds, spec.config.recipe.lr_scaling
-    lines = [*ds.explain(), spec.activations.explain(), schedule.explain()]
+    lines = [*ds.explain(), spec.activations.explain(), replace(schedule, total_steps=total_steps).explain()]
     if scaling != "none" and not ds.scheduler:
         times = schedule.lr / ds.optimizer.lr
         what = f"{times:g} times the JSON's for {ds.global_batch} images ({scaling})"
         lines.append(f"lr: {schedule.lr:g}, {what}")
-    if spec.schedule_epochs < spec.config.epochs:
-        end = f"the end of its schedule over {spec.schedule_epochs} epochs"
-        lines.append(
-            f"extended to {spec.config.epochs} epochs: lr {schedule.lr_at(schedule.total_steps):.3g}, {end}"
-        )
+    lines += extension(spec, schedule, total_steps)
     if spec.config.sync_batchnorm:
         lines.append(f"BatchNorm: synchronised, over {ds.micro_batch * ds.dp_size} images")
     return lines
+
+
+def extension(spec: RunSpec, schedule: AnySchedule, total_steps: int) -> list[str]:
+    """Return the line of an extended run, with the rates that it trains at after its schedule; none for other runs."""
+    if spec.schedule_epochs >= spec.config.epochs:
+        return []
+    first, last = (f"{schedule.warmed_lr_at(step):.3g}" for step in (schedule.total_steps, total_steps - 1))
+    lr = first if first == last else f"{first} to {last}, as the warm-up goes on"
+    end = f"the end of its schedule over {spec.schedule_epochs} epochs"
+    return [f"extended to {spec.config.epochs} epochs: lr {lr}, {end}"]
 
 
 def _rank_load(spec: RunSpec, world: World, parallelized: Parallelized) -> RankLoad:

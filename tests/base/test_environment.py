@@ -77,6 +77,11 @@ def test_other_variables():
             "LOCAL_SIZE: 17 given, but with 16 ranks in all it must be 1 to 16.",
         ),
         ({**SRUN, "SLURM_LOCALID": "4"}, "SLURM_LOCALID: 4 given, but with 4 ranks on this machine"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE: 2 given, and no RANK beside it. Start ranks with a launcher (see launch/), or unset",
+        ),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "or unset WORLD_SIZE for a run alone."),
         ({**DEEPSPEED, "MASTER_PORT": "65536"}, "MASTER_PORT: 65536 given, but it must be 1 to 65535. Give"),
         ({**DEEPSPEED, "MASTER_PORT": "0"}, "MASTER_PORT: 0 given, but it must be 1 to 65535. Give"),
         (

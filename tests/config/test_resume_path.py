@@ -121,6 +121,44 @@ def test_name_and_project_may_not_contradict_the_path(run: Path) -> None:
     ]
 
 
+def test_a_resumed_run_is_not_sent_to_the_json_for_an_optimizer_that_it_keeps(run: Path) -> None:
+    for words, remedy in (
+        (
+            ["--resume", "runs/a"],
+            "A resumed run keeps the optimizer that it began with: take this option away",
+        ),
+        (["--data", "data.yaml"], "Set optimizer.params.lr to 0.1 there"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse([*words, "--lr0", "0.1", "--deepspeed_config", "ds.json"])
+        (problem,) = caught.value.problems
+        assert remedy in problem
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            ["--name", "../../esc", "--project", "out/runs"],
+            "--name: ../../esc given, but it must be a folder inside of --project. Give --project . --name esc.",
+        ),
+        (["--name", "/else where/x"], "Give --project '/else where' --name x."),
+        (
+            ["--name", "a\x1b[31m\nb"],
+            r"--name: a\x1b[31m\nb given, but it has characters that cannot be shown.",
+        ),
+        (["--project", "a\tb"], r"--project: a\tb given, but it has characters that cannot be shown."),
+    ],
+)
+def test_a_new_run_stays_in_its_project_and_can_be_named(run: Path, words: list[str], problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(["--data", "data.yaml", "--deepspeed_config", "ds.json", *words])
+    (found,) = caught.value.problems
+    assert problem in found
+    for name in ("nested/name", "..a", "实验 1"):
+        assert parse(["--data", "data.yaml", "--deepspeed_config", "ds.json", "--name", name]).name == name
+
+
 @pytest.mark.parametrize(
     ("finished", "epochs", "lr_end", "fault"),
     [

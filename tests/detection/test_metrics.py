@@ -151,6 +151,16 @@ def test_the_table_is_in_line_on_a_terminal_where_a_chinese_letter_takes_two_col
     assert [len(head) - len(row) for row in rows] == [3, -1, 0]
 
 
+def test_a_long_name_does_not_make_the_table_wider_than_a_terminal():
+    names = ("x" * 300 + " end", "红" * 60)
+    table = evaluate([ground_truth((SQUARE, 0), (FAR, 1))], [found((SQUARE, 0, 0.9))], names).table()
+    head, _, first, second = table.splitlines()
+    assert first.startswith("x" * 18 + "...x")
+    assert "end  " in first
+    assert second.split()[0] == "红" * 9 + "..." + "红" * 9
+    assert len(head) == 39 + 60
+
+
 def test_table_and_json_have_the_same_values(capsys: pytest.CaptureFixture[str]):
     metrics = evaluate(
         [ground_truth((SQUARE, 0), (FAR, 1))], [found((SQUARE, 0, 0.9), (SQUARE, 1, 0.3))], NAMES

@@ -122,7 +122,7 @@ def test_cosine_by_hand():
 def test_after_the_end_the_rate_stays_for_a_run_that_is_extended(schedule):
     last = schedule.lr * schedule.lrf
     for step in (schedule.total_steps, schedule.total_steps + 1, 7 * schedule.total_steps):
-        assert schedule.lr_at(step) == pytest.approx(last)
+        assert schedule.lr_at(step) == schedule.warmed_lr_at(step) == pytest.approx(last)
         assert apply(schedule, step)["weights"]["lr"] == pytest.approx(last)
 
 
@@ -142,6 +142,7 @@ def test_warm_up_by_hand():
     assert [first[kind]["lr"] for kind in GROUPS] == [0, 0, 0.1]
     goal = 0.01 * (0.95 * 0.9 + 0.1)  # of step 5
     assert [half[kind]["lr"] for kind in GROUPS] == pytest.approx([goal / 2, goal / 2, (0.1 + goal) / 2])
+    assert LINEAR.warmed_lr_at(5) == pytest.approx(goal / 2)
     goal = 0.01 * (0.9 * 0.9 + 0.1)
     assert [done[kind]["lr"] for kind in GROUPS] == pytest.approx([goal] * 3)
     for groups, momentum in ((first, 0.8), (half, 0.8685), (done, 0.937), (apply(LINEAR, 60), 0.937)):

@@ -70,6 +70,7 @@ def test_names_that_differ_in_accents_or_letters_alone_look_different():
     assert len(set(pictures)) == len(names)
     assert drawn("cafe\u0301").tobytes() == pictures[1]  # the accent as a letter of its own
     assert drawable_names(names) == names
+    assert drawable_names(["x" * 300]) == ["x" * 18 + "..." + "x" * 18]  # else it would cover the picture
 
 
 def test_two_chinese_names_without_a_font_are_numbers_and_one_line_says_so(caplog: pytest.LogCaptureFixture):

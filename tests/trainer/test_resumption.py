@@ -17,8 +17,9 @@ from dsyolo.config.resolve import RunSpec
 from dsyolo.config.resume import LrEnd, ResumePoint
 from dsyolo.config.run_config import RunConfig
 from dsyolo.config.spec import SchedulerSpec
+from dsyolo.engine.optimizer import Schedule
 from dsyolo.trainer import resumption
-from dsyolo.trainer.engine_parts import idle_gpus, schedule_warning, warmup_schedule
+from dsyolo.trainer.engine_parts import extension, idle_gpus, schedule_warning, warmup_schedule
 from dsyolo.trainer.hooks.base import StopTraining
 from dsyolo.trainer.run_folder import check_folder
 
@@ -146,6 +147,17 @@ def test_an_extension_that_ends_during_the_warmup_is_warned_of():
     schedule = warmup_schedule(SchedulerSpec("WarmupCosineLR", SCHEDULE), optimizer, 30, 0, 8)
     assert "after 45 of 50 steps" in schedule_warning(spec(15), schedule, sampler)
     assert "within the 50 of the warm-up" in schedule_warning(spec(17), schedule, sampler)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "rate"),
+    [(10, "lr 0.0001, the end"), (200, "lr 1.5e-05 to 2.2e-05, as the warm-up goes on, the end")],
+)
+def test_an_extension_names_the_rates_that_it_trains_at(warmup_steps, rate):
+    schedule = Schedule(30, warmup_steps, 0.01, 0.01, "linear", 0.9, 0.0, 0.1, 0.8, False)
+    (line,) = extension(spec(15), schedule, 45)
+    assert line == f"extended to 15 epochs: {rate} of its schedule over 10 epochs"
+    assert not extension(spec(10), schedule, 30)
 
 
 def test_a_run_without_a_checkpoint_is_started_afresh_by_its_folder(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The COCO format."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.base.safe_io import parse_json, read_bytes, shortened
 from dsyolo.base.text import decode
 from dsyolo.data.formats.coco_ids import CocoId, id_key, image_finder, read_names, required_key
-from dsyolo.data.formats.coco_layout import CocoFile, coco_files, split_images
+from dsyolo.data.formats.coco_layout import CocoFile, coco_files, not_annotations, split_images
 from dsyolo.data.formats.coco_shapes import (
     agrees,
     has_area_of_corners,
@@ -159,6 +160,8 @@ class _Reader:
         """Return the content, categories and their super-categories by id, and images by id."""
         try:
             given = parse_json(decode(read_bytes(self._file, MOST_COCO_BYTES), self._file))
+            if fault := not_annotations(given):
+                raise TypeError(fault)
             for key in ("categories", "images", "annotations"):
                 if not isinstance(given[key], list):
                     raise TypeError(f"{key} must be a list")
@@ -168,8 +171,14 @@ class _Reader:
             for one in given["images"]:
                 records.setdefault(required_key(one["id"]), []).append(one)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None)
-            rule = f"{self._file}: cannot be read as COCO annotations: {shortened(what or str(error))}."
+            what = (
+                f"no {error}"
+                if isinstance(error, KeyError)
+                else getattr(error, "strerror", None) or str(error)
+            )
+            rule = f"{self._file}: cannot be read as COCO annotations: {shortened(what)}."
+            if isinstance(error, json.JSONDecodeError):
+                rule += " It is not a complete JSON: copy or export it again."
             raise UserError(self._headline, [rule]) from error
         return given, categories, supers, records
 
@@ -249,7 +258,9 @@ class _Reader:
                 found = finder.find(name)
                 if found is None:
                     where = str(self._folders[0] / (name if len(name) <= MOST_NAME else shortened(name)))
-                    self._problems.append(Problem(where, 0, NO_IMAGE, f"listed in {self._file}"))
+                    others = [str(folder) for folder in self._folders[1:] if folder.is_dir()]
+                    also = f"; {', '.join(others)} searched too" if others else ""
+                    self._problems.append(Problem(where, 0, NO_IMAGE, f"listed in {self._file}{also}"))
                 elif ".." in PurePosixPath(found[1]).parts:
                     self._problems.append(
                         Problem(str(found[0]), 0, NO_IMAGE, f"{shortened(name)} leads out of the folder")

@@ -4,10 +4,10 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsyolo.base.errors import UserError
-from dsyolo.base.safe_io import names_in
+from dsyolo.base.safe_io import names_in, shortened
 from dsyolo.config.messages import did_you_mean
 from dsyolo.data.formats.data_format import Image
 
@@ -33,7 +33,7 @@ class CocoFile(NamedTuple):
 
 
 def coco_files(src: Path, headline: str) -> dict[str, CocoFile]:
-    """Return the annotation file of each split; of the split "" where one file is for all images.
+    """Return the annotation file of each split; of the split "" where one file is for all images, or of train alone.
 
     Raises:
         UserError: no file for train or val, or several for one split.
@@ -54,12 +54,16 @@ def coco_files(src: Path, headline: str) -> dict[str, CocoFile]:
         elif of_split:
             chosen[split] = _coco_file(src, of_split[0])
         elif split != "test":
-            hint = did_you_mean(f"instances_{split}.json", names)
+            others = [name for name in names if folder / name not in {one.file for one in chosen.values()}]
+            hint = did_you_mean(f"instances_{split}.json", others)
             exports = f"{_ROBOFLOW_FOLDERS[split][0]}/{_ROBOFLOW}"
             problems.append(f"{split}: no {folder}/instances_{split}*.json and no {exports}. {hint}".rstrip())
     for_all = [src / name for name in _FOR_ALL if _is_there(src / name)]
     if not chosen and len(for_all) == 1:
         return {"": _coco_file(src, for_all[0])}
+    is_alone = len(names) <= 1 and "val" not in chosen and len(problems) == 1
+    if is_alone and "train" in chosen:
+        return {"": chosen["train"]}
     if problems:
         raise UserError(headline, problems)
     return chosen
@@ -75,6 +79,17 @@ def _coco_file(src: Path, file: Path) -> CocoFile:
         return CocoFile(file, [file.parent, file.parent / "images"])
     name = file.stem.removeprefix("instances_")
     return CocoFile(file, [src / name, src / "images" / name, src / "images", src])
+
+
+def not_annotations(given: Any) -> str | None:
+    """Return what a JSON is in the place of COCO annotations, and the rule; None where it is an object."""
+    if isinstance(given, dict):
+        return None
+    rule = "they are an object with images, annotations and categories"
+    is_results = isinstance(given, list) and given and isinstance(given[0], dict) and "score" in given[0]
+    kind = "a list" if isinstance(given, list) else f"only {shortened(str(given))}"
+    what = "detections, as COCO's results are" if is_results else kind
+    return f"it holds {what}, and {rule}"
 
 
 def split_images(images: Sequence[Image]) -> dict[str, list[Image]]:

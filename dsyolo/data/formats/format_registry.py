@@ -35,6 +35,10 @@ def convert(name: str, src: str | Path, dst: str | Path) -> Conversion:
     data_format = _find(name)
     if not src.exists():
         raise UserError(f"{src} cannot be converted from {name}", ["no such folder."])
+    if src.is_file() and name in FORMATS:
+        folder = src.parent.parent if src.parent.name.lower() == "annotations" else src.parent
+        rule = "it is a file, and the folder of annotations and images is needed"
+        raise UserError(f"{src} cannot be converted from {name}", [f"{rule}. Give {folder}."])
     source = data_format().read(src) if name in FORMATS else _read_own(name, data_format, src)
     return write_dataset(dst, source)
 

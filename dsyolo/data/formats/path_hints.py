@@ -26,7 +26,7 @@ def near(path: Path) -> str:
     while not os.path.exists(path.parent) and path.parent != path:
         path = path.parent
     try:
-        close = difflib.get_close_matches(path.name, os.listdir(path.parent), 1, 0.5)
+        close = difflib.get_close_matches(path.name, os.listdir(path.parent), 1, 0.6)
     except OSError:
         close = []
     return f" Did you mean {path.parent / close[0]}?" if close else ""

@@ -33,7 +33,7 @@ class CheckpointHook(Hook):
             return
         problem = self._save(is_best)
         if problem and trainer.is_last_epoch:
-            raise StopTraining(NOT_SAVED, f"{problem} Make room: {way_on()} repeats the end.")
+            raise StopTraining(NOT_SAVED, f"{problem} Make room, and go on by {way_on()}.")
         if problem and trainer.world.is_main_process:
             log.warning("%s The run goes on and tries again at the next save: make room until then.", problem)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import cv2
@@ -349,6 +350,51 @@ def test_coco_annotations_of_another_form(tmp_path, content):
         convert("coco", src, tmp_path / "dst")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}],
+            "it holds detections, as COCO's results are, and they are an object",
+        ),
+        ([], "it holds a list, and they are an object with images, annotations and categories"),
+        (7, "it holds only 7, and they are"),
+    ],
+)
+def test_a_json_that_is_something_else_is_named(tmp_path, content, told):
+    src = coco_folder(tmp_path / "src", [one()])
+    (src / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=told):
+        convert("coco", src, tmp_path / "dst")
+
+
+def test_a_file_in_the_place_of_the_folder_is_answered_with_the_folder(tmp_path):
+    src = coco_folder(tmp_path / "src", [one()])
+    file = src / "annotations/instances_train2017.json"
+    with pytest.raises(UserError, match=rf"it is a file, .*Give {re.escape(str(src))}\."):
+        convert("coco", file, tmp_path / "dst")
+
+
+def test_a_train_file_alone_is_split_and_one_beside_another_is_not(tmp_path):
+    src = coco_folder(tmp_path / "src", [one()])
+    val = src / "annotations/instances_val2017.json"
+    val.rename(src / "annotations/eval.json")
+    with pytest.raises(UserError, match=r"val: no .*Did you mean eval\.json\?"):
+        convert("coco", src, tmp_path / "dst")
+    (src / "annotations/eval.json").unlink()
+    train = src / "annotations/instances_train2017.json"
+    content = json.loads(train.read_text())
+    assert len(content["images"]) == 1
+    name = content["images"][0]["file_name"]
+    image = src / "train2017" / name
+    image.with_name("second.jpg").write_bytes(image.read_bytes())
+    content["images"].append({**content["images"][0], "id": 99, "file_name": "second.jpg"})
+    content["annotations"].append({**content["annotations"][0], "id": 99, "image_id": 99})
+    train.write_text(json.dumps(content))
+    summary = convert("coco", src, tmp_path / "dst")
+    assert "split by a hash of their names, 1 for val, 1 for train" in str(summary)
+
+
 def test_a_coco_set_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         convert("coco", tmp_path / "nowhere", tmp_path / "dst")
@@ -358,7 +404,7 @@ def test_a_coco_set_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"train: no .*Did you mean instance_train.json\?"):
         convert("coco", src, tmp_path / "dst")
     train.write_text("{")
-    with pytest.raises(UserError, match="cannot be read as COCO annotations"):
+    with pytest.raises(UserError, match=r"cannot be read as COCO annotations: .*It is not a complete JSON"):
         convert("coco", src, tmp_path / "dst")
     train.write_text(json.dumps({"categories": [], "images": [], "annotations": []}))
     with pytest.raises(UserError, match="the categories of val differ"):
