@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,9 +73,11 @@ def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
 
     from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
     from dsyolo.models.registry import meta_network
-    from dsyolo.models.weights import rebuild
+    from dsyolo.models.weights import LICENCE, is_pickled, rebuild
 
     network, info = rebuild(args.weights, args.model)
+    if is_pickled(args.weights):
+        print(f"Note: {LICENCE}.", file=sys.stderr)
     size_px = info.image_size_px if args.imgsz is None else args.imgsz
     stride = meta_network(args.model or info.variant).size_multiple_px
     if fault := image_size_fault(size_px, info.variant, stride, times=1):

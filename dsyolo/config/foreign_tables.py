@@ -98,7 +98,7 @@ EVERYWHERE: Table = {
     **_each("line_thickness line_width", Foreign(_no_drawing)),
     **_each("view_img show visualize", ignored("false", answer=_no_drawing, arity=FLAG)),
     **_each("save_txt save_conf save_crop save_frames", ignored("false", answer=_no_files, arity=FLAG)),
-    "update": ignored("false", answer=f"pickled weights are not read, so none is updated: --weights. {PAGE}", arity=FLAG),
+    "update": ignored("false", answer=f"files of weights are read as they are, and none is updated: --weights. {PAGE}", arity=FLAG),
     "agnostic_nms": ignored(
         "false", answer=f"NMS is for each class; boxes of other classes stay: --iou_threshold. {PAGE}", arity=FLAG
     ),

@@ -28,24 +28,24 @@ def missing_release(weights: str) -> str:
     """Return the remedy for weights of another program that are not there."""
     is_release = release_name(weights) is not None
     name = Path(weights).name if Path(weights).suffix else f"{Path(weights).name}.pt"
-    place = f"get {name} from {RELEASES}, and" if is_release else "such files are pickles:"
-    return f"Nothing is downloaded: {place} convert it once (docs/from_yolov5.md). Or leave it out to train from scratch."
+    place = f"get {name} from {RELEASES}, v6.0 to v7.0" if is_release else "check the path"
+    return f"Nothing is downloaded: {place}. Or leave it out to train from scratch."
 
 
 def read_model(text: str) -> Taken | str | None:
-    """Take a variant's YAML file for its name; released weights need a file, and a file of ours is weights."""
-    if text.endswith(".safetensors"):
+    """Take a variant's YAML file for its name, and a file of weights for these."""
+    if text.endswith(".safetensors") or (text.endswith((".pt", ".pth")) and Path(text).is_file()):
         return Taken((f"--weights={text}",))
     match = _VARIANT.fullmatch(text)
     if match and match[1] in MODELS and match[2] != ".pt" and not Path(text).is_file():
         return Taken((f"--model={match[1]}",))
     if match and match[2]:
         scratch = f"--model {match[1]} trains from scratch"
-        return f"{scratch}, and --weights FILE.safetensors starts from weights. {missing_release(text)}"
+        return f"{scratch}, and --weights {text} starts from weights. {missing_release(text)}"
     if re.fullmatch(r"(?:.*/)?(yolo|rtdetr|sam).*\.(pt|yaml)", text, re.IGNORECASE):
         return f"{text} given, but only YOLOv5's networks are here: --model {', '.join(MODELS)}."
     if text.endswith((".pt", ".pth")):
-        return f"{text} given, but pickled files are not read. Give --model yolov5n and --weights FILE.safetensors."
+        return f"{text} given, but there is no such file. Give weights that are there by --weights FILE."
     return None
 
 
@@ -62,8 +62,8 @@ def read_weights_to_use(text: str) -> str | None:
     variant = None if Path(text).exists() else release_name(text)
     if variant is None:
         return None
-    rule = "YOLOv5's files lack class names: train from them (dsyolo train --weights), and give what the run writes"
-    return f"{text} does not exist, and {rule}, as in --weights runs/train/weights/best.safetensors. {PAGE}"
+    given = f"get {variant}.pt from {RELEASES}, v6.0 to v7.0"
+    return f"{text} does not exist, and nothing is downloaded: {given}, or give those of a run. {PAGE}"
 
 
 def read_model_to_use(text: str) -> Taken | str | None:
@@ -147,6 +147,6 @@ def read_pretrained(text: str) -> Taken | str:
         return Taken((), "without --weights the training starts from scratch: nothing is downloaded")
     if text.lower() in ("none", "") or text.lower() in SWITCH:
         return Taken()
-    if text.endswith(".safetensors"):
+    if text.endswith((".safetensors", ".pt", ".pth")):
         return Taken((f"--weights={text}",))
-    return f"{text} given, but files go by --weights FILE.safetensors. {missing_release('yolov5s.pt')}"
+    return f"{text} given, but files go by --weights FILE. {missing_release('yolov5s.pt')}"

@@ -18,7 +18,7 @@ from dsyolo.config.spec import DataSpec
 from dsyolo.data.formats.yolo import read_data_yaml
 from dsyolo.data.loader import largest_size_px
 from dsyolo.models.activation_memory import ActivationPlan, choose, count_activations
-from dsyolo.models.registry import meta_network
+from dsyolo.models.registry import is_known, meta_network
 from dsyolo.models.weights import GivenWeights, read_weights
 
 T = TypeVar("T")
@@ -111,6 +111,10 @@ def resolve(
     run, resume = read_command_line(argv, program, ranks=world_size, notes=notes)
     errors: list[UserError] = []
     data = _attempt(errors, lambda: read_data_yaml(run.data))
+    weights = _attempt(
+        errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
+    )
+    run = _with_model_of(weights, run, notes)
     network = _attempt(errors, lambda: meta_network(run.model, data.num_classes if data else 1))
     if network and (fault := image_size_fault(run.imgsz, run.model, network.size_multiple_px)):
         errors.append(UserError("This run cannot start", [f"--imgsz: {fault}"]))
@@ -129,9 +133,6 @@ def resolve(
         errors.append(UserError("This run cannot start", problems))
     lr_end = LrEnd(*(ask(run, planned.ds if planned else None) for ask in (_ends_at_zero, _is_constant)))
     _attempt(errors, lambda: check_folder(run, resume, lr_end))
-    weights = _attempt(
-        errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
-    )
     if len(errors) > 1:
         raise UserError("This run cannot start", [str(error).replace("\n", "\n  ") for error in errors])
     if errors:
@@ -148,6 +149,15 @@ def resolve(
     return RunSpec(
         run, ds, data, run.folder, activations, resume, (*notes, *planned.lines), planned.is_planned, weights
     )
+
+
+def _with_model_of(weights: GivenWeights | None, run: RunConfig, notes: list[str]) -> RunConfig:
+    """Return the run with the variant of its weights, as YOLOv5 takes it, where the user gave no other."""
+    variant = weights[1].variant if weights and weights[1] else run.model
+    if "model" in run.model_fields_set or variant == run.model or not is_known(variant):
+        return run
+    notes.append(f"--weights {run.weights}: of a {variant}, so --model {variant}")
+    return run.model_copy(update={"model": variant})
 
 
 def _configure(

@@ -54,7 +54,7 @@ def _find_run(text: str) -> Path | str:
         return f"cannot be looked up ({getattr(error, 'strerror', None) or error}). Give the path of a run's folder."
     if path.suffix == ".pt":
         rule = "is a file of PyTorch, and dsyolo resumes only its own runs"
-        return f"{rule}. Convert its weights to safetensors, and start from them: --weights FILE.safetensors."
+        return f"{rule}. Start another one from its weights: --weights {text}."
     if folder := _run_of(path):
         return _newest_only(path, folder) or folder
     rule = "belongs to no run: there is no config.yaml in it, and it is no part of a folder that has one"

@@ -1,26 +1,29 @@
-"""Weights files: safetensors with the metadata to rebuild the network, and the parameter names of YOLOv5's own files.
+"""Weights files: safetensors with the metadata to rebuild the network, and the files of YOLOv5 itself.
 
-Only safetensors are read: such a file cannot run code.
+Neither kind runs code: safetensors hold none, and that of a pickled file is never run (yolov5_checkpoint.py).
 """
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dsyolo.base.atomic_file import replacing
 from dsyolo.base.errors import UserError
+from dsyolo.base.plain_pickle import PickleRefusedError
 from dsyolo.base.safe_io import pickled, shortened
 from dsyolo.base.tensor_file import open_tensors
-from dsyolo.base.text import name_fault
 from dsyolo.base.user_code import is_reference
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model, is_known, saved_name
-from dsyolo.models.yolov5 import P5, P6, VARIANTS, level_strides
+from dsyolo.models.weights_info import GivenWeights, WeightsInfo, from_yolov5, unusable
+from dsyolo.models.yolov5 import VARIANTS, level_strides
+from dsyolo.models.yolov5_checkpoint import LICENCE, read_checkpoint, recognised
 
 METADATA_KEY = "dsyolo"
 VARIANCE = ".running_var"
@@ -36,42 +39,6 @@ MOST_BYTES = 4 << 30
 DTYPES = ("F32", "F16", "BF16", "F64", "I64")  # the last: counts of batches, in YOLOv5's own files
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 MOST_ANCHOR_PX = 1 << 20
-AnchorsPx: TypeAlias = tuple[tuple[tuple[float, float], ...], ...]  # by level
-
-
-class WeightsInfo(BaseModel):
-    """The metadata of a weights file: what is needed, besides the tensors, to rebuild the network."""
-
-    model_config = ConfigDict(frozen=True)
-
-    variant: str
-    names: tuple[str, ...]
-    image_size_px: int = Field(ge=32, le=1 << 14)
-    anchors_px: AnchorsPx
-
-    @field_validator("names")
-    @classmethod
-    def _can_be_shown(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for number, name in enumerate(names):
-            if fault := name_fault(name):
-                raise ValueError(f"class {number}: {fault}")
-        if len(set(names)) < len(names):
-            raise ValueError("two classes have one name")
-        return names
-
-
-def from_yolov5(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename `model.<index>.<rest>` to `<node>.<rest>`, or raise ValueError. The highest index decides on the family."""
-    indices = {}
-    for name in state_dict:
-        head, _, rest = name.removeprefix("model.").partition(".")
-        if not name.startswith("model.") or not head.isdigit() or not rest:
-            raise ValueError(f"{name!r} is not a YOLOv5 name: those are model.<index>.<...>")
-        indices[name] = (int(head), rest)
-    table = P6 if max((i for i, _ in indices.values()), default=0) >= len(P5) else P5
-    if any(i >= len(table) for i, _ in indices.values()):
-        raise ValueError(f"a YOLOv5 network has at most {len(table)} layers, these names go further")
-    return {f"{table[i].name}.{rest}": state_dict[name] for name, (i, rest) in indices.items()}
 
 
 def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: WeightsInfo) -> None:
@@ -83,16 +50,38 @@ def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: Weigh
         part.chmod(path.parent.stat().st_mode & 0o666)
 
 
-GivenWeights: TypeAlias = tuple[dict[str, torch.Tensor], WeightsInfo | None]
-
-
 def read_weights(path: Path) -> GivenWeights:
-    """Read a safetensors file, of dsyolo or with YOLOv5's names; return tensors under our names, and the metadata if any.
+    """Read a weights file; return tensors under our names, and what is known of them, if anything is.
+
+    Safetensors of dsyolo or with YOLOv5's names, or a file that YOLOv5 pickled, whose code is not run.
 
     Raises:
-        UserError: the file is missing, damaged, pickled, of another network, or contains NaN or infinity.
+        UserError: the file is missing, damaged, of another network, or contains NaN or infinity.
     """
     _refuse_file(path)
+    tensors, info = _read_pickled(path) if is_pickled(path) else _read_safetensors(path)
+    if fault := _contradiction(tensors, info):
+        raise unusable(path, f"{fault}. Copy the file again, or use another.")
+    return tensors, info
+
+
+def _read_pickled(path: Path) -> GivenWeights:
+    if not zipfile.is_zipfile(path):
+        rule = "it is no complete file of torch.save (of torch 1.6 or later), and to read another pickle may run code"
+        remedy = (
+            "Copy it again; or if you trust it, convert it once in the environment that wrote it: "
+            "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
+        )
+        raise unusable(path, f"{rule}. {remedy}")
+    try:
+        found = read_checkpoint(path)
+        _refuse_damage(path, found.tensors)
+        return recognised(found)
+    except PickleRefusedError as error:
+        raise unusable(path, f"{error}. No code of it was run.") from None
+
+
+def _read_safetensors(path: Path) -> GivenWeights:
     try:
         with open_tensors(path) as file:
             names = list(file.keys())
@@ -101,39 +90,40 @@ def read_weights(path: Path) -> GivenWeights:
                 rule = (
                     f"{other[0]} is of type {types[other[0]]}, but weights must be one of {', '.join(DTYPES)}"
                 )
-                raise _unusable(path, f"{rule}. Save them in fp32.")
+                raise unusable(path, f"{rule}. Save them in fp32.")
             tensors = {name: file.get_tensor(name) for name in names}
             text = (file.metadata() or {}).get(METADATA_KEY)
     except (SafetensorError, OSError) as error:
-        raise _unusable(
+        raise unusable(
             path, f"it is not a complete safetensors file ({error}). Copy the file again, or use another."
         ) from None
-    negative = [name for name, one in tensors.items() if name.endswith(VARIANCE) and bool((one < 0).any())]
-    if negative:
-        what = f"{negative[0]} has a value below 0, and a variance has none"
-        raise _unusable(path, f"{what}. Copy the file again, or use another.")
-    damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if damaged:
-        what = f"{len(damaged)} of its {len(tensors)} tensors hold NaN or infinity ({damaged[0]} ...)"
-        remedy = "The training that wrote it diverged: use earlier weights, or train with a lower lr"
-        raise _unusable(path, f"{what}. {remedy}.")
+    _refuse_damage(path, tensors)
     try:
         if all(name.startswith("model.") for name in tensors):
             tensors = from_yolov5(tensors)
-        info = None if text is None else WeightsInfo.model_validate_json(text)
+        return tensors, None if text is None else WeightsInfo.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         what = shortened(
             ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")])
         )
-        raise _unusable(
+        raise unusable(
             path, f"its metadata is damaged ({what.removeprefix(': ')}). Copy the file again, or use another."
         ) from None
     except ValueError as error:
-        raise _unusable(path, f"{error}.") from None
-    if fault := _contradiction(tensors, info):
-        raise _unusable(path, f"{fault}. Copy the file again, or use another.")
-    return tensors, info
+        raise unusable(path, f"{error}.") from None
+
+
+def _refuse_damage(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    negative = [name for name, one in tensors.items() if name.endswith(VARIANCE) and bool((one < 0).any())]
+    if negative:
+        what = f"{negative[0]} has a value below 0, and a variance has none"
+        raise unusable(path, f"{what}. Copy the file again, or use another.")
+    damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if damaged:
+        what = f"{len(damaged)} of its {len(tensors)} tensors hold NaN or infinity ({damaged[0]} ...)"
+        remedy = "The training that wrote it diverged: use earlier weights, or train with a lower lr"
+        raise unusable(path, f"{what}. {remedy}.")
 
 
 def _contradiction(tensors: Mapping[str, torch.Tensor], info: WeightsInfo | None) -> str | None:
@@ -180,27 +170,19 @@ def _anchor_fault(anchors: Mapping[str, torch.Tensor], info: WeightsInfo) -> str
     return None
 
 
-def _unusable(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} cannot be used as weights", [problem])
-
-
 def _refuse_file(path: Path) -> None:
     if path.is_dir():
-        raise _unusable(path, "it is a folder. Give a .safetensors file: RUN/weights/best.safetensors.")
+        raise unusable(path, "it is a folder. Give a .safetensors file: RUN/weights/best.safetensors.")
     if not path.is_file():
-        raise _unusable(path, "there is no such file, and nothing is downloaded. Check the path.")
-    what = f"{path.suffix} files are pickled" if path.suffix in PICKLED_SUFFIXES else ""
-    if not what and (found := pickled(path)):
-        what = f"it is {found}, despite its name"
-    if what:
-        remedy = (
-            "If you trust it, convert it once in the environment that wrote it: "
-            "safetensors.torch.save_file(model.float().state_dict(), 'weights.safetensors')"
-        )
-        raise _unusable(path, f"{what}, and reading one may run code; only safetensors is read. {remedy}")
+        raise unusable(path, "there is no such file, and nothing is downloaded. Check the path.")
     if path.stat().st_size > MOST_BYTES:
         rule = f"it has {path.stat().st_size / 2**30:.1f} GiB, and a detector's weights at most {MOST_BYTES / 2**30:.0f}"
-        raise _unusable(path, f"{rule}. Give a file that holds the weights alone.")
+        raise unusable(path, f"{rule}. Give a file that holds the weights alone.")
+
+
+def is_pickled(path: Path) -> bool:
+    """Return whether a file is pickled, as YOLOv5's own are, by its suffix or content."""
+    return path.suffix in PICKLED_SUFFIXES or pickled(path) is not None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -222,7 +204,7 @@ def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None =
     is_own = not is_known(network.variant)
     if info is not None and info.variant != network.variant and not is_own:
         rule = f"it is of {info.variant}, but this run trains {network.variant}"
-        raise _unusable(path, f"{rule}. Give --model {info.variant}, or other weights.")
+        raise unusable(path, f"{rule}. Give --model {info.variant}, or other weights.")
     own = network.state_dict()
     fits = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
     if not fits or (2 * len(fits) < len(own) and not is_own):
@@ -232,9 +214,10 @@ def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None =
             if is_own
             else f"Give weights of {network.variant}"
         )
-        raise _unusable(path, f"{rule}. {remedy}.")
+        raise unusable(path, f"{rule}. {remedy}.")
     network.load_state_dict(fits, strict=False)
     line = f"{path}: {len(fits)} of {len(own)} tensors loaded"
+    line += f" ({LICENCE})" if path.suffix in PICKLED_SUFFIXES else ""
     fresh = dict.fromkeys(name.partition(".")[0] for name in own if name not in fits)
     if fresh:
         line += f"; random values for {', '.join(fresh)}"
@@ -256,7 +239,7 @@ def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, Wei
     tensors, info = read_weights(path)
     if info is None:
         remedy = "Give a file that dsyolo wrote, such as that of a run started with --weights"
-        raise _unusable(path, f"it has no metadata on variant and classes. {remedy}.")
+        raise unusable(path, f"it has no metadata on variant and classes. {remedy}.")
     model = _model_of(info.variant, model, path)
     try:
         with torch.device("meta"):  # before allocating memory for as many classes as the file claims
@@ -272,7 +255,7 @@ def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, Wei
         remedy = f"Give the --model {info.variant} it was trained with"
         if is_known(model):
             remedy = "Copy the file again, or use another"
-        raise _unusable(path, f"its tensors do not fit its metadata ({error}). {remedy}.") from None
+        raise unusable(path, f"its tensors do not fit its metadata ({error}). {remedy}.") from None
     return network.eval(), info
 
 
@@ -280,12 +263,12 @@ def _model_of(variant: str, model: str | None, path: Path) -> str:
     """Return the model to build for weights of `variant`: a known variant, or else what the user gave."""
     name = shortened(variant)
     if not is_known(variant) and not is_reference(variant):
-        raise _unusable(path, f"its metadata says {name}, but the variants are {', '.join(VARIANTS)}.")
+        raise unusable(path, f"its metadata says {name}, but the variants are {', '.join(VARIANTS)}.")
     if model is None and not is_known(variant):
         rule = f"it is of {name}, a user's own network, and a weights file holds no code"
-        raise _unusable(path, f"{rule}. Name the file that builds it: --model {name}.")
+        raise unusable(path, f"{rule}. Name the file that builds it: --model {name}.")
     if model is not None and saved_name(model) != variant:
-        raise _unusable(
+        raise unusable(
             path, f"it is of {name}, but --model {model} was given. Give its own --model, or other weights."
         )
     return model or variant

@@ -33,9 +33,10 @@ def _c3(name: str, channels: int, repeats: int = 3, *, shortcut: bool = False) -
 
 
 PARAMETERLESS = (Upsample, Concat)
+STEM_CHANNELS = 64  # of the first layer at width 1
 # A row's position is its index in YOLOv5's own parameter names, `model.<index>.`
 _P4_BACKBONE = (
-    LayerRow("stem", Stem, 64, stride=2),
+    LayerRow("stem", Stem, STEM_CHANNELS, stride=2),
     _down("conv2", 128),
     _c3("p2", 128, 3, shortcut=True),
     _down("conv3", 256),

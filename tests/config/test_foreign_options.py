@@ -232,7 +232,7 @@ def test_what_an_alias_sets(base: list[str], argv: list[str], expected: dict[str
         ),
         (
             ["model=yolov5s.pt"],
-            "--model yolov5s trains from scratch, and --weights FILE.safetensors starts from weights.",
+            "--model yolov5s trains from scratch, and --weights yolov5s.pt starts from weights.",
         ),
         (["model=yolov8n.pt"], "only YOLOv5's networks are here: --model yolov5n"),
         (

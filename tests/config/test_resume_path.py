@@ -74,7 +74,11 @@ def test_words_of_yes_and_no_are_understood(run: Path, word: str, meant: str) ->
             "always?",
         ),
         ("runs/b", "--resume: runs/b does not exist", "Give a path that is there."),
-        ("yolov5s.pt", "--resume: yolov5s.pt is a file of PyTorch", "--weights FILE.safetensors."),
+        (
+            "yolov5s.pt",
+            "--resume: yolov5s.pt is a file of PyTorch",
+            "from its weights: --weights yolov5s.pt.",
+        ),
         ("data.yaml", "--resume: data.yaml belongs to no run: there is no config.yaml", "as runs/train."),
         (
             "",
