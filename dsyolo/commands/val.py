@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,14 +88,24 @@ def _loader(args: argparse.Namespace, network: LoadedNetwork) -> EvalLoader:
     from dsyolo.data.split_checks import refuse_lost_objects
 
     data = read_data_yaml(args.data, required=("val",))
-    if data.names != network.class_names:
+    if sorted(data.names) != sorted(network.class_names):
         given = f"{', '.join(network.class_names)} in the weights, {', '.join(data.names)} in the data"
         raise UserError(
-            f"{args.weights} cannot be validated on {args.data}", [f"names: {given}. They must be the same."]
+            f"{args.weights} cannot be validated on {args.data}",
+            [f"names: {given}. They must be the same, in any order."],
         )
     split = build_index(data.val or (), data.num_classes, num_keypoint_values=data.num_keypoint_values)
     for line in refuse_lost_objects(data, {"val": split}):
         print(escaped(f"Warning: {line}"), file=sys.stderr)
+    if data.names != network.class_names:
+        print(
+            f"Note: {args.data} has the classes of the weights in another order: matched by name.",
+            file=sys.stderr,
+        )
+        import numpy as np
+
+        place = np.array([network.class_names.index(name) for name in data.names])
+        split = replace(split, classes=place[split.classes])
     return EvalLoader(
         DetectionDataset(split, network.image_size_px),
         image_size_px=network.image_size_px,

@@ -204,6 +204,34 @@ def test_val_says_at_which_confidence_p_and_r_hold_and_the_losses(place, tmp_pat
     assert f"gains of the loss: {tmp_path}/run/config.yaml" in capsys.readouterr().out
 
 
+def test_val_matches_classes_of_another_order_by_name_and_refuses_others(place, tmp_path, capsys):
+    words = ("--workers", 0, "--json")
+    assert run(place, "val", "--data", place / "sample/data.yaml", *words, tmp_path / "same.json") == 0
+    shutil.copytree(place / "sample", tmp_path / "other")
+    data = yaml.safe_load((tmp_path / "other/data.yaml").read_text(encoding="utf-8"))
+    names = list(data["names"].values())
+    turned = names[::-1]
+    (tmp_path / "other/data.yaml").write_text(yaml.safe_dump({**data, "names": turned}), encoding="utf-8")
+    for label in (tmp_path / "other/labels").rglob("*.txt"):
+        rows = [line.split() for line in label.read_text(encoding="utf-8").splitlines()]
+        lines = [" ".join([str(turned.index(names[int(klass)])), *box]) for klass, *box in rows]
+        label.write_text("\n".join(lines), encoding="utf-8")
+    assert run(place, "val", "--data", tmp_path / "other/data.yaml", *words, tmp_path / "turned.json") == 0
+    assert "in another order: matched by name" in capsys.readouterr().err
+    first, second = (
+        json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("same.json", "turned.json")
+    )
+    assert first == second
+    (tmp_path / "other/data.yaml").write_text(
+        yaml.safe_dump({**data, "names": [*turned[:-1], "cube"]}), encoding="utf-8"
+    )
+    assert run(place, "val", "--data", tmp_path / "other/data.yaml", "--workers", 0) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"names: {', '.join(names)} in the weights, {', '.join([*turned[:-1], 'cube'])} in the data" in told
+    )
+
+
 def test_val_refuses_classes_that_data_yaml_does_not_name_as_training_does(place, tmp_path, capsys):
     shutil.copytree(place / "sample", tmp_path / "more")
     label = sorted((tmp_path / "more/labels/val").iterdir())[0]
