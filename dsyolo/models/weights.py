@@ -19,6 +19,7 @@ from dsyolo.base.plain_pickle import PickleRefusedError
 from dsyolo.base.safe_io import pickled, shortened
 from dsyolo.base.tensor_file import open_tensors
 from dsyolo.base.user_code import is_reference
+from dsyolo.models.class_transfer import head_of_classes
 from dsyolo.models.detection_network import DetectionNetwork
 from dsyolo.models.registry import build_model, is_known, saved_name
 from dsyolo.models.weights_info import GivenWeights, WeightsInfo, from_yolov5, unusable
@@ -39,6 +40,7 @@ MOST_BYTES = 4 << 30
 DTYPES = ("F32", "F16", "BF16", "F64", "I64")  # the last: counts of batches, in YOLOv5's own files
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 MOST_ANCHOR_PX = 1 << 20
+MOST_NAMED = 5
 
 
 def save_weights(path: Path, state_dict: Mapping[str, torch.Tensor], info: WeightsInfo) -> None:
@@ -191,11 +193,17 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
 
 
-def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None = None) -> str:
+def load_into(
+    network: DetectionNetwork,
+    path: Path,
+    read: GivenWeights | None = None,
+    names: Sequence[str] = (),
+) -> str:
     """Load into `network` the tensors of `path` whose names and shapes fit; return a line for the log.
 
     A detector of other classes fits in all but its last layer, which is what fine-tuning wants. A network of the
     user's own takes what it shares with any other. `read` is what `read_weights` returned, if it was called already.
+    `names` of the network's classes let those that the file has too keep their part of the last layer.
 
     Raises:
         UserError: as `read_weights`; or the file is of another variant, or too few tensors fit.
@@ -215,15 +223,42 @@ def load_into(network: DetectionNetwork, path: Path, read: GivenWeights | None =
             else f"Give weights of {network.variant}"
         )
         raise unusable(path, f"{rule}. {remedy}.")
+    if names:
+        fits |= _classes_kept(network, path, tensors, info, names)
     network.load_state_dict(fits, strict=False)
     line = f"{path}: {len(fits)} of {len(own)} tensors loaded"
     line += f" ({LICENCE})" if path.suffix in PICKLED_SUFFIXES else ""
+    if names and info:
+        line += f"; last layer kept for {len(set(names) & set(info.names))} of {len(names)} classes"
     fresh = dict.fromkeys(name.partition(".")[0] for name in own if name not in fits)
     if fresh:
         line += f"; random values for {', '.join(fresh)}"
     if fresh.keys() - {network.head} and not is_own:
         line += f". These are not the weights of a {network.variant}"
     return line
+
+
+def _classes_kept(
+    network: DetectionNetwork,
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    info: WeightsInfo | None,
+    names: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """Return the last layer with the rows of the classes that the file has under the same names."""
+    given_names = info.names if info else ()
+    if not set(names) & set(given_names):
+        known = ", ".join(given_names[:MOST_NAMED]) or "none"
+        rule = (
+            f"none of the classes to train is in it, and --transfer_classes was given (its classes: {known})"
+        )
+        raise unusable(path, f"{shortened(rule)}. Leave --transfer_classes out.")
+    convolutions = (f"{network.head}.m.",)
+    fresh = {name: one for name, one in network.state_dict().items() if name.startswith(convolutions)}
+    try:
+        return head_of_classes(fresh, tensors, names, given_names)
+    except ValueError as error:
+        raise unusable(path, f"{error}, and --transfer_classes was given. Leave it out.") from None
 
 
 def rebuild(path: Path, model: str | None = None) -> tuple[DetectionNetwork, WeightsInfo]:

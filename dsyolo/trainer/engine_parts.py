@@ -60,7 +60,8 @@ def build_network(spec: RunSpec, checkpoint: Path | None = None) -> tuple[Detect
         saved = named_buffers(network, read_buffers(checkpoint))
         network.anchors.copy_(saved[f"{network.head}.anchors"])
     elif config.weights:
-        taken = load_into(network, Path(config.weights), spec.weights)
+        names = spec.data.names if config.transfer_classes else ()
+        taken = load_into(network, Path(config.weights), spec.weights, names)
     return network, taken
 
 
