@@ -30,6 +30,7 @@ ORDER = (
     "checkpoint",
     "planner",
     "tracking",
+    "inference",
     "trainer",
     "doctor",
     "scaling",

@@ -7,21 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.text import escaped
 from dsyolo.commands.sources import expanded
-from dsyolo.commands.weights_options import LoadedNetwork, add_weights_options, load
+from dsyolo.commands.weights_options import add_weights_options, load
 from dsyolo.config.messages import cannot_hold_files
 from dsyolo.data.formats.yolo import list_images
 from dsyolo.data.images import check_image, read_rgb
 from dsyolo.data.labels import Problem
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dsyolo.base.batch import Detections
 
 MANY_IMAGES = 20  # from here on one line for all of them
 MOST_PROBLEMS = 5
@@ -57,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         if image_rgb is None:
             print(Problem(str(path), 0, reason, detail), file=sys.stderr)
             continue
-        detections = _detect(network, image_rgb)
+        (detections,) = network.detect([image_rgb])
         save(picture, draw(image_rgb, detections, names))
         num_written += 1
         counts = Counter(detections.classes.tolist())
@@ -71,19 +65,6 @@ def run(args: argparse.Namespace) -> int:
     if is_long:
         print(escaped(f"{num_written:,} images: {_listed(total, names)} -> {args.out}", lines=False))
     return 0
-
-
-def _detect(network: LoadedNetwork, image_rgb: np.ndarray) -> Detections:
-    """Return the objects of an image (H, W, 3) uint8, in its own pixels."""
-    from dsyolo.data.loader import stack_images
-    from dsyolo.detection.boxes import letterbox, unletterbox
-
-    height, width = image_rgb.shape[:2]
-    scale, stride = network.image_size_px / max(height, width), network.stride
-    height_px, width_px = (-(-round(side * scale) // stride) * stride for side in (height, width))
-    padded, scale, pad_xy = letterbox(image_rgb, (height_px, width_px))
-    found = network.postprocess(network.predict(stack_images([padded]))[0])
-    return found._replace(boxes_xyxy=unletterbox(found.boxes_xyxy, scale, pad_xy, (height, width)))
 
 
 def _pictures(images: Sequence[Path], out: Path) -> dict[Path, Path]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dsyolo.base.errors import UserError
 from dsyolo.base.text import escaped
-from dsyolo.commands.weights_options import LoadedNetwork, add_number, add_weights_options, load
+from dsyolo.commands.weights_options import add_number, add_weights_options, load
 from dsyolo.config.option_checks import cannot_replace_json, write_json
 from dsyolo.config.recipe import DEFAULT_RECIPE, Recipe
 from dsyolo.config.run_config import RunConfig
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsyolo.data.loader import EvalLoader
     from dsyolo.detection.loss import DetectionLoss
     from dsyolo.detection.validation_loss import PredictBatch
+    from dsyolo.inference.loaded_network import LoadedNetwork
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -5,29 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from dsyolo.base.errors import UserError
 from dsyolo.config.messages import rule_of, validate
 from dsyolo.config.option_checks import model_option
-from dsyolo.config.run_config import RunConfig, image_size_fault
+from dsyolo.config.run_config import RunConfig
 
 if TYPE_CHECKING:
-    import torch
-
-    from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
-
-
-class LoadedNetwork(NamedTuple):
-    """A trained network on this machine's device."""
-
-    class_names: tuple[str, ...]
-    image_size_px: int
-    stride: int  # pixels that the sides of images must be multiples of
-    strides: tuple[int, ...]  # pixels per cell of each level
-    anchors: torch.Tensor  # (L, A, 2) widths and heights in cells
-    predict: PlainPredictor
-    postprocess: PostProcessor
+    from dsyolo.inference.loaded_network import LoadedNetwork
 
 
 def add_weights_options(parser: argparse.ArgumentParser, *, score: float, iou: float) -> None:
@@ -69,23 +54,14 @@ def load(args: argparse.Namespace, *, multi_label: bool) -> LoadedNetwork:
 
     Raises UserError where the weights cannot be used, or not with this `--imgsz`.
     """
-    import torch  # late, so that `--help` does not wait for it
+    from dsyolo.detection.postprocess import PostProcessor  # late, so that `--help` does not wait for torch
+    from dsyolo.inference.loaded_network import load_network
+    from dsyolo.models.weights import LICENCE, is_pickled
 
-    from dsyolo.detection.postprocess import PlainPredictor, PostProcessor
-    from dsyolo.models.registry import meta_network
-    from dsyolo.models.weights import LICENCE, is_pickled, rebuild
-
-    network, info = rebuild(args.weights, args.model)
-    if is_pickled(args.weights):
-        print(f"Note: {LICENCE}.", file=sys.stderr)
-    size_px = info.image_size_px if args.imgsz is None else args.imgsz
-    stride = meta_network(args.model or info.variant).size_multiple_px
-    if fault := image_size_fault(size_px, info.variant, stride, times=1):
-        raise UserError("The command line cannot be used", [f"--imgsz: {fault}"])
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
     postprocess = PostProcessor(
         args.score_threshold, args.iou_threshold, args.max_detections, multi_label=multi_label
     )
-    anchors = network.anchors.clone()  # before they move to the device
-    predictor = PlainPredictor(network, device)
-    return LoadedNetwork(info.names, size_px, stride, network.strides, anchors, predictor, postprocess)
+    network = load_network(args.weights, postprocess, model=args.model, imgsz=args.imgsz, device=args.device)
+    if is_pickled(args.weights):
+        print(f"Note: {LICENCE}.", file=sys.stderr)
+    return network

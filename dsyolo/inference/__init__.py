@@ -1,0 +1,1 @@
+"""Detecting objects with trained weights: for the commands, and for programs of users."""
