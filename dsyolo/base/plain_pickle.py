@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MOST_OPERATIONS = 5_000_000
-_PLAIN_KEYS = (str, bytes, int, float, bool, type(None))
 _IGNORED = frozenset(("PROTO", "FRAME"))
 _VALUES = frozenset(
     (
@@ -213,7 +212,7 @@ class PlainUnpickler:
             raise PickleRefusedError(f"it sets items of {_shown(target)}")
         for key, value in zip(values[::2], values[1::2], strict=True):
             # The hash of a tuple of tuples can take for ever.
-            if not isinstance(key, _PLAIN_KEYS):
+            if not (key is None or isinstance(key, str | bytes | int | float)):
                 key = f"<{_shown(key)}>"
             into[key] = value
         return target

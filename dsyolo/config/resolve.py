@@ -115,6 +115,9 @@ def resolve(
         errors, lambda: read_weights(Path(run.weights)) if run.weights and not resume else None
     )
     run = _with_model_of(weights, run, notes)
+    if run.transfer_classes and not run.weights:
+        rule = "true given, but there are no weights to take classes from. Give --weights too."
+        errors.append(UserError("This run cannot start", [f"--transfer_classes: {rule}"]))
     network = _attempt(errors, lambda: meta_network(run.model, data.num_classes if data else 1))
     if network and (fault := image_size_fault(run.imgsz, run.model, network.size_multiple_px)):
         errors.append(UserError("This run cannot start", [f"--imgsz: {fault}"]))

@@ -83,9 +83,7 @@ class RunConfig(BaseModel):
     data: str = _run(..., "data set's YAML file", learned=True)
     model: str = _run("yolov5n", f"{', '.join(MODELS)}, or your own: FILE.py:FUNCTION", learned=True)
     weights: str | None = _run(None, "weights to start from", learned=True)
-    transfer_classes: bool = _run(
-        False, "keep the weights' last layer for the classes that have the same name there", learned=True
-    )
+    transfer_classes: bool = _run(False, "keep the weights' last layer for shared classes", learned=True)
     imgsz: int = _run(640, "side of the training images in pixels", learned=True, le=8192)
     epochs: int = _run(300, "epochs", learned=True, ge=1)
     seed: int = _run(0, "random seed", learned=True, ge=0, lt=2**63)
@@ -194,13 +192,6 @@ class RunConfig(BaseModel):
         if recompute != "auto" and read_recompute(recompute) is None:
             raise ValueError(f"{recompute} given, but it must be {RECOMPUTE_RULE}. Or leave it to the JSON.")
         return recompute
-
-    @field_validator("transfer_classes")
-    @classmethod
-    def _has_classes_to_keep(cls, transfer_classes: bool, info: ValidationInfo) -> bool:
-        if transfer_classes and not info.data.get("weights"):
-            raise ValueError("true given, but there are no weights to take classes from. Give --weights too.")
-        return transfer_classes
 
     @field_validator("sync_batchnorm")
     @classmethod

@@ -180,10 +180,10 @@ class TorchFile:
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
             "torch.Size": lambda sizes=(): tuple(sizes),
-            "torch.device": lambda *words: ":".join(map(str, words)),
+            "torch.device": lambda *parts: ":".join(map(str, parts)),
             "collections.OrderedDict": _pairs,
             "_codecs.encode": _encode,
-            "numpy.dtype": lambda *words: Inert("numpy.dtype", words),
+            "numpy.dtype": lambda *args: Inert("numpy.dtype", args),
             "copyreg._reconstructor": Inert,
             "copy_reg._reconstructor": Inert,
             **{

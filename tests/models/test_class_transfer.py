@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from resolving import resolved_in
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.cli_args import parse
 from dsyolo.models.class_transfer import head_of_classes
 from dsyolo.models.weights import describe, load_into, save_weights
 from dsyolo.models.yolov5 import build_yolov5
@@ -44,6 +44,5 @@ def test_what_cannot_be_kept_is_named(tmp_path):
         UserError, match=r"none of the classes to train is in it, .*\(its classes: cat, dog, emu\)"
     ):
         load_into(build_yolov5("yolov5n", 1), path, names=("axolotl",))
-    (tmp_path / "d.yaml").touch()
     with pytest.raises(UserError, match=r"--transfer_classes: true given, but there are no weights"):
-        parse(["--data", str(tmp_path / "d.yaml"), "--transfer_classes"])
+        resolved_in(tmp_path, ["--transfer_classes"])

@@ -10,16 +10,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from resolving import resolved_in
 from torch import nn
 from yolov5_files import as_module, modules_of_yolov5, save_checkpoint
 from yolov5_names import to_yolov5
 
 from dsyolo.base.errors import UserError
-from dsyolo.config.resolve import resolve
 from dsyolo.models.weights import load_into, read_weights, rebuild
 from dsyolo.models.yolov5 import build_yolov5
 
@@ -287,32 +286,14 @@ def test_a_file_without_weights_is_refused(tmp_path, content):
 def test_a_training_takes_the_variant_of_its_weights_as_yolov5_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "yolov5s.pt", random_network("yolov5s"), list(NAMES))
-    for split in ("train", "val"):
-        (tmp_path / "images" / split).mkdir(parents=True)
-        cv2.imwrite(f"images/{split}/a.jpg", np.zeros((64, 64, 3), np.uint8))
-    Path("data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat]\n", encoding="utf-8")
-    Path("ds.json").write_text('{"train_batch_size": 4}', encoding="utf-8")
-    words = ["--data", "data.yaml", "--deepspeed_config", "ds.json"]
     for more in (["--weights", "yolov5s.pt"], ["model=yolov5s.pt"]):
-        spec = resolved([*words, *more])
+        spec = resolved_in(tmp_path, more)
         assert (spec.config.model, spec.config.weights) == ("yolov5s", "yolov5s.pt")
         assert "--weights yolov5s.pt: of a yolov5s, so --model yolov5s" in spec.notes
-    spec = resolved([*words, "--weights", "yolov5s.pt", "--model", "yolov5n"])
+    spec = resolved_in(tmp_path, ["--weights", "yolov5s.pt", "--model", "yolov5n"])
     assert spec.config.model == "yolov5n"  # and loading says that the two do not fit
     with pytest.raises(
         UserError, match=r"it is of yolov5s, but this run trains yolov5n\. Give --model yolov5s"
     ):
         load_into(build_yolov5("yolov5n", 1), tmp_path / "yolov5s.pt", spec.weights)
     assert "AGPL-3.0" in load_into(build_yolov5("yolov5s", 1), tmp_path / "yolov5s.pt", spec.weights)
-
-
-def resolved(words: list[str]):
-    return resolve(
-        words,
-        "train.py",
-        world_size=1,
-        accelerator="cpu",
-        plan=lambda *_: pytest.fail("nothing is left open"),
-        saved_state=lambda _: None,
-        check_folder=lambda *_: None,
-    )
