@@ -115,7 +115,7 @@ class RunConfig(BaseModel):
     )
     rendezvous_timeout_s: float = _machine(300, "rendezvous timeout in seconds", ge=5)
     memory_profile: Literal["start", "epochs", "off"] = _machine(
-        "start", "when to measure the memory of a step, term by term"
+        "start", "when to measure memory, term by term"
     )
     time_profile: Literal["epochs", "steps", "off"] = _machine(
         "epochs", "log the time profile: epochs, steps (also write each step to steps.json), off"
