@@ -114,9 +114,7 @@ class RunConfig(BaseModel):
         600, "seconds without progress after which all ranks end and the late one is named", ge=5
     )
     rendezvous_timeout_s: float = _machine(300, "rendezvous timeout in seconds", ge=5)
-    memory_profile: Literal["start", "epochs", "off"] = _machine(
-        "start", "when to measure memory, term by term"
-    )
+    memory_profile: Literal["start", "epochs", "off"] = _machine("start", "when to measure memory by term")
     time_profile: Literal["epochs", "steps", "off"] = _machine(
         "epochs", "log the time profile: epochs, steps (also write each step to steps.json), off"
     )
