@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from dsyolo.base.errors import UserError
 from dsyolo.base.text import escaped
 from dsyolo.commands.weights_options import add_number, add_weights_options, load
+from dsyolo.config.messages import cannot_hold_files
 from dsyolo.config.option_checks import cannot_replace_json, write_json
 from dsyolo.config.recipe import DEFAULT_RECIPE, Recipe
 from dsyolo.config.run_config import RunConfig
@@ -21,6 +23,7 @@ from dsyolo.data.index_builder import build_index
 
 if TYPE_CHECKING:
     from dsyolo.data.loader import EvalLoader
+    from dsyolo.detection.evaluator import ImageResult
     from dsyolo.detection.loss import DetectionLoss
     from dsyolo.detection.validation_loss import PredictBatch
     from dsyolo.inference.loaded_network import LoadedNetwork
@@ -34,6 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--workers", 1, "loader processes")
     flag, text = argparse.BooleanOptionalAction, RunConfig.model_fields["rect_val"].description
     parser.add_argument("--rect_val", action=flag, default=True, help=text)
+    text = "write the confusion matrix and the curves of precision, recall and F1 into this folder"
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to this file")
 
 
@@ -46,16 +51,33 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json and (problem := cannot_replace_json(args.json, "map50_95")):
         raise UserError("The metrics cannot be written", [f"--json: {problem}"])
+    if args.pictures and (problem := cannot_hold_files(args.pictures)):
+        raise UserError(f"--pictures {args.pictures} cannot be used", [problem])
     network = load(args, multi_label=True)
     loader = _loader(args, network)
     names = network.class_names
     recipe, source = _recipe_of(args.weights)
     loss, predict = _measuring(network, recipe)
-    metrics, _ = validate(predict, loader, network.postprocess, names, lambda item: [item], loss)
+    metrics, results = validate(predict, loader, network.postprocess, names, lambda item: [item], loss)
     print(escaped("\n".join([metrics.table(), *metrics.notes(), f"gains of the loss: {source}"])))
     if args.json:
         write_json(args.json, metrics.to_json())
+    if args.pictures:
+        _draw(args.pictures, results, names)
     return 0
+
+
+def _draw(folder: Path, results: list[ImageResult], names: Sequence[str]) -> None:
+    from dsyolo.detection.confusion import confusion_matrix
+    from dsyolo.detection.curves import curves
+    from dsyolo.detection.metrics import compare
+    from dsyolo.tracking.validation_plots import save_confusion, save_validation_curves
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_confusion(folder / "confusion_matrix.png", confusion_matrix(results, len(names)), names)
+    truths, found = [truth for truth, _ in results], [one for _, one in results]
+    save_validation_curves(folder, curves(compare(truths, found, names)), names)
+    print(escaped(f"pictures: {folder}", lines=False))
 
 
 def _recipe_of(weights: Path) -> tuple[Recipe, str]:

@@ -234,7 +234,9 @@ _use: Table = {
         "dsyolo val and dsyolo detect are one process, and need no launcher. Leave it out."
     ),
     "half": ignored("false", answer=f"weights of --weights are used in fp32. {PAGE}", arity=FLAG),
-    "plots": ignored("false", answer=f"no curves are drawn; dsyolo detect draws what it finds. {PAGE}"),
+    "plots": ignored(
+        "false", answer=f"dsyolo val --pictures DIR draws curves and the confusion matrix. {PAGE}"
+    ),
 }
 VAL: Table = {
     **_use,

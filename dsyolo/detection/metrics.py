@@ -100,24 +100,10 @@ def evaluate(
         detections: of the same images in the same order. The best 300 of an image count, over all classes.
         class_names: of all K classes.
     """
-    num_classes = len(class_names)
-    pairs = sorted(zip(ground_truths, detections, strict=True), key=lambda pair: pair[0].image_id)
-    ground_truths = [ground_truth for ground_truth, _ in pairs]
-    assert len({one.image_id for one in ground_truths}) == len(pairs), "an image was evaluated twice"
-    found = _Boxes.concatenate([_best(one) for _, one in pairs])
-    labels = _Boxes.concatenate([(t.boxes_xyxy, np.ones(len(t.classes)), t.classes) for t in ground_truths])
-    for boxes in (found, labels):
-        assert boxes.classes.size == 0 or 0 <= boxes.classes.min() <= boxes.classes.max() < num_classes
-
-    num_labels = np.bincount(labels.classes, minlength=num_classes)
-    images_and_classes = np.unique(np.stack([labels.images, labels.classes]), axis=1)
-    num_images = np.bincount(images_and_classes[1], minlength=num_classes)
-    has_labels = num_labels > 0
-    found = found.where(has_labels[found.classes])  # others count neither for COCO nor in the mean F1
-    # (T, R, K), (D,)
-    precision_curves, is_true_positive = _run_coco(ground_truths, labels, found, class_names)
-    ap = precision_curves.mean(axis=1)  # (T, K)
-    confidence, precision, recall = _at_best_f1(found.scores, found.classes, is_true_positive, num_labels)
+    one = compare(ground_truths, detections, class_names)
+    num_labels, has_labels = one.num_labels, one.num_labels > 0
+    ap = one.precision_curves.mean(axis=1)  # (T, K)
+    confidence, precision, recall = _at_best_f1(one.scores, one.classes, one.is_true_positive, num_labels)
 
     def mean(per_class: np.ndarray) -> float:
         return float(per_class[has_labels].mean()) if has_labels.any() else 0.0
@@ -125,7 +111,9 @@ def evaluate(
     columns = np.stack([precision, recall, ap[0], ap.mean(axis=0)], axis=1)  # (K, 4)
     rows = tuple(
         ClassMetrics(name, int(images), int(labels_), *(figures.tolist() if labels_ else [None] * 4))
-        for name, images, labels_, figures in zip(class_names, num_images, num_labels, columns, strict=True)
+        for name, images, labels_, figures in zip(
+            class_names, one.num_images, num_labels, columns, strict=True
+        )
     )
     return Metrics(
         map50_95=mean(ap.mean(axis=0)),
@@ -138,6 +126,38 @@ def evaluate(
         num_labels=int(num_labels.sum()),
         per_class=rows,
     )
+
+
+class Comparison(NamedTuple):
+    """Detections of all images beside the labels: D detections of classes that have labels, K classes."""
+
+    scores: np.ndarray  # (D,) float64
+    classes: np.ndarray  # (D,) int64
+    is_true_positive: np.ndarray  # (D,) bool, at IoU 0.5
+    precision_curves: np.ndarray  # (10 IoUs, 101 recalls, K), 0 without labels
+    num_labels: np.ndarray  # (K,)
+    num_images: np.ndarray  # (K,) that have a label of the class
+
+
+def compare(
+    ground_truths: Sequence[GroundTruth], detections: Sequence[Detections], class_names: Sequence[str]
+) -> Comparison:
+    """Match detections with labels, as `evaluate` says."""
+    num_classes = len(class_names)
+    pairs = sorted(zip(ground_truths, detections, strict=True), key=lambda pair: pair[0].image_id)
+    ground_truths = [ground_truth for ground_truth, _ in pairs]
+    assert len({one.image_id for one in ground_truths}) == len(pairs), "an image was evaluated twice"
+    found = _Boxes.concatenate([_best(one) for _, one in pairs])
+    labels = _Boxes.concatenate([(t.boxes_xyxy, np.ones(len(t.classes)), t.classes) for t in ground_truths])
+    for boxes in (found, labels):
+        assert boxes.classes.size == 0 or 0 <= boxes.classes.min() <= boxes.classes.max() < num_classes
+    num_labels = np.bincount(labels.classes, minlength=num_classes)
+    images_and_classes = np.unique(np.stack([labels.images, labels.classes]), axis=1)
+    num_images = np.bincount(images_and_classes[1], minlength=num_classes)
+    # Others count neither for COCO nor in the mean F1.
+    found = found.where(num_labels[found.classes] > 0)
+    precision_curves, is_true_positive = _run_coco(ground_truths, labels, found, class_names)
+    return Comparison(found.scores, found.classes, is_true_positive, precision_curves, num_labels, num_images)
 
 
 class _Boxes(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -202,6 +203,18 @@ def test_val_says_at_which_confidence_p_and_r_hold_and_the_losses(place, tmp_pat
     ]
     assert factors == pytest.approx([2, 1, 0.5])
     assert f"gains of the loss: {tmp_path}/run/config.yaml" in capsys.readouterr().out
+
+
+def test_val_draws_the_confusion_matrix_and_the_curves(place, tmp_path, capsys):
+    out = tmp_path / "new/pictures"
+    assert run(place, "val", "--data", place / "sample/data.yaml", "--workers", 0, "--pictures", out) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"pictures: {out}"
+    names = {"confusion_matrix.png", "P_curve.png", "R_curve.png", "F1_curve.png", "PR_curve.png"}
+    assert {path.name for path in out.iterdir()} == names
+    assert all(min(cv2.imread(str(path)).shape[:2]) > 300 for path in out.iterdir())
+    (tmp_path / "file").touch()
+    assert run(place, "val", "--data", place / "sample/data.yaml", "--pictures", tmp_path / "file") == 2
+    assert "--pictures" in capsys.readouterr().err
 
 
 def test_val_matches_classes_of_another_order_by_name_and_refuses_others(place, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT
 
 import dsyolo
 from dsyolo.base.errors import UserError
@@ -164,6 +167,18 @@ def test_arguments_out_of_range_are_named_together(folder):
         "device",
         "max_detections",
     ]
+
+
+def test_the_page_s_program_runs(folder, tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "w.safetensors", "best.safetensors")
+    cv2.imwrite("image.jpg", cv2.imread(str(folder / "a.png")))
+    exec(block, {})
+    assert capsys.readouterr().out.split()[0] in NAMES
+    assert cv2.imread("annotated.jpg").shape == (90, 120, 3)
 
 
 def test_importing_dsyolo_does_not_import_torch():
