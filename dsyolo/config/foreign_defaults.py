@@ -10,7 +10,6 @@ DEFAULTS = {
     "auto_augment": "randaugment",
     "bbox_interval": "-1",
     "box": "7.5",
-    "close_mosaic": "10",
     "dfl": "1.5",
     "erasing": "0.4",
     "format": "torchscript",

@@ -202,7 +202,6 @@ TRAIN: Table = {
     "channels_last": ignored("false", "true", answer=""),  # a matter of speed alone
     "dropout": ignored("0", "0.0", answer=f"YOLOv5's networks have no dropout: --label_smoothing, or stronger augmentation (--hyp high). {PAGE}"),
     "val": Foreign("{value} given, but it must be true or false: --val_every N.", by_value={"true": (), "false": (f"--val_every={NEVER}",)}),
-    "close_mosaic": ignored("0", answer="mosaic stays on to the end: train on from --weights FILE.safetensors with --mosaic 0."),
     "nbs": Foreign("the images of a step are --global_batch {value}, or train_batch_size in the DeepSpeed JSON."),
     **_each("distill_model dis dlog dgrad dlam", Foreign(_distill)),
     **_each("bgr cutmix erasing", ignored("0", "0.0", answer=_mosaic)),

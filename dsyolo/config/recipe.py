@@ -82,6 +82,7 @@ class Recipe(BaseModel):
     fliplr: float = _augment(0.5, "probability of a horizontal flip", ge=0, le=1)
     mosaic: float = _augment(1.0, "probability of a mosaic of four images", ge=0, le=1)
     mixup: float = _augment(0.0, "probability of a mix with a second mosaic", ge=0, le=1)
+    close_mosaic: int = _augment(0, "epochs at the end of the run without mosaic and mixup", ge=0)
     copy_paste: float = _augment(0.0, "probability of pasting objects", ge=0, le=1)
     multi_scale: bool = _augment(False, "draw the image size of each batch from [0.5, 1.5] imgsz")
 

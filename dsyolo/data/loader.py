@@ -31,10 +31,14 @@ class _TrainSamples(Dataset[Sample]):
     dataset: DetectionDataset
     recipe: Recipe
     seed: int
+    num_epochs: int | None  # of the run; None: mosaic never ends
 
     def __getitem__(self, key: SampleKey) -> Sample:
         rng = np.random.default_rng((self.seed, key.epoch, key.image_index))
-        return augment(self.dataset.load, key.image_index, len(self.dataset), key.size_px, rng, self.recipe)
+        recipe = self.recipe
+        if self.num_epochs is not None and key.epoch >= self.num_epochs - recipe.close_mosaic:
+            recipe = recipe.model_copy(update={"mosaic": 0.0})  # mixup is of mosaics
+        return augment(self.dataset.load, key.image_index, len(self.dataset), key.size_px, rng, recipe)
 
 
 @dataclass(eq=False)
@@ -50,6 +54,7 @@ class TrainLoader:
     stride: int  # sizes of multi-scale are multiples of it
     num_workers: int  # processes; 0: batches are made in this one
     pin_memory: bool  # so that copies to the device do not block
+    num_epochs: int | None = None  # of the run, for what its recipe leaves out at its end
     _batches: Iterator[Batch] | None = field(default=None, init=False)
     _next_step: int = field(default=-1, init=False)
     _wait_s: float = field(default=0.0, init=False)
@@ -95,7 +100,7 @@ class TrainLoader:
         ahead = train_ahead(self.num_workers, self.sampler.accumulation)
         return iter(
             DataLoader(
-                _TrainSamples(self.dataset, self.recipe, self.sampler.seed),
+                _TrainSamples(self.dataset, self.recipe, self.sampler.seed, self.num_epochs),
                 batch_sampler=self._keys(step),
                 collate_fn=partial(_collate_train, assign=self.assign),
                 pin_memory=self.pin_memory,

@@ -109,6 +109,7 @@ def build_data(
         stride=network.size_multiple_px,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        num_epochs=config.epochs,
     )
     val_loader = EvalLoader(
         val_set,

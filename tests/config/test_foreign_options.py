@@ -432,8 +432,8 @@ def test_defaults_of_other_programs_are_left_out_in_one_note(base: list[str]) ->
     taken += " classes=None retina_masks=False embed=None show=False save_frames=False save_txt=False save_conf=False"
     taken += " save_crop=False show_labels=True show_conf=True show_boxes=True line_width=None keras=False optimize=False"
     taken += " int8=False dynamic=False opset=None workspace=None nms=False lrf=0.01 warmup_epochs=3.0 cls=0.5 bgr=0.0"
-    taken += " mosaic=1.0 mixup=0.0 cutmix=0.0 copy_paste=0.0 copy_paste_mode=flip cfg=None plots=1 save=1"
-    left_out = "optimizer=auto close_mosaic=10 amp=True overlap_mask=True mask_ratio=4 format=torchscript simplify=True"
+    taken += " close_mosaic=10 mosaic=1.0 mixup=0.0 cutmix=0.0 copy_paste=0.0 copy_paste_mode=flip cfg=None plots=1 save=1"
+    left_out = "optimizer=auto amp=True overlap_mask=True mask_ratio=4 format=torchscript simplify=True"
     left_out += " lr0=0.01 momentum=0.937 weight_decay=0.0005 box=7.5 dfl=1.5 pose=12.0 kobj=1.0 nbs=64"
     left_out += " auto_augment=randaugment erasing=0.4 tracker=botsort.yaml"
     (note,) = (
@@ -458,7 +458,6 @@ def test_defaults_of_other_programs_are_left_out_in_one_note(base: list[str]) ->
         *(
             "lr0=0.02",
             "nbs=128",
-            "close_mosaic=5",
             "dfl=2",
             "box=5",
             "mask_ratio=2",

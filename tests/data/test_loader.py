@@ -115,6 +115,7 @@ def make_loader(
     micro: int = 2,
     recipe: dict[str, Any] | None = None,
     size_px: int = SIZE_PX,
+    num_epochs: int | None = None,
 ) -> TrainLoader:
     return TrainLoader(
         dataset,
@@ -125,6 +126,7 @@ def make_loader(
         stride=STRIDE,
         num_workers=num_workers,
         pin_memory=False,
+        num_epochs=num_epochs,
     )
 
 
@@ -146,6 +148,21 @@ def assert_same(a: list[list[Batch]], b: list[list[Batch]]) -> None:
         for left, right in zip(one, other, strict=True):
             assert left.images.equal(right.images)
             assert all(x.equal(y) for x, y in zip(left.targets, right.targets, strict=True))
+
+
+def test_the_last_epochs_have_no_mosaic_and_those_before_stay_as_they_were(dataset):
+    recipe = {"mosaic": 1.0, "mixup": 0.5}
+    whole, plain = (
+        run(make_loader(dataset, recipe=one, num_epochs=4), range(4))
+        for one in (recipe, {**recipe, "mosaic": 0.0})
+    )
+    closed = run(make_loader(dataset, recipe={**recipe, "close_mosaic": 2}, num_epochs=4), range(4))
+    first_plain = StepSampler(len(dataset), 0, 4, 2, 0, 1).epoch_start_step(2)
+    assert_same(closed[: first_plain - 1], whole[: first_plain - 1])
+    assert_same(closed[first_plain:], plain[first_plain:])
+    assert not closed[-1][0].images.equal(whole[-1][0].images)
+    never = run(make_loader(dataset, recipe={**recipe, "close_mosaic": 9}, num_epochs=4), range(4))
+    assert_same(never, plain)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(dataset):
