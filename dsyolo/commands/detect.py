@@ -19,6 +19,13 @@ from dsyolo.data.labels import Problem
 
 MANY_IMAGES = 20  # from here on one line for all of them
 MOST_PROBLEMS = 5
+FILES = {
+    "save_txt": "also write the objects of each image as a label file",
+    "save_conf": "with the score as the last column of these",
+    "save_json": "also write predictions.json, results in COCO's form",
+    "save_csv": "also write predictions.csv, a row for each object",
+    "save_crop": "also write each object as a picture of its own",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help=text)
     out = Path("detections")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"default: {out}")
+    for option, text in FILES.items():
+        parser.add_argument(f"--{option}", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,13 +44,19 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError where the weights, the images or the folder cannot be used.
     """
-    from dsyolo.tracking.plots import draw, save  # late, so that `--help` does not wait for torch
+    from dsyolo.inference.result_files import ResultFiles  # late, so that `--help` does not wait for torch
+    from dsyolo.tracking.plots import draw, save
 
+    if args.save_conf and not args.save_txt:
+        rule = "it is a column of the label files. Give --save_txt too."
+        raise UserError("The command line cannot be used", [f"--save_conf: given alone, but {rule}"])
     pictures = _pictures(list(dict.fromkeys(list_images(expanded(args.sources)))), args.out)
     if problem := cannot_hold_files(args.out):
         raise UserError(f"--out {args.out} cannot be used", [problem])
     network = load(args, multi_label=False)
     names = network.class_names
+    files = ResultFiles(args.out, names, **{option[5:]: getattr(args, option) for option in FILES})
+    files.refuse_existing(list(pictures.values()))
     args.out.mkdir(parents=True, exist_ok=True)
     total: Counter[int] = Counter()
     num_written, is_long = 0, len(pictures) >= MANY_IMAGES
@@ -53,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         (detections,) = network.detect([image_rgb])
         save(picture, draw(image_rgb, detections, names))
+        files.add(path, picture, image_rgb, detections)
         num_written += 1
         counts = Counter(detections.classes.tolist())
         total += counts
@@ -62,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "No picture was written", [f"none of the {len(pictures):,} images can be read: see above."]
         )
+    for written in files.close():
+        print(escaped(f"written: {written}", lines=False))
     if is_long:
         print(escaped(f"{num_written:,} images: {_listed(total, names)} -> {args.out}", lines=False))
     return 0

@@ -73,9 +73,7 @@ def _json(key: str) -> Foreign:
 _no_drawing = (
     f"pictures are drawn with class and score in one style; dsyolo detect writes them to --out. {PAGE}"
 )
-_no_files = (
-    f"dsyolo detect writes pictures to --out and prints the objects; there are no text files or crops. {PAGE}"
-)
+_no_files = f"dsyolo detect writes label files, tables and crops: --save_txt, --save_csv, --save_crop. {PAGE}"
 _no_upload = "nothing is uploaded: copy the run's folder (--project, --name) when it has ended."
 _other_task = f"it belongs to another task than detection. {PAGE}"
 _other_loss = f"it belongs to a loss that YOLOv5 does not have: its gains are --box, --cls and --obj. {PAGE}"
@@ -259,6 +257,7 @@ DETECT: Table = {
     "project": Foreign("pictures go to one folder, which is --project and --name in one: --out {value}/NAME."),
     "name": Foreign("pictures go to one folder, which is --project and --name in one: --out PROJECT/{value}."),
     "exist_ok": flag("", ""),
+    **{key: flag(f"--{key}", "") for key in ("save_txt", "save_conf", "save_json", "save_csv", "save_crop")},
     "nosave": ignored("false", answer="pictures are always written: --out DIR says where.", arity=FLAG),
     "save": ignored("true", answer="pictures are always written: --out DIR says where."),
     "data": Foreign("class names lie in the weights: --weights is enough. Leave it out."),

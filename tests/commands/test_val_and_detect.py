@@ -59,6 +59,32 @@ def test_images_and_folders_are_taken_as_the_readme_says(place, tmp_path, capsys
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_detect_writes_what_is_asked_for_by_yolov5_s_flags_too(place, tmp_path, capsys):
+    words = (
+        "--save-txt",
+        "--save-conf",
+        "save_json=True",
+        "--save-csv",
+        "--save-crop",
+        "--conf",
+        0.0001,
+        "--max-det",
+        3,
+    )
+    assert run(place, "detect", "--out", tmp_path / "out", *words, val_images(place)[0]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix(f"written: {tmp_path}/out/") for line in lines[1:]] == [
+        *("predictions.json", "predictions.csv", "labels", "crops")
+    ]
+    found = json.loads((tmp_path / "out/predictions.json").read_text(encoding="utf-8"))
+    (label,) = (tmp_path / "out/labels").iterdir()
+    assert len(found) == len(label.read_text(encoding="utf-8").splitlines()) == 3
+    assert run(place, "detect", "--out", tmp_path / "out", *words, val_images(place)[0]) == 2
+    assert "--save_txt: 1 label files exist there" in capsys.readouterr().err
+    assert run(place, "detect", "--out", tmp_path / "out", "--save_conf", val_images(place)[0]) == 2
+    assert "Give --save_txt too" in capsys.readouterr().err
+
+
 def test_detect_without_a_single_readable_image_is_a_mistake(place, tmp_path, capsys):
     (tmp_path / "garbage.jpg").write_bytes(b"no image")
     assert run(place, "detect", "--out", tmp_path / "out", tmp_path / "garbage.jpg") == 2

@@ -310,9 +310,9 @@ def test_options_of_val_and_detect() -> None:
     args = cli.parse(["detect", "model=w.safetensors", "--source", "a.jpg", "--max-det", "7", "--exist-ok"])
     assert (args.weights, args.sources, args.max_detections) == (Path("w.safetensors"), [Path("a.jpg")], 7)
     with pytest.raises(UserError) as caught:
-        cli.parse(["detect", "--weights", "yolov5s.pt", "--save-txt", "--project", "runs/x", "--epochs", "3"])
+        cli.parse(["detect", "--weights", "yolov5s.pt", "--view-img", "--project", "runs/x", "--epochs", "3"])
     assert [line.partition(":")[0] for line in caught.value.problems] == [
-        *("--weights", "--save-txt", "--project", "--epochs", "SOURCE")
+        *("--weights", "--view-img", "--project", "--epochs", "SOURCE")
     ]
 
 
