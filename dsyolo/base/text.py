@@ -49,7 +49,10 @@ def decode_names(
     Raises:
         EncodingError: half of the lines or more are no text, and no file has such a name: the list has another encoding.
     """
-    text = data.decode(encoding_of(data), "surrogateescape").removeprefix("\ufeff")
+    encoding = encoding_of(data)
+    if encoding != "utf-8":  # whose odd bytes are not single ones
+        return [line for line in map(str.strip, decode(data, path).splitlines()) if line]
+    text = data.decode(encoding, "surrogateescape").removeprefix("\ufeff")
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     foreign = [line for line in lines if not _is_encodable(line)]
     if foreign and 2 * len(foreign) >= len(lines) and not any(map(is_there, foreign)):

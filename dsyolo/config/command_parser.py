@@ -17,7 +17,7 @@ from dsyolo.base.errors import UserError
 from dsyolo.config.foreign_defaults import is_default
 from dsyolo.config.foreign_options import FLAG, FLAG_RULE, MANY, MAYBE, SIZES, SWITCH, Foreign, Taken
 from dsyolo.config.foreign_tables import foreign_option, training_option
-from dsyolo.config.given_values import GivenValues
+from dsyolo.config.given_values import GivenValues, is_option
 from dsyolo.config.messages import did_you_mean
 
 NUMBERS = {int: "a whole number", float: "a number"}
@@ -66,9 +66,9 @@ class CommandLine:
             if word == RESTARTED:
                 self._values.begin_restart()
                 continue
-            is_option = word == "-h" or (word.startswith("--") and len(word) > 2)
-            match = None if is_own or is_option else KEY_VALUE.fullmatch(word)
-            if not is_option and not (match and self._is_key(match[1])):
+            begins_option = word == "-h" or is_option(word)
+            match = None if is_own or begins_option else KEY_VALUE.fullmatch(word)
+            if not begins_option and not (match and self._is_key(match[1])):
                 self._rest.append((self._values.option if is_own else "", word))
             elif is_own:
                 self._option(word, is_own)
@@ -121,7 +121,7 @@ class CommandLine:
         elif action:
             self._own(name, action, value if equals else None)
         else:
-            if not equals and self._queue and not self._queue[0].startswith("--"):
+            if not equals and self._queue and not is_option(self._queue[0]):
                 self._queue.popleft()  # most likely its value
             self.problems.append(self._unknown_option(key))
 
@@ -173,7 +173,7 @@ class CommandLine:
 
     def _next_value(self, *, may_lack: bool = False) -> str | None:
         """Take the next word, unless it is an option; where there may be no value, unless it is `key=value`, too."""
-        if not self._queue or (self._queue[0].startswith("--") and len(self._queue[0]) > 2):
+        if not self._queue or is_option(self._queue[0]):
             return None
         match = KEY_VALUE.fullmatch(self._queue[0]) if may_lack else None
         return None if match and self._is_key(match[1]) else self._take()

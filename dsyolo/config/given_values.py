@@ -4,6 +4,7 @@ A wrapper's own words come before those of its user (`dsyolo train --resume auto
 replace the earlier, with a note. Two options that give one thing two values are a problem that names both.
 """
 
+import re
 from typing import Any
 
 
@@ -70,3 +71,8 @@ def _same(one: Any, other: Any) -> bool:
         return float(one) == float(other)
     except (TypeError, ValueError):
         return False
+
+
+def is_option(word: str) -> bool:
+    """Return whether a word of a command line is an option and no value: a name has no space, as argparse has it too."""
+    return word.startswith("--") and len(word) > 2 and not re.search(r"\s", word.partition("=")[0])

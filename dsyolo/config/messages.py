@@ -30,7 +30,9 @@ def validate(
         unknown: returns the line for a key that the model does not have.
     """
     try:
-        return model(**values)
+        return model(
+            **{str(key): value for key, value in values.items()}
+        )  # a YAML's key may be a number, or null
     except ValidationError as error:
         for fault in error.errors():
             key = str(fault["loc"][0])

@@ -93,6 +93,14 @@ def test_a_name_that_is_no_text_costs_its_line(tmp_path):
         decode_names(b"gone\xe9.jpg\n", lambda line: False)
 
 
+def test_a_list_in_utf_16_is_read_and_a_cut_one_is_named():
+    data = "a.jpg\n红.jpg\n".encode("utf-16")
+    assert decode_names(data, lambda line: False) == ["a.jpg", "红.jpg"]
+    for cut in (data[:3], data[:-1]):
+        with pytest.raises(EncodingError):
+            decode_names(cut, lambda line: False)
+
+
 def test_what_controls_a_terminal_is_escaped():
     assert (
         escaped("a\x1b[2Jb\x07\x9b\u202egnp\u2028\udce9\n\tc")

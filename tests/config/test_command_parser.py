@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         ["--weights=w", "one", "2", "3", "--on", "--no-switch"],
         ["--weights", "w", "--num-ber", "-5", "--share", ".5", "--kind", "b", "one", "--", "7"],
         ["--weights", "a=b", "--switch", "--text", "9", "x=y"],
+        ["--weights", "--no_ssh_check --master_addr=10.0.0.1", "one"],
     ],
 )
 def test_it_reads_what_argparse_reads(argv: list[str]) -> None:

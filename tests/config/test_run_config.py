@@ -235,6 +235,16 @@ def test_load_reports_every_fault() -> None:
     assert "cannot be read" in str(caught.value)
 
 
+@pytest.mark.parametrize(("key", "name"), [(None, "None"), (7, "7"), (True, "True")])
+def test_a_key_that_is_no_text_is_named(base: list[str], key: object, name: str) -> None:
+    dump = parse(base).dump()
+    Path("config.yaml").write_text(
+        yaml.safe_dump({**dump, "recipe": {**dump["recipe"], key: 1}}, sort_keys=False)
+    )
+    with pytest.raises(UserError, match=f"recipe.{name}|{name}: "):
+        RunConfig.load("config.yaml")
+
+
 def test_load_names_unknown_keys(base: list[str]) -> None:
     text = yaml.safe_dump({**parse(base).dump(), "epoch": 3, "seed": -1})
     Path("config.yaml").write_text(text)

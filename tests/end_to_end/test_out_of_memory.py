@@ -43,6 +43,7 @@ Engine.predict_with_loss = predict
 sys.exit(train.main())
 """
 OPTIONS = {"imgsz": 640, "epochs": 1, "workers": 0, "val_every": 9, "memory_profile": "off"}
+OPTIONS |= {"val_batch_size": 1}  # else the peak is that of the validation, whatever the micro-batch
 
 
 @pytest.fixture(scope="module")
