@@ -75,8 +75,8 @@ def _draw(folder: Path, results: list[ImageResult], names: Sequence[str]) -> Non
 
     folder.mkdir(parents=True, exist_ok=True)
     save_confusion(folder / "confusion_matrix.png", confusion_matrix(results, len(names)), names)
-    truths, found = [truth for truth, _ in results], [one for _, one in results]
-    save_validation_curves(folder, curves(compare(truths, found, names)), names)
+    ground_truths, found = [ground_truth for ground_truth, _ in results], [one for _, one in results]
+    save_validation_curves(folder, curves(compare(ground_truths, found, names)), names)
     print(escaped(f"pictures: {folder}", lines=False))
 
 

@@ -26,18 +26,18 @@ def confusion_matrix(
         label (false), the last row labels without a detection (missed).
     """
     counts = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    for truth, found in results:
+    for ground_truth, found in results:
         order = np.argsort(-found.scores, kind="stable")
         order = order[found.scores[order] > score]
         boxes, classes = found.boxes_xyxy[order], found.classes[order]
-        overlaps = pairwise_iou(boxes, truth.boxes_xyxy)  # (D, G)
+        overlaps = pairwise_iou(boxes, ground_truth.boxes_xyxy)  # (D, G)
         rows, columns = np.nonzero(overlaps > iou)
-        is_free, is_missed = np.ones(len(boxes), bool), np.ones(len(truth.classes), bool)
+        is_free, is_missed = np.ones(len(boxes), bool), np.ones(len(ground_truth.classes), bool)
         for pair in np.argsort(-overlaps[rows, columns], kind="stable").tolist():
             row, column = rows[pair], columns[pair]
             if is_free[row] and is_missed[column]:
                 is_free[row] = is_missed[column] = False
-                counts[classes[row], truth.classes[column]] += 1
+                counts[classes[row], ground_truth.classes[column]] += 1
         counts[:-1, -1] += np.bincount(classes[is_free], minlength=num_classes)
-        counts[-1, :-1] += np.bincount(truth.classes[is_missed], minlength=num_classes)
+        counts[-1, :-1] += np.bincount(ground_truth.classes[is_missed], minlength=num_classes)
     return counts
