@@ -138,9 +138,16 @@ class Partitions:
         live.copy_(buffers)
         try:
             yield
-        finally:
-            self._all.copy_to_model(kept)
-            live.copy_(kept_buffers)
+        except (RuntimeError, MemoryError):
+            raise  # of this rank alone, most likely: to restore takes all ranks, and what is raised ends or restarts the run
+        except BaseException:
+            self._restore(kept, kept_buffers)
+            raise
+        self._restore(kept, kept_buffers)
+
+    def _restore(self, kept: Sequence[torch.Tensor], kept_buffers: torch.Tensor) -> None:
+        self._all.copy_to_model(kept)
+        self._engine.buffers.flat.copy_(kept_buffers)
 
     def swap_trained_parameters(self) -> AbstractContextManager[None]:
         """Inside, the engine predicts with the weights that are trained."""
