@@ -51,8 +51,9 @@ def decode_names(
     """
     encoding = encoding_of(data)
     if encoding != "utf-8":  # whose odd bytes are not single ones
-        return [line for line in map(str.strip, decode(data, path).splitlines()) if line]
-    text = data.decode(encoding, "surrogateescape").removeprefix("\ufeff")
+        text = decode(data, path)
+    else:
+        text = data.decode(encoding, "surrogateescape").removeprefix("\ufeff")
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     foreign = [line for line in lines if not _is_encodable(line)]
     if foreign and 2 * len(foreign) >= len(lines) and not any(map(is_there, foreign)):

@@ -33,11 +33,14 @@ class _TrainSamples(Dataset[Sample]):
     seed: int
     num_epochs: int | None  # of the run; None: mosaic never ends
 
+    def __post_init__(self) -> None:
+        self._last_recipe = self.recipe.model_copy(update={"mosaic": 0.0})  # mixup is of mosaics
+
     def __getitem__(self, key: SampleKey) -> Sample:
         rng = np.random.default_rng((self.seed, key.epoch, key.image_index))
         recipe = self.recipe
         if self.num_epochs is not None and key.epoch >= self.num_epochs - recipe.close_mosaic:
-            recipe = recipe.model_copy(update={"mosaic": 0.0})  # mixup is of mosaics
+            recipe = self._last_recipe
         return augment(self.dataset.load, key.image_index, len(self.dataset), key.size_px, rng, recipe)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsyolo.base.plain_pickle import Inert, Named, PickleRefusedError, PlainUnpickler
+from dsyolo.base.plain_pickle import Inert, PickleRefusedError, PlainUnpickler
 
 MOST_PICKLE_BYTES = 64 << 20  # without tensors; that of a training's checkpoint has a tenth of 1 MiB
 MOST_ENTRIES = 100_000
@@ -238,6 +238,3 @@ def _scalar(dtype: Any, data: Any = b"") -> Any:
 
 def _array(*_: Any) -> Inert:
     return Inert("numpy.ndarray")
-
-
-__all__ = ["Inert", "LazyTensor", "Named", "PickleRefusedError", "TorchFile"]

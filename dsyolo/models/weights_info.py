@@ -1,4 +1,4 @@
-"""What is known of weights beside their tensors, and the names that YOLOv5's own files have for these."""
+"""Names, sizes and anchors that weights have beside their tensors, and the names that YOLOv5's own files have for these."""
 
 from collections.abc import Mapping
 from pathlib import Path

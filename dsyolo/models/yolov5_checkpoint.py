@@ -31,7 +31,6 @@ class Found(NamedTuple):
     tensors: dict[str, torch.Tensor]
     class_names: tuple[str, ...] | None
     image_size_px: int | None
-    taken: str  # from where in the file
 
 
 def read_checkpoint(path: Path) -> Found:
@@ -44,12 +43,12 @@ def read_checkpoint(path: Path) -> Found:
     """
     with TorchFile(path) as file:
         content = file.content()
-        taken, module = _weights_in(content)
-        lazy = dict(_flattened(module) if isinstance(module, Inert) else _plain(module))
-        _refuse_others(lazy, module)
+        module = _weights_in(content)
+        lazy = dict(_flattened(module) if isinstance(module, Inert) else _tensors(module))
+        _refuse_others(lazy)
         tensors = {name: _full_precision(one.read()) for name, one in lazy.items()}
     state = module.state if isinstance(module, Inert) and isinstance(module.state, dict) else {}
-    return Found(tensors, _class_names(state.get("names")), _image_size(content), taken)
+    return Found(tensors, _class_names(state.get("names")), _image_size(content))
 
 
 def recognised(found: Found) -> GivenWeights:
@@ -113,16 +112,16 @@ def difference(tensors: Mapping[str, torch.Tensor], variant: str, num_classes: i
     )
 
 
-def _weights_in(content: Any) -> tuple[str, Inert | Mapping[Any, Any]]:
-    """Return where the weights are, and they: a module or a state dict."""
+def _weights_in(content: Any) -> Inert | Mapping[Any, Any]:
+    """Return the weights: a module or a state dict."""
     if isinstance(content, Inert):
-        return "the module", content
+        return content
     if isinstance(content, dict):
         for key in ("ema", "model", "state_dict", "model_state_dict"):
             if isinstance(content.get(key), Inert) or _is_state_dict(content.get(key)):
-                return key, content[key]
+                return content[key]
         if _is_state_dict(content):
-            return "the state dict", content
+            return content
     raise PickleRefusedError("no network and no state dict is in it")
 
 
@@ -136,30 +135,25 @@ def _flattened(module: Inert, prefix: str = "", depth: int = 0) -> Iterator[tupl
     if not isinstance(state, dict) or depth > MOST_DEPTH:
         raise PickleRefusedError(f"its {prefix or 'network'} is no module of a network")
     for kind in ("_parameters", "_buffers"):
-        for name, value in _entries(state, kind):
-            if isinstance(value, LazyTensor):
-                yield f"{prefix}{name}", value
-    for name, value in _entries(state, "_modules"):
-        if isinstance(value, Inert):
+        for name, tensor in _tensors(_entries(state, kind)):
+            yield f"{prefix}{name}", tensor
+    for name, value in _entries(state, "_modules").items():
+        if isinstance(name, str) and isinstance(value, Inert):
             yield from _flattened(value, f"{prefix}{name}.", depth + 1)
 
 
-def _entries(state: Mapping[Any, Any], kind: str) -> list[tuple[str, Any]]:
+def _entries(state: Mapping[Any, Any], kind: str) -> Mapping[Any, Any]:
     entries = state.get(kind)
-    return (
-        [(name, value) for name, value in entries.items() if isinstance(name, str)]
-        if isinstance(entries, dict)
-        else []
-    )
+    return entries if isinstance(entries, dict) else {}
 
 
-def _plain(given: Mapping[Any, Any]) -> Iterator[tuple[str, LazyTensor]]:
+def _tensors(given: Mapping[Any, Any]) -> Iterator[tuple[str, LazyTensor]]:
     for name, value in given.items():
         if isinstance(name, str) and isinstance(value, LazyTensor):
             yield name, value
 
 
-def _refuse_others(lazy: dict[str, LazyTensor], module: Any) -> None:
+def _refuse_others(lazy: dict[str, LazyTensor]) -> None:
     """Put names and tensors in order; raise PickleRefusedError where they are of another network."""
     if not lazy or len(lazy) > MOST_TENSORS:
         raise PickleRefusedError(f"its network has {len(lazy):,} tensors")

@@ -239,7 +239,7 @@ def test_load_reports_every_fault() -> None:
 def test_a_key_that_is_no_text_is_named(base: list[str], key: object, name: str) -> None:
     dump = parse(base).dump()
     Path("config.yaml").write_text(
-        yaml.safe_dump({**dump, "recipe": {**dump["recipe"], key: 1}}, sort_keys=False)
+        yaml.safe_dump({**dump, "recipe": {**dump["recipe"], key: 1}}, sort_keys=False), encoding="utf-8"
     )
     with pytest.raises(UserError, match=f"recipe.{name}|{name}: "):
         RunConfig.load("config.yaml")

@@ -1,4 +1,4 @@
-"""What `dsyolo detect` writes beside the pictures, by hand and as its readers read it."""
+"""Files that `dsyolo detect` writes beside the pictures, by hand and as its readers read it."""
 
 from __future__ import annotations
 

@@ -363,7 +363,7 @@ def test_coco_annotations_of_another_form(tmp_path, content):
 )
 def test_a_json_that_is_something_else_is_named(tmp_path, content, told):
     src = coco_folder(tmp_path / "src", [one()])
-    (src / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    (src / "annotations/instances_train2017.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=told):
         convert("coco", src, tmp_path / "dst")
 
@@ -383,7 +383,7 @@ def test_a_train_file_alone_is_split_and_one_beside_another_is_not(tmp_path):
         convert("coco", src, tmp_path / "dst")
     (src / "annotations/eval.json").unlink()
     train = src / "annotations/instances_train2017.json"
-    content = json.loads(train.read_text())
+    content = json.loads(train.read_text(encoding="utf-8"))
     assert len(content["images"]) == 1
     name = content["images"][0]["file_name"]
     image = src / "train2017" / name
